@@ -1,0 +1,304 @@
+"""Every knob of a job, declared once: type, bounds, default, and under each field its unit and meaning.
+
+The same classes are the HTTP body, the OpenAPI document, the JSON column of the job's row, the trainer's input and the
+`config.json` of a checkpoint. The defaults are the reference run: one Portuguese paragraph, 500 epochs, a GPT of
+4 layers, 4 heads and 128 channels. Knows no torch, no HTTP and no database.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Beta = Annotated[float, Field(strict=True, ge=0, lt=1)]
+
+
+class Strict(BaseModel):
+    """A frozen value that refuses unknown keys, coercions (`"1"` or `true` for a number), NaN and infinity."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class ConfigWarning(Strict):
+    """A config that is legal but a trap: said in the job's answer, never an error."""
+
+    code: str
+    """Stable and machine-readable."""
+
+    message: str
+    """What will happen, with the figures."""
+
+
+class InitFrom(Strict):
+    """The checkpoint whose weights a job starts from."""
+
+    job_id: str = Field(pattern=r"^[0-9a-f]{32}$")
+    """The job that recorded the checkpoint."""
+
+    checkpoint: Literal[0, 25, 50, 75, 100] = 100
+    """Its percent."""
+
+
+class ModelConfig(Strict):
+    """What `GPT(config, vocab_size)` is built from. Field names are nanoGPT's and transformers'."""
+
+    tokenizer: str = Field("ptbr-8k", min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$")
+    """`ptbr-8k` (bundled, 8,192 entries), `bytes` (256), `train:N` (byte-level BPE of N entries on the job's own text),
+    or a local folder or hub name that the server's settings allow."""
+
+    block_size: int = Field(100, ge=1, le=65_536)
+    """Tokens: the longest context, and the length of a training window."""
+
+    n_layer: int = Field(4, ge=1, le=256)
+    """Blocks: attention followed by an MLP or a mixture of experts."""
+
+    n_head: int = Field(4, ge=1, le=256)
+    """Attention heads of a block; must divide `n_embd`."""
+
+    n_embd: int = Field(128, ge=1, le=65_536)
+    """Channels C of the residual stream."""
+
+    dropout: float = Field(0.2, ge=0, lt=1)
+    """Share of activations zeroed in training, at the embedding, the attention weights and both residual branches."""
+
+    bias: bool = True
+    """Whether Linear and LayerNorm layers have a bias."""
+
+    use_moe: bool = False
+    """Replace the MLP of every `moe_stride`-th block by a mixture of experts."""
+
+    n_experts: int = Field(8, ge=1, le=4096)
+    """Experts E of an MoE layer."""
+
+    k: int = Field(2, ge=1, le=4096)
+    """Experts that each token is sent to (`top_k` is sampling)."""
+
+    moe_stride: int = Field(2, ge=1, le=256)
+    """Layer i is an MoE when (i + 1) % moe_stride == 0: with 2, every other layer, the dense first."""
+
+    norm_topk_prob: bool | None = None
+    """Divide the chosen gates by their sum; null means true for k > 1. With k = 1 the gate is then a constant 1."""
+
+    router_score: Literal["softmax", "sigmoid"] = "softmax"
+    """What turns router logits into gate weights."""
+
+    router_noise: bool = False
+    """Learned noise on the router logits, in training only (Shazeer et al., arXiv 1701.06538)."""
+
+    capacity_factor: float | None = Field(None, gt=0, le=4096)
+    """Each expert takes at most ceil(capacity_factor * T * k / E) of a training micro-batch's T * k assignments;
+    null drops nothing."""
+
+    n_shared_experts: int = Field(0, ge=0, le=64)
+    """Experts that see every token with gate 1, beside the routed ones (DeepSeekMoE, arXiv 2401.06066)."""
+
+    expert_hidden_ratio: float = Field(4.0, gt=0, le=64)
+    """Hidden width F of one expert, in units of `n_embd`."""
+
+    router_aux_loss_coef: float = Field(0.01, ge=0, le=100)
+    """Weight of the load-balance loss (Switch, arXiv 2101.03961, eq. 4-6) in the training objective."""
+
+    router_z_loss_coef: float = Field(0.001, ge=0, le=100)
+    """Weight of the router z-loss (ST-MoE, arXiv 2202.08906, eq. 5) in the training objective."""
+
+    router_bias_update_rate: float = Field(0.0, ge=0, le=1)
+    """Step of the balance bias that steers the choice without a loss (DeepSeek-V3, arXiv 2412.19437); 0 is off."""
+
+    upcycle_noise: float = Field(0.0, ge=0, le=1)
+    """Standard deviation of the noise, in units of each weight's own, that parts experts copied from a dense parent."""
+
+    @property
+    def renormalises_gates(self) -> bool:
+        """Whether the k chosen gates are divided by their sum."""
+        return self.k > 1 if self.norm_topk_prob is None else self.norm_topk_prob
+
+    @property
+    def expert_hidden(self) -> int:
+        """Hidden width F of one expert, in channels."""
+        return round(self.expert_hidden_ratio * self.n_embd)
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether block `layer` (from 0) holds a mixture of experts."""
+        return self.use_moe and (layer + 1) % self.moe_stride == 0
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """The blocks, from 0, that hold a mixture of experts."""
+        return tuple(layer for layer in range(self.n_layer) if self.is_moe_layer(layer))
+
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> Self:
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
+        if self.k > self.n_experts:
+            raise ValueError(f"k ({self.k}) must be at most n_experts ({self.n_experts})")
+        if self.use_moe:
+            if not self.moe_layers:
+                raise ValueError(
+                    f"with moe_stride {self.moe_stride} none of the {self.n_layer} layers is an MoE; "
+                    f"set moe_stride to {self.n_layer} or less"
+                )
+            hidden = self.expert_hidden_ratio * self.n_embd
+            if self.expert_hidden < 1 or not math.isclose(hidden, self.expert_hidden):
+                raise ValueError(
+                    f"expert_hidden_ratio * n_embd must be a whole number of channels, 1 or more; "
+                    f"{self.expert_hidden_ratio} * {self.n_embd} is {hidden:g}"
+                )
+        return self
+
+
+class TrainConfig(Strict):
+    """How a model is trained."""
+
+    epochs: int = Field(500, ge=1, le=10_000_000)
+    """Passes over the training text."""
+
+    max_steps: int | None = Field(None, ge=1, le=1_000_000_000)
+    """Optimizer steps after which training ends although epochs remain; null is no limit."""
+
+    lr: float = Field(1e-4, gt=0, le=10)
+    """Peak learning rate."""
+
+    min_lr: float = Field(0.0, ge=0, le=10)
+    """Learning rate at the end of a cosine schedule; at most `lr`."""
+
+    warmup_steps: int = Field(0, ge=0, le=1_000_000_000)
+    """Steps over which the learning rate rises linearly to `lr`."""
+
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    """What the learning rate does after warm-up."""
+
+    weight_decay: float = Field(1e-2, ge=0, le=10)
+    """Decoupled decay of weights with two or more dimensions; biases and LayerNorm weights never decay."""
+
+    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.95)
+    """AdamW's decay rates of the first and second moment."""
+
+    eps: float = Field(1e-8, gt=0, le=1)
+    """AdamW's term that keeps the division finite."""
+
+    grad_clip: float | None = Field(None, gt=0, le=1e6)
+    """Largest norm of the whole gradient; null does not clip."""
+
+    batch_size: int = Field(12, ge=1, le=65_536)
+    """Windows of a micro-batch. A text of at most `block_size` tokens is a single window."""
+
+    gradient_accumulation_steps: int = Field(1, ge=1, le=65_536)
+    """Micro-batches of an optimizer step; never crossing an epoch."""
+
+    seed: int = Field(1337, ge=0, lt=2**63)
+    """Decides the initial weights, the order of windows, dropout and the sampling at checkpoints."""
+
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of activations and matrix products; weights and optimizer stay float32. `auto` is bfloat16 on a GPU that has
+    it, float32 elsewhere."""
+
+    val_fraction: float = Field(0.0, ge=0, le=0.9)
+    """Share of the text's tokens, at its end, held out of training; when above 0, at least 2 tokens."""
+
+    stop_at_perplexity: float | None = Field(None, gt=1, le=1e9)
+    """End early, at percent 100, once the evaluation perplexity of the training text is at most this; null never does."""
+
+    eval_interval: int | None = Field(None, ge=1, le=1_000_000_000)
+    """Steps between the evaluations that `stop_at_perplexity` looks at; null is one epoch."""
+
+    deterministic: bool = False
+    """Promise equal bytes for equal runs on a GPU too, at some speed; a CPU always keeps that promise."""
+
+    init_from: InitFrom | None = None
+    """Start from another job's weights instead of random ones."""
+
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> Self:
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr ({self.min_lr:g}) must be at most lr ({self.lr:g})")
+        return self
+
+
+class SampleConfig(Strict):
+    """What is continued at each checkpoint, and how the next token is chosen."""
+
+    cont_prefix_tokens: int = Field(10, ge=1, le=65_536)
+    """Tokens from the start of the text that every checkpoint continues."""
+
+    cont_max_new_tokens: int = Field(25, ge=0, le=65_536)
+    """Tokens of the continuation."""
+
+    temperature: float = Field(0.1, ge=0, le=100)
+    """Divides the logits before sampling; 0 takes the likeliest token."""
+
+    top_k: int | None = Field(1, ge=1, le=1_000_000)
+    """Sample among this many likeliest tokens; null among all."""
+
+
+class JobConfig(ModelConfig, TrainConfig, SampleConfig):
+    """The flat config of a job: `{"epochs": 500, "lr": 1e-4, "use_moe": true, "n_experts": 8, "k": 2}`."""
+
+    def warnings(self, n_tokens: int | None) -> list[ConfigWarning]:
+        """The legal traps of this config on a text of `n_tokens` tokens (None: not known yet)."""
+        found: list[ConfigWarning] = []
+
+        def warn(code: str, message: str) -> None:
+            found.append(ConfigWarning(code=code, message=message))
+
+        if n_tokens is not None and self.cont_prefix_tokens >= n_tokens:
+            warn(
+                "prefix_longer_than_text",
+                f"cont_prefix_tokens is {self.cont_prefix_tokens}, but the text has {n_tokens} tokens: "
+                "the whole text is the prompt, and nothing of it is left to compare the continuation with",
+            )
+        if self.cont_prefix_tokens + self.cont_max_new_tokens > self.block_size:
+            warn(
+                "continuation_slides",
+                f"prefix and continuation together are longer than block_size {self.block_size}: "
+                "the context slides, and the earliest tokens are forgotten",
+            )
+        if self.use_moe:
+            self._warn_of_router_traps(n_tokens, warn)
+        elif unused := sorted(_MOE_KNOBS & self.model_fields_set):
+            warn("moe_settings_unused", f"use_moe is false, so these do nothing: {', '.join(unused)}")
+        return found
+
+    def _warn_of_router_traps(self, n_tokens: int | None, warn: Callable[[str, str], None]) -> None:
+        if self.k == 1 and self.renormalises_gates and self.n_experts > 1:
+            warn(
+                "router_starved",
+                "k = 1 with renormalised gates makes every gate a constant 1: "
+                "the language-model loss gives the router no gradient",
+            )
+        if n_tokens is None:
+            return
+        n_micro = min(n_tokens, self.batch_size * self.block_size)
+        if self.n_experts > n_tokens:
+            warn(
+                "more_experts_than_tokens",
+                f"n_experts is {self.n_experts}, but the text has {n_tokens} tokens: some experts see none",
+            )
+        if self.capacity_factor is not None and self.capacity_factor * n_micro * self.k / self.n_experts < 1:
+            warn(
+                "capacity_below_one",
+                f"capacity_factor {self.capacity_factor:g} gives each expert less than one assignment "
+                f"of a micro-batch of {n_micro} tokens; it is rounded up to 1",
+            )
+
+
+_MOE_KNOBS = frozenset(
+    {
+        "n_experts",
+        "k",
+        "moe_stride",
+        "norm_topk_prob",
+        "router_score",
+        "router_noise",
+        "capacity_factor",
+        "n_shared_experts",
+        "expert_hidden_ratio",
+        "router_aux_loss_coef",
+        "router_z_loss_coef",
+        "router_bias_update_rate",
+        "upcycle_noise",
+    }
+)
