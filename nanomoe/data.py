@@ -1,0 +1,91 @@
+"""Token ids -> windows -> batches. The order of an epoch is a pure function of (seed, epoch), so a cursor is one integer.
+
+Knows no file and no tokenizer.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nanomoe.config import JobConfig
+from nanomoe.dropout import mix
+from nanomoe.plan import Plan, n_windows
+
+IGNORE = -1
+"""The target that counts for nothing."""
+
+
+class Windows:
+    """A text of N tokens cut into windows of T = min(N, block_size) tokens; every token but the first is a target once.
+
+    N <= block_size: a single window whose last target is ignored. Longer: windows of B = block_size tokens every B
+    tokens, the last moved back to end with the text, its targets that an earlier window covers ignored.
+    """
+
+    def __init__(self, tokens_N: Tensor, block_size: int) -> None:
+        n = len(tokens_N)
+        assert n >= 2, "a text of fewer than two tokens has no target"
+        self._n_tokens = n
+        self._tokens = torch.cat([tokens_N, tokens_N.new_full((1,), IGNORE)])
+        self.count = n_windows(n, block_size)
+        self.length = min(n, block_size)
+        self._offsets_T = torch.arange(self.length, device=tokens_N.device)
+
+    def start(self, window: int) -> int:
+        """The position in the text of the window's first token."""
+        return max(0, min(window * self.length, self._n_tokens - 1 - self.length))
+
+    def batch(self, windows: list[int]) -> tuple[Tensor, Tensor]:
+        """Inputs and targets (B, T), int64, of these windows; ignored targets are `IGNORE`."""
+        starts_B = torch.tensor([self.start(w) for w in windows], device=self._tokens.device)
+        positions_BT = starts_B[:, None] + self._offsets_T
+        inputs_BT = self._tokens[positions_BT]
+        targets_BT = self._tokens[positions_BT + 1]
+        for row, window in enumerate(windows):
+            covered = window * self.length - self.start(window)
+            if covered:
+                targets_BT[row, :covered] = IGNORE
+        return inputs_BT, targets_BT
+
+    def n_targets(self, windows: list[int]) -> int:
+        """Targets of these windows that are not ignored."""
+        return sum(min(self.length, self._n_tokens - 1 - w * self.length) for w in windows)
+
+    def batches(self, per_batch: int) -> Iterator[list[int]]:
+        """All windows in the text's order, `per_batch` at a time."""
+        for first in range(0, self.count, per_batch):
+            yield list(range(first, min(first + per_batch, self.count)))
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step trains on."""
+
+    epoch: int
+    """From 1."""
+    micro_batches: list[list[int]]
+    """Windows of each micro-batch."""
+
+
+class Order:
+    """Which windows every step of a job trains on: shuffled each epoch, never crossing one."""
+
+    def __init__(self, config: JobConfig, plan: Plan) -> None:
+        self._config = config
+        self._plan = plan
+        self._epoch = -1
+        self._shuffled: list[int] = []
+
+    def step(self, index: int) -> Step:
+        """Step `index`, from 0. Any index may be asked for: resuming needs nothing but it."""
+        epoch, within = divmod(index, self._plan.steps_per_epoch)
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(mix(self._config.seed, epoch))
+            self._shuffled = torch.randperm(self._plan.n_windows, generator=generator).tolist()
+            self._epoch = epoch
+        size = self._config.batch_size
+        per_step = size * self._config.gradient_accumulation_steps
+        windows = self._shuffled[within * per_step : (within + 1) * per_step]
+        return Step(epoch + 1, [windows[first : first + size] for first in range(0, len(windows), size)])

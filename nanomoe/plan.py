@@ -1,0 +1,67 @@
+"""How a text of N tokens becomes windows, steps, epochs and quarters: arithmetic only, known before anything is built.
+
+Knows no torch; the service refuses and estimates jobs with it, and the training loop follows it.
+"""
+
+from dataclasses import dataclass
+from typing import Self
+
+from nanomoe.config import JobConfig
+
+PERCENTS = (0, 25, 50, 75, 100)
+
+
+class TextTooShort(ValueError):
+    """The text has fewer tokens than training, or the held-out part, needs."""
+
+    code = "text_too_short"
+
+
+def n_windows(n_tokens: int, block_size: int) -> int:
+    """Windows that cover a text: one if it fits the context, else ceil((N - 1) / B)."""
+    return 1 if n_tokens <= block_size else -(-(n_tokens - 1) // block_size)
+
+
+def n_val_tokens(n_tokens: int, val_fraction: float) -> int:
+    """Tokens held out at the end of the text: floor(f * N), at least 2 when anything is held out."""
+    return max(2, int(val_fraction * n_tokens)) if val_fraction > 0 else 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The steps of a job."""
+
+    n_train_tokens: int
+    n_val_tokens: int
+    n_windows: int
+    """Training windows, each seen once an epoch."""
+    steps_per_epoch: int
+    total_steps: int
+
+    @classmethod
+    def of(cls, config: JobConfig, n_tokens: int) -> Self:
+        """The plan of `config` on a text of `n_tokens` tokens.
+
+        Raises:
+            TextTooShort: fewer than 2 tokens are left to train on.
+        """
+        held_out = n_val_tokens(n_tokens, config.val_fraction)
+        n_train = n_tokens - held_out
+        if n_train < 2:
+            held = f", of which val_fraction {config.val_fraction:g} holds out {held_out}" if held_out else ""
+            raise TextTooShort(f"training needs at least 2 tokens; the text has {n_tokens}{held}")
+        windows = n_windows(n_train, config.block_size)
+        steps_per_epoch = -(-windows // (config.batch_size * config.gradient_accumulation_steps))
+        total = config.epochs * steps_per_epoch
+        if config.max_steps is not None:
+            total = min(total, config.max_steps)
+        return cls(n_train, held_out, windows, steps_per_epoch, total)
+
+    @property
+    def quarters(self) -> dict[int, int]:
+        """{step: percent} of the checkpoints: after 0 and ceil(q * total / 4) steps; a shared step keeps the highest."""
+        return {-(-percent * self.total_steps // 100): percent for percent in PERCENTS}
+
+    def epoch_of(self, step: int) -> int:
+        """Epochs completed or under way after `step` steps; 0 before the first."""
+        return -(-step // self.steps_per_epoch)
