@@ -1,0 +1,186 @@
+"""Write and read a checkpoint's folder, all or nothing.
+
+A folder is written under a `.tmp` name, every file and then the manifest flushed to the disk, and renamed at the end:
+a folder without that suffix is whole. The manifest holds each file's size and sha256; whoever knows the manifest's own
+sha256 (the job's row does) can tell that no byte has changed since. safetensors itself loads a flipped bit without
+complaint. Nothing here is ever unpickled, and no file holds a wall-clock value: equal runs give equal bytes.
+
+Knows no torch until weights are read; the service lists and serves checkpoints with it.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from nanomoe.config import JobConfig, Strict
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MANIFEST = "manifest.json"
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+METRICS = "metrics.json"
+ROUTING = "routing.safetensors"
+RESUME_TENSORS = "resume.safetensors"
+RESUME_STATE = "resume.json"
+
+
+class CheckpointDamaged(Exception):
+    """A file of the folder is missing, or its bytes are not those that were written."""
+
+    code = "checkpoint_damaged"
+
+
+class FileEntry(Strict):
+    """A file of a checkpoint."""
+
+    name: str
+    """Its name in the folder."""
+
+    size: int
+    """Bytes."""
+
+    sha256: str
+    """Of its bytes, in hex."""
+
+
+class Manifest(Strict):
+    """The files of a checkpoint."""
+
+    files: list[FileEntry]
+    """Sorted by name; the manifest itself is not among them."""
+
+
+def to_json(value: object) -> bytes:
+    """The bytes of a JSON file: one form for one value, no NaN."""
+    return json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False).encode() + b"\n"
+
+
+def reached(point: str) -> None:
+    """Does nothing. The commit calls it between its steps, so that a test can let the process die exactly there."""
+
+
+def write(folder: Path, files: Mapping[str, bytes]) -> tuple[Manifest, str]:
+    """Write `files` ({name: bytes}) as `folder`, which must not exist; returns the manifest and its sha256.
+
+    Raises:
+        FileExistsError: the folder is there already.
+        OSError: the disk is full or refuses; `folder` does not exist then.
+    """
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists already")
+    manifest = Manifest(
+        files=[
+            FileEntry(name=name, size=len(content), sha256=hashlib.sha256(content).hexdigest())
+            for name, content in sorted(files.items())
+        ]
+    )
+    manifest_bytes = to_json(manifest.model_dump())
+    unfinished = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        for name, content in [*sorted(files.items()), (MANIFEST, manifest_bytes)]:
+            _write_flushed(unfinished / name, content)
+            reached(f"wrote {name}")
+        _flush_folder(unfinished)
+        reached("flushed")
+        unfinished.rename(folder)
+        reached("renamed")
+        _flush_folder(folder.parent)
+    except OSError:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    return manifest, hashlib.sha256(manifest_bytes).hexdigest()
+
+
+def _write_flushed(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_manifest(folder: Path, manifest_sha256: str) -> Manifest:
+    """The manifest, if it is the one that was recorded.
+
+    Raises:
+        CheckpointDamaged: it is missing or another.
+    """
+    try:
+        content = (folder / MANIFEST).read_bytes()
+        if hashlib.sha256(content).hexdigest() != manifest_sha256:
+            raise CheckpointDamaged(f"{folder.name}/{MANIFEST} is not the one that was recorded")
+        return Manifest.model_validate_json(content)
+    except (OSError, ValidationError) as error:
+        raise CheckpointDamaged(f"{folder.name}/{MANIFEST}: {error}") from error
+
+
+def read_file(folder: Path, entry: FileEntry) -> bytes:
+    """The verified bytes of one file.
+
+    Raises:
+        CheckpointDamaged: it is missing, or a byte is wrong.
+    """
+    try:
+        content = (folder / entry.name).read_bytes()
+    except OSError as error:
+        raise CheckpointDamaged(f"{folder.name}/{entry.name}: {error}") from error
+    if hashlib.sha256(content).hexdigest() != entry.sha256:
+        raise CheckpointDamaged(f"{folder.name}/{entry.name}: {len(content)} bytes, not those that were written")
+    return content
+
+
+def verify(folder: Path, manifest_sha256: str) -> Manifest:
+    """The manifest of a folder, after every byte of every file was checked.
+
+    Raises:
+        CheckpointDamaged: naming the file.
+    """
+    manifest = read_manifest(folder, manifest_sha256)
+    for entry in manifest.files:
+        read_file(folder, entry)
+    return manifest
+
+
+def read_all(folder: Path, manifest_sha256: str) -> dict[str, bytes]:
+    """All files of a folder, verified: {name: bytes}.
+
+    Raises:
+        CheckpointDamaged: naming the file.
+    """
+    return {entry.name: read_file(folder, entry) for entry in read_manifest(folder, manifest_sha256).files}
+
+
+def read_config(folder: Path) -> JobConfig:
+    """The complete config that the checkpoint's model was trained with."""
+    return JobConfig.model_validate_json((folder / CONFIG).read_bytes())
+
+
+def read_metrics(folder: Path) -> dict[str, Any]:
+    """The metrics that were recorded with the weights."""
+    metrics: dict[str, Any] = json.loads((folder / METRICS).read_bytes())
+    return metrics
+
+
+def load_weights(folder: Path) -> dict[str, "Tensor"]:
+    """The model's parameters and buffers by nanoGPT's names, on the CPU; the tied output layer is `transformer.wte.weight`."""
+    from safetensors.torch import load_file
+
+    weights: dict[str, Tensor] = load_file(folder / WEIGHTS)
+    return weights
