@@ -1,0 +1,71 @@
+# `make demo` shows a whole job; `make` alone lists the targets. GNU make 3.81 or newer.
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+
+# Which interpreter `.venv` is made with: `make setup PYTHON=/path/to/python3.12` overrides the search.
+PYTHON ?=
+FITS := import sys, venv, ensurepip; sys.exit(not ((3, 11) <= sys.version_info < (3, 15) and sys.maxsize > 2**32))
+
+# Tests run side by side, each with a single torch thread (tests/conftest.py).
+TEST_ARGS ?= -n auto --maxprocesses 4
+
+# A virtual environment is bound to its path: after the folder was moved or copied, it is made anew.
+STAMP := .venv/installed
+ifneq ($(shell cat $(STAMP) 2>/dev/null),$(realpath .venv))
+.PHONY: $(STAMP)
+endif
+
+.PHONY: help setup demo serve test check readme clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' Makefile | expand -t 16
+
+setup: $(STAMP) ## make .venv with everything in it; quick when nothing changed
+
+$(STAMP): pyproject.toml constraints.txt
+	@set -e; \
+	if ! .venv/bin/python -c '$(FITS)' 2>/dev/null || [ "$$(cat $(STAMP) 2>/dev/null)" != "$(realpath .venv)" ]; then \
+	  found=; \
+	  for candidate in "$(PYTHON)" python3 python3.13 python3.12 python3.11 python3.14; do \
+	    if [ -n "$$candidate" ] && "$$candidate" -c '$(FITS)' 2>/dev/null; then found=$$candidate; break; fi; \
+	  done; \
+	  if [ -z "$$found" ]; then \
+	    echo "Python 3.11 to 3.14 (64 bit) with the venv module is needed, and none was found. Install it with:"; \
+	    if command -v brew >/dev/null; then echo "  brew install python@3.13"; \
+	    elif command -v apt-get >/dev/null; then \
+	      newest=$$(apt-cache search --names-only '^python3\.1[1-4]-venv$$' | sed 's/-venv.*//' | sort | tail -n 1); \
+	      echo "  sudo apt-get install -y $${newest:-python3} $${newest:-python3}-venv"; \
+	    elif command -v dnf >/dev/null; then echo "  sudo dnf install -y python3.13"; \
+	    elif command -v pacman >/dev/null; then echo "  sudo pacman -S --needed python"; \
+	    elif command -v zypper >/dev/null; then echo "  sudo zypper install -y python313"; \
+	    elif command -v apk >/dev/null; then echo "  nothing on this musl system: torch has no build for it"; \
+	    elif [ "$$(uname)" = Darwin ]; then echo "  the installer from https://www.python.org/downloads/"; \
+	    else echo "  your system's package manager"; fi; \
+	    echo "then run make again, or name an interpreter: make setup PYTHON=/path/to/python3"; \
+	    exit 1; \
+	  fi; \
+	  "$$found" -m venv --clear .venv; \
+	fi; \
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'; \
+	(cd .venv && pwd -P) > $(STAMP)
+
+demo: setup ## train the example text, show its quarters, generate, stop
+	@.venv/bin/nanomoe demo
+
+serve: setup ## API and worker until Ctrl-C
+	@.venv/bin/nanomoe serve
+
+test: setup ## every test
+	.venv/bin/python -m pytest $(TEST_ARGS)
+
+check: setup ## lint, format, types
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+readme: setup ## write the README's tables from the classes
+	.venv/bin/python tests/test_readme.py
+
+clean: ## remove what was built here; data/ stays
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis
