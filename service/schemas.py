@@ -213,7 +213,7 @@ class JobView(View):
     priority: int
     """Higher is claimed sooner."""
 
-    run_at: datetime | None
+    run_at: datetime
     """Not to be claimed before this time."""
 
     execution: dict[str, JsonValue] | None
@@ -375,6 +375,19 @@ class Continuation(View):
     """What the model adds."""
 
 
+class Baselines(View):
+    """Loss of simpler predictors on a job's text, in nats per token."""
+
+    uniform: float
+    """Knows nothing: ln of the vocabulary's size."""
+
+    unigram: float
+    """Knows how often each token is a target."""
+
+    bigram: float
+    """Knows that for each preceding token."""
+
+
 class CheckpointFigures(View):
     """A checkpoint's numbers, measured on the training text with dropout off."""
 
@@ -413,8 +426,8 @@ class CheckpointFigures(View):
     val_loss: float | None = None
     """Loss on the held-out tokens; null when `val_fraction` is 0."""
 
-    val_perplexity: float | None = None
-    """exp(val_loss)."""
+    baselines: Baselines | None = None
+    """What simpler predictors would reach on the same text."""
 
     stopped_early: bool = False
     """Whether `stop_at_perplexity` ended training here."""
@@ -580,6 +593,21 @@ class StatusEvent(View):
 # The service
 
 
+class Device(View):
+    """What a worker trains on."""
+
+    model_config = ConfigDict(extra="allow")
+
+    device: str
+    """`cpu`, or `cuda:N`."""
+
+    name: str | None = None
+    """The maker's name of it."""
+
+    memory_bytes: int | None = None
+    """All of its memory."""
+
+
 class WorkerView(View):
     """A worker, as it last reported itself."""
 
@@ -589,14 +617,20 @@ class WorkerView(View):
     name: str
     """Stable across starts."""
 
-    device: str | None
-    """What it trains on."""
+    host: str
+    """The machine's name."""
 
-    versions: dict[str, str]
-    """Of the code and its libraries."""
+    pid: int
+    """Its process there."""
+
+    devices: list[Device]
+    """What it trains on."""
 
     slots: int
     """Jobs that it trains at once."""
+
+    versions: dict[str, str]
+    """Of the code and its libraries."""
 
     current_jobs: list[str]
     """Ids of the jobs that it owns."""
@@ -606,6 +640,9 @@ class WorkerView(View):
 
     last_seen_at: datetime
     """Its last sign of life."""
+
+    stopped_at: datetime | None
+    """When it said that it stops; null while it runs, or if it never said so."""
 
 
 class Health(View):
