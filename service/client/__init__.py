@@ -1,0 +1,39 @@
+"""The Python client: the service's routes as methods, its answers as the service's own classes. Loads no torch.
+
+with Client() as client:
+    job = client.submit("Era uma vez ...", {"epochs": 500})
+    job.wait(on_event=print)
+    print(job.generate("Era uma", checkpoint=100).choices[0].text)
+"""
+
+from service.client.asynchronous import AsyncClient, AsyncJobHandle
+from service.client.blocking import Client, JobHandle
+from service.client.errors import (
+    ClientError,
+    Conflict,
+    Forbidden,
+    Invalid,
+    NotFound,
+    Problem,
+    Unavailable,
+    UnexpectedAnswer,
+    Unreachable,
+)
+from service.client.events import JobEvent
+
+__all__ = [
+    "AsyncClient",
+    "AsyncJobHandle",
+    "Client",
+    "ClientError",
+    "Conflict",
+    "Forbidden",
+    "Invalid",
+    "JobEvent",
+    "JobHandle",
+    "NotFound",
+    "Problem",
+    "Unavailable",
+    "UnexpectedAnswer",
+    "Unreachable",
+]

@@ -1,0 +1,208 @@
+"""The client for programs with an event loop: `blocking.py`, awaited. The requests and answers are the same code."""
+
+import asyncio
+import functools
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
+
+import httpx
+
+from service import schemas
+from service.client import calls
+from service.client.calls import Call, Which
+from service.client.connection import connection_settings
+from service.client.download import Download, file_names, make_folder, recorded_file
+from service.client.errors import ClientError
+from service.client.events import EventCursor, JobEvent
+from service.client.patience import STREAM_RETRIES, Patience
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _of_service(build: Callable[P, Call[T]]) -> Callable[Concatenate["AsyncClient", P], Coroutine[Any, Any, T]]:
+    """The method of a client that makes this call."""
+
+    @functools.wraps(build)
+    async def method(client: "AsyncClient", /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return await client.ask(build(*args, **kwargs))
+
+    return method
+
+
+def _gives_job(
+    build: Callable[P, Call[schemas.JobView]],
+) -> Callable[Concatenate["AsyncClient", P], Coroutine[Any, Any, "AsyncJobHandle"]]:
+    """The method of a client that makes this call and hands out the job it answers."""
+
+    @functools.wraps(build)
+    async def method(client: "AsyncClient", /, *args: P.args, **kwargs: P.kwargs) -> "AsyncJobHandle":
+        return AsyncJobHandle(client, await client.ask(build(*args, **kwargs)))
+
+    return method
+
+
+def _of_job(
+    build: Callable[Concatenate[str, P], Call[T]],
+) -> Callable[Concatenate["AsyncJobHandle", P], Coroutine[Any, Any, T]]:
+    """The method of a job that makes this call about it."""
+
+    @functools.wraps(build)
+    async def method(job: "AsyncJobHandle", /, *args: P.args, **kwargs: P.kwargs) -> T:
+        answer = await job.client.ask(build(job.id, *args, **kwargs))
+        if isinstance(answer, schemas.JobView):
+            job.view = answer
+        return answer
+
+    return method
+
+
+class AsyncClient:
+    """`Client` for an event loop."""
+
+    def __init__(
+        self,
+        base_url: str = "http://127.0.0.1:8000",
+        *,
+        key: str | None = None,
+        timeout: float = 30.0,
+        retries: int = 3,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        self.base_url = base_url.rstrip("/")
+        self._retries = retries
+        self._http = httpx.AsyncClient(transport=transport, **connection_settings(base_url, key, timeout))
+
+    estimate = _of_service(calls.estimate)
+    list_jobs = _of_service(calls.list_jobs)
+    workers = _of_service(calls.workers)
+    health = _of_service(calls.health)
+    readiness = _of_service(calls.readiness)
+    generate = _of_service(calls.generate)
+
+    submit = _gives_job(calls.submit)
+    job = _gives_job(calls.get_job)
+
+    async def jobs(self, *, status: str | None = None, tag: str | None = None) -> "AsyncIterator[AsyncJobHandle]":
+        """All jobs, newest first, fetched page by page as they are asked for."""
+        cursor = None
+        while True:
+            page = await self.list_jobs(status=status, tag=tag, cursor=cursor)
+            for view in page.data:
+                yield AsyncJobHandle(self, view)
+            cursor = page.next_cursor
+            if cursor is None:
+                return
+
+    async def ask(self, call: Call[T]) -> T:
+        """Send a call, again where that is safe and helps, and read its answer."""
+        patience = Patience(call.repeatable, self._retries)
+        while True:
+            try:
+                return call.answer(await self._http.send(call.request(self._http)))
+            except (httpx.TransportError, ClientError) as failure:
+                await asyncio.sleep(patience.pause_after(failure))
+
+    @asynccontextmanager
+    async def open(self, call: Call[bytes]) -> AsyncIterator[httpx.Response]:
+        """Send a call whose answer is read as it comes."""
+        response = await self._http.send(call.request(self._http), stream=True)
+        try:
+            if response.is_error:
+                await response.aread()
+            calls.check(response)
+            yield response
+        finally:
+            await response.aclose()
+
+    async def aclose(self) -> None:
+        """Close its connections."""
+        await self._http.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+
+class AsyncJobHandle:
+    """`JobHandle` for an event loop."""
+
+    def __init__(self, client: AsyncClient, view: schemas.JobView) -> None:
+        self.client = client
+        self.view = view
+        """The job as last seen; `refresh` looks again."""
+
+    @property
+    def id(self) -> str:
+        """32 hexadecimal digits."""
+        return self.view.id
+
+    refresh = _of_job(calls.get_job)
+    update = _of_job(calls.update)
+    text = _of_job(calls.text)
+    cancel = _of_job(calls.cancel)
+    pause = _of_job(calls.pause)
+    resume = _of_job(calls.resume)
+    delete = _of_job(calls.delete)
+    metrics = _of_job(calls.metrics)
+    metrics_csv = _of_job(calls.metrics_csv)
+    checkpoints = _of_job(calls.checkpoints)
+    checkpoint = _of_job(calls.checkpoint)
+    reconstruction = _of_job(calls.reconstruction)
+    generate = _of_job(calls.generate)
+
+    async def wait(self, on_event: Callable[[JobEvent], Awaitable[None] | None] | None = None) -> schemas.JobView:
+        """`JobHandle.wait`; an `on_event` that returns an awaitable is awaited."""
+        async for event in self.events():
+            if on_event is not None and (reaction := on_event(event)) is not None:
+                await reaction
+        return await self.refresh()
+
+    async def events(self, last_event_id: str | None = None) -> AsyncIterator[JobEvent]:
+        """Each event from the first, or after `last_event_id`, until the job has ended."""
+        cursor = EventCursor(self.id, last_event_id)
+        patience = Patience(True, STREAM_RETRIES)
+        while not cursor.ended:
+            try:
+                async with self.client.open(cursor.call()) as response:
+                    cursor.opened(response)
+                    async for chunk in response.aiter_bytes():
+                        patience = Patience(True, STREAM_RETRIES)
+                        for event in cursor.feed(chunk):
+                            yield event
+                    cursor.closed(response)
+            except (httpx.TransportError, ClientError) as failure:
+                await asyncio.sleep(patience.pause_after(failure))
+
+    async def download(self, which: Which, name: str, to: str | Path) -> Path:
+        """Write a file of a checkpoint to `to`, a folder or a new file's path, its size and sha256 checked."""
+        return await self._download(await self.checkpoint(which), name, Path(to))
+
+    async def download_checkpoint(self, which: Which, to: str | Path) -> list[Path]:
+        """Write all files of a checkpoint into the folder `to`, which is made if it is missing."""
+        folder = make_folder(to)
+        checkpoint = await self.checkpoint(which)
+        return [await self._download(checkpoint, name, folder) for name in file_names(checkpoint)]
+
+    async def _download(self, checkpoint: schemas.CheckpointView, name: str, to: Path) -> Path:
+        call = calls.download(self.id, checkpoint.percent, name)
+        patience = Patience(call.repeatable, STREAM_RETRIES)
+        while True:
+            try:
+                async with self.client.open(call) as response:
+                    with Download(name, to, recorded_file(checkpoint, name)) as file:
+                        async for chunk in response.aiter_bytes():
+                            file.feed(chunk)
+                        return file.finish()
+            except (httpx.TransportError, ClientError) as failure:
+                await asyncio.sleep(patience.pause_after(failure))
+
+    def __repr__(self) -> str:
+        return f"<AsyncJobHandle {self.id} {self.view.status}>"

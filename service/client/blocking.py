@@ -1,0 +1,211 @@
+"""The client for ordinary programs and notebooks: each method waits for its answer. `asynchronous.py` is its twin."""
+
+import functools
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Concatenate, ParamSpec, Self, TypeVar
+
+import httpx
+
+from service import schemas
+from service.client import calls
+from service.client.calls import Call, Which
+from service.client.connection import connection_settings
+from service.client.download import Download, file_names, make_folder, recorded_file
+from service.client.errors import ClientError
+from service.client.events import EventCursor, JobEvent
+from service.client.patience import STREAM_RETRIES, Patience
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _of_service(build: Callable[P, Call[T]]) -> Callable[Concatenate["Client", P], T]:
+    """The method of a client that makes this call."""
+
+    @functools.wraps(build)
+    def method(client: "Client", /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return client.ask(build(*args, **kwargs))
+
+    return method
+
+
+def _gives_job(
+    build: Callable[P, Call[schemas.JobView]],
+) -> Callable[Concatenate["Client", P], "JobHandle"]:
+    """The method of a client that makes this call and hands out the job it answers."""
+
+    @functools.wraps(build)
+    def method(client: "Client", /, *args: P.args, **kwargs: P.kwargs) -> "JobHandle":
+        return JobHandle(client, client.ask(build(*args, **kwargs)))
+
+    return method
+
+
+def _of_job(build: Callable[Concatenate[str, P], Call[T]]) -> Callable[Concatenate["JobHandle", P], T]:
+    """The method of a job that makes this call about it."""
+
+    @functools.wraps(build)
+    def method(job: "JobHandle", /, *args: P.args, **kwargs: P.kwargs) -> T:
+        answer = job.client.ask(build(job.id, *args, **kwargs))
+        if isinstance(answer, schemas.JobView):
+            job.view = answer
+        return answer
+
+    return method
+
+
+class Client:
+    """A connection to the service. Raises the classes of `service.client.errors`.
+
+    `key` is sent as `Authorization: Bearer`; `timeout` is the seconds without a byte after which an ordinary request
+    has failed; `retries` is how often one is sent again where that is safe.
+    """
+
+    def __init__(
+        self,
+        base_url: str = "http://127.0.0.1:8000",
+        *,
+        key: str | None = None,
+        timeout: float = 30.0,
+        retries: int = 3,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        self.base_url = base_url.rstrip("/")
+        self._retries = retries
+        self._http = httpx.Client(transport=transport, **connection_settings(base_url, key, timeout))
+
+    estimate = _of_service(calls.estimate)
+    list_jobs = _of_service(calls.list_jobs)
+    workers = _of_service(calls.workers)
+    health = _of_service(calls.health)
+    readiness = _of_service(calls.readiness)
+    generate = _of_service(calls.generate)
+
+    submit = _gives_job(calls.submit)
+    job = _gives_job(calls.get_job)
+
+    def jobs(self, *, status: str | None = None, tag: str | None = None) -> "Iterator[JobHandle]":
+        """All jobs, newest first, fetched page by page as they are asked for."""
+        cursor = None
+        while True:
+            page = self.list_jobs(status=status, tag=tag, cursor=cursor)
+            for view in page.data:
+                yield JobHandle(self, view)
+            cursor = page.next_cursor
+            if cursor is None:
+                return
+
+    def ask(self, call: Call[T]) -> T:
+        """Send a call, again where that is safe and helps, and read its answer."""
+        patience = Patience(call.repeatable, self._retries)
+        while True:
+            try:
+                return call.answer(self._http.send(call.request(self._http)))
+            except (httpx.TransportError, ClientError) as failure:
+                time.sleep(patience.pause_after(failure))
+
+    @contextmanager
+    def open(self, call: Call[bytes]) -> Iterator[httpx.Response]:
+        """Send a call whose answer is read as it comes."""
+        response = self._http.send(call.request(self._http), stream=True)
+        try:
+            if response.is_error:
+                response.read()
+            calls.check(response)
+            yield response
+        finally:
+            response.close()
+
+    def close(self) -> None:
+        """Close its connections."""
+        self._http.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class JobHandle:
+    """A job at the service."""
+
+    def __init__(self, client: Client, view: schemas.JobView) -> None:
+        self.client = client
+        self.view = view
+        """The job as last seen; `refresh` looks again."""
+
+    @property
+    def id(self) -> str:
+        """32 hexadecimal digits."""
+        return self.view.id
+
+    refresh = _of_job(calls.get_job)
+    update = _of_job(calls.update)
+    text = _of_job(calls.text)
+    cancel = _of_job(calls.cancel)
+    pause = _of_job(calls.pause)
+    resume = _of_job(calls.resume)
+    delete = _of_job(calls.delete)
+    metrics = _of_job(calls.metrics)
+    metrics_csv = _of_job(calls.metrics_csv)
+    checkpoints = _of_job(calls.checkpoints)
+    checkpoint = _of_job(calls.checkpoint)
+    reconstruction = _of_job(calls.reconstruction)
+    generate = _of_job(calls.generate)
+
+    def wait(self, on_event: Callable[[JobEvent], None] | None = None) -> schemas.JobView:
+        """Follow the job to its end, through pauses too, and return it; `on_event` is called with each event.
+
+        A broken connection is taken up again where it broke, for about a minute; then `Unreachable` is raised.
+        """
+        for event in self.events():
+            if on_event is not None:
+                on_event(event)
+        return self.refresh()
+
+    def events(self, last_event_id: str | None = None) -> Iterator[JobEvent]:
+        """Each event from the first, or after `last_event_id`, until the job has ended."""
+        cursor = EventCursor(self.id, last_event_id)
+        patience = Patience(True, STREAM_RETRIES)
+        while not cursor.ended:
+            try:
+                with self.client.open(cursor.call()) as response:
+                    cursor.opened(response)
+                    for chunk in response.iter_bytes():
+                        patience = Patience(True, STREAM_RETRIES)
+                        yield from cursor.feed(chunk)
+                    cursor.closed(response)
+            except (httpx.TransportError, ClientError) as failure:
+                time.sleep(patience.pause_after(failure))
+
+    def download(self, which: Which, name: str, to: str | Path) -> Path:
+        """Write a file of a checkpoint to `to`, a folder or a new file's path, its size and sha256 checked."""
+        return self._download(self.checkpoint(which), name, Path(to))
+
+    def download_checkpoint(self, which: Which, to: str | Path) -> list[Path]:
+        """Write all files of a checkpoint into the folder `to`, which is made if it is missing."""
+        folder = make_folder(to)
+        checkpoint = self.checkpoint(which)
+        return [self._download(checkpoint, name, folder) for name in file_names(checkpoint)]
+
+    def _download(self, checkpoint: schemas.CheckpointView, name: str, to: Path) -> Path:
+        call = calls.download(self.id, checkpoint.percent, name)
+        patience = Patience(call.repeatable, STREAM_RETRIES)
+        while True:
+            try:
+                with self.client.open(call) as response, Download(name, to, recorded_file(checkpoint, name)) as file:
+                    for chunk in response.iter_bytes():
+                        file.feed(chunk)
+                    return file.finish()
+            except (httpx.TransportError, ClientError) as failure:
+                time.sleep(patience.pause_after(failure))
+
+    def __repr__(self) -> str:
+        return f"<JobHandle {self.id} {self.view.status}>"

@@ -1,0 +1,256 @@
+"""Every request of the contract: how it is written, and how its answer is read. One function a route.
+
+Knows no connection and does not wait: `Client` and `AsyncClient` send the same calls, and each method of theirs that
+only asks and answers is one line that names its function here.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Generic, Literal, TypeVar
+from urllib.parse import quote
+from uuid import uuid4
+
+import httpx
+from pydantic import BaseModel, ValidationError
+
+from nanomoe.config import JobConfig
+from service import schemas
+from service.client.errors import UnexpectedAnswer, problem_of
+
+T = TypeVar("T")
+Answer = TypeVar("Answer", bound=BaseModel)
+
+Which = schemas.Percent | Literal["latest"]
+"""A checkpoint of a job: its percent, or the newest."""
+
+Config = JobConfig | Mapping[str, Any]
+"""What to change of the reference run."""
+
+
+@dataclass(frozen=True)
+class Call(Generic[T]):
+    """One request, and what its answer means."""
+
+    method: Literal["GET", "POST", "PATCH", "DELETE"]
+    path: str
+    read: Callable[[httpx.Response], T]
+    """From the body of a response below 400 to the result."""
+
+    params: Mapping[str, str | int | bool | None] = field(default_factory=dict)
+    body: Mapping[str, Any] | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+    repeatable: bool = True
+    """Whether sending it twice is the same as sending it once: then a lost answer may be asked for again."""
+
+    read_seconds: float | None = None
+    """Seconds without a byte of the answer that are still in order; None is the client's own setting."""
+
+    def request(self, http: httpx.Client | httpx.AsyncClient) -> httpx.Request:
+        """The request, with the base address, key and time-outs of `http`."""
+        timeout = http.timeout if self.read_seconds is None else httpx.Timeout(http.timeout, read=self.read_seconds)
+        return http.build_request(
+            self.method,
+            self.path,
+            params={name: value for name, value in self.params.items() if value is not None},
+            json=self.body,
+            headers=dict(self.headers),
+            timeout=timeout,
+        )
+
+    def answer(self, response: httpx.Response) -> T:
+        """The result of a response whose body has been read; raises `Problem` or `UnexpectedAnswer`."""
+        check(response)
+        return self.read(response)
+
+
+def check(response: httpx.Response) -> None:
+    """Raise what a response that is no success means; the body of an error must have been read."""
+    if response.is_error:
+        raise problem_of(response)
+    if not response.is_success:
+        raise UnexpectedAnswer(f"{response.request.url} answered {response.status_code}, which no route here does")
+
+
+def submit(
+    text: str,
+    config: Config | None = None,
+    *,
+    name: str | None = None,
+    tags: Mapping[str, str] | None = None,
+    priority: int = 0,
+    run_at: datetime | None = None,
+    idempotency_key: str | None = None,
+) -> Call[schemas.JobView]:
+    """Train a model on `text`. Without a key of your own each call gets one, so that a retry never submits twice."""
+    return Call(
+        "POST",
+        "/jobs",
+        _model(schemas.JobView),
+        body=_submission(text, config, name, tags, priority, run_at),
+        headers={"Idempotency-Key": idempotency_key or uuid4().hex},
+    )
+
+
+def estimate(text: str, config: Config | None = None) -> Call[schemas.Estimate]:
+    """What the job would be: its size, steps and warnings. Nothing is submitted."""
+    body = _submission(text, config, None, None, 0, None)
+    return Call("POST", "/jobs", _model(schemas.Estimate), params={"dry_run": True}, body=body)
+
+
+def list_jobs(
+    *, status: str | None = None, tag: str | None = None, limit: int | None = None, cursor: str | None = None
+) -> Call[schemas.Page[schemas.JobView]]:
+    """A page of jobs, newest first; `tag` is `key` or `key:value`."""
+    params = {"status": status, "tag": tag, "limit": limit, "cursor": cursor}
+    return Call("GET", "/jobs", _model(schemas.Page[schemas.JobView]), params=params)
+
+
+def get_job(job_id: str) -> Call[schemas.JobView]:
+    """The job as it is now."""
+    return Call("GET", _job(job_id), _model(schemas.JobView))
+
+
+def update(job_id: str, *, name: str | None = None, tags: Mapping[str, str] | None = None) -> Call[schemas.JobView]:
+    """Change the name or the tags; what is None stays."""
+    changes: dict[str, Any] = {"name": name, "tags": None if tags is None else dict(tags)}
+    body = {key: value for key, value in changes.items() if value is not None}
+    return Call("PATCH", _job(job_id), _model(schemas.JobView), body=body)
+
+
+def text(job_id: str) -> Call[str]:
+    """The training text."""
+    return Call("GET", _job(job_id, "text"), _text)
+
+
+def cancel(job_id: str) -> Call[schemas.JobView]:
+    """Ask the job to stop for good; its checkpoints stay."""
+    return Call("POST", _job(job_id, "cancel"), _model(schemas.JobView))
+
+
+def pause(job_id: str) -> Call[schemas.JobView]:
+    """Ask the job to stop until it is resumed."""
+    return Call("POST", _job(job_id, "pause"), _model(schemas.JobView))
+
+
+def resume(job_id: str) -> Call[schemas.JobView]:
+    """Let a paused job go on where it stopped."""
+    return Call("POST", _job(job_id, "resume"), _model(schemas.JobView))
+
+
+def delete(job_id: str) -> Call[None]:
+    """Delete a finished job and its files. Not repeatable: the second answer would be that there is no such job."""
+    return Call("DELETE", _job(job_id), lambda response: None, repeatable=False)
+
+
+def metrics(job_id: str, *, points: int | None = None, tokens: bool = True) -> Call[schemas.Metrics]:
+    """Figures of each checkpoint, and the step series in at most `points` entries that keep its extremes."""
+    params = {"points": points, "tokens": None if tokens else False}
+    return Call("GET", _job(job_id, "metrics"), _model(schemas.Metrics), params=params)
+
+
+def metrics_csv(job_id: str) -> Call[str]:
+    """The step series as CSV."""
+    return Call("GET", _job(job_id, "metrics.csv"), _text)
+
+
+def checkpoints(job_id: str) -> Call[list[schemas.CheckpointView]]:
+    """The recorded checkpoints, by percent, with their files."""
+    read = _model(schemas.Listing[schemas.CheckpointView])
+    return Call("GET", _job(job_id, "checkpoints"), lambda response: read(response).data)
+
+
+def checkpoint(job_id: str, which: Which = "latest") -> Call[schemas.CheckpointView]:
+    """One recorded checkpoint, with its files."""
+    return Call("GET", _job(job_id, "checkpoints", str(which)), _model(schemas.CheckpointView))
+
+
+def reconstruction(
+    job_id: str, which: Which = "latest", *, start: int = 0, count: int | None = None
+) -> Call[schemas.ReconstructionPage]:
+    """Targets of a checkpoint's reconstruction, from index `start`."""
+    path = _job(job_id, "checkpoints", str(which), "reconstruction")
+    return Call("GET", path, _model(schemas.ReconstructionPage), params={"from": start, "count": count})
+
+
+def download(job_id: str, percent: int, name: str) -> Call[bytes]:
+    """A file of a checkpoint; the clients read it as a stream."""
+    path = _job(job_id, "checkpoints", str(percent), "files", name)
+    return Call("GET", path, lambda response: response.content)
+
+
+def events(job_id: str, last_event_id: str | None) -> Call[bytes]:
+    """The job's events after `last_event_id`, a stream. The service sends a ping every 15 seconds."""
+    headers = {"Accept": "text/event-stream", "Cache-Control": "no-store"}
+    if last_event_id is not None:
+        headers["Last-Event-ID"] = last_event_id
+    return Call("GET", _job(job_id, "events"), lambda response: response.content, headers=headers, read_seconds=45)
+
+
+def generate(
+    job_id: str, /, prompt: str, checkpoint: Which = "latest", **sampling: Any
+) -> Call[schemas.GenerateResponse]:
+    """Continue `prompt` from a checkpoint; `sampling` are the other fields of `GenerateRequest`."""
+    body = {"job_id": job_id, "checkpoint": checkpoint, "prompt": prompt, **sampling}
+    read = _model(schemas.GenerateResponse)
+    return Call("POST", "/generate", read, body=body, repeatable=False, read_seconds=600)
+
+
+def workers() -> Call[list[schemas.WorkerView]]:
+    """The workers, as they last reported themselves."""
+    read = _model(schemas.Listing[schemas.WorkerView])
+    return Call("GET", "/workers", lambda response: read(response).data)
+
+
+def health() -> Call[schemas.Health]:
+    """Whether the service answers at all."""
+    return Call("GET", "/healthz", _model(schemas.Health))
+
+
+def readiness() -> Call[schemas.Readiness]:
+    """Whether the service can take jobs; raises `Unavailable` while it cannot."""
+    return Call("GET", "/readyz", _model(schemas.Readiness))
+
+
+def _job(job_id: str, *parts: str) -> str:
+    return "/".join(["/jobs", *(quote(part, safe="") for part in (job_id, *parts))])
+
+
+def _submission(
+    text: str,
+    config: Config | None,
+    name: str | None,
+    tags: Mapping[str, str] | None,
+    priority: int,
+    run_at: datetime | None,
+) -> dict[str, Any]:
+    """The body of `POST /jobs` without what is left at its default. The service checks it, so there is one judge."""
+    changed = config.model_dump(mode="json", exclude_unset=True) if isinstance(config, JobConfig) else config
+    body: dict[str, Any] = {"text": text}
+    if changed:
+        body["config"] = dict(changed)
+    if name is not None:
+        body["name"] = name
+    if tags:
+        body["tags"] = dict(tags)
+    if priority:
+        body["priority"] = priority
+    if run_at is not None:
+        body["run_at"] = run_at.isoformat()
+    return body
+
+
+def _model(kind: type[Answer]) -> Callable[[httpx.Response], Answer]:
+    def read(response: httpx.Response) -> Answer:
+        try:
+            return kind.model_validate_json(response.content)
+        except ValidationError as error:
+            raise UnexpectedAnswer(
+                f"{response.request.url} did not answer a {kind.__name__}: another program, or another version"
+            ) from error
+
+    return read
+
+
+def _text(response: httpx.Response) -> str:
+    return response.content.decode()

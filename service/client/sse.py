@@ -1,0 +1,62 @@
+"""Server-sent events: the bytes of a stream to events, as the WHATWG standard reads them.
+
+Knows no job and no connection. `httpx`'s own line iterator is not used: it also splits at U+2028 and its kin, which
+JSON carries unescaped.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+_LINE_END = re.compile(rb"\r\n|\n|\r")
+
+
+@dataclass(frozen=True)
+class ServerSentEvent:
+    """One dispatched event."""
+
+    event: str
+    data: str
+    id: str | None
+    """Of this very event; None when it carries none."""
+
+
+class EventDecoder:
+    """Takes the stream's bytes as they come and gives each event once its closing blank line is there."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self._event = ""
+        self._data: list[str] = []
+        self._id: str | None = None
+
+    def feed(self, chunk: bytes) -> Iterator[ServerSentEvent]:
+        """The events that `chunk` completes."""
+        buffer = self._rest + chunk
+        # A carriage return at the very end may be half of a pair: it waits for the next chunk.
+        held = b"\r" if buffer.endswith(b"\r") else b""
+        *lines, rest = _LINE_END.split(buffer[: len(buffer) - len(held)])
+        self._rest = rest + held
+        for line in lines:
+            event = self._line(line.decode())
+            if event is not None:
+                yield event
+
+    def _line(self, line: str) -> ServerSentEvent | None:
+        if not line:
+            return self._dispatch()
+        field, _, value = line.partition(":")
+        value = value.removeprefix(" ")
+        match field:
+            case "event":
+                self._event = value
+            case "data":
+                self._data.append(value)
+            case "id":
+                self._id = value
+        return None  # a comment (a ping), or a field that this reader has no use for
+
+    def _dispatch(self) -> ServerSentEvent | None:
+        event = ServerSentEvent(self._event or "message", "\n".join(self._data), self._id) if self._data else None
+        self._event, self._data, self._id = "", [], None
+        return event
