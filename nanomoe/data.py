@@ -33,6 +33,12 @@ class Windows:
         self.length = min(n, block_size)
         self._offsets_T = torch.arange(self.length, device=tokens_N.device)
 
+    @property
+    def tokens(self) -> list[int]:
+        """The text's token ids."""
+        ids: list[int] = self._tokens[:-1].tolist()
+        return ids
+
     def start(self, window: int) -> int:
         """The position in the text of the window's first token."""
         return max(0, min(window * self.length, self._n_tokens - 1 - self.length))

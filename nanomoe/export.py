@@ -1,0 +1,87 @@
+"""A checkpoint as other programs want it: a folder that transformers opens.
+
+A dense checkpoint is exactly a `GPT2LMHeadModel` whose Linear weights are transposed (GPT-2's are Conv1D, input first),
+whose missing biases are zero, and whose activation is the exact GELU.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from nanomoe import checkpoint
+from nanomoe.config import ModelConfig
+from nanomoe.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from transformers import GPT2LMHeadModel
+
+_TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
+
+class NotExportable(ValueError):
+    """The checkpoint has no equal in the format that was asked for."""
+
+    code = "not_exportable"
+
+
+def gpt2_weights(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """The state of a `GPT2LMHeadModel` that computes what a dense GPT with these weights computes."""
+    state = {
+        name: weight.T.contiguous() if name.endswith(_TRANSPOSED) else weight for name, weight in weights.items()
+    }
+    if not config.bias:
+        C = config.n_embd
+        widths = {"ln_1": C, "ln_2": C, "attn.c_attn": 3 * C, "attn.c_proj": C, "mlp.c_fc": 4 * C, "mlp.c_proj": C}
+        dtype = state["transformer.wte.weight"].dtype
+        state["transformer.ln_f.bias"] = torch.zeros(C, dtype=dtype)
+        for layer in range(config.n_layer):
+            for name, width in widths.items():
+                state[f"transformer.h.{layer}.{name}.bias"] = torch.zeros(width, dtype=dtype)
+    return state | {"lm_head.weight": state["transformer.wte.weight"]}
+
+
+def gpt2_model(weights: Mapping[str, Tensor], config: ModelConfig) -> "GPT2LMHeadModel":
+    """A `GPT2LMHeadModel`, in evaluation mode and of the weights' type, that computes what our GPT computes.
+
+    Raises:
+        NotExportable: the config has a mixture of experts, which no architecture inside transformers has in this form.
+    """
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    if config.use_moe:
+        raise NotExportable("GPT2LMHeadModel has no mixture of experts")
+    wte = weights["transformer.wte.weight"]
+    theirs: dict[str, Any] = {
+        "vocab_size": wte.shape[0],
+        "n_positions": config.block_size,
+        "n_embd": config.n_embd,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "activation_function": "gelu",
+        "layer_norm_epsilon": 1e-5,
+        "resid_pdrop": config.dropout,
+        "embd_pdrop": config.dropout,
+        "attn_pdrop": config.dropout,
+        # The bundled tokenizer has no special tokens; GPT-2's defaults would lie outside its vocabulary.
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    model = GPT2LMHeadModel(GPT2Config(**theirs)).to(wte.dtype).eval()
+    model.load_state_dict(gpt2_weights(weights, config))
+    return model
+
+
+def export_hf(folder: Path, to: Path) -> None:
+    """Write the checkpoint in `folder` as `to`, which `AutoModelForCausalLM` and `AutoTokenizer` open.
+
+    Raises:
+        NotExportable: see `gpt2_model`.
+    """
+    model = gpt2_model(checkpoint.load_weights(folder), checkpoint.read_config(folder))
+    to.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(to)
+    for name, content in Tokenizer.load(folder).files().items():
+        (to / name).write_bytes(content)

@@ -1,0 +1,52 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanomoe.config import JobConfig
+from nanomoe.plan import PERCENTS, Plan, TextTooShort
+
+
+def test_the_reference_run_records_its_quarters_at_125_250_375_and_500() -> None:
+    assert Plan.of(JobConfig(), 87).quarters == {0: 0, 125: 25, 250: 50, 375: 75, 500: 100}
+
+
+def test_quarters_that_share_a_step_keep_the_highest_percent() -> None:
+    assert Plan.of(JobConfig(epochs=1), 50).quarters == {0: 0, 1: 100}
+    assert Plan.of(JobConfig(epochs=2), 50).quarters == {0: 0, 1: 50, 2: 100}
+    assert Plan.of(JobConfig(epochs=3), 50).quarters == {0: 0, 1: 25, 2: 50, 3: 100}
+
+
+def test_max_steps_ends_a_plan_in_the_middle_of_an_epoch() -> None:
+    plan = Plan.of(JobConfig(batch_size=2, gradient_accumulation_steps=2, epochs=10, max_steps=7), 1000)
+    assert (plan.n_windows, plan.steps_per_epoch, plan.total_steps) == (10, 3, 7)
+    assert [plan.epoch_of(step) for step in (0, 1, 3, 4, 7)] == [0, 1, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("n_tokens", "windows"), [(2, 1), (100, 1), (101, 1), (102, 2), (201, 2), (202, 3)])
+def test_a_text_that_fits_the_context_is_one_window_and_a_longer_one_is_cut(n_tokens: int, windows: int) -> None:
+    assert Plan.of(JobConfig(block_size=100), n_tokens).n_windows == windows
+
+
+def test_at_least_two_tokens_are_held_out_and_at_least_two_are_trained_on() -> None:
+    assert Plan.of(JobConfig(val_fraction=0.01), 87).n_val_tokens == 2
+    assert Plan.of(JobConfig(val_fraction=0.25), 87).n_val_tokens == 21
+    with pytest.raises(TextTooShort, match="the text has 3, of which val_fraction 0.1 holds out 2"):
+        Plan.of(JobConfig(val_fraction=0.1), 3)
+    with pytest.raises(TextTooShort, match="the text has 1"):
+        Plan.of(JobConfig(), 1)
+
+
+@given(st.integers(1, 40), st.integers(2, 5000), st.integers(1, 64), st.integers(1, 5), st.integers(1, 5))
+def test_a_plan_always_starts_at_0_and_ends_at_100_percent(
+    epochs: int, n_tokens: int, block_size: int, batch_size: int, accumulation: int
+) -> None:
+    config = JobConfig(
+        epochs=epochs, block_size=block_size, batch_size=batch_size, gradient_accumulation_steps=accumulation
+    )
+    plan = Plan.of(config, n_tokens)
+    quarters = plan.quarters
+    assert quarters[0] == 0
+    assert quarters[plan.total_steps] == 100
+    assert list(quarters) == sorted(quarters)
+    assert set(quarters.values()) <= set(PERCENTS)
+    assert list(quarters.values()) == sorted(quarters.values())
