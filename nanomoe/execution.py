@@ -8,7 +8,9 @@ from typing import Literal, Self
 
 import torch
 
-from nanomoe.config import ModelConfig, Strict, TrainConfig
+from nanomoe.config import JobConfig, Strict
+from nanomoe.moe import choose_expert_path
+from nanomoe.plan import n_windows
 
 
 class DeviceUnavailable(RuntimeError):
@@ -48,17 +50,25 @@ class Execution(Strict):
     """The library that computed it."""
 
     @classmethod
-    def decide(cls, config: "ModelConfig", train: TrainConfig, device: str, expert_path: str | None) -> Self:
+    def decide(cls, config: JobConfig, device: str, *, n_tokens: int) -> Self:
         """The execution of a job that starts now on `device` (`auto`, `cpu`, `cuda` or `cuda:N`).
+
+        `n_tokens` is the length of the text: with the batch size it decides how experts are computed.
 
         Raises:
             DeviceUnavailable: a GPU was asked for and there is none.
         """
         chosen = find_device(device)
         on_gpu = chosen.type == "cuda"
-        precision = train.precision
+        precision = config.precision
         if precision == "auto":
             precision = "bfloat16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+        expert_path = None
+        if config.use_moe:
+            windows = min(config.batch_size, n_windows(n_tokens, config.block_size))
+            rows = windows * min(n_tokens, config.block_size)
+            dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+            expert_path, _ = choose_expert_path(config, rows, chosen, dtype)
         return cls(
             device="cuda" if on_gpu else "cpu",
             device_name=torch.cuda.get_device_name(chosen) if on_gpu else "cpu",
@@ -67,7 +77,7 @@ class Execution(Strict):
             instruction_set=torch.backends.cpu.get_cpu_capability(),
             path="eager",
             expert_path=expert_path,
-            deterministic=train.deterministic or not on_gpu,
+            deterministic=config.deterministic or not on_gpu,
             torch_version=torch.__version__,
         )
 
