@@ -11,21 +11,25 @@ FITS := import sys, venv, ensurepip; sys.exit(not ((3, 11) <= sys.version_info <
 TEST_ARGS ?= -n auto --maxprocesses 4
 
 # A virtual environment is bound to its path: after the folder was moved or copied, it is made anew.
-STAMP := .venv/installed
-ifneq ($(shell cat $(STAMP) 2>/dev/null),$(realpath .venv))
-.PHONY: $(STAMP)
+RUN := .venv/installed
+DEV := .venv/installed-dev
+ifneq ($(shell cat $(RUN) 2>/dev/null),$(realpath .venv))
+.PHONY: $(RUN)
 endif
+
+# Bytecode is written at first import: compiling all that comes with torch takes longer than the rest of the install.
+INSTALL := .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
 .PHONY: help setup demo serve test check readme clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' Makefile | expand -t 16
 
-setup: $(STAMP) ## make .venv with everything in it; quick when nothing changed
+setup: $(DEV) ## make .venv with everything in it; quick when nothing changed
 
-$(STAMP): pyproject.toml constraints.txt
+$(RUN): pyproject.toml constraints.txt
 	@set -e; \
-	if ! .venv/bin/python -c '$(FITS)' 2>/dev/null || [ "$$(cat $(STAMP) 2>/dev/null)" != "$(realpath .venv)" ]; then \
+	if ! .venv/bin/python -c '$(FITS)' 2>/dev/null || [ "$$(cat $(RUN) 2>/dev/null)" != "$(realpath .venv)" ]; then \
 	  found=; \
 	  for candidate in "$(PYTHON)" python3 python3.13 python3.12 python3.11 python3.14; do \
 	    if [ -n "$$candidate" ] && "$$candidate" -c '$(FITS)' 2>/dev/null; then found=$$candidate; break; fi; \
@@ -39,7 +43,6 @@ $(STAMP): pyproject.toml constraints.txt
 	    elif command -v dnf >/dev/null; then echo "  sudo dnf install -y python3.13"; \
 	    elif command -v pacman >/dev/null; then echo "  sudo pacman -S --needed python"; \
 	    elif command -v zypper >/dev/null; then echo "  sudo zypper install -y python313"; \
-	    elif command -v apk >/dev/null; then echo "  nothing on this musl system: torch has no build for it"; \
 	    elif [ "$$(uname)" = Darwin ]; then echo "  the installer from https://www.python.org/downloads/"; \
 	    else echo "  your system's package manager"; fi; \
 	    echo "then run make again, or name an interpreter: make setup PYTHON=/path/to/python3"; \
@@ -47,24 +50,30 @@ $(STAMP): pyproject.toml constraints.txt
 	  fi; \
 	  "$$found" -m venv --clear .venv; \
 	fi; \
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'; \
-	(cd .venv && pwd -P) > $(STAMP)
+	echo "Installing into .venv, once: a minute or two, and longer where torch has to be downloaded ..." >&2; \
+	$(INSTALL) -e .; \
+	(cd .venv && pwd -P) > $(RUN)
 
-demo: setup ## train the example text, show its quarters, generate, stop
+$(DEV): $(RUN)
+	@echo "Installing the tools for tests and checks ..." >&2
+	@$(INSTALL) -e '.[dev]'
+	@touch $(DEV)
+
+demo: $(RUN) ## train the example text, show its quarters, generate, stop
 	@.venv/bin/nanomoe demo
 
-serve: setup ## API and worker until Ctrl-C
+serve: $(RUN) ## API and worker until Ctrl-C
 	@.venv/bin/nanomoe serve
 
-test: setup ## every test
+test: $(DEV) ## every test
 	.venv/bin/python -m pytest $(TEST_ARGS)
 
-check: setup ## lint, format, types
+check: $(DEV) ## lint, format, types
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-readme: setup ## write the README's tables from the classes
+readme: $(DEV) ## write the README's tables from the classes
 	.venv/bin/python tests/test_readme.py
 
 clean: ## remove what was built here; data/ stays
