@@ -1,0 +1,126 @@
+"""Word of every commit, whoever made it: what wakes idle workers, long polls and event streams without their polling.
+
+SQLite: `PRAGMA data_version` on a connection of its own, every 20 ms. PostgreSQL: LISTEN. Knows no table.
+"""
+
+import logging
+import select
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from sqlalchemy.engine import Engine
+
+log = logging.getLogger(__name__)
+
+CHANNEL = "nanomoe"
+POLL_SECONDS = 0.02
+RETRY_SECONDS = 1.0
+
+Source = Callable[[threading.Event], Iterator[bool]]
+"""Yields whether something changed since the last time, often enough that a stop is noticed within a quarter second."""
+
+
+class Changes:
+    """Counts commits seen in one background thread, which starts with the first question. Thread-safe."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._number = 0
+        self._condition = threading.Condition()
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._callbacks: dict[object, Callable[[], None]] = {}
+
+    @property
+    def number(self) -> int:
+        """How many changes were seen so far. Read it before you look at the tables, then wait for another."""
+        self._watch()
+        with self._condition:
+            return self._number
+
+    def wait(self, timeout: float, since: int | None = None) -> int:
+        """Wait at most `timeout` seconds until `number` is not `since` (None: not what it is now); returns it."""
+        self._watch()
+        with self._condition:
+            before = self._number if since is None else since
+            self._condition.wait_for(lambda: self._number != before or self._stop.is_set(), timeout)
+            return self._number
+
+    def subscribe(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """Call `callback` from the watching thread after every change; it must not block. Returns the unsubscriber."""
+        self._watch()
+        key = object()
+        with self._condition:
+            self._callbacks[key] = callback
+
+        def unsubscribe() -> None:
+            with self._condition:
+                self._callbacks.pop(key, None)
+
+        return unsubscribe
+
+    def close(self) -> None:
+        """Stop watching; whoever waits is woken."""
+        self._stop.set()
+        with self._condition:
+            self._condition.notify_all()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def _watch(self) -> None:
+        with self._condition:
+            if self._thread is None and not self._stop.is_set():
+                self._thread = threading.Thread(target=self._run, name="nanomoe-changes", daemon=True)
+                self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            try:
+                for changed in self._source(self._stop):
+                    if changed:
+                        self._tell()
+                    if self._stop.is_set():
+                        return
+            except Exception as error:
+                # Whatever the driver raises, the database may be away: say so, try again, and count the gap as a
+                # change, because one may have been missed.
+                log.warning("cannot watch the database for changes, trying again: %s", error)
+                self._stop.wait(RETRY_SECONDS)
+                self._tell()
+
+    def _tell(self) -> None:
+        with self._condition:
+            self._number += 1
+            self._condition.notify_all()
+            callbacks = list(self._callbacks.values())
+        for callback in callbacks:
+            callback()
+
+
+def watch_sqlite(driver: ModuleType, file: Path, stop: threading.Event) -> Iterator[bool]:
+    """A Source over a SQLite file: `data_version` differs once another connection has committed."""
+    with closing(
+        driver.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True, check_same_thread=False)
+    ) as connection:
+        seen = None
+        while True:
+            (version,) = connection.execute("PRAGMA data_version").fetchone()
+            yield version != seen
+            seen = version
+            stop.wait(POLL_SECONDS)
+
+
+def listen_to_postgresql(engine: Engine, stop: threading.Event) -> Iterator[bool]:
+    """A Source over a connection of its own that listens for the notification of every writing transaction."""
+    arguments, options = engine.dialect.create_connect_args(engine.url)
+    connection: Any = engine.dialect.connect(*arguments, **options, autocommit=True, connect_timeout=5)
+    with closing(connection):
+        connection.execute(f"LISTEN {CHANNEL}")
+        yield True
+        while True:
+            select.select([connection], [], [], 0.2)
+            yield bool(list(connection.notifies(timeout=0)))

@@ -1,0 +1,121 @@
+"""What can go wrong, as exceptions with a stable code. Knows no HTTP framework: one handler of the API turns them into
+`application/problem+json`, and the worker reads the same classes.
+
+    Exception
+    +-- ServiceError                 a request that gets an answer with `status` and `code`
+    |   +-- Unauthorized             401  key_required, key_unknown
+    |   +-- Forbidden                403  origin_not_allowed, host_not_allowed
+    |   +-- NotFound                 404  job_not_found, text_not_found, checkpoint_not_found, file_not_found, ...
+    |   +-- Conflict                 409  job_not_finished, has_dependents, no_checkpoint_yet, not_cancellable, ...
+    |   +-- TooLarge                 413  body_too_large, text_too_large
+    |   +-- Invalid                  422  invalid_request, invalid_text, idempotency_key_reused, job_too_large, ...
+    |   +-- TooManyRequests          429  queue_full, generation_queue_full
+    |   +-- Unavailable              503  generation_unavailable, ...
+    |   |   +-- DatabaseUnavailable       database_unavailable
+    |   |   +-- SchemaMismatch            schema_mismatch
+    |   +-- StorageFull              507  storage_full
+    +-- LeaseLost                    the job is no longer this worker's: kill the trainer, write nothing
+    +-- StartRefused                 this process must not start; its text says why and what to do
+"""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+
+class ServiceError(Exception):
+    """An answer of RFC 9457: `status` and `title` belong to the class, `code` and `detail` to the occasion."""
+
+    status: ClassVar[int] = 500
+    title: ClassVar[str] = "Error"
+
+    def __init__(
+        self,
+        code: str,
+        detail: str,
+        *,
+        errors: Sequence[dict[str, Any]] = (),
+        retry_after: float | None = None,
+    ) -> None:
+        """`errors`: `{"loc": [...], "msg": ...}` of each faulty field. `retry_after`: seconds, for the header."""
+        super().__init__(detail)
+        self.code = code
+        self.detail = detail
+        self.errors = list(errors)
+        self.retry_after = retry_after
+
+
+class Unauthorized(ServiceError):
+    status = 401
+    title = "A valid key is needed"
+
+
+class Forbidden(ServiceError):
+    status = 403
+    title = "Not allowed"
+
+
+class NotFound(ServiceError):
+    status = 404
+    title = "Not found"
+
+
+class Conflict(ServiceError):
+    status = 409
+    title = "The state forbids it"
+
+
+class TooLarge(ServiceError):
+    status = 413
+    title = "Too large"
+
+
+class Invalid(ServiceError):
+    status = 422
+    title = "The request is not valid"
+
+
+class TooManyRequests(ServiceError):
+    status = 429
+    title = "Too many requests"
+
+
+class Unavailable(ServiceError):
+    status = 503
+    title = "Unavailable for now"
+
+
+class DatabaseUnavailable(Unavailable):
+    """The database is out of reach, locked for too long, or ended the transaction. Nothing was written, except that a
+    connection which broke during a commit leaves its outcome unknown."""
+
+    def __init__(self, detail: str, *, retry_after: float = 5) -> None:
+        super().__init__("database_unavailable", detail, retry_after=retry_after)
+
+
+class SchemaMismatch(Unavailable):
+    """The database is at another schema revision than this code: wait for the API to migrate, or update this code."""
+
+    def __init__(self, found: str | None, wanted: str) -> None:
+        super().__init__(
+            "schema_mismatch",
+            f"the database is at schema revision {found}, this code is written for {wanted}",
+            retry_after=5,
+        )
+
+
+class StorageFull(ServiceError):
+    """The disk of the database is full. Nothing was written; reading goes on."""
+
+    status = 507
+    title = "The disk is full"
+
+    def __init__(self, detail: str) -> None:
+        super().__init__("storage_full", detail)
+
+
+class LeaseLost(Exception):
+    """The job was claimed by another worker, ended or put back: whoever gets this owns it no longer."""
+
+
+class StartRefused(Exception):
+    """Starting would risk data; the text says why, and what to do."""

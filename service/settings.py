@@ -1,0 +1,133 @@
+"""Every setting of the API and the worker, read from `NANOMOE_...` variables and from `.env`.
+
+Declared once; the README's table is made from these fields and the texts under them. Knows no HTTP, no torch and no
+database connection.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+MIB = 1024**2
+GIB = 1024**3
+
+CommaSeparated = Annotated[tuple[str, ...], NoDecode]
+
+
+class Settings(BaseSettings):
+    """One process's settings. `Settings()` reads the environment; keyword arguments win over it.
+
+    Raises pydantic's ValidationError with the name of the variable that is wrong.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix="NANOMOE_",
+        env_file=".env",
+        env_file_encoding="utf-8",
+        extra="ignore",
+        frozen=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+    )
+
+    data_dir: Path = Path("data")
+    """Folder of the job files and of the SQLite database; API and workers must see the same one."""
+
+    database_url: str = Field(default_factory=lambda given: f"sqlite:///{given['data_dir'] / 'nanomoe.db'}")
+    """`sqlite:///PATH` or `postgresql+psycopg://USER:PASSWORD@HOST/NAME`; the default is a file in the data folder."""
+
+    host: str = "127.0.0.1"
+    """Address that the API listens on. Any address but loopback needs keys, or `NANOMOE_ALLOW_NO_KEYS`."""
+
+    port: int = Field(8000, ge=0, le=65_535)
+    """TCP port of the API; 0 takes a free one and prints it."""
+
+    allowed_hosts: CommaSeparated = ()
+    """`Host` names to answer to beside loopback's own, separated by commas."""
+
+    allow_no_keys: bool = False
+    """Serve other addresses than loopback without keys: for a container whose port is published on loopback only."""
+
+    device: str = Field("auto", min_length=1)
+    """Where the worker trains: `auto` (the GPU if there is one), `cpu`, `cuda` or `cuda:N`."""
+
+    lease_seconds: float = Field(60, gt=0, le=86_400)
+    """How long a claimed job stays its worker's without a heartbeat."""
+
+    heartbeat_seconds: float = Field(default_factory=lambda given: given["lease_seconds"] / 6, gt=0, le=3_600)
+    """Time between a worker's heartbeats; a sixth of the lease unless set, a third at most."""
+
+    rescue_seconds: float = Field(default_factory=lambda given: given["lease_seconds"] / 4, gt=0, le=3_600)
+    """Time between two looks for jobs whose lease has passed; a quarter of the lease unless set."""
+
+    snapshot_seconds: float = Field(60, gt=0, le=86_400)
+    """Time between the rolling snapshots that a killed job resumes from."""
+
+    allow_hub: bool = False
+    """Let a job name a tokenizer of the Hugging Face hub, which is then downloaded."""
+
+    tokenizer_dir: Path | None = None
+    """Folder under which a job may name local tokenizer folders; unset allows none."""
+
+    max_text_bytes: int = Field(16 * MIB, ge=1, le=GIB)
+    """Largest training text, in bytes of UTF-8."""
+
+    max_params: int = Field(2_000_000_000, ge=1)
+    """Most parameters of a model."""
+
+    max_training_bytes: int = Field(64 * GIB, ge=1)
+    """Most memory that training may need, in bytes, by the arithmetic of weights, optimizer and activations."""
+
+    max_steps: int = Field(10_000_000, ge=1)
+    """Most optimizer steps of a job."""
+
+    max_queued: int = Field(10_000, ge=1)
+    """Most jobs that may wait at once; further submissions are refused with 429."""
+
+    engine_device: str = Field("cpu", min_length=1)
+    """Where `/generate` computes: the default leaves the GPU to training."""
+
+    engine_cache_bytes: int = Field(2 * GIB, ge=1)
+    """Bytes of loaded checkpoints that the generation process keeps; the least recently used leave first."""
+
+    engine_max_running: int = Field(64, ge=1, le=4096)
+    """Sequences that are generated at the same time."""
+
+    engine_max_waiting: int = Field(256, ge=0, le=65_536)
+    """Generation requests that may wait; further ones are refused with 429."""
+
+    engine_wait_seconds: float = Field(30, gt=0, le=3_600)
+    """Longest that a generation request waits for its first step before it is refused with 503."""
+
+    engine_max_new_tokens: int = Field(4096, ge=1, le=1_000_000)
+    """Most tokens of one generated text."""
+
+    log_format: Literal["console", "json"] = "console"
+    """How log lines are written to standard error."""
+
+    @field_validator("allowed_hosts", mode="before")
+    @classmethod
+    def _split(cls, given: Any) -> Any:
+        return tuple(part.strip() for part in given.split(",") if part.strip()) if isinstance(given, str) else given
+
+    @field_validator("data_dir")
+    @classmethod
+    def _absolute(cls, given: Path) -> Path:
+        return given.expanduser().absolute()
+
+    @field_validator("database_url")
+    @classmethod
+    def _known_database(cls, given: str) -> str:
+        if not given.startswith(("sqlite:///", "postgresql+psycopg://")):
+            raise ValueError("must start with sqlite:/// or postgresql+psycopg://")
+        return given
+
+    @field_validator("heartbeat_seconds")
+    @classmethod
+    def _beats_within_the_lease(cls, given: float, info: Any) -> float:
+        lease = info.data.get("lease_seconds")
+        if lease is not None and given > lease / 3:
+            raise ValueError(f"must be at most a third of NANOMOE_LEASE_SECONDS ({lease:g})")
+        return given

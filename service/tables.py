@@ -1,0 +1,307 @@
+"""The tables: what a row holds, what the database itself refuses, and which index serves which question.
+
+Knows no connection, no query and no HTTP. Times are microseconds since 1970 in the database (one arithmetic for SQLite
+and PostgreSQL) and aware UTC datetimes in Python. Rows are not validated here: SQLModel tables never are.
+"""
+
+import os
+import threading
+import time
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    CheckConstraint,
+    Column,
+    Dialect,
+    Float,
+    ForeignKey,
+    Index,
+    LargeBinary,
+    MetaData,
+    Table,
+    TypeDecorator,
+    text,
+)
+from sqlmodel import Field, SQLModel
+
+STATUSES = ("queued", "running", "paused", "succeeded", "failed", "cancelled")
+TERMINAL = ("succeeded", "failed", "cancelled")
+PERCENTS = (0, 25, 50, 75, 100)
+SERIES = ("train_loss", "lr", "grad_norm")
+"""The columns of the step series, in the order of its CSV."""
+
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+class UtcTime(TypeDecorator[datetime]):
+    """Microseconds since 1970 in the database, an aware UTC datetime in Python; a timedelta may be added to it."""
+
+    impl = BigInteger
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | timedelta | None, dialect: Dialect) -> int | None:
+        if value is None:
+            return None
+        return (value - EPOCH if isinstance(value, datetime) else value) // timedelta(microseconds=1)
+
+    def process_result_value(self, value: int | None, dialect: Dialect) -> datetime | None:
+        return None if value is None else EPOCH + timedelta(microseconds=value)
+
+
+class Row(SQLModel):
+    """What all tables share: names of constraints that a migration can refer to."""
+
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(column_0_label)s",
+            "uq": "uq_%(table_name)s_%(column_0_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+
+
+def _json(*, nullable: bool = False) -> Column[Any]:
+    return Column(JSON(none_as_null=True), nullable=nullable)
+
+
+def _job_key() -> Column[Any]:
+    return Column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+
+
+_last_id = 0
+_id_lock = threading.Lock()
+
+
+def new_id() -> str:
+    """A UUIDv7 (RFC 9562, 32 hex digits), sortable by time and strictly increasing within this process."""
+    global _last_id
+    with _id_lock:
+        milliseconds, nanoseconds = divmod(time.time_ns(), 1_000_000)
+        stamp = milliseconds << 12 | (nanoseconds << 12) // 1_000_000
+        _last_id = max(stamp, _last_id + 1)
+        stamp = _last_id
+    random = int.from_bytes(os.urandom(8)) >> 2
+    return f"{(stamp >> 12) << 80 | 0x7 << 76 | (stamp & 0xFFF) << 64 | 0b10 << 62 | random:032x}"
+
+
+class Text(Row, table=True):
+    """A training text, held once however many jobs train on it."""
+
+    __tablename__ = "texts"
+
+    sha256: str = Field(primary_key=True)
+    """Of the UTF-8 bytes."""
+
+    n_bytes: int = Field(sa_type=BigInteger)
+    content: bytes = Field(sa_type=LargeBinary)
+    """UTF-8; bytes and not text, because PostgreSQL's text cannot hold the character NUL."""
+
+    created_at: datetime = Field(sa_type=UtcTime)
+
+
+class Job(Row, table=True):
+    """A job, its place in the queue, and who owns it."""
+
+    __tablename__ = "jobs"
+    __table_args__ = (
+        CheckConstraint(f"status IN ({', '.join(repr(status) for status in STATUSES)})", name="status"),
+        CheckConstraint(
+            f"(status IN ({', '.join(repr(status) for status in TERMINAL)})) = (finished_at IS NOT NULL)",
+            name="finished",
+        ),
+        CheckConstraint("(status = 'running') = (lease_until IS NOT NULL)", name="leased"),
+        CheckConstraint("status <> 'running' OR worker_id IS NOT NULL", name="owned"),
+        CheckConstraint("fence >= 0 AND attempt >= 0 AND crashes >= 0 AND event_seq >= 0", name="counts"),
+        Index("ix_jobs_claim", text("priority DESC"), "run_at", "id",
+              sqlite_where=text("status = 'queued'"), postgresql_where=text("status = 'queued'")),
+        Index("ix_jobs_lease", "lease_until",
+              sqlite_where=text("status = 'running'"), postgresql_where=text("status = 'running'")),
+        Index("ix_jobs_status", "status", "id"),
+        Index("ix_jobs_text", "text_sha256"),
+        Index("ix_jobs_parent", "parent_id"),
+        Index("ix_jobs_idempotency", "owner", "idempotency_key", unique=True,
+              sqlite_where=text("idempotency_key IS NOT NULL"), postgresql_where=text("idempotency_key IS NOT NULL")),
+    )  # fmt: skip
+
+    id: str = Field(default_factory=new_id, primary_key=True)
+    owner: str = ""
+    """Whose key submitted it; empty where no keys are used."""
+
+    name: str | None = None
+    tags: dict[str, str] = Field(default_factory=dict, sa_column=_json())
+    status: str = "queued"
+    status_reason: str | None = None
+    """Why it is paused or waits."""
+
+    priority: int = 0
+    """Higher goes first."""
+
+    run_at: datetime = Field(sa_type=UtcTime)
+    """Not claimed before; among equal priorities the earliest goes first."""
+
+    created_at: datetime = Field(sa_type=UtcTime)
+    started_at: datetime | None = Field(default=None, sa_type=UtcTime)
+    """Of the first attempt."""
+
+    finished_at: datetime | None = Field(default=None, sa_type=UtcTime)
+    fence: int = 0
+    """Grows with every claim: a write under an older one is refused."""
+
+    attempt: int = 0
+    crashes: int = 0
+    """Abnormal ends since the last new checkpoint."""
+
+    worker_id: str | None = None
+    """The worker boot that runs it, or ran it last."""
+
+    lease_until: datetime | None = Field(default=None, sa_type=UtcTime)
+    lease_seconds: float | None = Field(default=None, sa_type=Float)
+    """The length its owner asked for, by which a lease too far ahead is told."""
+
+    cancel_requested_at: datetime | None = Field(default=None, sa_type=UtcTime)
+    pause_requested_at: datetime | None = Field(default=None, sa_type=UtcTime)
+    config: dict[str, Any] = Field(sa_column=_json())
+    """The complete JobConfig."""
+
+    execution: dict[str, Any] | None = Field(default=None, sa_column=_json(nullable=True))
+    """Decided at the first start, used by every later attempt."""
+
+    progress: dict[str, Any] = Field(default_factory=dict, sa_column=_json())
+    text_sha256: str = Field(foreign_key="texts.sha256")
+    text_n_bytes: int = Field(sa_type=BigInteger)
+    n_tokens: int | None = Field(default=None, sa_type=BigInteger)
+    total_steps: int | None = Field(default=None, sa_type=BigInteger)
+    n_params: int | None = Field(default=None, sa_type=BigInteger)
+    n_active_params: int | None = Field(default=None, sa_type=BigInteger)
+    training_bytes: int | None = Field(default=None, sa_type=BigInteger)
+    """Memory that training needs; a worker with less does not claim the job. Null fits every worker."""
+
+    warnings: list[dict[str, Any]] = Field(default_factory=list, sa_column=_json())
+    error: dict[str, Any] | None = Field(default=None, sa_column=_json(nullable=True))
+    """`{"code", "message"}` of a failed job."""
+
+    parent_id: str | None = Field(default=None, foreign_key="jobs.id")
+    parent_percent: int | None = None
+    idempotency_key: str | None = None
+    request_sha256: str | None = None
+    """Of the whole request that the key came with."""
+
+    event_seq: int = Field(default=0, sa_type=BigInteger)
+    """The sequence number of its newest event."""
+
+
+class Checkpoint(Row, table=True):
+    """A recorded quarter: the row exists only once all its files do."""
+
+    __tablename__ = "checkpoints"
+    __table_args__ = (CheckConstraint(f"percent IN {PERCENTS}", name="percent"),)
+
+    job_id: str = Field(sa_column=_job_key())
+    percent: int = Field(primary_key=True)
+    step: int = Field(sa_type=BigInteger)
+    epoch: float = Field(sa_type=Float)
+    created_at: datetime = Field(sa_type=UtcTime)
+    fence: int
+    folder: str
+    """Relative to the data folder."""
+
+    manifest_sha256: str
+    files: list[dict[str, Any]] = Field(sa_column=_json())
+    """`{"name", "size", "sha256"}` of each."""
+
+    metrics: dict[str, Any] = Field(sa_column=_json())
+
+
+class Snapshot(Row, table=True):
+    """The newest state that a killed job resumes from; at most one per job."""
+
+    __tablename__ = "snapshots"
+
+    job_id: str = Field(sa_column=_job_key())
+    step: int = Field(sa_type=BigInteger)
+    created_at: datetime = Field(sa_type=UtcTime)
+    fence: int
+    folder: str
+    """Relative to the data folder."""
+
+    manifest_sha256: str
+
+
+class Step(Row, table=True):
+    """One optimizer step's figures. Null stands for a figure that was not finite."""
+
+    __tablename__ = "steps"
+    __table_args__ = {"sqlite_with_rowid": False}
+
+    job_id: str = Field(sa_column=_job_key())
+    step: int = Field(sa_type=BigInteger, primary_key=True)
+    train_loss: float | None = Field(default=None, sa_type=Float)
+    lr: float | None = Field(default=None, sa_type=Float)
+    grad_norm: float | None = Field(default=None, sa_type=Float)
+
+
+class StepBlock(Row, table=True):
+    """The extremes of each column over `size` steps, from step `block * size`: what thinning reads instead of steps."""
+
+    __tablename__ = "step_blocks"
+    __table_args__ = {"sqlite_with_rowid": False}
+
+    job_id: str = Field(sa_column=_job_key())
+    size: int = Field(primary_key=True)
+    block: int = Field(sa_type=BigInteger, primary_key=True)
+    extremes: dict[str, list[Any]] = Field(sa_column=_json())
+    """`{column: [minimum, its step, maximum, its step]}`; a column without a figure is absent."""
+
+
+class Event(Row, table=True):
+    """Something that happened to a job, numbered by the job's own sequence."""
+
+    __tablename__ = "events"
+
+    job_id: str = Field(sa_column=_job_key())
+    seq: int = Field(sa_type=BigInteger, primary_key=True)
+    kind: str
+    """`status`, `checkpoint` or `warning`."""
+
+    created_at: datetime = Field(sa_type=UtcTime)
+    data: dict[str, Any] = Field(sa_column=_json())
+
+
+class Worker(Row, table=True):
+    """One boot of a worker. Its name may come back; its id never does."""
+
+    __tablename__ = "workers"
+
+    id: str = Field(primary_key=True)
+    name: str
+    host: str
+    pid: int
+    slots: int
+    devices: list[dict[str, Any]] = Field(sa_column=_json())
+    """`{"device", "name", "memory_bytes"}` of each."""
+
+    versions: dict[str, str] = Field(sa_column=_json())
+    started_at: datetime = Field(sa_type=UtcTime)
+    last_seen_at: datetime = Field(sa_type=UtcTime)
+    stopped_at: datetime | None = Field(default=None, sa_type=UtcTime)
+
+
+class Installation(Row, table=True):
+    """The id that this database shares with its data folder; one row."""
+
+    __tablename__ = "installation"
+
+    id: str = Field(primary_key=True)
+    created_at: datetime = Field(sa_type=UtcTime)
+
+
+def table(row: type[Row]) -> Table:
+    """The SQLAlchemy table of a row class, for queries by column."""
+    found = row.metadata.tables[str(row.__tablename__)]
+    assert isinstance(found, Table)
+    return found
