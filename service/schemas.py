@@ -21,7 +21,7 @@ JOB_ID_PATTERN = r"^[0-9a-f]{32}$"
 _PRINTABLE = r"^[^\x00-\x1f\x7f]+$"
 
 JobName = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=200, pattern=_PRINTABLE)]
-TagKey = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=64, pattern=_PRINTABLE)]
+TagKey = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")]
 TagValue = Annotated[str, StringConstraints(strict=True, max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$")]
 Tags = Annotated[dict[TagKey, TagValue], Field(max_length=32)]
 
@@ -581,13 +581,20 @@ class GenerateResponse(View):
 
 
 class StatusEvent(View):
-    """`event: status`."""
+    """`event: status`: how the job stood right after it changed. `step` events are a `Progress`, `checkpoint` events a
+    `CheckpointMetrics` without tokens, `warning` events a `ConfigWarning`."""
 
     status: Status
-    """The job's new status."""
+    """The new status."""
 
-    reason: str | None = None
+    status_reason: str | None = None
     """Why it is paused or waiting."""
+
+    attempt: int = 0
+    """Times a worker had claimed it."""
+
+    error: JobError | None = None
+    """Why it failed; null unless it did."""
 
 
 # The service
