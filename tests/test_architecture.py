@@ -1,0 +1,196 @@
+"""Who may import whom, what stays free of torch, and which single file changes a job's status.
+
+The rules are read off the syntax trees, so an import inside a function counts too; what a process really loads is
+checked in a fresh interpreter.
+"""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("nanomoe", "service", "worker")
+SHARED_WITH_WORKER = {"service.queue", "service.store", "service.settings", "service.errors"}
+
+
+def _sources(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def _module(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _imports(tree: ast.AST, module: str, is_package: bool) -> Iterator[tuple[int, str]]:
+    """Line and dotted name of everything imported; `from a import b` gives `a.b`, be `b` a module or not."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                package = module.split(".")[: None if is_package else -1]
+                up = package[: len(package) - node.level + 1]
+                base = ".".join([*up, base]).rstrip(".")
+            yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
+
+
+def _within(name: str, *modules: str) -> bool:
+    return any(name == module or name.startswith(module + ".") for module in modules)
+
+
+def forbidden(module: str, name: str) -> bool:
+    """Whether `module` must not import `name`."""
+    if _within(module, "nanomoe"):
+        return _within(name, "service", "worker", "fastapi", "sqlalchemy", "sqlmodel", "httpx", "uvicorn")
+    if _within(module, "worker"):
+        return (
+            (_within(name, "service") and not _within(name, *SHARED_WITH_WORKER))
+            or _within(name, "fastapi", "starlette", "uvicorn", "httpx", "sqlalchemy", "sqlmodel")
+            or (_within(name, "torch") and module != "worker.trainer")
+            or (_within(name, "service") and module == "worker.trainer")
+        )
+    if _within(module, *SHARED_WITH_WORKER):
+        return _within(name, "worker", "torch", "fastapi", "starlette")
+    if module == "service.engine" or _within(module, "service.cli"):
+        return _within(name, "worker", "fastapi", "starlette")
+    return _within(name, "worker", "torch")
+
+
+def violations(source: str, module: str, is_package: bool = False) -> list[str]:
+    """The forbidden imports of one file, as `module:line imports name`."""
+    found = _imports(ast.parse(source), module, is_package)
+    return [f"{module}:{line} imports {name}" for line, name in found if forbidden(module, name)]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_package_imports_only_what_it_may(package: str) -> None:
+    found = [
+        violation
+        for path in _sources(package)
+        for violation in violations(path.read_text("utf-8"), _module(path), path.name == "__init__.py")
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("nanomoe.train", "from service.store import Job"),
+        ("nanomoe.train", "import worker"),
+        ("nanomoe.train", "def late():\n    import service.queue"),
+        ("worker.supervisor", "from service.app import create_app"),
+        ("worker.supervisor", "from service import schemas"),
+        ("worker.supervisor", "import torch.nn"),
+        ("worker.trainer", "from service.queue import claim"),
+        ("service.queue", "from fastapi import HTTPException"),
+        ("service.store", "import torch"),
+        ("service.routes.jobs", "from ...worker import supervisor"),
+        ("service.routes.jobs", "import torch"),
+    ],
+)
+def test_the_check_sees_a_forbidden_import(module: str, source: str) -> None:
+    assert violations(source, module)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("worker.supervisor", "from service import queue, store\nfrom service.errors import LeaseLost"),
+        ("worker.trainer", "import torch"),
+        ("service.engine", "import torch\nfrom nanomoe.model import GPT"),
+        ("service.routes.jobs", "from ..schemas import JobView\nfrom .parameters import Limit"),
+        ("nanomoe.train", "from nanomoe.workers_of_old import x\nimport torch"),
+    ],
+)
+def test_the_check_lets_an_allowed_import_pass(module: str, source: str) -> None:
+    assert violations(source, module) == []
+
+
+def status_writes(source: str) -> list[int]:
+    """Lines that set a `status`: `.values(status=...)`, `row.status = ...`, `setattr`, SQL text."""
+    lines = []
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Call(func=ast.Attribute(attr="values" | "sqlmodel_update"), args=args, keywords=keywords):
+                named = [keyword.arg for keyword in keywords]
+                keys = [key for arg in args if isinstance(arg, ast.Dict) for key in arg.keys]
+                if "status" in named or any(isinstance(key, ast.Constant) and key.value == "status" for key in keys):
+                    lines.append(node.lineno)
+            case ast.Assign(targets=targets):
+                if any(isinstance(target, ast.Attribute) and target.attr == "status" for target in targets):
+                    lines.append(node.lineno)
+            case ast.Call(func=ast.Name(id="setattr"), args=[_, ast.Constant(value="status"), _]):
+                lines.append(node.lineno)
+            case ast.Constant(value=str(sql)) if "update jobs set" in " ".join(sql.lower().split()):
+                lines.append(node.lineno)
+    return lines
+
+
+def test_only_the_queue_changes_a_status() -> None:
+    writers = {
+        _module(path)
+        for package in ("service", "worker")
+        for path in _sources(package)
+        if status_writes(path.read_text("utf-8"))
+    }
+    assert writers <= {"service.queue"}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "session.exec(update(Job).where(Job.id == id).values(status='failed'))",
+        "session.exec(update(Job).values({'status': 'failed'}))",
+        "job.status = 'failed'",
+        "setattr(job, 'status', 'failed')",
+        "connection.execute(text('UPDATE jobs\\n  SET status = 1'))",
+    ],
+)
+def test_the_check_sees_a_status_written(source: str) -> None:
+    assert status_writes(source)
+
+
+def _loaded_by(statement: str) -> set[str]:
+    """Top-level modules in a fresh interpreter after `statement`."""
+    script = f"{statement}\nimport sys\nprint(*{{name.partition('.')[0] for name in sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, capture_output=True, text=True)
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("module", "never"),
+    [
+        ("nanomoe", {"torch", "pydantic"}),
+        ("nanomoe.config", {"torch", "transformers"}),
+        ("nanomoe.plan", {"torch", "transformers"}),
+        ("nanomoe.size", {"torch", "transformers"}),
+        ("nanomoe.tokenizer", {"torch", "transformers"}),
+        ("service.app", {"torch", "transformers", "worker"}),
+        ("service.cli", {"torch", "transformers", "fastapi", "worker"}),
+        ("service.client", {"torch", "transformers", "fastapi", "sqlalchemy", "worker"}),
+        ("service.queue, service.store, service.settings, service.errors", {"torch", "transformers", "fastapi"}),
+        ("worker.supervisor", {"torch", "transformers", "fastapi", "uvicorn"}),
+    ],
+)
+def test_importing_it_loads_nothing_heavy(module: str, never: set[str]) -> None:
+    assert _loaded_by(f"import {module}") & never == set()
+
+
+def test_the_check_sees_a_loaded_module() -> None:
+    assert "fastapi" in _loaded_by("import service.app")
+
+
+def test_every_source_file_says_what_it_is() -> None:
+    files = [path for package in PACKAGES for path in _sources(package)]
+    assert [_module(path) for path in files if not ast.get_docstring(ast.parse(path.read_text("utf-8")))] == []
+
+
+def test_no_drawer_is_named_utils() -> None:
+    names = {"utils", "util", "helpers", "helper", "misc", "common"}
+    assert [path for package in PACKAGES for path in _sources(package) if path.stem in names] == []
