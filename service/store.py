@@ -7,7 +7,7 @@ database, which live in `tables.py` and `database.py`.
 import os
 import platform
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -70,6 +70,7 @@ __all__ = [
     "list_workers",
     "new_id",
     "open_database",
+    "relabel",
     "series",
     "snapshot_folder",
     "steps_after",
@@ -121,24 +122,37 @@ def list_jobs(
     db: Database,
     *,
     status: str | None = None,
-    tag: tuple[str, str] | None = None,
+    tag: tuple[str, str | None] | None = None,
     owner: str | None = None,
     before: str | None = None,
     limit: int = 50,
 ) -> list[Job]:
-    """The newest jobs first; `before` is the id of the last one of the page before, so inserts do not shift pages."""
+    """The newest jobs first; `before` is the id of the last one of the page before, so inserts do not shift pages.
+
+    `tag`: its key, which must have no quotes, and its value; a value of None stands for any.
+    """
     query = select(Job).order_by(col(Job.id).desc()).limit(limit)
     if status is not None:
         query = query.where(col(Job.status) == status)
     if tag is not None:
-        name, value = tag
-        query = query.where(table(Job).c.tags[name].as_string() == value)
+        key, value = tag
+        stored = table(Job).c.tags[key].as_string()
+        query = query.where(stored.is_not(None) if value is None else stored == value)
     if owner is not None:
         query = query.where(col(Job.owner) == owner)
     if before is not None:
         query = query.where(col(Job.id) < before)
     with db.read() as session:
         return list(session.exec(query))
+
+
+def relabel(db: Database, job_id: str, changes: Mapping[Literal["name", "tags"], Any]) -> Job:
+    """Change a job's name or tags. Raises NotFound `job_not_found`."""
+    with db.write() as session:
+        job = load_job(session, job_id)
+        for field, value in changes.items():
+            setattr(job, field, value)
+        return job
 
 
 def count_jobs(db: Database) -> dict[str, int]:
