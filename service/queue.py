@@ -10,6 +10,7 @@ pause are wishes to the owner of a running job; a job that nobody runs obeys at 
 """
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -70,9 +71,6 @@ class NewJob:
     idempotency_key: str | None = None
     """The same key with the same request is the same job, however often it is sent."""
 
-    request_sha256: str | None = None
-    """Of everything that the key stands for: text, config, name, tags."""
-
 
 @dataclass(frozen=True)
 class Claim:
@@ -111,7 +109,7 @@ def submit(db: Database, new: NewJob, *, max_queued: int | None = None) -> tuple
     content = new.text.encode()
     sha256 = hashlib.sha256(content).hexdigest()
     with db.write() as session:
-        if (job := _find_by_key(session, new)) is not None:
+        if (job := _find_by_key(session, new, sha256)) is not None:
             return job, False
         if max_queued is not None and _count_queued(session, max_queued) >= max_queued:
             raise TooManyRequests("queue_full", f"{max_queued} jobs are waiting already", retry_after=60)
@@ -133,7 +131,7 @@ def submit(db: Database, new: NewJob, *, max_queued: int | None = None) -> tuple
             "config": dict(new.config),
             "progress": {},
             "text_sha256": sha256,
-            "n_bytes": len(content),
+            "text_n_bytes": len(content),
             "n_tokens": new.n_tokens,
             "total_steps": new.total_steps,
             "n_params": new.n_params,
@@ -143,31 +141,36 @@ def submit(db: Database, new: NewJob, *, max_queued: int | None = None) -> tuple
             "parent_id": new.parent_id,
             "parent_percent": new.parent_percent,
             "idempotency_key": new.idempotency_key,
-            "request_sha256": new.request_sha256,
+            "request_sha256": _request_sha256(new, sha256),
             "event_seq": 1,
         }
         job = session.scalars(
             insert_unless_there(session, Job).values(**values).returning(Job)
         ).one_or_none()  # fmt: skip
         if job is None:  # a submit with the same key has committed since we looked
-            job = _find_by_key(session, new)
+            job = _find_by_key(session, new, sha256)
             assert job is not None
             return job, False
         _log_status(db, session, job)
         return job, True
 
 
-def _find_by_key(session: Session, new: NewJob) -> Job | None:
+def _find_by_key(session: Session, new: NewJob, sha256: str) -> Job | None:
     if new.idempotency_key is None:
         return None
     same_key = (jobs.c.owner == new.owner) & (jobs.c.idempotency_key == new.idempotency_key)
     job = session.scalars(sa.select(Job).where(same_key)).one_or_none()
-    if job is not None and job.request_sha256 != new.request_sha256:
+    if job is not None and job.request_sha256 != _request_sha256(new, sha256):
         raise Invalid(
             "idempotency_key_reused",
             f"the key {new.idempotency_key!r} was used for job {job.id}, whose text, config, name or tags differ",
         )
     return job
+
+
+def _request_sha256(new: NewJob, text_sha256: str) -> str:
+    request = [text_sha256, new.config, new.name, new.tags, new.priority, new.parent_id, new.parent_percent]
+    return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
 
 
 def _count_queued(session: Session, most: int) -> int:
@@ -460,7 +463,7 @@ def request_pause(db: Database, job_id: str) -> Job:
         return job
 
 
-def request_resume(db: Database, job_id: str) -> Job:
+def resume(db: Database, job_id: str) -> Job:
     """From paused to queued; a running job that was asked to pause goes on. Harmless when repeated.
 
     Raises NotFound `job_not_found`, Conflict `not_resumable`.
@@ -634,13 +637,13 @@ def _leave(db: Database, session: Session, job_id: str, status: str, **values: A
 # Waiting in line
 
 
-def position(db: Database, job: Job) -> int | None:
+def queue_position(db: Database, job_id: str) -> int | None:
     """How many jobs go first, up to 1,000 (which stands for any more); None unless the job is queued."""
-    if job.status != "queued":
-        return None
     with db.read() as session:
+        if session.scalar(sa.select(jobs.c.status).where(jobs.c.id == job_id)) != "queued":
+            return None
         line = session.scalars(sa.select(jobs.c.id).where(QUEUED).order_by(*CLAIM_ORDER).limit(MAX_POSITION)).all()
-    return line.index(job.id) if job.id in line else MAX_POSITION
+    return line.index(job_id) if job_id in line else MAX_POSITION
 
 
 # Events, written in the transaction of what they tell

@@ -173,9 +173,7 @@ class Job(Row, table=True):
 
     progress: dict[str, Any] = Field(default_factory=dict, sa_column=_json())
     text_sha256: str = Field(foreign_key="texts.sha256")
-    n_bytes: int = Field(sa_type=BigInteger)
-    """Of the text, in UTF-8."""
-
+    text_n_bytes: int = Field(sa_type=BigInteger)
     n_tokens: int | None = Field(default=None, sa_type=BigInteger)
     total_steps: int | None = Field(default=None, sa_type=BigInteger)
     n_params: int | None = Field(default=None, sa_type=BigInteger)

@@ -63,7 +63,7 @@ def upgrade() -> None:
         sa.Column("execution", sa.JSON(none_as_null=True), nullable=True),
         sa.Column("progress", sa.JSON(none_as_null=True), nullable=False),
         sa.Column("text_sha256", sa.String(), nullable=False),
-        sa.Column("n_bytes", sa.BigInteger(), nullable=False),
+        sa.Column("text_n_bytes", sa.BigInteger(), nullable=False),
         sa.Column("n_tokens", sa.BigInteger(), nullable=True),
         sa.Column("total_steps", sa.BigInteger(), nullable=True),
         sa.Column("n_params", sa.BigInteger(), nullable=True),
