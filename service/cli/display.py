@@ -1,0 +1,145 @@
+"""A training run as it happens, from its events: a bar and rows in a terminal, plain lines elsewhere, or JSON lines.
+
+Knows no connection: `follow` feeds it from the service, `nanomoe train` from the training loop itself.
+"""
+
+import json
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from pydantic import BaseModel
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from service import schemas
+from service.cli import text
+from service.client import JobHandle
+
+
+class Display(Protocol):
+    """What can happen to a run."""
+
+    def status(self, event: schemas.StatusEvent) -> None: ...
+
+    def progress(self, progress: schemas.Progress) -> None: ...
+
+    def quarter(self, checkpoint: schemas.CheckpointMetrics) -> None: ...
+
+    def warning(self, code: str, message: str) -> None: ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+def follow(job: JobHandle, display: Display) -> schemas.JobView:
+    """Show the job's events until it has ended, and return it as it then is."""
+    shown: set[int] = set()
+
+    def show(event: Any) -> None:
+        match event.data:
+            case schemas.StatusEvent():
+                display.status(event.data)
+            case schemas.CheckpointMetrics(percent=percent) if percent not in shown:
+                shown.add(percent)
+                display.quarter(event.data)
+            case schemas.Progress():
+                display.progress(event.data)
+            case _ if event.kind == "warning":
+                display.warning(event.data.code, event.data.message)
+
+    job.wait(on_event=show)
+    # Of a job that had ended before, the service sends no events: its quarters are asked for.
+    for checkpoint in job.metrics(points=1).checkpoints:
+        if checkpoint.percent not in shown:
+            display.quarter(checkpoint)
+    return job.view
+
+
+class JsonDisplay:
+    """One JSON object a line: `{"event": "checkpoint", "data": {...}}`."""
+
+    def status(self, event: schemas.StatusEvent) -> None:
+        self._line("status", event)
+
+    def progress(self, progress: schemas.Progress) -> None:
+        self._line("step", progress)
+
+    def quarter(self, checkpoint: schemas.CheckpointMetrics) -> None:
+        self._line("checkpoint", checkpoint)
+
+    def warning(self, code: str, message: str) -> None:
+        print(json.dumps({"event": "warning", "data": {"code": code, "message": message}}), flush=True)
+
+    def _line(self, event: str, data: BaseModel) -> None:
+        print(json.dumps({"event": event, "data": data.model_dump(mode="json")}, ensure_ascii=False), flush=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+
+class TextDisplay:
+    """A row for each quarter as it is recorded; in a terminal a progress bar stays below them and goes at the end."""
+
+    def __init__(self, console: Console, *, n_lines: int = 1) -> None:
+        """`n_lines`: how much is shown of a quarter's reconstruction and continuation."""
+        self._console = console
+        self._n_lines = n_lines
+        self._header_shown = False
+        self._bar = Progress(
+            TextColumn("{task.description}", style="cyan"),
+            BarColumn(bar_width=None),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[detail]}"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+            expand=True,
+        )
+        self._task = self._bar.add_task("waiting", total=None, detail="")
+
+    def status(self, event: schemas.StatusEvent) -> None:
+        self._bar.update(self._task, description=event.status)
+        reason = f" ({text.visible(event.status_reason)})" if event.status_reason else ""
+        if reason or not self._console.is_terminal:
+            self._console.print(f"{event.status}{reason}")
+
+    def progress(self, progress: schemas.Progress) -> None:
+        detail = f"{progress.step:,}/{text.number(progress.total_steps)}"
+        if progress.tok_per_sec is not None:
+            detail += f"  {progress.tok_per_sec:,.0f} tok/s"
+        self._bar.update(
+            self._task,
+            description="running",
+            total=progress.total_steps,
+            completed=progress.step,
+            detail=detail,
+        )
+
+    def quarter(self, checkpoint: schemas.CheckpointMetrics) -> None:
+        if not self._header_shown:
+            self._console.print(text.quarter_header())
+            self._header_shown = True
+        self._console.print(text.quarter_row(checkpoint))
+        for line in text.quarter_texts(checkpoint, self._console, self._n_lines):
+            self._console.print(line)
+
+    def warning(self, code: str, message: str) -> None:
+        self._console.print(text.warning_line(code, message))
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()

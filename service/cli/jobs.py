@@ -1,0 +1,257 @@
+"""The commands that talk to a service about jobs. Each is a few calls of the client and a way to show their answers."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.text import Text
+
+from service import schemas
+from service.cli import text
+from service.cli.display import JsonDisplay, TextDisplay, follow
+from service.cli.knobs import config_of, settings_of
+from service.cli.mistakes import Mistake
+from service.cli.options import ConfigFile, Job, Set, Url, connect
+from service.cli.output import Json, print_json
+from service.cli.references import LATEST, Reference
+from service.client import JobHandle
+
+SUCCEEDED, FAILED, INTERRUPTED = 0, 1, 130
+"""Exit codes; 2 is a mistake of the caller's, 3 a service that does not answer (see `main`)."""
+
+
+def submit(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="The training text in UTF-8; - is standard input.")],
+    set_: Set = None,
+    config: ConfigFile = None,
+    name: Annotated[str | None, typer.Option(help="What to call the job.")] = None,
+    tag: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="A label to find the job by.")] = None,
+    priority: Annotated[int, typer.Option(help="-100 to 100; higher is claimed sooner.")] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what the job would be.")] = False,
+    watch_: Annotated[bool, typer.Option("--watch", "-w", help="Follow the job to its end.")] = False,
+    url: Url = None,
+    as_json: Json = False,
+) -> None:
+    """Train a model on a text."""
+    job_config = config_of(config, set_ or [])
+    given = read_text(file)
+    with connect(url) as client:
+        if dry_run:
+            _show_estimate(client.estimate(given, job_config), as_json)
+            return
+        job = client.submit(given, job_config, name=name, tags=_tags(tag or []), priority=priority)
+        if watch_:
+            raise typer.Exit(watch_to_the_end(job, as_json=as_json))
+    if as_json:
+        print_json(job.view)
+    else:
+        introduce(job.view)
+        text.console().print(f"watch it: nanomoe watch {job.id}")
+
+
+def watch(job: Job = LATEST, url: Url = None, as_json: Json = False) -> None:
+    """Follow a job to its end: a bar, and each quarter as it is recorded. Ctrl-C leaves the job running."""
+    with connect(url) as client:
+        raise typer.Exit(watch_to_the_end(Reference.parse(job).find(client), as_json=as_json))
+
+
+def jobs(
+    status: Annotated[str | None, typer.Option(help="Only these: queued, running, paused, succeeded, ...")] = None,
+    tag: Annotated[str | None, typer.Option(metavar="KEY[:VALUE]", help="Only those with this tag.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=100, help="At most so many.")] = 20,
+    url: Url = None,
+    as_json: Json = False,
+) -> None:
+    """The newest jobs."""
+    with connect(url) as client:
+        page = client.list_jobs(status=status, tag=tag, limit=limit)
+    if as_json:
+        print_json(page)
+    elif page.data:
+        text.console().print(text.jobs_table(page.data))
+    else:
+        text.console().print("no jobs" if status or tag else "no jobs yet; submit one: nanomoe submit FILE")
+
+
+def metrics(
+    job: Job = LATEST,
+    points: Annotated[int, typer.Option(min=1, help="At most so many points of the step series.")] = 1000,
+    csv: Annotated[bool, typer.Option("--csv", help="Print the step series as CSV.")] = False,
+    url: Url = None,
+    as_json: Json = False,
+) -> None:
+    """Figures of each quarter, what it reconstructs and continues, and the shape of the training loss."""
+    with connect(url) as client:
+        handle = Reference.parse(job).find(client)
+        if csv:
+            sys.stdout.write(handle.metrics_csv())
+            return
+        measured = handle.metrics(points=points)
+    if as_json:
+        print_json(measured)
+        return
+    console = text.console()
+    console.print(text.job_line(handle.view))
+    with TextDisplay(console, n_lines=3) as display:
+        for checkpoint in measured.checkpoints:
+            display.quarter(checkpoint)
+    if measured.steps.step:
+        console.print(text.loss_curve(measured.steps, console))
+
+
+def generate(
+    targets: Annotated[list[str], typer.Argument(metavar="JOB[@PERCENT]...", help="Whose checkpoint; latest@50 too.")],
+    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", "-s", metavar="FIELD=VALUE", help="max_new_tokens, temperature, top_k, top_p, seed, n, stop, ..."
+        ),
+    ] = None,
+    url: Url = None,
+    as_json: Json = False,
+) -> None:
+    """Continue a prompt from one checkpoint, or from several with the same seed."""
+    sampling = settings_of(schemas.GenerateRequest, set_ or [])
+    answers = []
+    with connect(url) as client:
+        for reference in [Reference.parse(target) for target in targets]:
+            job = reference.find(client)
+            answer = job.generate(prompt, reference.checkpoint or "latest", **sampling)
+            sampling.setdefault("seed", answer.seed)
+            answers.append(answer)
+            if not as_json:
+                show_generated(answer, with_heading=len(targets) > 1)
+    if as_json:
+        print_json(answers[0] if len(targets) == 1 else answers)
+
+
+def cancel(job: Job, url: Url = None, as_json: Json = False) -> None:
+    """Stop a job for good; its checkpoints stay."""
+    with connect(url) as client:
+        _show_job(Reference.parse(job).find(client).cancel(), as_json)
+
+
+def pause(job: Job, url: Url = None, as_json: Json = False) -> None:
+    """Stop a job until it is resumed."""
+    with connect(url) as client:
+        _show_job(Reference.parse(job).find(client).pause(), as_json)
+
+
+def resume(job: Job, url: Url = None, as_json: Json = False) -> None:
+    """Let a paused job go on where it stopped."""
+    with connect(url) as client:
+        _show_job(Reference.parse(job).find(client).resume(), as_json)
+
+
+def delete(
+    job: Job,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    url: Url = None,
+    as_json: Json = False,
+) -> None:
+    """Delete a finished job, its metrics and its checkpoints."""
+    with connect(url) as client:
+        handle = Reference.parse(job).find(client)
+        if not yes and sys.stdin.isatty():
+            typer.confirm(f"Delete {handle.id} ({handle.view.name or 'no name'}) and its checkpoints?", abort=True)
+        handle.delete()
+    if as_json:
+        print_json({"deleted": handle.id})
+    else:
+        text.console().print(f"deleted {handle.id}")
+
+
+def workers(url: Url = None, as_json: Json = False) -> None:
+    """The workers, and what they are doing."""
+    with connect(url) as client:
+        known = client.workers()
+    if as_json:
+        print_json(known)
+    elif known:
+        text.console().print(text.workers_table(known))
+    else:
+        text.console().print("no worker; start one: python -m worker (nanomoe serve starts one with the API)")
+
+
+def read_text(file: str) -> str:
+    """The text of a file, or of standard input for `-`; raises Mistake."""
+    try:
+        content = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+        return content.decode("utf-8")
+    except OSError as error:
+        raise Mistake(f"cannot read {file}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise Mistake(f"{file} is not UTF-8: byte {error.start} is {content[error.start]:#04x}") from None
+
+
+def introduce(job: schemas.JobView) -> None:
+    """Say which job this is, how large, and what to beware of."""
+    console = text.console()
+    console.print(text.job_line(job))
+    console.print(text.size_line(job.config, job.model, job.text.n_tokens, job.progress.total_steps))
+    for warning in job.warnings:
+        console.print(text.warning_line(warning.code, warning.message))
+
+
+def watch_to_the_end(job: JobHandle, *, as_json: bool = False, n_lines: int = 1) -> int:
+    """Show the job until it has ended, and say how; returns the exit code. Ctrl-C ends the showing, not the job."""
+    if not as_json:
+        introduce(job.view)
+    try:
+        with JsonDisplay() if as_json else TextDisplay(text.console(), n_lines=n_lines) as display:
+            ended = follow(job, display)
+    except KeyboardInterrupt:
+        text.console(stderr=True).print(f"the job goes on; come back with: nanomoe watch {job.id}")
+        return INTERRUPTED
+    if as_json:
+        print(json.dumps({"event": "job", "data": ended.model_dump(mode="json")}, ensure_ascii=False))
+    else:
+        text.console().print(text.ending(ended))
+    return SUCCEEDED if ended.status == "succeeded" else FAILED
+
+
+def show_generated(answer: schemas.GenerateResponse, *, with_heading: bool) -> None:
+    """The prompt and each continuation; in a pipe exactly the model's text."""
+    console = text.console()
+    if with_heading:
+        console.print(Text(f"{answer.job_id}@{answer.checkpoint}", "bold"))
+    for choice in answer.choices:
+        if console.is_terminal:
+            console.print(Text.assemble((text.visible_lines(answer.prompt), text.DIM), text.visible_lines(choice.text)))
+        else:
+            print(answer.prompt + choice.text, flush=True)
+
+
+def _show_estimate(estimate: schemas.Estimate, as_json: bool) -> None:
+    if as_json:
+        print_json(estimate)
+        return
+    console = text.console()
+    console.print(text.size_line(estimate.config, estimate.model, estimate.text.n_tokens, estimate.total_steps))
+    if estimate.quarters:
+        quarters = ", ".join(f"{percent} % at step {step:,}" for percent, step in estimate.quarters.items())
+        console.print(f"quarters: {quarters}")
+    if estimate.training_bytes is not None:
+        console.print(f"memory: about {text.millions(estimate.training_bytes)}B")
+    for warning in estimate.warnings:
+        console.print(text.warning_line(warning.code, warning.message))
+
+
+def _show_job(job: schemas.JobView, as_json: bool) -> None:
+    if as_json:
+        print_json(job)
+    else:
+        text.console().print(text.job_line(job))
+
+
+def _tags(given: list[str]) -> dict[str, Any]:
+    tags = {}
+    for tag in given:
+        key, equals, value = tag.partition("=")
+        if not equals:
+            raise Mistake(f"--tag {tag!r} must look like key=value")
+        tags[key] = value
+    return tags

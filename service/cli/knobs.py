@@ -1,0 +1,179 @@
+"""A config on the command line: `--set lr=1e-3`, `--config file.json`, and a table of all knobs.
+
+Everything is read from the pydantic classes; no knob is named here except where its notation differs.
+"""
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+from rich.text import Text
+
+from nanomoe.config import JobConfig
+from service.cli import text
+from service.cli.mistakes import Mistake
+from service.cli.output import Json, print_json
+from service.cli.references import Reference
+
+
+def config_of(file: Path | None, settings: list[str]) -> JobConfig:
+    """The config of a JSON file, changed by `knob=value` settings; raises Mistake in words."""
+    given = _read_object(file) if file is not None else {}
+    given |= settings_of(JobConfig, settings)
+    return validated(JobConfig, given)
+
+
+def settings_of(kind: type[BaseModel], settings: Iterable[str]) -> dict[str, Any]:
+    """`["lr=1e-3", "use_moe=true"]` -> `{"lr": 0.001, "use_moe": True}`; values are JSON, or else plain text."""
+    given: dict[str, Any] = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not equals:
+            raise Mistake(f"{setting!r} must look like {name or 'knob'}=value")
+        if name not in kind.model_fields:
+            raise Mistake(f"there is no {name!r}{_suggestion(kind, name)}")
+        given[name] = _value(name, kind.model_fields[name], value)
+    return given
+
+
+def validated(kind: type[JobConfig], given: Mapping[str, Any]) -> JobConfig:
+    """The config, or a Mistake with one line for each thing that is wrong."""
+    try:
+        return kind.model_validate(given)
+    except ValidationError as error:
+        raise Mistake("; ".join(_in_words(kind, fault) for fault in error.errors())) from None
+
+
+def _in_words(kind: type[BaseModel], fault: Any) -> str:
+    place = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        return f"there is no {place!r}{_suggestion(kind, place)}"
+    message = fault["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    return f"{place} {message}" if place else message
+
+
+def _suggestion(kind: type[BaseModel], name: str) -> str:
+    close = difflib.get_close_matches(name, kind.model_fields, n=1)
+    return f"; did you mean {close[0]!r}?" if close else "; see: nanomoe knobs"
+
+
+def _value(name: str, field: FieldInfo, value: str) -> Any:
+    if field.annotation is str:
+        return value
+    if name == "init_from" and not value.startswith(("{", "null")):
+        return Reference.parse(value).init_from()
+    try:
+        return json.loads(value)
+    except ValueError:
+        pass  # not JSON: a word such as cosine, or a number in another notation, such as .5
+    try:
+        return float(value)
+    except ValueError:
+        return value
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_bytes())
+    except OSError as error:
+        raise Mistake(f"cannot read {file}: {error.strerror}") from None
+    except ValueError as error:
+        raise Mistake(f"{file} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise Mistake(f'{file} must hold an object, such as {{"epochs": 500}}')
+    return value
+
+
+def complete_knob(incomplete: str) -> list[tuple[str, str]]:
+    """For the shell: the knobs that begin so, with their meaning."""
+    return [(f"{row.name}=", row.meaning) for row in knob_rows() if row.name.startswith(incomplete)]
+
+
+class KnobRow(BaseModel):
+    """A knob as a table shows it."""
+
+    name: str
+    part: str
+    """The class that declares it, and what that is about."""
+    default: str
+    bounds: str
+    meaning: str
+
+
+def knob_rows() -> list[KnobRow]:
+    """Every knob of `JobConfig`: the model's first, then training's, then sampling's."""
+    schema = JobConfig.model_json_schema()["properties"]
+    return [
+        KnobRow(
+            name=name,
+            part=(part.__doc__ or "").partition("\n")[0],
+            default=json.dumps(field.default),
+            bounds=_bounds(schema[name]),
+            meaning=" ".join((field.description or "").split()),
+        )
+        for part in JobConfig.__bases__
+        if issubclass(part, BaseModel)
+        for name, field in part.model_fields.items()
+    ]
+
+
+def _bounds(schema: Mapping[str, Any]) -> str:
+    """What a value may be, from its JSON schema: `1 to 256`, `constant or cosine`, `true or false`, `... or null`."""
+    options = schema.get("anyOf", [schema])
+    return " or ".join(dict.fromkeys(_bound(option) for option in options))
+
+
+def _bound(schema: Mapping[str, Any]) -> str:
+    if "enum" in schema:
+        return " or ".join(str(choice) for choice in schema["enum"])
+    match schema.get("type"):
+        case "boolean":
+            return "true or false"
+        case "null":
+            return "null"
+        case "integer" | "number":
+            return _interval(schema)
+        case "array":
+            return f"[{', '.join('number' for _ in schema['prefixItems'])}]"
+        case "string":
+            return "text"
+    return "JOB@PERCENT"
+
+
+def _interval(schema: Mapping[str, Any]) -> str:
+    low = f"above {_number(schema['exclusiveMinimum'])}" if "exclusiveMinimum" in schema else _number(schema["minimum"])
+    if "maximum" in schema:
+        return f"{low} to {_number(schema['maximum'])}"
+    end = schema["exclusiveMaximum"]
+    return f"{low} to {_number(end - 1)}" if schema["type"] == "integer" else f"{low} to below {_number(end)}"
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) and value < 10**12 else f"{value:g}"
+
+
+def knobs(
+    name: Annotated[str | None, typer.Argument(help="Only those whose name holds this.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Every knob of a job: its default, what it may be, what it does."""
+    rows = [row for row in knob_rows() if name is None or name in row.name]
+    if not rows:
+        raise Mistake(f"there is no {name!r}{_suggestion(JobConfig, name or '')}")
+    if as_json:
+        print_json(rows)
+        return
+    console = text.console()
+    part = ""
+    for row in rows:
+        if row.part != part:
+            part = row.part
+            console.print(Text(f"# {part}", "cyan"))
+        console.print(Text.assemble((f"{row.name} = {row.default}", "bold"), "   ", (row.bounds, text.DIM)))
+        for line in Text(row.meaning).wrap(console, min(console.width, 100) - 4):
+            console.print(Text("    ").append_text(line))

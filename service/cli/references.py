@@ -1,0 +1,54 @@
+"""How a job and its checkpoint are named on the command line: `JOB`, `JOB@50`, `latest`, `latest@100`."""
+
+from dataclasses import dataclass
+from typing import Any, Self, cast, get_args
+
+from service import schemas
+from service.cli.mistakes import Mistake
+from service.client import Client, JobHandle
+from service.client.calls import Which
+
+LATEST = "latest"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A job, and perhaps one of its checkpoints."""
+
+    job: str
+    """A job's id, or `latest` for the newest job."""
+
+    checkpoint: Which | None
+    """Percent or `latest`; None when it was left out."""
+
+    @classmethod
+    def parse(cls, given: str) -> Self:
+        """From `JOB` or `JOB@CHECKPOINT`; raises Mistake."""
+        job, at, which = given.partition("@")
+        if not job:
+            raise Mistake(f"{given!r} names no job; it must look like JOB@50, or latest@50")
+        if not at:
+            return cls(job, None)
+        percents = [str(percent) for percent in get_args(schemas.Percent)]
+        if which == LATEST:
+            return cls(job, "latest")
+        if which.removesuffix("%") not in percents:
+            raise Mistake(f"{given!r} names no checkpoint; after @ comes {', '.join(percents)} or {LATEST}")
+        return cls(job, cast(schemas.Percent, int(which.removesuffix("%"))))
+
+    def find(self, client: Client) -> JobHandle:
+        """The job; raises `NotFound`, or Mistake when there is no job to be the latest."""
+        if self.job != LATEST:
+            return client.job(self.job)
+        newest = client.list_jobs(limit=1).data
+        if not newest:
+            raise Mistake("there is no job yet; submit one: nanomoe submit FILE")
+        return JobHandle(client, newest[0])
+
+    def init_from(self) -> dict[str, Any]:
+        """As the knob `init_from`, whose default checkpoint is the last."""
+        percent = {} if self.checkpoint is None else {"checkpoint": self.checkpoint}
+        return {"job_id": self.job, **percent}
+
+    def __str__(self) -> str:
+        return self.job if self.checkpoint is None else f"{self.job}@{self.checkpoint}"

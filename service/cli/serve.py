@@ -1,0 +1,103 @@
+"""`nanomoe serve` and `nanomoe demo`: the commands that start API and worker themselves."""
+
+import tempfile
+import time
+from contextlib import nullcontext
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from service.cli import text
+from service.cli.jobs import SUCCEEDED, introduce, show_generated, watch_to_the_end
+from service.cli.options import settings
+from service.cli.output import Json, print_json
+from service.cli.processes import Processes, ended_by_signals
+from service.client import Client
+
+SAMPLE = "paragraph.pt.txt"
+PROMPT_WORDS = 4
+
+
+def serve(
+    port: Annotated[int | None, typer.Option(help="TCP port; 0 takes a free one, instead of NANOMOE_PORT.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Start API and worker, and end both with Ctrl-C. Settings are NANOMOE_ variables, and .env."""
+    chosen = settings()
+    environment = {} if port is None else {"NANOMOE_PORT": str(port)}
+    console = text.console()
+    with ended_by_signals(), Processes(environment) as processes:
+        try:
+            url = processes.start_api()
+            processes.start_worker()
+            if as_json:
+                print_json({"url": url, "data_dir": str(chosen.data_dir)})
+            else:
+                console.print(Text.assemble("nanomoe is at ", (url, "bold cyan"), f", its data in {chosen.data_dir}"))
+                console.print("try: nanomoe submit FILE --watch; docs at /docs; Ctrl-C stops both", style=text.DIM)
+            while True:
+                processes.check()
+                time.sleep(0.2)
+        except KeyboardInterrupt:
+            text.console(stderr=True).print("stopping API and worker (once more: at once)")
+    text.console(stderr=True).print("stopped; jobs that were running go on when it is started again")
+
+
+def demo(
+    data_dir: Annotated[Path | None, typer.Option(help="Keep the data in this folder, not in a temporary one.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train the bundled paragraph, show each quarter, generate from it, and stop what was started."""
+    began = time.monotonic()
+    console = text.console(stderr=as_json)
+    temporary = tempfile.TemporaryDirectory(prefix="nanomoe-demo-")
+    with temporary if data_dir is None else nullcontext(str(data_dir)) as folder, ended_by_signals():
+        data = Path(folder).absolute()
+        data.mkdir(parents=True, exist_ok=True)
+        try:
+            code = _demo(data, as_json)
+        except KeyboardInterrupt:
+            console.print("interrupted; API and worker are stopped")
+            raise typer.Exit(130) from None
+    if code == SUCCEEDED:
+        console.print(f"done in {text.duration(time.monotonic() - began)}; API and worker are stopped", style=text.DIM)
+        console.print("the same with your own text: make serve, then: nanomoe submit FILE --watch", style=text.DIM)
+    raise typer.Exit(code)
+
+
+def _demo(data: Path, as_json: bool) -> int:
+    console = text.console(stderr=as_json)
+    paragraph = files("nanomoe").joinpath("assets", SAMPLE).read_text(encoding="utf-8").strip()
+    environment = {
+        "NANOMOE_DATA_DIR": str(data),
+        "NANOMOE_DATABASE_URL": f"sqlite:///{data / 'nanomoe.db'}",
+        "NANOMOE_HOST": "127.0.0.1",
+        "NANOMOE_PORT": "0",
+    }
+    with Processes(environment, logs=data) as processes:
+        console.print("starting API and worker ...", style=text.DIM)
+        url = processes.start_api()
+        processes.start_worker()
+        console.print(f"the service is at {url} while this runs, its data in {data}", style=text.DIM)
+        with Client(url) as client:
+            job = client.submit(paragraph, name="demo", tags={"example": "paragraph"})
+            if not as_json:
+                console.print()
+                console.print(Text(text.visible(paragraph), "italic"))
+                console.print()
+                introduce(job.view)
+            code = watch_to_the_end(job, as_json=as_json, n_lines=4)
+            if code == SUCCEEDED:
+                prompt = " ".join(paragraph.split()[:PROMPT_WORDS])
+                answers = [job.generate(prompt, percent, temperature=0) for percent in (25, 100)]
+                if as_json:
+                    print_json(answers)
+                else:
+                    console.print()
+                    for answer in answers:
+                        show_generated(answer, with_heading=True)
+                    console.print()
+            return code

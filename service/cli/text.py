@@ -1,0 +1,258 @@
+"""What is shown of jobs and checkpoints: lines and tables that fit 80 columns, in colour where there is a terminal.
+
+Knows no connection. Texts that a model made are shown with their control characters made visible: they must not be able
+to drive a terminal.
+"""
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from datetime import UTC, datetime
+from itertools import pairwise
+from typing import Literal
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from nanomoe.config import JobConfig
+from service import schemas
+
+WRONG = "red"
+DIM = "dim"
+GOOD = "green"
+STATUS_STYLES: dict[str, str] = {
+    "queued": "yellow",
+    "running": "cyan",
+    "paused": "yellow",
+    "succeeded": GOOD,
+    "failed": WRONG,
+    "cancelled": "magenta",
+}
+
+
+def console(*, stderr: bool = False) -> Console:
+    """Where everything is shown; plain lines where it is no terminal."""
+    return Console(stderr=stderr, highlight=False, markup=False, emoji=False, soft_wrap=not sys.stdout.isatty())
+
+
+def visible(text: str) -> str:
+    """`text` with its control characters as symbols (U+2400 and on), line ends and tabs too: it stays on one line."""
+    return "".join(chr(0x2400 + ord(c)) if ord(c) < 0x20 else "␡" if 0x7F <= ord(c) < 0xA0 else c for c in text)
+
+
+def visible_lines(text: str) -> str:
+    """As `visible`, but line ends stay."""
+    return "\n".join(visible(line) for line in text.split("\n"))
+
+
+def number(value: float | None, digits: int = 0) -> str:
+    """With thousands separated; a dash for what was not measured."""
+    return "–" if value is None else f"{value:,.{digits}f}"
+
+
+def share(value: float | None) -> str:
+    """0..1 as a percentage."""
+    return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def figure(value: float | None) -> str:
+    """With about five digits, whatever its size."""
+    if value is None:
+        return "–"
+    return f"{value:,.1f}" if 100 <= abs(value) < 1e7 else f"{value:.5g}"
+
+
+def duration(seconds: float) -> str:
+    """`8.2 s`, `3 min 20 s`, `2 h 05 min`, `3 d 4 h`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    if hours == 0:
+        return f"{minute} min {second:02} s"
+    days, hour = divmod(hours, 24)
+    return f"{hour} h {minute:02} min" if days == 0 else f"{days} d {hour} h"
+
+
+def ago(moment: datetime) -> str:
+    """How long since `moment`."""
+    return f"{duration(max(0.0, (datetime.now(UTC) - moment).total_seconds()))} ago"
+
+
+# A job
+
+
+def job_line(job: schemas.JobView) -> Text:
+    """`0192… succeeded  my run`."""
+    line = Text.assemble(job.id, "  ", status_text(job.status))
+    if job.status == "queued" and job.queue_position:
+        line.append(f", {job.queue_position} ahead")
+    if job.status_reason:
+        line.append(f" ({visible(job.status_reason)})", DIM)
+    if job.name:
+        line.append(f"  {visible(job.name)}")
+    return line
+
+
+def status_text(status: str) -> Text:
+    """The status in its colour."""
+    return Text(status, STATUS_STYLES.get(status, ""))
+
+
+def size_line(config: JobConfig, model: schemas.ModelSize, n_tokens: int | None, steps: int | None) -> Text:
+    """What the job is: `4 layers of 128 channels, 1.8 M parameters; 76 tokens, 500 steps`."""
+    kind = f"{config.n_experts} experts, {config.k} per token, " if config.use_moe else ""
+    parts = [f"{config.n_layer} layers of {config.n_embd} channels, {kind}{millions(model.n_params)} parameters"]
+    if model.n_active_params is not None and model.n_active_params != model.n_params:
+        parts[0] += f" ({millions(model.n_active_params)} active)"
+    if n_tokens is not None:
+        parts.append(f"{n_tokens:,} tokens" + (f", {steps:,} steps" if steps is not None else ""))
+    return Text("; ".join(parts), DIM)
+
+
+def ending(job: schemas.JobView) -> Text:
+    """How it ended, and what to do next."""
+    took = ""
+    if job.started_at is not None and job.finished_at is not None:
+        took = f" in {duration((job.finished_at - job.started_at).total_seconds())}"
+    line = status_text(job.status).append(took, "default")
+    if job.error is not None:
+        return line.append(f": {job.error.code}: {visible(job.error.message)}", "default")
+    if job.status == "succeeded":
+        line.append(f"; go on with: nanomoe generate {job.id} PROMPT", DIM)
+    return line
+
+
+def millions(n: int | None) -> str:
+    """`1.81 M`, `12.3 k`; `?` where it is not known yet."""
+    if n is None:
+        return "?"
+    return f"{n / 1e6:,.2f} M" if n >= 1e6 else f"{n / 1e3:.1f} k" if n >= 1e3 else str(n)
+
+
+def warning_line(code: str, message: str) -> Text:
+    """`warning prefix_longer_than_text: ...`."""
+    return Text.assemble(("warning ", "yellow"), f"{code}: {visible(message)}")
+
+
+def jobs_table(jobs: Iterable[schemas.JobView]) -> Table:
+    """One row a job."""
+    table = _table("job", "status", ">done", ">submitted", "name")
+    for job in jobs:
+        table.add_row(
+            job.id,
+            status_text(job.status),
+            f"{job.progress.percent:.0f} %",
+            ago(job.created_at),
+            visible(job.name or ""),
+        )
+    return table
+
+
+def workers_table(workers: Iterable[schemas.WorkerView]) -> Table:
+    """One row a worker."""
+    table = _table("worker", "host", "device", ">jobs", ">slots", ">last seen")
+    for worker in workers:
+        devices = ", ".join(device.name or device.device for device in worker.devices)
+        table.add_row(
+            visible(worker.name),
+            visible(worker.host),
+            visible(devices),
+            str(len(worker.current_jobs)),
+            str(worker.slots),
+            ago(worker.last_seen_at),
+        )
+    return table
+
+
+def _table(*columns: str) -> Table:
+    """Without lines; a column that begins with `>` is set flush right."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        justify: Literal["left", "right"] = "right" if column.startswith(">") else "left"
+        table.add_column(column.removeprefix(">"), justify=justify, overflow="fold")
+    return table
+
+
+# Quarters
+
+_Column = tuple[str, int, Callable[[schemas.CheckpointMetrics], str]]
+
+_COLUMNS: Sequence[_Column] = (
+    ("quarter", 7, lambda c: f"{c.percent} %"),
+    ("step", 9, lambda c: f"{c.step:,}"),
+    ("loss", 9, lambda c: number(c.loss, 4)),
+    ("perplexity", 12, lambda c: figure(c.perplexity)),
+    ("accuracy", 10, lambda c: share(c.accuracy)),
+    ("bits/byte", 11, lambda c: number(c.bits_per_byte, 3)),
+    ("tok/s", 10, lambda c: number(c.tok_per_sec)),
+)
+
+
+def quarter_header() -> Text:
+    """The line above the rows of `quarter_row`."""
+    return Text("".join(title.rjust(width) for title, width, _ in _COLUMNS), "bold")
+
+
+def quarter_row(checkpoint: schemas.CheckpointMetrics) -> Text:
+    """A checkpoint's figures: 68 columns."""
+    return Text("".join(show(checkpoint).rjust(width) for _, width, show in _COLUMNS))
+
+
+def quarter_texts(checkpoint: schemas.CheckpointMetrics, console: Console, n_lines: int = 1) -> list[Text]:
+    """How the checkpoint reconstructs the text and what it continues, each on at most `n_lines` lines."""
+    shown = []
+    if checkpoint.reconstruction is not None:
+        shown.append(("reconstructs", _reconstruction(checkpoint.reconstruction)))
+    if checkpoint.continuation is not None:
+        prompt, text = checkpoint.continuation.prompt, checkpoint.continuation.text
+        shown.append(("continues", Text.assemble((visible(prompt), DIM), visible(text))))
+    return [labelled(label, text, console, n_lines) for label, text in shown]
+
+
+def _reconstruction(reconstruction: schemas.Reconstruction) -> Text:
+    if reconstruction.tokens is None:
+        return Text(visible(reconstruction.text))
+    tokens = reconstruction.tokens
+    return Text.assemble(*((visible(t.predicted), GOOD if t.predicted == t.target else WRONG) for t in tokens))
+
+
+_LABEL_WIDTH = 15
+
+
+def labelled(label: str, text: Text, console: Console, n_lines: int) -> Text:
+    """The label in a column of its own, the text beside it, cut after `n_lines` lines."""
+    room = max(20, console.width - _LABEL_WIDTH - 1)
+    wrapped = text.wrap(console, room, tab_size=1)
+    lines = list(wrapped)[:n_lines]
+    if len(wrapped) > n_lines:
+        lines[-1].truncate(room - 1)
+        lines[-1].append("…")
+    return Text.assemble((f"{label.rjust(_LABEL_WIDTH - 1)} ", DIM), Text("\n" + " " * _LABEL_WIDTH).join(lines))
+
+
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+def curve(values: Sequence[float | None]) -> str:
+    """A line of bars, the lowest value low: the shape of a series."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    low, span = min(known), max(known) - min(known)
+    scale = (len(_BARS) - 1) / span if span > 0 else 0.0
+    return "".join(" " if value is None else _BARS[round((value - low) * scale)] for value in values)
+
+
+def loss_curve(steps: schemas.StepSeries, console: Console) -> Text:
+    """The training loss from the first step to the last, as wide as the console."""
+    known = [loss for loss in steps.train_loss if loss is not None]
+    ends = (number(known[0], 3), number(known[-1], 3)) if known else ("–", "–")
+    room = max(10, min(80, console.width) - _LABEL_WIDTH - sum(map(len, ends)) - 3)
+    # One bar a bucket of steps: its mean, as the eye would take it from a plot.
+    edges = [round(i * len(steps.train_loss) / room) for i in range(room + 1)]
+    buckets = [[v for v in steps.train_loss[a:b] if v is not None] for a, b in pairwise(edges) if b > a]
+    means = [sum(bucket) / len(bucket) if bucket else None for bucket in buckets]
+    return Text.assemble(
+        ("train loss".rjust(_LABEL_WIDTH - 1) + " ", DIM), ends[0], " ", (curve(means), "cyan"), " ", ends[1]
+    )
