@@ -1,0 +1,133 @@
+"""What the README and `.env.example` say about the classes, made from the classes.
+
+`python -m tests.documents` (`make readme`) writes it; test_readme.py and test_packaging.py compare.
+"""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from pydantic import BaseModel
+
+from nanomoe.config import JobConfig, ModelConfig, SampleConfig, TrainConfig
+from service.settings import Settings
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+ENV_EXAMPLE = ROOT / ".env.example"
+
+
+def _number(value: float) -> str:
+    return f"{int(value):,}" if value == int(value) else f"{value:g}"
+
+
+def _one_allowed(schema: dict[str, Any]) -> str:
+    if "enum" in schema:
+        return ", ".join(f"`{value}`" for value in schema["enum"])
+    match schema.get("type"):
+        case "null":
+            return "null"
+        case "boolean":
+            return "true, false"
+        case "array":
+            return f"[{', '.join(_one_allowed(item) for item in schema['prefixItems'])}]"
+        case "integer" | "number":
+            low, high = schema.get("minimum", schema.get("exclusiveMinimum")), schema.get("maximum")
+            below = schema.get("exclusiveMaximum")
+            lowest = _number(low) if "minimum" in schema else f"above {_number(low)}"
+            return f"{lowest} to {_number(high)}" if below is None else f"{lowest} to below {_number(below)}"
+        case "string":
+            return "text"
+    return "`{job_id, checkpoint}`"
+
+
+def _allowed(schema: dict[str, Any]) -> str:
+    return " or ".join(_one_allowed(choice) for choice in schema.get("anyOf", [schema]))
+
+
+def _default(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return f"[{', '.join(_default(item) for item in value)}]"
+    return f"`{value}`" if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else f"{value}"
+
+
+def _meaning(model: type[BaseModel], name: str) -> str:
+    text = model.model_fields[name].description
+    assert text, f"{model.__name__}.{name} has no docstring"
+    return " ".join(text.split())
+
+
+def config_table() -> str:
+    """Every key of a job's config: what it may be, its default, its meaning."""
+    properties = JobConfig.model_json_schema()["properties"]
+    rows = []
+    groups: list[tuple[str, type[BaseModel]]] = [
+        ("model", ModelConfig),
+        ("training", TrainConfig),
+        ("sampling at checkpoints", SampleConfig),
+    ]
+    for title, group in groups:
+        rows.append(f"| **{title}** | | | |")
+        rows += [
+            f"| `{name}` | {_allowed(properties[name])} | {_default(field.default)} | {_meaning(group, name)} |"
+            for name, field in group.model_fields.items()
+        ]
+    return "\n".join(["| key | may be | default | meaning |", "| --- | --- | --- | --- |", *rows])
+
+
+def default_settings() -> dict[str, str]:
+    """What each `NANOMOE_...` variable is when nobody sets it, paths as seen from the project's folder."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("NANOMOE_")}
+    with patch.dict(os.environ, clean, clear=True):
+        values = Settings(_env_file=None).model_dump()
+    return {f"NANOMOE_{name.upper()}": _setting(value) for name, value in values.items()}
+
+
+def _setting(value: Any) -> str:
+    if value is None or value == ():
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return text.replace(f"{Path.cwd()}/", "")
+
+
+def settings_table() -> str:
+    """Every variable, its default and its meaning."""
+    rows = [
+        f"| `{variable}` | {f'`{default}`' if default else ''} | {_meaning(Settings, name)} |"
+        for name, (variable, default) in zip(Settings.model_fields, default_settings().items(), strict=True)
+    ]
+    return "\n".join(["| variable | default | meaning |", "| --- | --- | --- |", *rows])
+
+
+def env_example() -> str:
+    """A `.env` in which every variable stands, commented out, with its default."""
+    blocks = [
+        f"# {_meaning(Settings, name)}\n#{variable}={default}\n"
+        for name, (variable, default) in zip(Settings.model_fields, default_settings().items(), strict=True)
+    ]
+    head = (
+        "# Copy this file to .env and change what you need. API, worker and command line read it from their folder.\n"
+    )
+    return "\n".join([head, *blocks])
+
+
+def readme(text: str) -> str:
+    """The README's text with its tables made anew, between `<!-- config -->` and `<!-- /config -->` and the like."""
+    for name, table in (("config", config_table()), ("settings", settings_table())):
+        pattern = rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)"
+        text, n = re.subn(pattern, lambda found, table=table: f"{found[1]}{table}{found[2]}", text, flags=re.DOTALL)
+        assert n == 1, f"the README has {n} places for the {name} table"
+    return text
+
+
+if __name__ == "__main__":
+    README.write_text(readme(README.read_text("utf-8")), "utf-8")
+    ENV_EXAMPLE.write_text(env_example(), "utf-8")
