@@ -1,14 +1,17 @@
 """A checkpoint as other programs want it: a folder that transformers opens.
 
 A dense checkpoint is exactly a `GPT2LMHeadModel` whose Linear weights are transposed (GPT-2's are Conv1D, input first),
-whose missing biases are zero, and whose activation is the exact GELU.
+whose missing biases are zero, and whose activation is the exact GELU. No architecture inside transformers is a
+GPT-2-shaped mixture of experts, so that export carries its own modelling file, `assets/modeling_nanomoe.py`.
 """
 
 from collections.abc import Mapping
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from nanomoe import checkpoint
@@ -18,6 +21,7 @@ from nanomoe.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
 
+_MODELLING_FILE = "modeling_nanomoe.py"
 _TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 
@@ -74,14 +78,37 @@ def gpt2_model(weights: Mapping[str, Tensor], config: ModelConfig) -> "GPT2LMHea
     return model
 
 
+def moe_config(config: ModelConfig, vocab_size: int) -> dict[str, Any]:
+    """The `config.json` of an exported mixture: the shape, and where transformers finds the code."""
+    names = ["block_size", "n_layer", "n_head", "n_embd", "bias", "n_experts", "k", "moe_stride", "router_score"]
+    names += ["router_noise", "n_shared_experts", "expert_hidden", "renormalises_gates"]
+    module = _MODELLING_FILE.removesuffix(".py")
+    return {
+        "model_type": "nanomoe",
+        "architectures": ["NanoMoEForCausalLM"],
+        "auto_map": {
+            "AutoConfig": f"{module}.NanoMoEConfig",
+            "AutoModelForCausalLM": f"{module}.NanoMoEForCausalLM",
+        },
+        "vocab_size": vocab_size,
+        "balance_bias": config.router_bias_update_rate > 0,
+        "tie_word_embeddings": True,
+    } | {name: getattr(config, name) for name in names}
+
+
 def export_hf(folder: Path, to: Path) -> None:
     """Write the checkpoint in `folder` as `to`, which `AutoModelForCausalLM` and `AutoTokenizer` open.
 
-    Raises:
-        NotExportable: see `gpt2_model`.
+    A mixture of experts is opened with `trust_remote_code=True`, in any process: nanomoe need not be installed.
     """
-    model = gpt2_model(checkpoint.load_weights(folder), checkpoint.read_config(folder))
+    weights, config = checkpoint.load_weights(folder), checkpoint.read_config(folder)
     to.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(to)
+    if config.use_moe:
+        vocab_size = weights["transformer.wte.weight"].shape[0]
+        (to / "config.json").write_bytes(checkpoint.to_json(moe_config(config, vocab_size)))
+        (to / _MODELLING_FILE).write_bytes((files("nanomoe.assets") / _MODELLING_FILE).read_bytes())
+        save_file(weights, to / "model.safetensors", metadata={"format": "pt"})
+    else:
+        gpt2_model(weights, config).save_pretrained(to)
     for name, content in Tokenizer.load(folder).files().items():
         (to / name).write_bytes(content)
