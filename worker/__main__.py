@@ -1,0 +1,82 @@
+"""`python -m worker`: flags, logging and signals of the supervisor."""
+
+import argparse
+import logging
+import signal
+import sys
+from contextlib import closing
+
+import structlog
+
+from service.errors import StartRefused
+from service.settings import Settings
+from service.store import open_database
+from worker.devices import find_devices
+from worker.supervisor import Supervisor
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a worker until SIGTERM or SIGINT; a second one ends it at once. Returns the exit status."""
+    options = _parser().parse_args(arguments)
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    slots, name = given.pop("slots", 1), given.pop("name", None)
+    settings = Settings(**given)
+    configure_logging(settings.log_format)
+    try:
+        devices = find_devices(settings.device)
+        with closing(open_database(settings)) as db:
+            supervisor = Supervisor(db, devices, settings, slots=slots, name=name)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, supervisor.stop)
+            return supervisor.run()
+    except StartRefused as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m worker", description="Claims jobs and trains them. Flags win over NANOMOE_... variables."
+    )
+    parser.add_argument("--devices", dest="device", help="where to train: auto, cpu, cuda:0,cuda:1 ...")
+    parser.add_argument("--slots", type=_positive, help="jobs at once on each device (1)")
+    parser.add_argument("--name", help="stable name of this worker (the host's)")
+    parser.add_argument("--data-dir", help="folder of the job files")
+    parser.add_argument("--database-url", help="sqlite:///PATH or postgresql+psycopg://...")
+    parser.add_argument("--lease-seconds", type=float, help="how long a job stays ours without a heartbeat")
+    parser.add_argument("--heartbeat-seconds", type=float, help="time between heartbeats")
+    parser.add_argument("--snapshot-seconds", type=float, help="time between rolling snapshots")
+    parser.add_argument("--log-format", choices=["console", "json"])
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return number
+
+
+def configure_logging(style: str) -> None:
+    """Everything to standard error, our own lines and those of libraries alike."""
+    shared: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso"),
+    ]
+    renderer: structlog.typing.Processor = (
+        structlog.processors.JSONRenderer()
+        if style == "json"
+        else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+    )
+    structlog.configure(
+        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(structlog.stdlib.ProcessorFormatter(processor=renderer, foreign_pre_chain=shared))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""The lock of a slot: a file lock that the trainer of a running job and all that it forks hold, and nobody else.
+
+The supervisor opens the file anew for each trainer and lets the trainer inherit the descriptor; locking it before the
+claim locks the description that both share, and when the job starts the supervisor lets its own copy go. From then on
+the lock is free exactly when no process of the job is left, whatever became of the supervisor: a stopped or killed
+supervisor's trainer can never share its device with a second one.
+
+Knows no job and no database. The lock (flock) is kept by the kernel, so it ends with its last holder.
+"""
+
+import fcntl
+import json
+import os
+import signal
+import socket
+from pathlib import Path
+
+from worker.survivors import started, survivors
+
+Owner = dict[str, str | int | None]
+
+
+class SlotLock:
+    """One trainer's open description of a slot's lock file."""
+
+    def __init__(self, path: Path, token: str) -> None:
+        """`token` is the trainer's mark in the environment of all its processes."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
+        self._token = token
+        self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+
+    def acquire(self) -> bool:
+        """Take the lock, for this process and for whoever inherited the descriptor; False when a job still holds it.
+
+        What a dead supervisor of this machine left running is killed here, so that a later try succeeds.
+        """
+        try:
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._kill_what_a_dead_supervisor_left()
+            return False
+        owner = _supervisor(os.getpid()) | {"trainer": self._token}
+        os.ftruncate(self.descriptor, 0)
+        os.pwrite(self.descriptor, json.dumps(owner).encode(), 0)
+        return True
+
+    def release(self) -> None:
+        """Unlock: there was nothing to claim."""
+        fcntl.flock(self.descriptor, fcntl.LOCK_UN)
+
+    def hand_over(self) -> None:
+        """Close this process's copy: the lock is the trainer's alone now, and ends with it. Repeating is harmless."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+    def _kill_what_a_dead_supervisor_left(self) -> None:
+        try:
+            owner: Owner = json.loads(self._path.read_bytes())
+        except ValueError:
+            return  # its supervisor is writing it at this moment, so it lives
+        token, pid = str(owner.pop("trainer")), owner["pid"]
+        here = owner["machine"] == _machine()
+        if here and isinstance(pid, int) and owner != _supervisor(pid):
+            for left in survivors(None, token):
+                os.kill(left, signal.SIGKILL)
+
+
+def _supervisor(pid: int) -> Owner:
+    return {"machine": _machine(), "pid": pid, "started": started(pid)}
+
+
+def _machine() -> str:
+    """Where a process id means something: a container has its own."""
+    namespace = Path("/proc/self/ns/pid")
+    return f"{socket.gethostname()} {namespace.readlink() if namespace.exists() else ''}"

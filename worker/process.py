@@ -1,0 +1,169 @@
+"""The life of a trainer process: started warm, spoken to over pipes, ended with its whole group, proven dead.
+
+Knows no job and no database. A trainer must be started from the main thread: the parent-death signal that it sets
+fires when the thread that spawned it ends.
+"""
+
+import os
+import select
+import signal
+import subprocess
+import threading
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+
+import structlog
+
+from worker.lock import SlotLock
+from worker.protocol import FromTrainer, Start, ToTrainer, encode, parse_from_trainer
+from worker.survivors import TOKEN_VARIABLE, survivors
+
+log = structlog.get_logger(__name__)
+
+_LOOK_SECONDS = 0.25
+"""How often a silent pipe is left to see whether its process has ended: a grandchild may keep the pipe open."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The trainer has ended, or has said something that is not the protocol. Nothing follows."""
+
+    garbled: bool = False
+
+
+@dataclass(frozen=True)
+class Look:
+    """Something changed in the database, or the worker is to drain."""
+
+
+class TrainerProcess:
+    """A trainer in a session and process group of its own, which holds the lock of its slot while it has a job."""
+
+    def __init__(self, command: Sequence[str], lock: Path, environment: Mapping[str, str]) -> None:
+        assert threading.current_thread() is threading.main_thread(), "the parent-death signal follows the thread"
+        self.inbox: SimpleQueue[FromTrainer | Ended | Look] = SimpleQueue()
+        """What the trainer says, its end, and what others put in to wake whoever waits here."""
+        self._token = uuid.uuid4().hex
+        self.lock = SlotLock(lock, self._token)
+        self._popen = subprocess.Popen(  # noqa: S603 - our own command
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+            start_new_session=True,
+            pass_fds=(self.lock.descriptor,),
+            env={**environment, TOKEN_VARIABLE: self._token},
+        )
+        self.pid = self._popen.pid
+        assert self._popen.stdin is not None
+        # A beat must never make the guard wait for a trainer that has stopped reading.
+        os.set_blocking(self._popen.stdin.fileno(), False)
+        self._sending = threading.Lock()
+        self._gone = False
+        threading.Thread(target=self._read, name=f"read-{self.pid}", daemon=True).start()
+
+    # -- Speaking ------------------------------------------------------------------------------------------------
+
+    def start(self, message: Start) -> None:
+        """Give the trainer its job, and the slot's lock with it."""
+        self.send(message)
+        self.lock.hand_over()
+
+    def send(self, message: ToTrainer) -> None:
+        """Say something; a trainer that has ended, or reads nothing, does not hear it, which its end will show."""
+        assert self._popen.stdin is not None
+        rest = encode(message)
+        with self._sending:
+            try:
+                while rest:
+                    rest = rest[os.write(self._popen.stdin.fileno(), rest) :]
+            except (BlockingIOError, BrokenPipeError):
+                log.debug("trainer_does_not_listen", trainer=self.pid, message=message.type)
+
+    def _read(self) -> None:
+        assert self._popen.stdout is not None
+        pipe, buffered = self._popen.stdout.fileno(), b""
+        while True:
+            if not select.select([pipe], [], [], _LOOK_SECONDS)[0]:
+                if self.has_ended():
+                    break
+                continue
+            read = os.read(pipe, 1 << 16)
+            if not read:
+                break
+            *lines, buffered = (buffered + read).split(b"\n")
+            for line in lines:
+                try:
+                    self.inbox.put(parse_from_trainer(line))
+                except ValueError as error:
+                    log.error("trainer_garbled", trainer=self.pid, line=line[:200], error=str(error))
+                    self.inbox.put(Ended(garbled=True))
+                    return
+        self.inbox.put(Ended())
+
+    # -- Ending --------------------------------------------------------------------------------------------------
+
+    def has_ended(self) -> bool:
+        """Whether the trainer itself has ended. It is not reaped, so its ids still cannot be anybody else's."""
+        if self._popen.returncode is not None:
+            return True
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+    @property
+    def exit_status(self) -> int:
+        """After `bury`: the exit status, or minus the signal that ended it."""
+        assert self._popen.returncode is not None
+        return self._popen.returncode
+
+    def terminate(self) -> None:
+        """SIGTERM to the trainer: wake it from a system call, so that it sees the message that was sent."""
+        self._signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """SIGKILL to every process of the group. From any thread, at any time, as often as one likes."""
+        self._signal(signal.SIGKILL)
+
+    def _signal(self, number: signal.Signals) -> None:
+        if not self._gone:
+            try:
+                os.killpg(self.pid, number) if number == signal.SIGKILL else os.kill(self.pid, number)
+            except ProcessLookupError:
+                return  # it is gone, which is all that was wanted
+
+    def bury(self, timeout: float) -> bool:
+        """Kill what is left of the trainer and of all that it started; True once no process of it lives.
+
+        False after `timeout` seconds: something cannot be killed yet, for example a process in a driver's call.
+        """
+        give_up = time.monotonic() + timeout
+        self.lock.hand_over()
+        while True:
+            self.kill()
+            left = survivors(self.pid, self._token)
+            for pid in left:
+                _kill(pid)
+            if self.has_ended() and not left:
+                self._popen.wait()
+                self._gone = True
+                self._close()
+                return True
+            if time.monotonic() > give_up:
+                log.warning("trainer_does_not_die", trainer=self.pid, processes=sorted(left))
+                return False
+            time.sleep(0.005)
+
+    def _close(self) -> None:
+        for pipe in (self._popen.stdin, self._popen.stdout):
+            if pipe is not None:
+                pipe.close()
+
+
+def _kill(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return

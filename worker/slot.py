@@ -1,0 +1,190 @@
+"""A slot: the place of one trainer on a device. Its thread claims a job, sees it through, and claims the next.
+
+Knows neither torch nor what a job's messages mean. The trainers themselves are started by the main thread.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Sequence
+from queue import Empty
+
+import structlog
+
+from service import queue
+from service.errors import DatabaseUnavailable, SchemaMismatch, StorageFull
+from service.settings import Settings
+from service.store import Database, WorkerIdentity
+from worker.attempt import Attempt
+from worker.devices import Device
+from worker.lease import Lease
+from worker.process import Ended, Look, TrainerProcess
+from worker.protocol import Beat, Ready
+from worker.timing import Timing
+
+log = structlog.get_logger(__name__)
+
+
+class Slot:
+    """One trainer at a time on one device, and the next one warming up."""
+
+    def __init__(
+        self,
+        db: Database,
+        worker: WorkerIdentity,
+        device: Device,
+        number: int,
+        *,
+        slots: int,
+        settings: Settings,
+        timing: Timing,
+        command: Sequence[str],
+        draining: threading.Event,
+        hurry: threading.Event,
+    ) -> None:
+        """`number`: this one's among the `slots` of its device. `draining`: the worker should end soon; `hurry`: at once."""
+        self._db = db
+        self._worker = worker
+        self._device = device
+        self._settings = settings
+        self._timing = timing
+        self._command = command
+        self._draining = draining
+        self._hurry = hurry
+        self._environment = device.environment(slots)
+        self._lock_path = settings.data_dir / "locks" / f"{device.identity}.{number}.lock"
+        self.name = f"{device.name}/{number}"
+        self._changed = threading.Event()
+        """Set when a claim may succeed that did not before, or when the worker drains."""
+        self._trainer: TrainerProcess | None = None
+        """The one that warms up, or waits for a job."""
+        self._wants_trainer = True
+        self._running: tuple[TrainerProcess, Lease] | None = None
+        self._beat_due = 0.0
+        self._failures = 0
+        """Trainers in a row that ended before they were ready."""
+
+    # -- The slot's own thread -------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Until the worker drains: wait for a warm trainer, claim a job for it, see the job through."""
+        while not self._draining.is_set():
+            trainer = self._wait_for_trainer()
+            if trainer is not None and (lease := self._wait_for_job(trainer)) is not None:
+                self._see_through(trainer, lease)
+        if self._trainer is not None:
+            self._end(self._trainer)
+
+    def _wait_for_trainer(self) -> TrainerProcess | None:
+        """A trainer that has imported torch; None when it failed to, or the worker drains."""
+        give_up = time.monotonic() + self._timing.start
+        while not self._draining.is_set():
+            trainer = self._trainer
+            if trainer is None:
+                self._draining.wait(self._timing.guard)  # the main thread starts one
+                continue
+            try:
+                said = trainer.inbox.get(timeout=self._timing.guard)
+            except Empty:
+                said = None
+            if isinstance(said, Ready):
+                self._failures = 0
+                return trainer
+            if isinstance(said, Ended) or time.monotonic() > give_up:
+                self._failures += 1
+                pause = min(60.0, self._timing.retry * 2**self._failures)
+                self._end(trainer)
+                log.error("trainer_did_not_start", slot=self.name, exit_status=trainer.exit_status, next_try_in=pause)
+                self._draining.wait(pause)
+                self._wants_trainer = True
+                return None
+        return None
+
+    def _wait_for_job(self, trainer: TrainerProcess) -> Lease | None:
+        """A claim, as soon as there is one to be had; None when the trainer ended meanwhile, or the worker drains."""
+        while not self._draining.is_set():
+            self._changed.clear()  # before looking, so that no change falls between the look and the wait
+            if trainer.has_ended():
+                self._end(trainer)
+                self._wants_trainer = True
+                return None
+            # The lock comes first: with it, nothing of an earlier job is left on this device, whoever ran it.
+            if trainer.lock.acquire():
+                lease = self._claim()
+                if lease is not None:
+                    return lease
+                trainer.lock.release()
+            self._changed.wait(self._timing.retry)
+        return None
+
+    def _claim(self) -> Lease | None:
+        began = time.monotonic()
+        try:
+            claim = queue.claim(self._db, self._worker, self._timing.lease)
+        except SchemaMismatch as error:
+            log.warning("schema_mismatch", reason=str(error))
+            self._draining.set()
+        except (DatabaseUnavailable, StorageFull) as error:
+            log.warning("cannot_claim", slot=self.name, reason=str(error))
+            self._draining.wait(self._timing.retry)
+        else:
+            return None if claim is None else Lease(claim, began, self._timing)
+        return None
+
+    def _see_through(self, trainer: TrainerProcess, lease: Lease) -> None:
+        self._running = trainer, lease
+        self._wants_trainer = False
+        self._trainer = None
+        Attempt(
+            self._db,
+            lease,
+            trainer,
+            device=self._device.torch_name,
+            settings=self._settings,
+            timing=self._timing,
+            draining=self._draining,
+            hurry=self._hurry,
+            on_training=self._warm_the_next,
+        ).run()
+        self._running = None
+        self._wants_trainer = True
+
+    def _warm_the_next(self) -> None:
+        """Not before the job's first steps: importing torch would slow down its start."""
+        self._wants_trainer = self._trainer is None
+
+    def _end(self, trainer: TrainerProcess) -> None:
+        self._trainer = None
+        while not trainer.bury(self._timing.heartbeat):
+            log.warning("trainer_does_not_die", slot=self.name, trainer=trainer.pid)
+
+    # -- From other threads ----------------------------------------------------------------------------------------
+
+    def wake(self) -> None:
+        """Something was committed, or the worker drains."""
+        self._changed.set()
+        if running := self._running:
+            running[0].inbox.put(Look())
+
+    def tend(self) -> None:
+        """The main thread's part: start trainers, tell them that we live, kill one whose lease is no longer certain."""
+        now = time.monotonic()
+        if running := self._running:
+            trainer, lease = running
+            if now > lease.deadline and not lease.fenced.is_set():
+                log.error("no_heartbeat_succeeded", slot=self.name, job=lease.claim.job_id)
+                lease.fenced.set()
+                trainer.kill()
+        if self._wants_trainer and self._trainer is None and not self._draining.is_set():
+            self._wants_trainer = False
+            self._trainer = self._start_trainer(now)
+        if now >= self._beat_due:
+            self._beat_due = now + self._timing.beat
+            if running := self._running:
+                running[0].send(Beat(until=running[1].deadline))
+            if warm := self._trainer:
+                warm.send(Beat(until=now + self._timing.certain))
+
+    def _start_trainer(self, now: float) -> TrainerProcess:
+        options = ["--parent", str(os.getpid()), "--until", str(now + self._timing.certain)]
+        return TrainerProcess([*self._command, *options], self._lock_path, self._environment)

@@ -1,0 +1,82 @@
+"""What a trainer is given: the text as a file, the snapshot to go on from, the weights to start from.
+
+Nothing is given that was not verified byte by byte. Knows no process and writes nothing to the database.
+"""
+
+from pathlib import Path
+
+from nanomoe import checkpoint
+from nanomoe.checkpoint import CheckpointDamaged
+from nanomoe.config import JobConfig
+from service import store
+from service.errors import NotFound
+from service.settings import Settings
+from service.store import Job
+from worker.protocol import Folder, Start, Warned
+
+
+class ParentUnusable(Exception):
+    """The checkpoint that the job should start from is not there, or is damaged."""
+
+    code = "parent_unusable"
+
+
+def compose(db: store.Database, job: Job, *, device: str, settings: Settings) -> tuple[Start, list[Warned]]:
+    """The start message of an attempt, and what is worth telling about it.
+
+    Raises ParentUnusable, DatabaseUnavailable, OSError when the text cannot be written.
+    """
+    folder = settings.data_dir / store.job_folder(job.id)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = JobConfig.model_validate(job.config)
+    resume, warnings = _choose_snapshot(db, job, settings.data_dir)
+    start = Start(
+        job_id=job.id,
+        fence=job.fence,
+        config=config,
+        text_path=str(_write_text(db, job, folder)),
+        folder=str(folder),
+        execution=job.execution,
+        resume=resume,
+        parent=_find_parent(db, config, settings.data_dir) if resume is None else None,
+        device=device,
+        snapshot_seconds=settings.snapshot_seconds,
+        allow_hub=settings.allow_hub,
+        tokenizer_dir=None if settings.tokenizer_dir is None else str(settings.tokenizer_dir),
+    )
+    return start, warnings
+
+
+def _choose_snapshot(db: store.Database, job: Job, data_dir: Path) -> tuple[Folder | None, list[Warned]]:
+    snapshot = store.find_snapshot(db, job.id)
+    if snapshot is None:
+        return None, []
+    found = Folder(folder=str(data_dir / snapshot.folder), manifest_sha256=snapshot.manifest_sha256)
+    try:
+        checkpoint.verify(Path(found.folder), found.manifest_sha256)
+    except CheckpointDamaged as error:
+        message = f"the snapshot of step {snapshot.step} is damaged, training starts again at step 0: {error}"
+        return None, [Warned(code="snapshot_damaged", message=message)]
+    return found, []
+
+
+def _find_parent(db: store.Database, config: JobConfig, data_dir: Path) -> Folder | None:
+    if config.init_from is None:
+        return None
+    try:
+        row = store.get_checkpoint(db, config.init_from.job_id, config.init_from.checkpoint)
+        parent = Folder(folder=str(data_dir / row.folder), manifest_sha256=row.manifest_sha256)
+        checkpoint.verify(Path(parent.folder), parent.manifest_sha256)
+    except (NotFound, CheckpointDamaged) as error:
+        name = f"{config.init_from.job_id}@{config.init_from.checkpoint}"
+        raise ParentUnusable(f"cannot start from {name}: {error}") from error
+    return parent
+
+
+def _write_text(db: store.Database, job: Job, folder: Path) -> Path:
+    path = folder / "text.txt"
+    if not path.exists():
+        unfinished = folder / f"text.f{job.fence}.tmp"
+        unfinished.write_bytes(store.get_text(db, job.text_sha256))
+        unfinished.replace(path)
+    return path
