@@ -179,7 +179,7 @@ def read_metrics(folder: Path) -> dict[str, Any]:
 
 
 def load_weights(folder: Path) -> dict[str, "Tensor"]:
-    """The model's parameters and buffers by nanoGPT's names, on the CPU; the tied output layer is `transformer.wte.weight`."""
+    """Parameters and buffers by nanoGPT's names, on the CPU; the tied output layer is `transformer.wte.weight`."""
     from safetensors.torch import load_file
 
     weights: dict[str, Tensor] = load_file(folder / WEIGHTS)

@@ -200,7 +200,7 @@ class TrainConfig(Strict):
     """Share of the text's tokens, at its end, held out of training; when above 0, at least 2 tokens."""
 
     stop_at_perplexity: float | None = Field(None, gt=1, le=1e9)
-    """End early, at percent 100, once the evaluation perplexity of the training text is at most this; null never does."""
+    """End early, at percent 100, once the training text's evaluation perplexity is at most this; null never does."""
 
     eval_interval: int | None = Field(None, ge=1, le=1_000_000_000)
     """Steps between the evaluations that `stop_at_perplexity` looks at; null is one epoch."""

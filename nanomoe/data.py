@@ -1,4 +1,4 @@
-"""Token ids -> windows -> batches. The order of an epoch is a pure function of (seed, epoch), so a cursor is one integer.
+"""Token ids -> windows -> batches. An epoch's order is a pure function of (seed, epoch), so a cursor is one integer.
 
 Knows no file and no tokenizer.
 """

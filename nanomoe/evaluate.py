@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -56,8 +57,7 @@ def _evaluating(model: GPT) -> Iterator[None]:
 
 
 def _batches(model: GPT, windows: Windows) -> Iterator[list[int]]:
-    vocab_size = model.transformer["wte"].weight.shape[0]
-    return windows.batches(max(1, LOGITS_BYTES // (4 * windows.length * vocab_size)))
+    return windows.batches(max(1, LOGITS_BYTES // (4 * windows.length * model.vocab_size)))
 
 
 @torch.no_grad()
@@ -89,7 +89,7 @@ def entropy_baselines(tokens: list[int], vocab_size: int) -> dict[str, float]:
         return -sum(c / n * math.log(c / n) for c in counts.values())
 
     unigram = entropy(Counter(tokens[1:]))
-    bigram = entropy(Counter(zip(tokens[:-1], tokens[1:], strict=True))) - entropy(Counter(tokens[:-1]))
+    bigram = entropy(Counter(pairwise(tokens))) - entropy(Counter(tokens[:-1]))
     return {"uniform": math.log(vocab_size), "unigram": max(0.0, unigram), "bigram": max(0.0, bigram)}
 
 
@@ -206,11 +206,8 @@ def _router_grad_norms(model: GPT, windows: Windows) -> dict[int, float]:
     inputs_BT, targets_BT = windows.batch([0])
     loss = token_losses(model(inputs_BT).logits_BTV, targets_BT).sum() / windows.n_targets([0])
     routers = {layer: moe.router.weight for layer, moe in model.moe_layers.items()}
-    gradients = torch.autograd.grad(loss, list(routers.values()), allow_unused=True)
-    return {
-        layer: 0.0 if gradient is None else gradient.norm().item()
-        for layer, gradient in zip(routers, gradients, strict=True)
-    }
+    gradients = torch.autograd.grad(loss, list(routers.values()))
+    return {layer: gradient.norm().item() for layer, gradient in zip(routers, gradients, strict=True)}
 
 
 MAX_LOSSES_WITHOUT = 64

@@ -9,7 +9,7 @@ from typing import Literal, Self
 import torch
 
 from nanomoe.config import JobConfig, Strict
-from nanomoe.moe import choose_expert_path
+from nanomoe.moe import ExpertPath, choose_expert_path
 from nanomoe.plan import n_windows
 
 
@@ -40,7 +40,7 @@ class Execution(Strict):
     path: Literal["eager"]
     """How a step is run: `eager`, operator by operator."""
 
-    expert_path: str | None
+    expert_path: ExpertPath | None
     """How experts are computed; null without a mixture of experts."""
 
     deterministic: bool
@@ -63,7 +63,7 @@ class Execution(Strict):
         precision = config.precision
         if precision == "auto":
             precision = "bfloat16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-        expert_path = None
+        expert_path: ExpertPath | None = None
         if config.use_moe:
             windows = min(config.batch_size, n_windows(n_tokens, config.block_size))
             rows = windows * min(n_tokens, config.block_size)

@@ -33,9 +33,7 @@ class NotExportable(ValueError):
 
 def gpt2_weights(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """The state of a `GPT2LMHeadModel` that computes what a dense GPT with these weights computes."""
-    state = {
-        name: weight.T.contiguous() if name.endswith(_TRANSPOSED) else weight for name, weight in weights.items()
-    }
+    state = {name: weight.T.contiguous() if name.endswith(_TRANSPOSED) else weight for name, weight in weights.items()}
     if not config.bias:
         C = config.n_embd
         widths = {"ln_1": C, "ln_2": C, "attn.c_attn": 3 * C, "attn.c_proj": C, "mlp.c_fc": 4 * C, "mlp.c_proj": C}
@@ -73,7 +71,9 @@ def gpt2_model(weights: Mapping[str, Tensor], config: ModelConfig) -> "GPT2LMHea
         "bos_token_id": None,
         "eos_token_id": None,
     }
-    model = GPT2LMHeadModel(GPT2Config(**theirs)).to(wte.dtype).eval()
+    model: GPT2LMHeadModel = GPT2LMHeadModel(GPT2Config(**theirs))
+    model.to(dtype=wte.dtype)
+    model.eval()
     model.load_state_dict(gpt2_weights(weights, config))
     return model
 

@@ -7,7 +7,7 @@ Knows no loss, no optimizer and no file.
 """
 
 import math
-from typing import NamedTuple, Self
+from typing import NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +53,7 @@ class CausalSelfAttention(nn.Module):
             future_TT = torch.ones(T, T, dtype=torch.bool, device=x_BTC.device).triu_(1)
             weights_BHTT = scores_BHTT.masked_fill(future_TT, float("-inf")).softmax(-1)
             y_BHTD = (weights_BHTT * masks.take(self.n_head, T, T)).to(v.dtype) @ v
-        y_BTC = self.c_proj(y_BHTD.transpose(1, 2).reshape(B, T, C))
+        y_BTC: Tensor = self.c_proj(y_BHTD.transpose(1, 2).reshape(B, T, C))
         return y_BTC if masks is None else y_BTC * masks.take(T, C)
 
 
@@ -106,6 +106,17 @@ class Block(nn.Module):
         return dropout.layer(self.layer, self.config.n_head * T * T + (1 + rows) * T * self.config.n_embd)
 
 
+class Transformer(nn.Module):
+    """The embeddings, the blocks and the last norm; a module of its own because nanoGPT's names say so."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_f = LayerNorm(config.n_embd, config.bias)
+
+
 class ModelOutput(NamedTuple):
     """What a forward pass gives."""
 
@@ -120,14 +131,7 @@ class GPT(nn.Module):
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(vocab_size, config.n_embd),
-                "wpe": nn.Embedding(config.block_size, config.n_embd),
-                "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
-                "ln_f": LayerNorm(config.n_embd, config.bias),
-            }
-        )
+        self.transformer = Transformer(config, vocab_size)
 
     @classmethod
     def build(cls, config: ModelConfig, vocab_size: int, device: torch.device | str = "cpu") -> Self:
@@ -170,7 +174,12 @@ class GPT(nn.Module):
     @property
     def blocks(self) -> list[Block]:
         """The blocks, first to last."""
-        return list(self.transformer["h"])  # type: ignore[arg-type]
+        return cast(list[Block], list(self.transformer.h))
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the token embedding."""
+        return self.transformer.wte.num_embeddings
 
     def forward(
         self, tokens_BT: Tensor, *, dropout: Dropout | None = None, without: tuple[int, int] | None = None
@@ -180,8 +189,8 @@ class GPT(nn.Module):
         `dropout` None is the evaluation. `without` = (layer, expert) removes that expert's output.
         """
         _, T = tokens_BT.shape
-        assert T <= self.config.block_size, f"{T} tokens do not fit block_size {self.config.block_size}"
-        wte, wpe = self.transformer["wte"], self.transformer["wpe"]
+        assert self.config.block_size >= T, f"{T} tokens do not fit block_size {self.config.block_size}"
+        wte, wpe = self.transformer.wte, self.transformer.wpe
         x_BTC = wte(tokens_BT) + wpe(torch.arange(T, device=tokens_BT.device))
         if dropout is not None and self.config.dropout > 0:
             x_BTC = x_BTC * dropout.layer(EMBEDDING, T * self.config.n_embd).take(T, self.config.n_embd)
@@ -191,7 +200,7 @@ class GPT(nn.Module):
             x_BTC, routing = block(x_BTC, dropout, removed)
             if routing is not None:
                 routings[block.layer] = routing
-        return ModelOutput(F.linear(self.transformer["ln_f"](x_BTC), wte.weight), routings)
+        return ModelOutput(F.linear(self.transformer.ln_f(x_BTC), wte.weight), routings)
 
 
 def token_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 
 
 def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
-    """The learning rate of step `step`, from 0: linear warm-up, then constant or half a cosine from `lr` to `min_lr`."""
+    """The rate of step `step`, from 0: linear warm-up, then constant or half a cosine from `lr` to `min_lr`."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.lr_schedule == "constant":

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nanomoe import checkpoint
 from nanomoe.config import JobConfig
-from nanomoe.data import Order, Step, Windows
+from nanomoe.data import Order, Windows
 from nanomoe.dropout import Dropout
 from nanomoe.evaluate import Choices, Evaluation, evaluate, evaluate_loss
 from nanomoe.execution import Execution
@@ -193,7 +193,7 @@ class Run:
         loss = torch.zeros((), device=self.device)
         counts: dict[int, Tensor] = {}
         for windows, share in zip(step.micro_batches, n_targets, strict=True):
-            loss += self._backward(step, windows, sum(n_targets), share, counts)
+            loss += self._backward(windows, sum(n_targets), share, counts)
         grad_norm = torch.nn.utils.get_total_norm(
             [p.grad for p in self.model.parameters() if p.grad is not None], foreach=True
         )
@@ -205,8 +205,8 @@ class Run:
         self.progress.step += 1
         return loss, grad_norm
 
-    def _backward(self, step: Step, windows: list[int], n_targets: int, share: int, counts: dict[int, Tensor]) -> Tensor:
-        """Add one micro-batch's gradient; its part of the step's loss."""
+    def _backward(self, windows: list[int], n_targets: int, share: int, counts: dict[int, Tensor]) -> Tensor:
+        """Add one micro-batch's gradient, `share` of the step's `n_targets`; return its part of the step's loss."""
         config = self.config
         inputs_BT, targets_BT = self.windows.batch(windows)
         dropout = Dropout(
@@ -227,7 +227,7 @@ class Run:
             counts[layer] = counts.get(layer, 0) + routing.counts_E
             self.progress.dropped[layer] += routing.dropped
         self.progress.routed += inputs_BT.numel() * config.k
-        objective.backward()
+        torch.autograd.backward(objective)
         return loss.detach()
 
     def _autocast(self) -> AbstractContextManager[object]:
@@ -385,7 +385,10 @@ class _Report:
         seconds = time.monotonic() - self._since
         last = self._run.progress.step
         first = last - len(losses) + 1
-        good = next((i for i, pair in enumerate(zip(losses, norms, strict=True)) if not all(map(math.isfinite, pair))), len(losses))
+        good = next(
+            (i for i, pair in enumerate(zip(losses, norms, strict=True)) if not all(map(math.isfinite, pair))),
+            len(losses),
+        )
         if good:
             self._run.progress.train_loss = losses[good - 1]
             yield Steps(

@@ -30,7 +30,7 @@ def test_a_text_that_fits_the_context_is_one_window_and_a_longer_one_is_cut(n_to
 def test_at_least_two_tokens_are_held_out_and_at_least_two_are_trained_on() -> None:
     assert Plan.of(JobConfig(val_fraction=0.01), 87).n_val_tokens == 2
     assert Plan.of(JobConfig(val_fraction=0.25), 87).n_val_tokens == 21
-    with pytest.raises(TextTooShort, match="the text has 3, of which val_fraction 0.1 holds out 2"):
+    with pytest.raises(TextTooShort, match=r"the text has 3, of which val_fraction 0\.1 holds out 2"):
         Plan.of(JobConfig(val_fraction=0.1), 3)
     with pytest.raises(TextTooShort, match="the text has 1"):
         Plan.of(JobConfig(), 1)

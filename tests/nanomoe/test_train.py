@@ -24,10 +24,8 @@ from nanomoe.train import (
 )
 
 TEXT = "o rato roeu a roupa do rei de roma, e a rainha com raiva resolveu remendar. " * 4
-TINY = {
-    **{"tokenizer": "bytes", "block_size": 32, "n_layer": 2, "n_head": 2, "n_embd": 16, "lr": 1e-2},
-    **{"epochs": 3, "batch_size": 4, "cont_max_new_tokens": 4},
-}
+SHAPE = {"tokenizer": "bytes", "block_size": 32, "n_layer": 2, "n_head": 2, "n_embd": 16}
+TINY = SHAPE | {"lr": 1e-2, "epochs": 3, "batch_size": 4, "cont_max_new_tokens": 4}
 MOE = {"use_moe": True, "n_experts": 4, "moe_stride": 1, "capacity_factor": 1.0, "router_noise": True}
 BIAS = {"use_moe": True, "n_experts": 4, "router_bias_update_rate": 1e-2, "gradient_accumulation_steps": 2}
 
@@ -36,9 +34,7 @@ def start(config: dict[str, object], resume: dict[str, bytes] | None = None) -> 
     parsed = JobConfig.model_validate(TINY | config)
     tokenizer = load_tokenizer("bytes")
     execution = Execution.decide(parsed, "cpu", n_tokens=len(TEXT))
-    return Run(
-        parsed, tokenizer.encode(TEXT), tokenizer, execution, device=torch.device("cpu"), resume=resume
-    )
+    return Run(parsed, tokenizer.encode(TEXT), tokenizer, execution, device=torch.device("cpu"), resume=resume)
 
 
 def checkpoints(happened: Iterator[Happened] | list[Happened]) -> dict[int, dict[str, bytes]]:
@@ -160,11 +156,15 @@ def test_a_loss_that_is_not_finite_ends_training_at_its_step_and_yields_nothing_
     monkeypatch.setattr("nanomoe.train.REPORT_SECONDS", 0.0)
     run = start({"epochs": 50})
     happened: list[Happened] = []
-    with pytest.raises(LossNotFinite, match="at step 6 the loss is nan"):
+
+    def poisoned_after_step_5() -> None:
         for event in train(run):
             happened.append(event)
             if run.progress.step == 5 and isinstance(event, Steps):
-                run.model.transformer["ln_f"].weight.data.fill_(math.nan)
+                run.model.transformer.ln_f.weight.data.fill_(math.nan)
+
+    with pytest.raises(LossNotFinite, match="at step 6 the loss is nan"):
+        poisoned_after_step_5()
     figures = [loss for event in happened if isinstance(event, Steps) for loss in event.train_loss]
     assert len(figures) == 5
     assert all(map(math.isfinite, figures))
