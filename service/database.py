@@ -70,11 +70,12 @@ def _postgresql_now(element: UtcNow, compiler: Any, **kw: Any) -> str:
 class Database:
     """An open database. Thread-safe; a Session from it is not, and must not outlive its `with` block."""
 
-    def __init__(self, engine: Engine, changes: Changes, *, now: sa.ColumnElement[datetime] | None = None) -> None:
-        """`now`: another clock, as an SQL expression in microseconds since 1970 (tests let it jump)."""
+    def __init__(self, engine: Engine, changes: Changes) -> None:
         self.engine = engine
         self.changes = changes
-        self.now: sa.ColumnElement[datetime] = UtcNow() if now is None else sa.type_coerce(now, UtcTime())
+        self.now: sa.ColumnElement[datetime] = UtcNow()
+        """The clock, as SQL. A test puts another in its place and lets it jump."""
+
         self.is_sqlite = engine.dialect.name == "sqlite"
         snapshot = {} if self.is_sqlite else {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
         self._readers = engine.execution_options(**snapshot)
@@ -147,7 +148,7 @@ class Database:
         self.engine.dispose()
 
 
-def open_database(settings: Settings, *, now: sa.ColumnElement[datetime] | None = None) -> Database:
+def open_database(settings: Settings) -> Database:
     """Open the database that the settings name, creating the data folder and an empty SQLite file if need be.
 
     Neither migrates nor checks the schema: the API migrates (`service.migrate`), workers wait for it.
@@ -156,8 +157,8 @@ def open_database(settings: Settings, *, now: sa.ColumnElement[datetime] | None 
     url = make_url(settings.database_url)
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     if url.get_backend_name() == "sqlite":
-        return _open_sqlite(url, now)
-    return _open_postgresql(url, now)
+        return _open_sqlite(url)
+    return _open_postgresql(url)
 
 
 def read_revision(connection: Connection) -> str | None:
@@ -193,7 +194,7 @@ def wal_is_safe(version: tuple[int, int, int]) -> bool:
     return version >= (3, 51, 3) or (3, 50, 7) <= version < (3, 51) or (3, 44, 6) <= version < (3, 45)
 
 
-def _open_sqlite(url: URL, now: sa.ColumnElement[datetime] | None) -> Database:
+def _open_sqlite(url: URL) -> Database:
     driver = sqlite_driver()
     if driver.sqlite_version_info < (3, 35, 0):
         raise StartRefused(f"SQLite {driver.sqlite_version} is too old: UPDATE ... RETURNING needs 3.35")
@@ -236,7 +237,7 @@ def _open_sqlite(url: URL, now: sa.ColumnElement[datetime] | None) -> Database:
 
     with _told_as_service_errors(), engine.connect():
         pass
-    return Database(engine, Changes(partial(watch_sqlite, driver, file)), now=now)
+    return Database(engine, Changes(partial(watch_sqlite, driver, file)))
 
 
 def file_system_type(folder: Path) -> str | None:
@@ -262,7 +263,7 @@ def find_file_system(folder: Path, mountinfo: str) -> str | None:
 # PostgreSQL
 
 
-def _open_postgresql(url: URL, now: sa.ColumnElement[datetime] | None) -> Database:
+def _open_postgresql(url: URL) -> Database:
     try:
         engine = sa.create_engine(
             url,
@@ -282,7 +283,7 @@ def _open_postgresql(url: URL, now: sa.ColumnElement[datetime] | None) -> Databa
         )
     except ModuleNotFoundError as error:
         raise StartRefused("PostgreSQL needs the driver: pip install 'nanomoe[postgres]'") from error
-    return Database(engine, Changes(partial(listen_to_postgresql, engine)), now=now)
+    return Database(engine, Changes(partial(listen_to_postgresql, engine)))
 
 
 # What both share
