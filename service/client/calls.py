@@ -48,14 +48,16 @@ class Call(Generic[T]):
 
     def request(self, http: httpx.Client | httpx.AsyncClient) -> httpx.Request:
         """The request, with the base address, key and time-outs of `http`."""
-        timeout = http.timeout if self.read_seconds is None else httpx.Timeout(http.timeout, read=self.read_seconds)
+        timeout = http.timeout.as_dict()
+        if self.read_seconds is not None:
+            timeout["read"] = self.read_seconds
         return http.build_request(
             self.method,
             self.path,
             params={name: value for name, value in self.params.items() if value is not None},
             json=self.body,
             headers=dict(self.headers),
-            timeout=timeout,
+            timeout=httpx.Timeout(**timeout),
         )
 
     def answer(self, response: httpx.Response) -> T:

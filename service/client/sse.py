@@ -38,7 +38,7 @@ class EventDecoder:
         *lines, rest = _LINE_END.split(buffer[: len(buffer) - len(held)])
         self._rest = rest + held
         for line in lines:
-            event = self._line(line.decode())
+            event = self._line(line.decode(errors="replace"))
             if event is not None:
                 yield event
 
