@@ -146,8 +146,9 @@ def list_jobs(
         return list(session.exec(query))
 
 
-def relabel(db: Database, job_id: str, changes: Mapping[Literal["name", "tags"], Any]) -> Job:
-    """Change a job's name or tags. Raises NotFound `job_not_found`."""
+def relabel(db: Database, job_id: str, changes: Mapping[str, Any]) -> Job:
+    """Change a job's `name`, its `tags`, or both. Raises NotFound `job_not_found`."""
+    assert changes.keys() <= {"name", "tags"}
     with db.write() as session:
         job = load_job(session, job_id)
         for field, value in changes.items():

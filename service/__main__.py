@@ -1,0 +1,122 @@
+"""`python -m service`: serve the API until SIGTERM or SIGINT.
+
+Prints one line to standard output, `nanomoe listening on http://HOST:PORT`, once connections are accepted; logs go to
+standard error.
+"""
+
+import argparse
+import asyncio
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import structlog
+import uvicorn
+from fastapi import FastAPI
+from pydantic import ValidationError
+
+from service.app import create_app
+from service.errors import ServiceError, StartRefused
+from service.settings import Settings
+
+SHUTDOWN_SECONDS = 4
+"""How long requests under way may take to end; event streams end at once."""
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, which says where it listens, and lets waiting requests go when it stops."""
+
+    def __init__(self, app: FastAPI, settings: Settings) -> None:
+        config = uvicorn.Config(
+            app,
+            host=settings.host,
+            port=settings.port,
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+        )
+        super().__init__(config)
+        self._app = app
+
+    async def run_until_stopped(self) -> None:
+        """Open the app, serve it, close it. The app is opened out here, so that what it raises is not only logged."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self.stop)
+        async with self._app.router.lifespan_context(self._app):
+            await self.serve()
+
+    def stop(self) -> None:
+        """End: first the streams and long polls, then the server. A second signal does not wait for anybody."""
+        self.force_exit = self.should_exit
+        self.should_exit = True
+        if self.started:
+            self._app.state.context.wakeups.close()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Accept connections, and say where."""
+        await super().startup(sockets)
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        print(f"nanomoe listening on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """The signals are `stop`'s; uvicorn would raise them again at the end and turn a clean exit into a death."""
+        yield
+
+
+def configure_logging(form: str) -> None:
+    """One form for every line on standard error, whoever logs it."""
+    shared: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    structlog.configure(
+        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        cache_logger_on_first_use=True,
+    )
+    renderer: structlog.typing.Processor = (
+        structlog.processors.JSONRenderer()
+        if form == "json"
+        else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+    )
+    tail: list[structlog.typing.Processor] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta]
+    if form == "json":
+        tail.append(structlog.processors.format_exc_info)
+    handler = logging.StreamHandler()
+    handler.setFormatter(structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processors=[*tail, renderer]))
+    logging.basicConfig(handlers=[handler], level=logging.INFO, force=True)
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The exit code: 0 after a clean stop, 2 when the service refuses to start."""
+    parser = argparse.ArgumentParser(prog="python -m service", description="Serve the nanomoe API.")
+    parser.add_argument("--host", help="address to listen on (NANOMOE_HOST)")
+    parser.add_argument("--port", type=int, help="TCP port; 0 takes a free one (NANOMOE_PORT)")
+    given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
+    try:
+        settings = Settings(**given)
+        configure_logging(settings.log_format)
+        asyncio.run(Server(create_app(settings), settings).run_until_stopped())
+    except ValidationError as error:
+        for problem in error.errors(include_input=False):
+            print(f"NANOMOE_{'_'.join(map(str, problem['loc'])).upper()}: {problem['msg']}", file=sys.stderr)
+        return 2
+    except (StartRefused, ServiceError) as error:
+        print(f"nanomoe does not start: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

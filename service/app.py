@@ -1,0 +1,55 @@
+"""The REST API: its routes, its middleware and what it runs beside them. Loads no torch."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+
+from fastapi import FastAPI
+from fastapi.staticfiles import StaticFiles
+
+import nanomoe
+from service import openapi, problems
+from service.context import open_context
+from service.guard import Guard, check_address
+from service.routes import checkpoints, docs, events, jobs, metrics, system
+from service.settings import Settings
+
+_DESCRIPTION = """
+Train very small language models on your own machine, and look inside while they learn.
+
+`POST /jobs {"text": "..."}` runs the reference run; every knob of `config` changes one thing of it.
+Errors are `application/problem+json` with a stable `code`.
+"""
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The API. Its database is opened when the app starts, and closed when it stops.
+
+    Raises:
+        StartRefused: it would serve other machines without keys.
+    """
+    check_address(settings)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with open_context(settings) as app.state.context:
+            yield
+
+    app = FastAPI(
+        title="nanomoe",
+        version=nanomoe.__version__,
+        description=_DESCRIPTION,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        # `/jobs/` is not `/jobs`; a redirect would also drop the body of a POST.
+        redirect_slashes=False,
+    )
+    app.add_middleware(Guard, settings=settings)
+    problems.install(app)
+    app.add_exception_handler(events.NothingMore, events.nothing_more)
+    for part in (jobs, metrics, events, checkpoints, system, docs):
+        app.include_router(part.router)
+    app.mount("/static", StaticFiles(directory=docs.STATIC))
+    app.openapi = partial(openapi.document, app)  # type: ignore[method-assign]
+    return app

@@ -1,0 +1,70 @@
+"""The parts of a running API, opened and closed together. Knows no route."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, closing, suppress
+from dataclasses import dataclass
+
+import structlog
+from anyio import to_thread
+
+from service import migrate, store
+from service.database import Database, open_database
+from service.errors import Unavailable
+from service.queue import Rescuer
+from service.settings import Settings
+from service.wakeups import Wakeups
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the routes work with."""
+
+    settings: Settings
+    database: Database
+    wakeups: Wakeups
+
+
+@asynccontextmanager
+async def open_context(settings: Settings) -> AsyncIterator[Context]:
+    """Bring the database to this code's schema, and run what the API needs beside its routes.
+
+    Raises:
+        StartRefused: starting would risk data.
+        DatabaseUnavailable: the database is out of reach.
+    """
+    database = await to_thread.run_sync(_open, settings)
+    with closing(database):
+        wakeups = Wakeups(database)
+        rescuer = Rescuer(database, settings.rescue_seconds)
+        rescuing = asyncio.create_task(_rescue_now_and_then(rescuer, settings.rescue_seconds))
+        try:
+            yield Context(settings, database, wakeups)
+        finally:
+            wakeups.close()
+            rescuing.cancel()
+            with suppress(asyncio.CancelledError):
+                await rescuing
+
+
+def _open(settings: Settings) -> Database:
+    database = open_database(settings)
+    try:
+        migrate.upgrade(database)
+        store.join_installation(database, settings.data_dir, create=True)
+    except BaseException:
+        database.close()
+        raise
+    return database
+
+
+async def _rescue_now_and_then(rescuer: Rescuer, seconds: float) -> None:
+    """Take jobs from workers that are gone, so that a job is not stuck when no other worker is left to notice."""
+    while True:
+        try:
+            await to_thread.run_sync(rescuer.round)
+        except Unavailable as error:
+            log.warning("rescue_postponed", reason=error.detail)
+        await asyncio.sleep(seconds)

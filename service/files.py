@@ -1,0 +1,72 @@
+"""A job's files as the API deals with them: served, whole or in ranges, and removed with the job."""
+
+import base64
+import shutil
+from pathlib import Path
+from typing import Self
+
+import structlog
+from fastapi.responses import FileResponse
+from starlette.types import Message, Receive, Scope, Send
+
+from service import problems, store
+from service.errors import Conflict, NotFound
+from service.tables import Checkpoint
+
+log = structlog.get_logger(__name__)
+
+
+def remove_job(job_id: str, data_dir: Path) -> None:
+    """Remove the folder of a job that is no longer in the database. What cannot be removed now is swept later."""
+
+    def warn(function: object, path: str, error: BaseException) -> None:
+        if not isinstance(error, FileNotFoundError):
+            log.warning("file_not_removed", path=path, reason=str(error))
+
+    shutil.rmtree(
+        data_dir / store.job_folder(job_id), onerror=lambda function, path, info: warn(function, path, info[1])
+    )
+
+
+class RecordedFile(FileResponse):
+    """A file that answers ranges; one that cannot be read as a range, or lies outside, is answered with a problem."""
+
+    @classmethod
+    def of(cls, row: Checkpoint, name: str, data_dir: Path) -> Self:
+        """The file `name` of a checkpoint.
+
+        Raises:
+            NotFound: `file_not_found`: the checkpoint has no such file.
+            Conflict: `checkpoint_damaged`: the file that was recorded is not there, or has another size.
+        """
+        recorded = next((file for file in row.files if file["name"] == name), None)
+        if recorded is None:
+            raise NotFound("file_not_found", f"checkpoint {row.percent} of job {row.job_id} has no file {name!r}")
+        path = data_dir / row.folder / name
+        if not path.is_file() or path.stat().st_size != recorded["size"]:
+            raise Conflict("checkpoint_damaged", f"{name} of checkpoint {row.percent} is not what was recorded")
+        digest = base64.b64encode(bytes.fromhex(recorded["sha256"])).decode()
+        headers = {"ETag": f'"{recorded["sha256"]}"', "Repr-Digest": f"sha-256=:{digest}:"}
+        return cls(path, headers=headers, media_type="application/octet-stream", filename=name)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it. Starlette refuses a range in plain text; that refusal is held back and sent as a problem."""
+        refused: Message | None = None
+
+        async def send_unless_refused(message: Message) -> None:
+            nonlocal refused
+            if message["type"] == "http.response.start" and message["status"] >= 400:
+                refused = message
+            if refused is None:
+                await send(message)
+
+        await super().__call__(scope, receive, send_unless_refused)
+        if refused is not None:
+            size = self.headers.get("content-length", "*")
+            problem = problems.respond(
+                416,
+                "range_not_satisfiable",
+                f"the range cannot be read, or lies outside of the {size} bytes",
+                headers={"Content-Range": f"bytes */{size}"},
+            )
+            await problem(scope, receive, send)

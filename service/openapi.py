@@ -1,0 +1,71 @@
+"""The OpenAPI document: what FastAPI finds by itself, with every error as the problem it is.
+
+Knows no route by name.
+"""
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from service.problems import MEDIA_TYPE
+from service.schemas import Estimate, Problem, SubmitRequest
+
+_REF = "#/components/schemas/"
+
+_MEANINGS = {
+    400: "The body cannot be read.",
+    403: "`Host` or `Origin` is not allowed.",
+    404: "There is no such thing.",
+    409: "The state forbids it.",
+    413: "The body or the text is too large.",
+    415: "The body is neither JSON nor a form.",
+    416: "The range lies outside of the file.",
+    422: "The request is not valid; `errors` says where.",
+    429: "Too many are waiting; `Retry-After` says when to come back.",
+    503: "Out of reach for now; `Retry-After` says when to come back.",
+    507: "The disk is full.",
+}
+
+
+def ref(model: type[BaseModel]) -> dict[str, str]:
+    """A reference to a model's schema."""
+    return {"$ref": _REF + model.__name__}
+
+
+def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """A route's `responses`: the problems that it can answer, beside those that every route can."""
+    return {
+        status: {"description": _MEANINGS[status], "content": {MEDIA_TYPE: {"schema": ref(Problem)}}}
+        for status in sorted({403, *statuses})
+    }
+
+
+# Schemas that FastAPI does not find, because those bodies and answers are read or written by hand.
+_BY_HAND = (Problem, SubmitRequest, Estimate)
+# FastAPI documents its own validation error wherever there is a parameter; here it is a problem, or it cannot happen.
+_NOT_OURS = ("HTTPValidationError", "ValidationError")
+
+
+def document(app: FastAPI) -> dict[str, Any]:
+    """The document of `app`, made once."""
+    if app.openapi_schema is not None:
+        return app.openapi_schema
+    made = get_openapi(
+        title=app.title,
+        version=app.version,
+        description=app.description,
+        routes=app.routes,
+        separate_input_output_schemas=False,
+    )
+    _, by_hand = models_json_schema([(model, "validation") for model in _BY_HAND], ref_template=_REF + "{model}")
+    schemas = made["components"]["schemas"] | by_hand["$defs"]
+    made["components"]["schemas"] = {name: schemas[name] for name in sorted(schemas) if name not in _NOT_OURS}
+    for path in made["paths"].values():
+        for operation in path.values():
+            if "application/json" in operation["responses"].get("422", {}).get("content", {}):
+                del operation["responses"]["422"]
+    app.openapi_schema = made
+    return made

@@ -1,0 +1,128 @@
+"""Every error as `application/problem+json` (RFC 9457): one handler for each kind of exception, one shape for all.
+
+What a request sent is never repeated in full: it may be huge, and it may hold what JSON or UTF-8 cannot. Knows no
+route.
+"""
+
+from collections.abc import Iterable, Mapping
+from http import HTTPStatus
+from math import ceil
+from typing import Any
+
+import structlog
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+from starlette.routing import Match
+
+from service.errors import Invalid, ServiceError
+from service.schemas import Problem, ProblemError
+
+MEDIA_TYPE = "application/problem+json"
+_MAX_ERRORS = 20
+_MAX_CHARACTERS = 300
+
+# HTTP errors that the framework raises by itself.
+_CODES = {
+    400: "invalid_body",
+    404: "not_found",
+    405: "method_not_allowed",
+    413: "body_too_large",
+    415: "unsupported_media_type",
+}
+
+log = structlog.get_logger(__name__)
+
+
+def _short(text: str) -> str:
+    """`text` as something that can be shown: cut, and without what UTF-8 cannot hold."""
+    cut = text if len(text) <= _MAX_CHARACTERS else text[:_MAX_CHARACTERS] + "..."
+    return cut.encode("utf-8", "replace").decode()
+
+
+def respond(
+    status: int,
+    code: str,
+    detail: str,
+    *,
+    title: str | None = None,
+    errors: Iterable[Mapping[str, Any]] = (),
+    headers: Mapping[str, str] | None = None,
+) -> Response:
+    """A problem as an HTTP answer. `errors`: `{"loc": [...], "msg": ...}` of each faulty field."""
+    problem = Problem(
+        type="about:blank",
+        title=title or HTTPStatus(status).phrase,
+        status=status,
+        detail=_short(detail),
+        code=code,
+        errors=[
+            ProblemError(
+                loc=[part if isinstance(part, int) else _short(str(part)) for part in error["loc"]],
+                msg=_short(error["msg"]),
+            )
+            for _, error in zip(range(_MAX_ERRORS), errors, strict=False)
+        ],
+    )
+    return Response(problem.model_dump_json(), status, headers, MEDIA_TYPE)
+
+
+def from_service_error(error: ServiceError) -> Response:
+    """What a `ServiceError` answers."""
+    headers = {} if error.retry_after is None else {"Retry-After": str(max(1, ceil(error.retry_after)))}
+    return respond(error.status, error.code, error.detail, title=error.title, errors=error.errors, headers=headers)
+
+
+def invalid(errors: Iterable[Mapping[str, Any]], where: str = "") -> Invalid:
+    """Pydantic's errors as one `invalid_request`; `where` (`body`) is put before each place."""
+    found = [{"loc": [where, *error["loc"]] if where else list(error["loc"]), "msg": error["msg"]} for error in errors]
+    first = found[0]
+    place = ".".join(str(part) for part in first["loc"])
+    return Invalid("invalid_request", f"{_short(place)}: {first['msg']}", errors=found)
+
+
+async def _service_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ServiceError)
+    return from_service_error(error)
+
+
+async def _validation_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    if any(one["type"] == "json_invalid" for one in error.errors()):
+        return respond(400, "invalid_body", "the body is not JSON")
+    return from_service_error(invalid(error.errors()))
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    code = _CODES.get(error.status_code, "http_error")
+    headers, detail = dict(error.headers or {}), error.detail
+    if error.status_code == 404:
+        detail = f"there is no {request.url.path}"
+    elif "Allow" in headers:
+        # Starlette names the methods of one route; several routes share this path.
+        headers["Allow"] = ", ".join(_methods_of(request))
+    return respond(error.status_code, code, detail, headers=headers)
+
+
+def _methods_of(request: Request) -> list[str]:
+    """The methods of all routes with the path of `request`."""
+    return [
+        method
+        for method in ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
+        if any(route.matches({**request.scope, "method": method})[0] is Match.FULL for route in request.app.routes)
+    ]
+
+
+async def _unexpected(request: Request, error: Exception) -> Response:
+    log.error("unexpected_error", method=request.method, path=request.url.path, exc_info=error)
+    return respond(500, "internal_error", "the service failed; its log says how")
+
+
+def install(app: FastAPI) -> None:
+    """Answer every exception of `app` with a problem."""
+    app.add_exception_handler(ServiceError, _service_error)
+    app.add_exception_handler(RequestValidationError, _validation_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _unexpected)

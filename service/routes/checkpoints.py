@@ -1,0 +1,60 @@
+"""Recorded checkpoints, their reconstructions and their files."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query
+from fastapi.responses import FileResponse
+from pydantic import Field
+
+from service import schemas, store, views
+from service.files import RecordedFile
+from service.openapi import problems
+from service.routes.parameters import FileName, JobId, Service, StrictQuery, Which, which
+
+router = APIRouter(tags=["checkpoints"], prefix="/jobs/{job_id}/checkpoints")
+
+
+class ReconstructionQuery(StrictQuery):
+    """Of `GET /jobs/{id}/checkpoints/{percent}/reconstruction`."""
+
+    start: int = Field(0, ge=0, le=2**31, alias="from")
+    """Index of the first target."""
+
+    count: int = Field(500, ge=1, le=5000)
+    """Most targets."""
+
+
+@router.get("", responses=problems(404, 503))
+def list_checkpoints(service: Service, job_id: JobId) -> schemas.Listing[schemas.CheckpointView]:
+    """The recorded checkpoints, by percent."""
+    return schemas.Listing(data=[views.checkpoint(row) for row in store.list_checkpoints(service.database, job_id)])
+
+
+@router.get("/{percent}", responses=problems(404, 503))
+def get_checkpoint(service: Service, job_id: JobId, percent: Which) -> schemas.CheckpointView:
+    """One checkpoint, or the newest."""
+    return views.checkpoint(store.get_checkpoint(service.database, job_id, which(percent)))
+
+
+@router.get("/{percent}/reconstruction", responses=problems(404, 422, 503))
+def get_reconstruction(
+    service: Service, job_id: JobId, percent: Which, query: Annotated[ReconstructionQuery, Query()]
+) -> schemas.ReconstructionPage:
+    """The model's prediction for the targets of the training text, a page at a time."""
+    row = store.get_checkpoint(service.database, job_id, which(percent))
+    return views.reconstruction(row, query.start, query.count)
+
+
+@router.get(
+    "/{percent}/files/{name}",
+    response_class=FileResponse,
+    responses={
+        200: {"description": "The file.", "content": {"application/octet-stream": {}}},
+        206: {"description": "The range of it that was asked for.", "content": {"application/octet-stream": {}}},
+        **problems(404, 409, 416, 503),
+    },
+)
+def get_file(service: Service, job_id: JobId, percent: Which, name: FileName) -> FileResponse:
+    """A file of a checkpoint. `Repr-Digest` is the sha256 that was recorded of it."""
+    row = store.get_checkpoint(service.database, job_id, which(percent))
+    return RecordedFile.of(row, name, service.settings.data_dir)

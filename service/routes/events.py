@@ -1,0 +1,97 @@
+"""What happens to a job, as server-sent events that can be taken up again where they broke off."""
+
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+import structlog
+from anyio import to_thread
+from fastapi import APIRouter, Depends, Header, Response
+from fastapi.sse import EventSourceResponse, ServerSentEvent
+from pydantic import BaseModel
+
+from nanomoe.config import ConfigWarning
+from service import schemas, store, views
+from service.context import Context
+from service.errors import ServiceError
+from service.openapi import problems
+from service.routes.parameters import JobId, Service
+from service.tables import TERMINAL, Event, Job
+
+router = APIRouter(tags=["events"])
+
+log = structlog.get_logger(__name__)
+
+LastEventId = Annotated[
+    str | None,
+    Header(
+        pattern=r"^[0-9]{1,18}$",
+        description="The `id` of the last event that was seen: the stream goes on after it.",
+    ),
+]
+
+
+class NothingMore(Exception):
+    """The job has ended and its last event was seen: answered 204, which tells a browser not to come back."""
+
+
+async def nothing_more(request: object, error: Exception) -> Response:
+    """The answer to `NothingMore`."""
+    return Response(status_code=204)
+
+
+async def _resume_after(service: Service, job_id: JobId, last_event_id: LastEventId = None) -> int:
+    """The sequence number to go on after; settled before the stream begins, while another status can be answered."""
+    seen = int(last_event_id or 0)
+    row = await to_thread.run_sync(store.get_job, service.database, job_id)
+    if row.status in TERMINAL and seen >= row.event_seq:
+        raise NothingMore
+    return seen
+
+
+@router.get(
+    "/jobs/{job_id}/events",
+    response_class=EventSourceResponse,
+    responses={204: {"description": "The job has ended, and its last event was seen."}, **problems(404, 422, 503)},
+)
+async def get_events(
+    service: Service, job_id: JobId, after: Annotated[int, Depends(_resume_after)]
+) -> AsyncIterator[ServerSentEvent]:
+    """Changes of the status, steps, checkpoints and warnings, as they come; ends after the last status."""
+    seen, step = after, None
+    while not service.wakeups.closed:
+        change = service.wakeups.next()
+        try:
+            row, happened = await to_thread.run_sync(_look, service, job_id, seen)
+        except ServiceError as error:
+            # The answer has begun: all that is left is to end it. Whoever comes back is told why.
+            log.info("events_broken_off", job_id=job_id, reason=error.detail)
+            return
+        for number, kind, data in happened:
+            yield ServerSentEvent(event=kind, id=str(number), data=data)
+            seen = number
+        progress = views.progress(row)
+        if row.status == "running" and progress.step != step:
+            step = progress.step
+            yield ServerSentEvent(event="step", data=progress)
+        if row.status in TERMINAL and seen >= row.event_seq:
+            return
+        if not happened:
+            await service.wakeups.wait(change)
+
+
+def _look(service: Context, job_id: str, seen: int) -> tuple[Job, list[tuple[int, str, Any]]]:
+    """The job, and what happened to it after event number `seen`."""
+    row = store.get_job(service.database, job_id)
+    events = store.events_after(service.database, job_id, seen)
+    return row, [(event.seq, event.kind, _data(service, event)) for event in events]
+
+
+def _data(service: Context, event: Event) -> BaseModel:
+    match event.kind:
+        case "status":
+            return schemas.StatusEvent.model_validate(event.data)
+        case "checkpoint":
+            row = store.get_checkpoint(service.database, event.job_id, event.data["percent"])
+            return views.checkpoint_metrics(row, tokens=False)
+        case _:
+            return ConfigWarning.model_validate(event.data)

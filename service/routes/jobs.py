@@ -1,0 +1,165 @@
+"""Jobs: submit, list, look at, rename, cancel, pause, resume, delete."""
+
+import asyncio
+from typing import Annotated
+
+from anyio import to_thread
+from fastapi import APIRouter, Header, Query, Response
+from pydantic import Field, StringConstraints
+
+from service import files, queue, schemas, store, submission, views
+from service.openapi import problems, ref
+from service.routes.parameters import JobId, Service, StrictQuery
+from service.routes.submit_body import DOCUMENTED, Submission
+from service.schemas import JobView
+
+router = APIRouter(tags=["jobs"])
+
+MAX_WAIT_SECONDS = 120
+
+
+class SubmitQuery(StrictQuery):
+    """Of `POST /jobs`."""
+
+    dry_run: bool = False
+    """Check and measure the job without submitting it."""
+
+
+class ListQuery(StrictQuery):
+    """Of `GET /jobs`."""
+
+    status: schemas.Status | None = None
+    """Only jobs with this status."""
+
+    tag: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,64}(:[^\x00-\x1f\x7f]{0,200})?$")] | None = None
+    """Only jobs with this tag: `key`, or `key:value`."""
+
+    limit: int = Field(50, ge=1, le=200)
+    """Jobs of a page."""
+
+    cursor: Annotated[str, StringConstraints(pattern=schemas.JOB_ID_PATTERN)] | None = None
+    """`next_cursor` of the page before."""
+
+
+class JobQuery(StrictQuery):
+    """Of `GET /jobs/{id}`."""
+
+    wait: float = Field(0, ge=0, le=MAX_WAIT_SECONDS, allow_inf_nan=False)
+    """Seconds to wait for another status than `seen`."""
+
+    seen: schemas.Status | None = None
+    """The status that is known already; without it, any change of the status ends the wait."""
+
+
+IdempotencyKey = Annotated[
+    Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[\x21-\x7e]+$")] | None,
+    Header(description="The same key with the same request answers the first job instead of making a second."),
+]
+
+
+@router.post(
+    "/jobs",
+    status_code=201,
+    response_model=JobView,
+    responses={
+        200: {
+            "description": "The job that this key made before; or the estimate of a dry run.",
+            "content": {"application/json": {"schema": {"anyOf": [ref(JobView), ref(schemas.Estimate)]}}},
+        },
+        **problems(400, 404, 413, 415, 422, 429, 503, 507),
+    },
+    openapi_extra=DOCUMENTED,
+)
+def submit(
+    service: Service,
+    request: Submission,
+    query: Annotated[SubmitQuery, Query()],
+    response: Response,
+    idempotency_key: IdempotencyKey = None,
+) -> Response | JobView:
+    """Train a model on a text. Everything but the text has the reference run's default."""
+    found = submission.assess(request, service.settings)
+    if query.dry_run:
+        return Response(views.estimate(found).model_dump_json(), 200, media_type="application/json")
+    row, created = queue.submit(
+        service.database, found.new_job(idempotency_key), max_queued=service.settings.max_queued
+    )
+    response.status_code = 201 if created else 200
+    response.headers["Location"] = f"/jobs/{row.id}"
+    return views.job(row)
+
+
+@router.get("/jobs", responses=problems(422, 503))
+def list_jobs(service: Service, query: Annotated[ListQuery, Query()]) -> schemas.Page[JobView]:
+    """The jobs, newest first. Jobs that arrive meanwhile do not shift the pages."""
+    tag = None
+    if query.tag is not None:
+        key, separator, value = query.tag.partition(":")
+        tag = (key, value if separator else None)
+    rows = store.list_jobs(service.database, status=query.status, tag=tag, before=query.cursor, limit=query.limit + 1)
+    return views.job_page(rows, query.limit)
+
+
+@router.get("/jobs/{job_id}", responses=problems(404, 422, 503))
+async def get_job(service: Service, job_id: JobId, query: Annotated[JobQuery, Query()]) -> JobView:
+    """One job. With `wait`, answers once its status is another than `seen`, or its last, or when the time is over."""
+    deadline = asyncio.get_running_loop().time() + query.wait
+    seen = query.seen
+    while True:
+        change = service.wakeups.next()
+        job = await to_thread.run_sync(_look, service, job_id)
+        seen = seen or job.status
+        remaining = deadline - asyncio.get_running_loop().time()
+        if job.status != seen or job.is_terminal or remaining <= 0 or service.wakeups.closed:
+            return job
+        await service.wakeups.wait(change, remaining)
+
+
+def _look(service: Service, job_id: str) -> JobView:
+    row = store.get_job(service.database, job_id)
+    return views.job(row, queue_position=queue.queue_position(service.database, job_id))
+
+
+@router.patch("/jobs/{job_id}", responses=problems(400, 404, 413, 422, 503, 507))
+def patch_job(service: Service, job_id: JobId, patch: schemas.JobPatch) -> JobView:
+    """Change the name or the tags."""
+    return views.job(store.relabel(service.database, job_id, patch.model_dump(exclude_unset=True)))
+
+
+@router.get(
+    "/jobs/{job_id}/text",
+    response_class=Response,
+    responses={
+        200: {"description": "The text.", "content": {"text/plain": {"schema": {"type": "string"}}}},
+        **problems(404, 503),
+    },
+)
+def get_text(service: Service, job_id: JobId) -> Response:
+    """The training text."""
+    row = store.get_job(service.database, job_id)
+    return Response(store.get_text(service.database, row.text_sha256), media_type="text/plain; charset=utf-8")
+
+
+@router.post("/jobs/{job_id}/cancel", status_code=202, responses=problems(404, 409, 503, 507))
+def cancel(service: Service, job_id: JobId) -> JobView:
+    """Ask the job to stop for good. Its checkpoints stay."""
+    return views.job(queue.request_cancel(service.database, job_id))
+
+
+@router.post("/jobs/{job_id}/pause", status_code=202, responses=problems(404, 409, 503, 507))
+def pause(service: Service, job_id: JobId) -> JobView:
+    """Ask the job to stop until it is resumed."""
+    return views.job(queue.request_pause(service.database, job_id))
+
+
+@router.post("/jobs/{job_id}/resume", status_code=202, responses=problems(404, 409, 503, 507))
+def resume(service: Service, job_id: JobId) -> JobView:
+    """Let a paused job go on where it stopped."""
+    return views.job(queue.resume(service.database, job_id))
+
+
+@router.delete("/jobs/{job_id}", status_code=204, responses=problems(404, 409, 503, 507))
+def delete(service: Service, job_id: JobId) -> None:
+    """Delete a finished job, its files, and its text if no other job has it."""
+    queue.delete(service.database, job_id)
+    files.remove_job(job_id, service.settings.data_dir)

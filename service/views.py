@@ -1,0 +1,138 @@
+"""Rows as the answers of the HTTP contract. Knows no query and no route."""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+from nanomoe.config import ConfigWarning, JobConfig
+from service import schemas
+from service.submission import Assessment
+from service.tables import Checkpoint, Job, Worker
+
+
+def _config(stored: dict[str, Any]) -> JobConfig:
+    # JSON has no tuples and no instances: the strictness for requests would refuse what was stored.
+    return JobConfig.model_validate(stored, strict=False)
+
+
+def job(row: Job, *, queue_position: int | None = None) -> schemas.JobView:
+    """A job as `GET /jobs/{id}` answers it."""
+    return schemas.JobView(
+        id=row.id,
+        name=row.name,
+        tags=row.tags,
+        status=cast(schemas.Status, row.status),
+        queue_position=queue_position,
+        created_at=row.created_at,
+        started_at=row.started_at,
+        finished_at=row.finished_at,
+        attempt=row.attempt,
+        status_reason=row.status_reason,
+        priority=row.priority,
+        run_at=row.run_at,
+        execution=row.execution,
+        progress=progress(row),
+        config=_config(row.config),
+        model=schemas.ModelSize(n_params=row.n_params, n_active_params=row.n_active_params),
+        text=schemas.TextInfo(sha256=row.text_sha256, n_bytes=row.text_n_bytes, n_tokens=row.n_tokens),
+        warnings=[ConfigWarning.model_validate(warning) for warning in row.warnings],
+        error=None if row.error is None else schemas.JobError.model_validate(row.error),
+        parent=_parent(row),
+    )
+
+
+def progress(row: Job) -> schemas.Progress:
+    """How far a job has come."""
+    return schemas.Progress.model_validate({"total_steps": row.total_steps} | row.progress)
+
+
+def job_page(rows: Sequence[Job], limit: int) -> schemas.Page[schemas.JobView]:
+    """A page of at most `limit` jobs, made from one more than that if there are more."""
+    shown = rows[:limit]
+    return schemas.Page(data=[job(row) for row in shown], next_cursor=shown[-1].id if len(rows) > limit else None)
+
+
+def _parent(row: Job) -> schemas.Parent | None:
+    if row.parent_id is None or row.parent_percent is None:
+        return None
+    return schemas.Parent(job_id=row.parent_id, checkpoint=row.parent_percent)
+
+
+def estimate(found: Assessment) -> schemas.Estimate:
+    """What a dry run answers."""
+    plan, sizes = found.plan, found.sizes
+    return schemas.Estimate(
+        config=found.request.config,
+        text=schemas.TextInfo(sha256=found.text_sha256, n_bytes=found.n_bytes, n_tokens=found.n_tokens),
+        model=schemas.ModelSize(n_params=sizes.n_params, n_active_params=sizes.n_active_params),
+        training_bytes=sizes.training_bytes,
+        steps_per_epoch=None if plan is None else plan.steps_per_epoch,
+        total_steps=None if plan is None else plan.total_steps,
+        quarters={} if plan is None else {percent: step for step, percent in plan.quarters.items()},
+        warnings=found.warnings,
+    )
+
+
+def checkpoint_metrics(row: Checkpoint, *, tokens: bool = True) -> schemas.CheckpointMetrics:
+    """A checkpoint as `GET /jobs/{id}/metrics` answers it."""
+    metrics = dict(row.metrics)
+    if not tokens and (reconstruction := metrics.get("reconstruction")) is not None:
+        metrics["reconstruction"] = reconstruction | {"tokens": None}
+    return schemas.CheckpointMetrics.model_validate(metrics | _identity(row))
+
+
+_NOT_FIGURES = frozenset({"reconstruction", "continuation", "moe"})
+
+
+def checkpoint(row: Checkpoint) -> schemas.CheckpointView:
+    """A checkpoint as `GET /jobs/{id}/checkpoints` answers it."""
+    figures = {name: value for name, value in row.metrics.items() if name not in _NOT_FIGURES}
+    return schemas.CheckpointView.model_validate(figures | _identity(row) | {"files": row.files})
+
+
+def _identity(row: Checkpoint) -> dict[str, Any]:
+    return {"percent": row.percent, "step": row.step, "epoch": row.epoch, "created_at": row.created_at}
+
+
+def metrics(
+    row: Job, checkpoints: Sequence[Checkpoint], steps: dict[str, list[Any]], *, tokens: bool
+) -> schemas.Metrics:
+    """All that was measured of a job."""
+    return schemas.Metrics(
+        job_id=row.id,
+        status=cast(schemas.Status, row.status),
+        checkpoints=[checkpoint_metrics(one, tokens=tokens) for one in checkpoints],
+        steps=schemas.StepSeries.model_validate(steps),
+    )
+
+
+def reconstruction(row: Checkpoint, start: int, count: int) -> schemas.ReconstructionPage:
+    """A stretch of a checkpoint's reconstruction."""
+    recorded = schemas.Reconstruction.model_validate(row.metrics["reconstruction"])
+    tokens = recorded.tokens or []
+    end = min(start + count, len(tokens))
+    return schemas.ReconstructionPage(
+        job_id=row.job_id,
+        percent=row.percent,
+        start=start,
+        n_tokens=len(tokens),
+        truncated=recorded.truncated,
+        data=tokens[start:end],
+        next_from=end if end < len(tokens) else None,
+    )
+
+
+def worker(row: Worker, running: Sequence[Job]) -> schemas.WorkerView:
+    """A worker as `GET /workers` answers it."""
+    return schemas.WorkerView(
+        id=row.id,
+        name=row.name,
+        host=row.host,
+        pid=row.pid,
+        devices=[schemas.Device.model_validate(device) for device in row.devices],
+        slots=row.slots,
+        versions=row.versions,
+        current_jobs=[one.id for one in running],
+        started_at=row.started_at,
+        last_seen_at=row.last_seen_at,
+        stopped_at=row.stopped_at,
+    )
