@@ -1,0 +1,76 @@
+"""A worker process for tests: the real supervisor, with the test's timing and trainer.
+
+`python run_worker.py SPEC`, SPEC being JSON: `settings`, `timing`, `device`, `slots`, `command`, `backoff_seconds`, and
+`without`: protections that are taken away, to show that they are needed.
+"""
+
+import json
+import signal
+import sys
+from contextlib import closing
+from datetime import timedelta
+from typing import Any
+
+from service import queue
+from service.settings import Settings
+from service.store import open_database
+from worker.__main__ import configure_logging
+from worker.devices import find_devices
+from worker.lock import SlotLock
+from worker.process import TrainerProcess
+from worker.slot import Slot
+from worker.supervisor import TRAINER, Supervisor
+from worker.timing import Timing
+
+
+def take_away(protection: str) -> None:
+    """Patch one protection out of this process."""
+    match protection:
+        case "the slot's lock":
+            SlotLock.acquire = lambda self: True  # type: ignore[method-assign]
+        case "the guard":
+            Slot.tend = _tend_without_deadline  # type: ignore[method-assign]
+        case "the burial":
+            TrainerProcess.bury = _reap_the_trainer_alone  # type: ignore[method-assign]
+        case _:
+            raise ValueError(protection)
+
+
+_tend = Slot.tend
+
+
+def _tend_without_deadline(self: Slot) -> None:
+    if self._running is not None:
+        self._running[1].deadline = float("inf")
+    _tend(self)
+
+
+def _reap_the_trainer_alone(self: TrainerProcess, timeout: float) -> bool:
+    self.lock.hand_over()
+    self._popen.kill()
+    self._popen.wait()
+    return True
+
+
+def main(spec: dict[str, Any]) -> int:
+    configure_logging("console")
+    settings = Settings(_env_file=None, **spec["settings"])
+    queue.BACKOFF = timedelta(seconds=spec["backoff_seconds"])
+    for protection in spec["without"]:
+        take_away(protection)
+    with closing(open_database(settings)) as db:
+        supervisor = Supervisor(
+            db,
+            find_devices(spec["device"]),
+            settings,
+            slots=spec["slots"],
+            timing=Timing(**spec["timing"]),
+            command=spec["command"] or TRAINER,
+        )
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, supervisor.stop)
+        return supervisor.run()
+
+
+if __name__ == "__main__":
+    sys.exit(main(json.loads(sys.argv[1])))

@@ -1,0 +1,234 @@
+"""A trainer without a model: it has the real tie to its supervisor and follows a script, for tests of the worker.
+
+`python scripted_trainer.py SCRIPT --parent PID --until TIME`. What a script does may depend on the attempt, which is
+the fence of the start message. Files in the job's folder are how a test and a script wait for each other.
+"""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from nanomoe import checkpoint
+from worker.guard import Supervision, die_with_parent
+from worker.protocol import (
+    CheckpointWritten,
+    Done,
+    Failure,
+    FromTrainer,
+    Prepared,
+    Ready,
+    SnapshotWritten,
+    Start,
+    Steps,
+    encode,
+)
+
+TOTAL = 100
+
+
+class Script:
+    """The start message, and the lines that a real trainer would say."""
+
+    def __init__(self, supervision: Supervision) -> None:
+        self.supervision = supervision
+        say(Ready())
+        self.start: Start = supervision.wait_for_start()
+        self.folder = Path(self.start.folder)
+        self.step = 0
+        if self.start.resume is not None:
+            self.step = int(checkpoint.read_all(Path(self.start.resume.folder), self.start.resume.manifest_sha256)["step"])
+        self.leave("pid", str(os.getpid()))
+
+    @property
+    def attempt(self) -> int:
+        return self.start.fence
+
+    def prepared(self) -> None:
+        say(
+            Prepared(
+                execution={"device": "cpu"},
+                n_tokens=10,
+                total_steps=TOTAL,
+                n_params=1,
+                n_active_params=1,
+                resumed_at_step=self.step if self.start.resume else None,
+                warnings=[],
+            )
+        )
+
+    def steps(self, n: int) -> None:
+        first, self.step = self.step + 1, self.step + n
+        figures = [float(step) for step in range(first, self.step + 1)]
+        say(
+            Steps(
+                step=list(range(first, self.step + 1)),
+                train_loss=figures,
+                lr=figures,
+                grad_norm=figures,
+                tok_per_sec=10.0,
+                epoch=self.step,
+            )
+        )
+
+    def checkpoint(self, percent: int) -> None:
+        name = f"f{self.start.fence}-{percent}"
+        manifest, sha256 = checkpoint.write(self.folder / name, {"step": str(self.step).encode()})
+        say(
+            CheckpointWritten(
+                percent=percent,
+                step=self.step,
+                epoch=self.step,
+                folder=name,
+                manifest_sha256=sha256,
+                files=manifest.files,
+                metrics={"loss": 1.0},
+            )
+        )
+
+    def snapshot(self) -> None:
+        name = f"f{self.start.fence}-s{self.step}"
+        _, sha256 = checkpoint.write(self.folder / name, {"step": str(self.step).encode()})
+        say(SnapshotWritten(step=self.step, folder=name, manifest_sha256=sha256))
+
+    def leave(self, name: str, content: str) -> None:
+        """A file for the test, whole as soon as it is there."""
+        unfinished = self.folder / f"{name}.{os.getpid()}"
+        unfinished.write_text(content)
+        unfinished.replace(self.folder / f"{name}.{self.attempt}")
+
+    def work_until_stopped(self) -> None:
+        """One step every 10 ms, until the supervisor says stop or the test leaves the file `finish`."""
+        while self.supervision.stop is None and not (self.folder / "finish").exists():
+            self.steps(1)
+            time.sleep(0.01)
+
+    def work(self) -> NoReturn:
+        """As a real trainer does: all of the job, or what is asked for."""
+        self.prepared()
+        self.checkpoint(0)
+        self.work_until_stopped()
+        if self.supervision.stop is not None:
+            if self.supervision.stop != "cancel":
+                self.snapshot()
+            end("stopped")
+        self.step = TOTAL - 1
+        self.steps(1)
+        self.checkpoint(100)
+        end("succeeded")
+
+
+def say(message: FromTrainer) -> None:
+    os.write(1, encode(message))
+
+
+def end(outcome: Any, code: str | None = None) -> NoReturn:
+    say(Done(outcome=outcome, error=Failure(code=code, message=f"because of {code}") if code else None))
+    os._exit(0)
+
+
+def work(script: Script) -> None:
+    script.work()
+
+
+def succeed(script: Script) -> None:
+    """A job of no time at all."""
+    (script.folder / "finish").touch()
+    script.work()
+
+
+def fail(script: Script) -> None:
+    script.prepared()
+    end("failed", "loss_not_finite")
+
+
+def disk_full(script: Script) -> None:
+    script.prepared()
+    end("failed", "disk_full")
+
+
+def deaf(script: Script) -> None:
+    """Ignores every signal and message; its child does too."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    deaf_child(script)
+    script.prepared()
+    while True:
+        script.steps(1)
+        time.sleep(0.01)
+
+
+def die(script: Script) -> None:
+    """Dies at every attempt before there is anything to resume from."""
+    script.prepared()
+    script.steps(3)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_once(script: Script) -> None:
+    """Dies at the first attempt, some steps past its snapshot."""
+    if script.attempt == 1:
+        script.prepared()
+        script.checkpoint(0)
+        script.steps(5)
+        script.snapshot()
+        script.steps(7)
+        os.kill(os.getpid(), signal.SIGSEGV)
+    script.work()
+
+
+def silent(script: Script) -> None:
+    """A step that never ends, at the first attempt."""
+    if script.attempt == 1:
+        script.prepared()
+        script.steps(1)
+        while True:
+            time.sleep(60)
+    script.work()
+
+
+def garbled(script: Script) -> None:
+    os.write(1, b"not the protocol\n")
+    time.sleep(60)
+
+
+def orphans(script: Script) -> None:
+    """Leaves grandchildren behind that its death does not reach: one in its group, one in a session of its own."""
+    if script.attempt == 1:
+        script.prepared()
+        deaf_child(script)
+        deaf_child(script, start_new_session=True, close_fds=False)
+        os.kill(os.getpid(), signal.SIGKILL)
+    script.work()
+
+
+def deaf_child(script: Script, **options: Any) -> None:
+    """A process that only SIGKILL ends, and holds what it inherited."""
+    code = "import signal,sys,time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(600)"
+    child = subprocess.Popen([sys.executable, "-S", "-c", code], stdout=subprocess.PIPE, **options)
+    assert child.stdout is not None
+    child.stdout.readline()
+    with (script.folder / "children").open("a") as file:
+        file.write(f"{child.pid}\n")
+
+
+SCRIPTS: dict[str, Callable[[Script], None]] = {
+    script.__name__: script
+    for script in (work, succeed, fail, disk_full, deaf, die, die_once, silent, garbled, orphans)
+}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("script", choices=SCRIPTS)
+    parser.add_argument("--parent", type=int, required=True)
+    parser.add_argument("--until", type=float, required=True)
+    options = parser.parse_args()
+    die_with_parent(options.parent)
+    supervision = Supervision(options.until)
+    signal.signal(signal.SIGTERM, lambda *_: supervision.terminated())
+    SCRIPTS[options.script](Script(supervision))

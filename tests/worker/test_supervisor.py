@@ -1,0 +1,192 @@
+"""The supervisor, its slots and its attempts: real processes over real databases, with scripted trainers."""
+
+import signal
+import time
+from dataclasses import replace
+
+import pytest
+
+from service import queue, store
+from tests.databases import EITHER, ONLY_SQLITE
+from tests.worker.workplace import QUICK, Workplace, is_alive
+
+
+@EITHER
+def test_a_job_is_trained_to_its_end_and_all_that_was_said_is_recorded(place: Workplace) -> None:
+    job = place.submit()
+    place.start_worker("work")
+    place.wait_for_step(job, 5)
+    place.finish(job)
+    done = place.wait_for(job, "succeeded")
+    assert place.statuses(job) == ["queued", "running", "succeeded"]
+    assert (done.attempt, done.crashes, done.total_steps, done.execution) == (1, 0, 100, {"device": "cpu"})
+    assert done.progress["step"] == 100
+    assert done.progress["percent"] == 100
+    assert [(row.percent, row.folder) for row in store.list_checkpoints(place.db, job.id)] == [
+        (0, f"jobs/{job.id}/f1-0"),
+        (100, f"jobs/{job.id}/f1-100"),
+    ]
+    assert place.recorded_steps(job)[:5] == [1, 2, 3, 4, 5]
+
+
+@EITHER
+def test_an_idle_worker_is_woken_by_a_submission(place: Workplace) -> None:
+    # It looks by itself only every minute: whoever finds the job at once was woken.
+    place.start_worker("succeed", timing=replace(QUICK, retry=60.0))
+    first = place.submit()
+    place.wait_for(first, "succeeded", timeout=50)
+    worker = place.wait_until(lambda: store.list_workers(place.db))[0][0]
+    assert worker.stopped_at is None
+    second = place.submit()
+    place.wait_for(second, "running", "succeeded", timeout=20)
+
+
+@ONLY_SQLITE
+def test_jobs_are_trained_one_after_another_each_in_a_process_of_its_own(place: Workplace) -> None:
+    jobs = [place.submit() for _ in range(3)]
+    place.start_worker("succeed")
+    for job in jobs:
+        place.wait_for(job, "succeeded")
+    pids = {(place.folder(job) / "pid.1").read_text() for job in jobs}
+    assert len(pids) == 3
+    assert not any(is_alive(int(pid)) for pid in pids)
+
+
+@ONLY_SQLITE
+def test_two_slots_train_two_jobs_at_once(place: Workplace) -> None:
+    jobs = [place.submit() for _ in range(2)]
+    place.start_worker("work", slots=2)
+    for job in jobs:
+        place.wait_for_step(job)
+    assert [place.job(job).status for job in jobs] == ["running", "running"]
+
+
+@EITHER
+def test_a_running_job_is_cancelled_within_two_seconds(place: Workplace) -> None:
+    job = place.submit()
+    place.start_worker("work")
+    place.wait_for_step(job)
+    trainer = place.trainer(job)
+    began = time.monotonic()
+    queue.request_cancel(place.db, job.id)
+    place.wait_for(job, "cancelled")
+    assert time.monotonic() - began < 2
+    assert not is_alive(trainer.pid)
+
+
+@ONLY_SQLITE
+def test_a_trainer_that_ignores_sigterm_is_killed_and_only_then_is_the_job_cancelled(place: Workplace) -> None:
+    job = place.submit()
+    place.start_worker("deaf")
+    place.wait_for_step(job)
+    trainer = place.trainer(job)
+    assert len(place.children_left(job)) == 1
+    queue.request_cancel(place.db, job.id)
+    place.wait_until(lambda: place.job(job).status == "cancelled")
+    assert not is_alive(trainer.pid)
+    assert place.children_left(job) == []
+
+
+@ONLY_SQLITE
+def test_without_the_burial_something_of_a_cancelled_job_lives_on(place: Workplace) -> None:
+    job = place.submit()
+    place.start_worker("deaf", without=("the burial",))
+    place.wait_for_step(job)
+    queue.request_cancel(place.db, job.id)
+    # The grace's kill reaches the group; a child that has left the session is the burial's alone.
+    place.wait_for(job, "cancelled")
+
+
+@ONLY_SQLITE
+def test_a_paused_job_leaves_a_snapshot_and_goes_on_from_it(place: Workplace) -> None:
+    job = place.submit()
+    place.start_worker("work")
+    place.wait_for_step(job, 10)
+    queue.request_pause(place.db, job.id)
+    place.wait_for(job, "paused")
+    snapshot = store.find_snapshot(place.db, job.id)
+    assert snapshot is not None
+    assert snapshot.step >= 10
+    assert place.recorded_steps(job) == list(range(1, snapshot.step + 1))
+    queue.resume(place.db, job.id)
+    place.wait_for_step(job, snapshot.step + 1)
+    assert any(event["code"] == "resumed" for event in place.events(job, "warning"))
+    steps = place.recorded_steps(job)
+    assert steps == list(range(1, len(steps) + 1))
+    assert place.job(job).crashes == 0
+
+
+@ONLY_SQLITE
+def test_a_drained_worker_puts_its_job_back_without_counting_a_crash(place: Workplace) -> None:
+    job = place.submit()
+    worker = place.start_worker("work")
+    place.wait_for_step(job, 5)
+    trainer = place.trainer(job)
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(20) == 0
+    after = place.job(job)
+    assert (after.status, after.crashes) == ("queued", 0)
+    assert store.find_snapshot(place.db, job.id) is not None
+    assert not is_alive(trainer.pid)
+    assert store.list_workers(place.db)[0][0].stopped_at is not None
+
+
+@ONLY_SQLITE
+def test_a_second_sigterm_ends_a_worker_whose_trainer_does_not_stop(place: Workplace) -> None:
+    job = place.submit()
+    worker = place.start_worker("deaf", timing=replace(QUICK, stop_grace=600.0))
+    place.wait_for_step(job)
+    worker.send_signal(signal.SIGTERM)
+    time.sleep(2 * QUICK.guard)  # two signals at once are one
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(20) == 0
+    assert place.job(job).status == "queued"
+    assert place.children_left(job) == []
+
+
+@ONLY_SQLITE
+@pytest.mark.parametrize(
+    ("script", "status", "code"), [("fail", "failed", "loss_not_finite"), ("disk_full", "paused", None)]
+)
+def test_what_a_trainer_says_at_last_decides_the_status(
+    place: Workplace, script: str, status: str, code: str | None
+) -> None:
+    job = place.submit()
+    place.start_worker(script)
+    ended = place.wait_for(job, "failed", "paused", "succeeded")
+    assert ended.status == status
+    assert (ended.error or {}).get("code") == code
+    if status == "paused":
+        assert ended.status_reason == "because of disk_full"
+
+
+@ONLY_SQLITE
+def test_a_trainer_that_says_something_else_than_the_protocol_has_crashed(place: Workplace) -> None:
+    job = place.submit()
+    place.start_worker("garbled", backoff_seconds=60)
+    place.wait_until(lambda: place.job(job).crashes == 1)
+    assert "not the protocol" in (place.job(job).status_reason or "")
+
+
+@ONLY_SQLITE
+def test_the_worker_waits_for_its_schema_revision(place: Workplace) -> None:
+    job = place.submit()
+    with place.db.engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = 'older'")
+    place.start_worker("succeed")
+    with pytest.raises(AssertionError, match="in vain"):
+        place.wait_until(lambda: store.list_workers(place.db), timeout=3)
+    with place.db.engine.begin() as connection:
+        connection.exec_driver_sql(f"UPDATE alembic_version SET version_num = '{store.REVISION}'")
+    place.wait_for(job, "succeeded")
+
+
+@ONLY_SQLITE
+def test_a_worker_drains_when_the_schema_moves_on(place: Workplace) -> None:
+    worker = place.start_worker("work")
+    job = place.submit()
+    place.wait_for_step(job)
+    with place.db.write() as session:
+        session.connection().exec_driver_sql("UPDATE alembic_version SET version_num = 'newer'")
+    place.finish(job)
+    assert worker.wait(20) == 0

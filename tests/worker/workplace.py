@@ -1,0 +1,172 @@
+"""What tests of the worker share: real worker processes over a real database, and ways to wait without sleeping."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+import pytest
+
+from nanomoe.config import JobConfig
+from service import queue, store
+from service.settings import Settings
+from service.store import Database, Job
+from worker.timing import Timing
+
+HERE = Path(__file__).parent
+
+QUICK = Timing(
+    lease=3.0,
+    heartbeat=0.5,
+    rescue=0.5,
+    record=0.05,
+    look=0.02,
+    cancel_grace=0.5,
+    stop_grace=5.0,
+    exit_grace=2.0,
+    retry=0.1,
+)
+"""The product's timing, shortened about twenty times."""
+
+T = TypeVar("T")
+
+
+class Workplace:
+    """A data folder, its database, and the workers that a test starts."""
+
+    def __init__(self, db: Database, settings: Settings) -> None:
+        self.db = db
+        self.settings = settings
+        self._workers: list[subprocess.Popen[bytes]] = []
+        store.join_installation(db, settings.data_dir, create=True)
+
+    def submit(self, text: str = "uma frase curta para treinar", **config: Any) -> Job:
+        job, _ = queue.submit(self.db, queue.NewJob(text=text, config=JobConfig(**config).model_dump(mode="json")))
+        return job
+
+    def start_worker(
+        self,
+        script: str | None = None,
+        *,
+        device: str = "cpu",
+        slots: int = 1,
+        timing: Timing = QUICK,
+        backoff_seconds: float = 0.05,
+        without: tuple[str, ...] = (),
+        snapshot_seconds: float = 60.0,
+    ) -> subprocess.Popen[bytes]:
+        """A worker whose trainers follow `script`, or train in earnest."""
+        command = [sys.executable, str(HERE / "scripted_trainer.py"), script] if script else None
+        spec = {
+            "settings": {
+                "data_dir": str(self.settings.data_dir),
+                "database_url": self.settings.database_url,
+                "snapshot_seconds": snapshot_seconds,
+            },
+            "timing": asdict(timing),
+            "device": device,
+            "slots": slots,
+            "command": command,
+            "backoff_seconds": backoff_seconds,
+            "without": without,
+        }
+        environment = {**os.environ, "PYTHONPATH": str(HERE.parent.parent)}
+        worker = subprocess.Popen([sys.executable, str(HERE / "run_worker.py"), json.dumps(spec)], env=environment)
+        self._workers.append(worker)
+        return worker
+
+    def wait_until(self, holds: Callable[[], T], timeout: float = 30.0) -> T:
+        """The first true value of `holds`, asked again after every commit and at least every 10 ms."""
+        give_up = time.monotonic() + timeout
+        while not (value := holds()):
+            assert time.monotonic() < give_up, f"waited {timeout} s in vain: {self.describe()}"
+            self.db.wait_for_change(0.01)
+        return value
+
+    def wait_for(self, job: Job, *statuses: str, timeout: float = 30.0) -> Job:
+        """The job, once it has one of these statuses."""
+        return self.wait_until(lambda: self._in(job, statuses), timeout)
+
+    def wait_for_step(self, job: Job, step: int = 1) -> Job:
+        """The job, once that step is recorded."""
+        return self.wait_until(lambda: (now := self.job(job)).progress.get("step", 0) >= step and now)  # type: ignore[return-value]
+
+    def _in(self, job: Job, statuses: tuple[str, ...]) -> Job | None:
+        now = self.job(job)
+        return now if now.status in statuses else None
+
+    def job(self, job: Job) -> Job:
+        return store.get_job(self.db, job.id)
+
+    def describe(self) -> str:
+        return ", ".join(
+            f"{job.id[-6:]} {job.status} fence {job.fence} {job.progress} {job.status_reason} {job.error}"
+            for job in store.list_jobs(self.db)
+        )
+
+    def folder(self, job: Job) -> Path:
+        return self.settings.data_dir / store.job_folder(job.id)
+
+    def trainer(self, job: Job, attempt: int = 1) -> psutil.Process:
+        """The process of a scripted trainer, once it has started on the job."""
+        path = self.folder(job) / f"pid.{attempt}"
+        return psutil.Process(int(self.wait_until(lambda: path.exists() and path.read_text())))
+
+    def children_left(self, job: Job) -> list[int]:
+        """The processes that a scripted trainer started on purpose and that still live."""
+        file = self.folder(job) / "children"
+        return [pid for pid in map(int, file.read_text().split()) if is_alive(pid)] if file.exists() else []
+
+    def finish(self, job: Job) -> None:
+        """Let a working script come to its end."""
+        (self.folder(job) / "finish").touch()
+
+    def recorded_steps(self, job: Job) -> list[int]:
+        return [row.step for row in store.steps_after(self.db, job.id, 0, 100_000)]
+
+    def events(self, job: Job, kind: str) -> list[dict[str, Any]]:
+        return [event.data for event in store.events_after(self.db, job.id, 0) if event.kind == kind]
+
+    def statuses(self, job: Job) -> list[str]:
+        """Every status the job has had, oldest first."""
+        return [data["status"] for data in self.events(job, "status")]
+
+    def end(self) -> None:
+        """Kill what was started, stopped or not."""
+        processes = []
+        for worker in self._workers:
+            if worker.poll() is None:
+                processes += [*psutil.Process(worker.pid).children(recursive=True), psutil.Process(worker.pid)]
+        for process in processes:
+            try:
+                process.send_signal(signal.SIGKILL)
+            except psutil.NoSuchProcess:
+                continue
+        for worker in self._workers:
+            worker.wait()
+
+
+def is_alive(pid: int) -> bool:
+    """Whether the process runs or could; a zombie does not."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.fixture
+def place(db: Database, settings: Settings) -> Iterator[Workplace]:
+    """A workplace on each database."""
+    workplace = Workplace(db, settings)
+    yield workplace
+    workplace.end()
+
+
+__all__ = ["QUICK", "Workplace", "is_alive", "place", "replace"]
