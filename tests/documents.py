@@ -5,6 +5,7 @@
 
 import os
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -126,6 +127,13 @@ def readme(text: str) -> str:
         text, n = re.subn(pattern, lambda found, table=table: f"{found[1]}{table}{found[2]}", text, flags=re.DOTALL)
         assert n == 1, f"the README has {n} places for the {name} table"
     return text
+
+
+def tracked(*under: str) -> list[str]:
+    """The project's own files, those that are not committed yet included."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", *under]
+    listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
+    return [name for name in listed if (ROOT / name).is_file()]
 
 
 if __name__ == "__main__":

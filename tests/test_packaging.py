@@ -22,7 +22,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from service.settings import Settings
-from tests.documents import ENV_EXAMPLE, default_settings, env_example
+from tests.documents import ENV_EXAMPLE, default_settings, env_example, tracked
 from worker.timing import Timing
 
 ROOT = Path(__file__).parent.parent
@@ -43,15 +43,6 @@ def _dockerfile() -> list[tuple[str, str]]:
 def _image_environment() -> dict[str, str]:
     pairs = " ".join(arguments for instruction, arguments in _dockerfile() if instruction == "ENV").split()
     return dict(pair.split("=", 1) for pair in pairs)
-
-
-def _files(*under: str) -> list[str]:
-    """The project's own files as git has them, those of a new commit included."""
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", *under],
-        cwd=ROOT, check=True, capture_output=True, text=True,
-    )  # fmt: skip
-    return [name for name in listed.stdout.splitlines() if (ROOT / name).exists()]
 
 
 def test_the_dockerfile_is_clean() -> None:
@@ -228,5 +219,5 @@ def test_the_wheel_carries_every_file_of_the_packages(tmp_path: Path) -> None:
         carried = set(archive.namelist())
         (entry_points,) = (name for name in carried if name.endswith("entry_points.txt"))
         assert "nanomoe = service.cli:main" in archive.read(entry_points).decode()
-    assert set(_files("nanomoe", "service", "worker")) <= carried
+    assert set(tracked("nanomoe", "service", "worker")) <= carried
     assert not any(name.startswith("tests/") for name in carried)
