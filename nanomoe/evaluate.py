@@ -16,9 +16,10 @@ from torch import Tensor
 
 from nanomoe.config import JobConfig
 from nanomoe.data import IGNORE, Windows
-from nanomoe.generate import continue_tokens
+from nanomoe.generate import Engine, Request
 from nanomoe.model import GPT, token_losses
-from nanomoe.moe_metrics import LayerRouting, moe_metrics, moe_warnings
+from nanomoe.moe_metrics import LayerRouting, expert_cards, moe_metrics, moe_warnings
+from nanomoe.sampling import Sampling
 from nanomoe.tokenizer import Tokenizer
 
 MAX_RECONSTRUCTED = 2048
@@ -131,11 +132,18 @@ def evaluate(
             metrics["moe"] = moe_metrics(
                 read.routing,
                 config,
+                tokens_per_batch=min(windows.count, config.batch_size) * windows.length,
                 previous_choices=previous_choices,
                 train_dropped=train_dropped,
                 router_grad_norms=_router_grad_norms(model, windows),
                 losses_without=_losses_without(model, windows, config),
             )
+            for figures in metrics["moe"]["layers"]:
+                cards = expert_cards(read.routing[figures["layer"]].chosen_TK, tokens[:-1], config.n_experts)
+                figures["cards"] = [
+                    [{"token": tokenizer.decode([token]), "id": token, "count": count} for token, count in card]
+                    for card in cards
+                ]
     return Evaluation(metrics, {layer: r.chosen_TK.to("cpu", torch.int16) for layer, r in read.routing.items()})
 
 
@@ -190,14 +198,12 @@ def _reconstruction(tokens: list[int], read: _Reading, tokenizer: Tokenizer) -> 
 def _continuation(model: GPT, tokens: list[int], tokenizer: Tokenizer, config: JobConfig) -> dict[str, str]:
     """What the model adds to the text's first tokens."""
     prompt = tokens[: config.cont_prefix_tokens]
-    added = continue_tokens(
-        model,
-        prompt,
-        max_new_tokens=config.cont_max_new_tokens,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        seed=config.seed,
-    )
+    added: list[int] = []
+    if config.cont_max_new_tokens:
+        sampling = Sampling(temperature=config.temperature, top_k=config.top_k)
+        request = Request(prompt, config.cont_max_new_tokens, sampling, seed=config.seed)
+        engine = Engine(model.state_dict(), config, device=next(model.parameters()).device, max_running=1)
+        added = engine.run([request])[0].new
     return {"prompt": tokenizer.decode(prompt), "text": tokenizer.decode(added)}
 
 

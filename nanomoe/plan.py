@@ -59,7 +59,7 @@ class Plan:
 
     @property
     def quarters(self) -> dict[int, int]:
-        """{step: percent} of the checkpoints, after ceil(percent * total / 100) steps; a shared step keeps the highest."""
+        """{step: percent} of the checkpoints, after ceil(percent * total / 100) steps; the highest of a shared step."""
         return {-(-percent * self.total_steps // 100): percent for percent in PERCENTS}
 
     def epoch_of(self, step: int) -> int:
