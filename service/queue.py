@@ -217,6 +217,7 @@ def claim(db: Database, worker: WorkerIdentity, lease_seconds: float) -> Claim |
         .where(
             # Not IN: a scalar subquery runs once, and so locks one row, whatever the planner does.
             jobs.c.id == first.with_for_update(skip_locked=True).scalar_subquery(),
+            QUEUED,
             sa.exists().where(alembic_version.c.version_num == REVISION),
         )
         .values(

@@ -71,10 +71,9 @@ def delete_steps_after(session: Session, job_id: str, step: int) -> None:
         )
         extremes: Extremes = {}
         if finer is None:
-            for row in session.execute(
-                sa.select(*_columns).where(_steps.c.job_id == job_id, _steps.c.step >= first).order_by(_steps.c.step)
-            ).mappings():
-                _widen(extremes, _of_step(row))
+            rows = sa.select(*_columns).where(_steps.c.job_id == job_id, _steps.c.step >= first)
+            for row in session.execute(rows.order_by(_steps.c.step)).mappings():
+                _widen(extremes, _of_step(dict(row)))
         else:
             for part in _read_blocks(session, job_id, finer, first // finer):
                 _widen(extremes, part)

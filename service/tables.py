@@ -121,7 +121,8 @@ class Job(Row, table=True):
               sqlite_where=text("status = 'queued'"), postgresql_where=text("status = 'queued'")),
         Index("ix_jobs_lease", "lease_until",
               sqlite_where=text("status = 'running'"), postgresql_where=text("status = 'running'")),
-        Index("ix_jobs_status", "status", "id"),
+        # By id, not by status: SQLite would prefer an index that starts with the status to the claim's own, and sort.
+        Index("ix_jobs_status", "id", "status"),
         Index("ix_jobs_text", "text_sha256"),
         Index("ix_jobs_parent", "parent_id"),
         Index("ix_jobs_idempotency", "owner", "idempotency_key", unique=True,

