@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal, Self
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanomoe.config import ModelConfig
@@ -130,20 +130,17 @@ class Assignments:
         counts_E = ends_E.diff(prepend=ends_E.new_zeros(1))
         return cls(chosen_TK, order_A, position_A, ends_E, counts_E)
 
-    @property
-    def token_A(self) -> Tensor:
-        """The token at each sorted position."""
+    def tokens(self) -> Tensor:
+        """(A,): the token at each sorted position."""
         return self.order_A.div(self.chosen_TK.shape[1], rounding_mode="floor")
 
-    @property
-    def one_hot_AE(self) -> Tensor:
-        """bool: which expert the assignment at each sorted position went to."""
+    def one_hot(self) -> Tensor:
+        """(A, E) bool: which expert the assignment at each sorted position went to."""
         expert_A1 = self.chosen_TK.flatten().index_select(0, self.order_A)[:, None]
         return expert_A1 == torch.arange(len(self.counts_E), device=expert_A1.device)
 
-    @property
-    def rank_TK(self) -> Tensor:
-        """How many assignments to the same expert come before each one, in flattened token order."""
+    def ranks(self) -> Tensor:
+        """(T, K): how many assignments to the same expert come before each one, in flattened token order."""
         starts_A = (self.ends_E - self.counts_E).index_select(0, self.chosen_TK.flatten())
         return (self.position_A - starts_A).view_as(self.chosen_TK)
 
@@ -201,7 +198,7 @@ class Experts(nn.Module):
         return _rows(self.every(x_TC).flatten(0, 1), slot_TK)
 
     def _in_padded_groups(self, x_TC: Tensor, assignments: Assignments, longest: int) -> Tensor:
-        slot_TK = assignments.chosen_TK * longest + assignments.rank_TK
+        slot_TK = assignments.chosen_TK * longest + assignments.ranks()
         # Padding repeats token 0: nobody reads its output, so its gradient is zero.
         token_S = slot_TK.new_zeros(len(self.w_in) * longest)
         token_S[slot_TK] = torch.arange(len(x_TC))[:, None]
@@ -210,14 +207,14 @@ class Experts(nn.Module):
 
     def _in_jagged_groups(self, x_TC: Tensor, assignments: Assignments) -> Tensor:
         dtype = _product_dtype(x_TC)
-        x_AC = x_TC.index_select(0, assignments.token_A).to(dtype)
+        x_AC = x_TC.index_select(0, assignments.tokens()).to(dtype)
         ends_E = assignments.ends_E.to(torch.int32)
         hidden_AF = F.grouped_mm(x_AC, self.w_in.to(dtype), offs=ends_E)
         if self.b_in is None or self.b_out is None:
             out_AC = F.grouped_mm(F.gelu(hidden_AF), self.w_out.to(dtype), offs=ends_E)
         else:
             # Biases as products: their gradients are too, where those of a gather would be added up row by row.
-            one_hot_AE = assignments.one_hot_AE.to(dtype)
+            one_hot_AE = assignments.one_hot().to(dtype)
             hidden_AF = F.gelu(torch.addmm(hidden_AF, one_hot_AE, self.b_in.to(dtype)))
             out_AC = F.grouped_mm(hidden_AF, self.w_out.to(dtype), offs=ends_E)
             out_AC = torch.addmm(out_AC, one_hot_AE, self.b_out.to(dtype))
@@ -300,7 +297,7 @@ class MoE(nn.Module):
         dropped = unrouted = assignments.counts_E.new_zeros(())
         if self.training and self.config.capacity_factor is not None:
             capacity = expert_capacity(self.config.capacity_factor, len(x_TC), k, self.config.n_experts)
-            dropped_TK = assignments.rank_TK >= capacity
+            dropped_TK = assignments.ranks() >= capacity
             weights_TK = weights_TK.masked_fill(dropped_TK, 0.0)
             dropped, unrouted = dropped_TK.sum(), dropped_TK.all(-1).sum()
         if without_expert is not None:
