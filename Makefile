@@ -73,8 +73,8 @@ check: $(DEV) ## lint, format, types
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-readme: $(DEV) ## write the README's tables from the classes
-	.venv/bin/python tests/test_readme.py
+readme: $(DEV) ## write the README's tables and .env.example from the code
+	.venv/bin/python -m tests.documents
 
 clean: ## remove what was built here; data/ stays
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis

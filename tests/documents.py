@@ -3,6 +3,7 @@
 `python -m tests.documents` (`make readme`) writes it; test_readme.py and test_packaging.py compare.
 """
 
+import ast
 import os
 import re
 import subprocess
@@ -120,11 +121,61 @@ def env_example() -> str:
     return "\n".join([head, *blocks])
 
 
+NOT_PYTHON = {
+    "nanomoe/assets/README.md": "Where these files come from, and their licences.",
+    "nanomoe/assets/paragraph.pt.txt": "The example text: one paragraph.",
+    "nanomoe/assets/ptbr-8k": "The bundled tokenizer.",
+    "service/migrations/script.py.mako": "What a new migration starts as.",
+    "service/migrations/versions": "Every step of the schema.",
+    "service/static/vendor": "What the documentation in the browser needs, with licences.",
+    "worker/docker-compose.gpu.yml": "The worker on an NVIDIA GPU.",
+}
+"""Files that carry no docstring, and folders that are told in one line."""
+
+
+def tree() -> str:
+    """The sources of the three packages, each with the first sentence of its own docstring."""
+    lines: list[str] = []
+    told: set[Path] = set()
+    for name in sorted(tracked("nanomoe", "service", "worker"), key=lambda name: Path(name).parts):
+        path = Path(name)
+        whole = next((str(part) for part in [path, *path.parents] if str(part) in NOT_PYTHON), None)
+        if whole:
+            path, sentence = Path(whole), NOT_PYTHON[whole]
+        elif path.name == "__init__.py":
+            path, sentence = path.parent, _first_sentence(path)
+        else:
+            sentence = _first_sentence(path)
+        for folder in [*reversed(path.parents)][1:]:
+            if folder not in told:
+                told.add(folder)
+                package = folder / "__init__.py"
+                lines.append(_branch(folder, _first_sentence(package) if (ROOT / package).exists() else ""))
+        if path not in told:
+            told.add(path)
+            lines.append(_branch(path, sentence))
+    return "\n".join(["```text", *lines, "```"])
+
+
+def _branch(path: Path, sentence: str) -> str:
+    depth = len(path.parts) - 1
+    name = f"{'  ' * depth}{path.name}{'/' if (ROOT / path).is_dir() else ''}"
+    return f"{name:<26} {sentence}".rstrip()
+
+
+def _first_sentence(path: Path) -> str:
+    assert path.suffix == ".py", f"say in NOT_PYTHON what {path} is"
+    text = ast.get_docstring(ast.parse((ROOT / path).read_text("utf-8")))
+    assert text, f"{path} does not say what it is"
+    paragraph = " ".join(text.split("\n\n")[0].split())
+    return re.split(r"(?<=\.) ", paragraph)[0]
+
+
 def readme(text: str) -> str:
     """The README's text with its tables made anew, between `<!-- config -->` and `<!-- /config -->` and the like."""
-    for name, table in (("config", config_table()), ("settings", settings_table())):
-        pattern = rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)"
-        text, n = re.subn(pattern, lambda found, table=table: f"{found[1]}{table}{found[2]}", text, flags=re.DOTALL)
+    for name, table in (("config", config_table()), ("settings", settings_table()), ("tree", tree())):
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+        text, n = re.subn(pattern, lambda found, table=table: f"{found[1]}{table}\n{found[2]}", text, flags=re.DOTALL)
         assert n == 1, f"the README has {n} places for the {name} table"
     return text
 

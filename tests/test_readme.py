@@ -137,7 +137,7 @@ def test_every_block_names_its_language() -> None:
     assert [block.line for block in BLOCKS if block.language not in ("sh", "python", "json", "text")] == []
 
 
-def test_the_tables_are_those_of_the_classes() -> None:
+def test_tables_and_tree_are_made_from_the_code() -> None:
     assert readme(TEXT) == TEXT, "make readme writes them"
 
 
@@ -146,20 +146,6 @@ def test_the_routes_are_those_of_the_service(tmp_path: Path) -> None:
     served = {f"{method.upper()} {path}" for path, methods in paths.items() for method in methods}
     told = set(re.findall(r"^\| `([A-Z]+ /\S*)` \|", TEXT, re.MULTILINE))
     assert told == served
-
-
-def test_the_tree_shows_what_is_there() -> None:
-    (tree,) = (block for block in BLOCKS if block.note == "tree")
-    listed: list[Path] = []
-    for line in tree.text.splitlines():
-        name = line.split()[0]
-        depth = (len(line) - len(line.lstrip())) // 2
-        parents = [path for path in listed if len(path.parts) == depth][-1:] if depth else [Path()]
-        listed.append(parents[0] / name)
-    assert [path for path in listed if not (ROOT / path).exists()] == []
-    leaves = {path for path in listed if not any(path in other.parents for other in listed)}
-    files = [Path(name) for name in tracked("nanomoe", "service", "worker")]
-    assert [file for file in files if not leaves & {file, *file.parents} and file.name != "__init__.py"] == []
 
 
 def test_every_link_leads_somewhere() -> None:
