@@ -1,12 +1,11 @@
-"""How the experts share the load: the balance metrics of a checkpoint, and what looks wrong in them.
+"""What a checkpoint says of its routers: how the experts share the load, and how decided and stable the choices are.
 
-Every figure is measured in evaluation mode on the tokens of the training text that have a target. Shape letters:
-T tokens, E experts, K experts per token.
+Pure functions from where tokens were sent to figures that are ready for JSON. Knows no model and no file.
 """
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -14,157 +13,179 @@ import torch
 from torch import Tensor
 
 from nanomoe.config import ModelConfig
-from nanomoe.moe import Routing, expert_capacity
+from nanomoe.moe import Assignments, Routing, expert_capacity
 
-DEAD_GRADIENT = 1e-7
-"""Norm below which a router's gradient is rounding: a live one is thousands of times larger."""
+DEAD_SHARE = 0.1
+"""An expert with less than this part of an equal share of the load is dead."""
 
-CARD_TOKENS = 10
-"""Tokens that an expert's card names."""
+DROPPED_TOO_MUCH = 0.1
+"""Share of dropped assignments above which a warning is raised."""
+
+UNDECIDED, DECIDED_FOR_ALL = 0.99, 0.01
+"""Router entropies above and below which, after half of training, a warning is raised."""
+
+DEAD_GRADIENT = 1e-8
+"""Norm of the router's gradient below which it does not learn: what rounding leaves of an exact zero."""
 
 
 @dataclass(frozen=True)
 class LayerRouting:
-    """The routing of a whole text in one layer; losses are means over tokens, so parts can be joined."""
+    """Where one layer sent the tokens of a text that have a target; sums over them, so that parts of it can be joined.
 
-    probs_TE: Tensor
+    Shape letters as in `nanomoe.moe`.
+    """
+
     chosen_TK: Tensor
-    z_T: Tensor
-    """Squared logsumexp of each token's logits."""
+    """int64: each token's experts, in gate order."""
+
+    probs_E: Tensor
+    """float64: each expert's probability, summed over tokens."""
+
+    entropy: Tensor
+    """float64, one number: the entropy of each token's probabilities, in nats, summed."""
+
+    squared_logsumexp: Tensor
+    """float64, one number: logsumexp(logits)^2, summed."""
 
     @classmethod
-    def of(cls, routing: Routing, real_T: Tensor) -> Self:
-        """Of one batch, only the tokens that `real_T` marks."""
-        z_T = routing.logits_TE.logsumexp(-1).square()
-        return cls(routing.probs_TE[real_T], routing.chosen_TK[real_T], z_T[real_T])
-
-    @classmethod
-    def join(cls, parts: Sequence[Self]) -> Self:
-        """The batches of a text, one after another."""
+    def of(cls, routing: Routing, counted_T: Tensor) -> Self:
+        """The tokens of a pass for which `counted_T` (bool) is true."""
+        probs_TE = routing.probs_TE[counted_T].double()
         return cls(
-            torch.cat([part.probs_TE for part in parts]),
-            torch.cat([part.chosen_TK for part in parts]),
-            torch.cat([part.z_T for part in parts]),
+            chosen_TK=routing.chosen_TK[counted_T],
+            probs_E=probs_TE.sum(0),
+            entropy=torch.special.entr(probs_TE).sum(),
+            squared_logsumexp=routing.logits_TE[counted_T].double().logsumexp(-1).square().sum(),
         )
+
+    @classmethod
+    def join(cls, parts: list[Self]) -> Self:
+        """The parts of a text, one after the other."""
+        return cls(
+            chosen_TK=torch.cat([part.chosen_TK for part in parts]),
+            probs_E=torch.stack([part.probs_E for part in parts]).sum(0),
+            entropy=torch.stack([part.entropy for part in parts]).sum(),
+            squared_logsumexp=torch.stack([part.squared_logsumexp for part in parts]).sum(),
+        )
+
+    def load(self) -> Tensor:
+        """(E,) float64: each expert's share of the T * K assignments."""
+        return Assignments.of(self.chosen_TK, len(self.probs_E)).counts_E.double() / self.chosen_TK.numel()
+
+    def importance(self) -> Tensor:
+        """(E,) float64: each expert's mean probability."""
+        return self.probs_E / len(self.chosen_TK)
 
 
 def moe_metrics(
     routing: Mapping[int, LayerRouting],
     config: ModelConfig,
     *,
-    tokens_per_batch: int,
     previous_choices: Mapping[int, Tensor],
     train_dropped: Mapping[int, float],
     router_grad_norms: Mapping[int, float],
-    losses_without: Mapping[int, Sequence[float]] | None,
+    losses_without: Mapping[int, list[float]] | None,
 ) -> dict[str, Any]:
-    """The `moe` object of a checkpoint: `layers`, and `mean` and `max` over them of every figure that is one number.
+    """The `moe` object of a checkpoint: `{"layers": [one of each MoE layer], "mean": {...}, "max": {...}}`.
 
-    `tokens_per_batch`: tokens of a training micro-batch, from which a capacity follows. The other mappings are by
-    layer: the choices of the checkpoint before (T, K), the share of assignments that training dropped since then, the
-    norm of the gradient at the router, and the loss without each expert.
+    All mappings go by the layer's index. `previous_choices` (T, K) are those of the checkpoint before, on the same
+    text: where they are missing `churn` is null, as is `train_dropped_fraction` without `train_dropped`.
+    `losses_without` None (too many experts) makes `loss_without` null.
     """
     layers = []
-    for layer, of_layer in routing.items():
-        figures = layer_metrics(of_layer, config, tokens_per_batch, previous_choices.get(layer))
-        figures["train_dropped_fraction"] = train_dropped.get(layer, 0.0)
-        figures["router_grad_norm"] = router_grad_norms[layer]
-        figures["loss_without"] = None if losses_without is None else list(losses_without[layer])
-        layers.append({"layer": layer} | figures)
-    numbers = [name for name, value in layers[0].items() if isinstance(value, int | float) and name != "layer"]
-    columns = {name: [figures[name] for figures in layers] for name in numbers}
+    figures = []
+    for layer, routed in routing.items():
+        figures.append(
+            _figures(routed, config, previous_choices.get(layer))
+            | {"train_dropped_fraction": train_dropped.get(layer), "router_grad_norm": router_grad_norms[layer]}
+        )
+        layers.append(
+            {
+                "layer": layer,
+                "load": routed.load().tolist(),
+                "importance": routed.importance().tolist(),
+                "loss_without": None if losses_without is None else losses_without[layer],
+            }
+            | figures[-1]
+        )
+    columns = {name: [row[name] for row in figures] for name in figures[0]}
+    known = {name: [value for value in column if value is not None] for name, column in columns.items()}
     return {
         "layers": layers,
-        "mean": {name: sum(column) / len(column) for name, column in columns.items()},
-        "max": {name: max(column) for name, column in columns.items()},
+        "mean": {name: math.fsum(column) / len(column) if column else None for name, column in known.items()},
+        "max": {name: max(column, default=None) for name, column in known.items()},
     }
 
 
-def layer_metrics(
-    routing: LayerRouting, config: ModelConfig, tokens_per_batch: int, previous_TK: Tensor | None
-) -> dict[str, Any]:
-    """The figures of one layer that follow from its routing alone; JSON-ready."""
-    E, K = config.n_experts, config.k
-    chosen_TK, probs_TE = routing.chosen_TK, routing.probs_TE.double()
-    T = len(chosen_TK)
-    counts_E = torch.bincount(chosen_TK.flatten(), minlength=E).double()
-    load_E = counts_E / (T * K)
-    importance_E = probs_TE.mean(0)
-    dropped, unrouted = (0, 0)
-    if config.capacity_factor is not None:
-        dropped, unrouted = _would_drop(chosen_TK, config, tokens_per_batch)
-    return {
-        "load": load_E.tolist(),
-        "importance": importance_E.tolist(),
-        "load_cv": (counts_E.std(correction=0) / counts_E.mean()).item(),
-        "max_violation": (counts_E.max() / (T * K / E)).item() - 1,
-        "load_entropy": _entropy(load_E) / math.log(E) if E > 1 else 1.0,
-        "router_entropy": torch.special.entr(probs_TE).sum(-1).mean().item() / math.log(E) if E > 1 else 0.0,
-        "dead_experts": int((load_E < 0.1 / E).sum()),
-        "dropped_fraction": dropped / (T * K),
-        "unrouted_fraction": unrouted / T,
-        "churn": None if previous_TK is None else churn(previous_TK.to(chosen_TK.device), chosen_TK),
-        "aux_loss": (E * (load_E * importance_E).sum()).item(),
-        "z_loss": routing.z_T.double().mean().item(),
-    }
+def _figures(routed: LayerRouting, config: ModelConfig, previous_TK: Tensor | None) -> dict[str, float | None]:
+    """The single numbers of one layer."""
+    n_tokens, k = routed.chosen_TK.shape
+    n_experts = config.n_experts
+    load_E, importance_E = routed.load(), routed.importance()
 
-
-def _entropy(shares_E: Tensor) -> float:
-    return torch.special.entr(shares_E).sum().item()
-
-
-def churn(before_TK: Tensor, now_TK: Tensor) -> float:
-    """1 - the mean share of a token's K experts that it had before: 0 is stable, 1 is all new."""
-    shared_T = (now_TK[:, :, None] == before_TK[:, None, :]).any(-1).double().mean(-1)
-    return 1 - shared_T.mean().item()
-
-
-def _would_drop(chosen_TK: Tensor, config: ModelConfig, tokens_per_batch: int) -> tuple[int, int]:
-    """Assignments, and tokens with all of theirs, that `capacity_factor` would drop of the text cut into batches."""
     dropped = unrouted = 0
-    for batch_TK in chosen_TK.split(tokens_per_batch):
-        assert config.capacity_factor is not None
-        capacity = expert_capacity(config.capacity_factor, len(batch_TK), config.k, config.n_experts)
-        is_mine_AE = torch.nn.functional.one_hot(batch_TK.flatten(), config.n_experts)
-        rank_A = (is_mine_AE.cumsum(0) - 1).gather(1, batch_TK.flatten()[:, None])
-        over_TK = rank_A.view_as(batch_TK) >= capacity
-        dropped += int(over_TK.sum())
-        unrouted += int(over_TK.all(-1).sum())
-    return dropped, unrouted
+    if config.capacity_factor is not None:
+        # The text taken as one micro-batch, which is what a text of at most block_size tokens is in training.
+        ranks_TK = Assignments.of(routed.chosen_TK, n_experts).ranks()
+        dropped_TK = ranks_TK >= expert_capacity(config.capacity_factor, n_tokens, k, n_experts)
+        dropped, unrouted = int(dropped_TK.sum()), int(dropped_TK.all(-1).sum())
+
+    largest_entropy = math.log(n_experts)
+    return {
+        "load_cv": load_E.std(correction=0).item() * n_experts,
+        "max_violation": load_E.max().item() * n_experts - 1,
+        "load_entropy": torch.special.entr(load_E).sum().item() / largest_entropy if n_experts > 1 else 1.0,
+        "router_entropy": routed.entropy.item() / n_tokens / largest_entropy if n_experts > 1 else 0.0,
+        "dead_experts": int((load_E < DEAD_SHARE / n_experts).sum()),
+        "dropped_fraction": dropped / (n_tokens * k),
+        "unrouted_fraction": unrouted / n_tokens,
+        "churn": None if previous_TK is None else churn(routed.chosen_TK, previous_TK),
+        "aux_loss": n_experts * (load_E @ importance_E).item(),
+        "z_loss": routed.squared_logsumexp.item() / n_tokens,
+    }
 
 
-def expert_cards(chosen_TK: Tensor, tokens: Sequence[int], n_experts: int) -> list[list[tuple[int, int]]]:
-    """Of each expert the tokens that were most often routed to it, as (token id, times), at most ten; most often first.
+def churn(chosen_TK: Tensor, previous_TK: Tensor) -> float:
+    """1 - the mean share of each token's experts that it had at the checkpoint before: 0 is stable, 1 all new."""
+    kept_TK = (chosen_TK[:, :, None] == previous_TK.to(chosen_TK)[:, None, :]).any(-1)
+    return 1 - kept_TK.double().mean().item()
 
-    `tokens`: the id of each of the T tokens.
+
+def expert_cards(chosen_TK: Tensor, tokens: list[int], n_experts: int, *, n_tokens: int = 10) -> list[list[list[int]]]:
+    """Of each expert the tokens that were routed to it most often: [[token id, times], ...], the most frequent first.
+
+    `tokens` are the T inputs that were routed. Ties go to the lower token id.
     """
-    cards: list[Counter[int]] = [Counter() for _ in range(n_experts)]
+    counts = [Counter[int]() for _ in range(n_experts)]
     for token, experts in zip(tokens, chosen_TK.tolist(), strict=True):
         for expert in experts:
-            cards[expert][token] += 1
-    return [card.most_common(CARD_TOKENS) for card in cards]
+            counts[expert][token] += 1
+    return [
+        [[token, times] for token, times in sorted(c.items(), key=lambda item: (-item[1], item[0]))[:n_tokens]]
+        for c in counts
+    ]
 
 
 def moe_warnings(moe: Mapping[str, Any], *, after_half: bool) -> list[tuple[str, str]]:
-    """(code, message) of what looks wrong in a checkpoint's `moe` object.
+    """(code, message) of what looks wrong in a `moe` object; `after_half`: more than half of the training is done."""
+    found: list[tuple[str, str]] = []
 
-    `after_half`: more than half of the training is done, so that an undecided or a frozen router is no beginner's.
-    """
-    found = []
-    for figures in moe["layers"]:
-        where = f"layer {figures['layer']}"
-        if dead := figures["dead_experts"]:
-            found.append(("dead_expert", f"{where}: {dead} experts get less than a tenth of an even share"))
-        for name, what in (("train_dropped_fraction", "were dropped in training"), ("dropped_fraction", "would be")):
-            if figures[name] > 0.1:
-                found.append(("tokens_dropped", f"{where}: {figures[name]:.0%} of the assignments {what} by capacity"))
-                break
-        entropy = figures["router_entropy"]
-        if after_half and len(figures["load"]) > 1 and not 0.01 <= entropy <= 0.99:
-            how = "undecided" if entropy > 0.5 else "frozen"
-            found.append(
-                (f"router_{how}", f"{where}: the router is {how}, its entropy is {entropy:.3f} of the largest")
-            )
-        if len(figures["load"]) > 1 and figures["router_grad_norm"] < DEAD_GRADIENT:
-            found.append(("router_dead", f"{where}: the language-model loss gives the router no gradient"))
+    def warn(code: str, name: str, is_wrong: Callable[[float], bool], meaning: str) -> None:
+        bad = {row["layer"]: row[name] for row in moe["layers"] if row[name] is not None and is_wrong(row[name])}
+        if bad:
+            figures = ", ".join(f"{value:.3g} in layer {layer}" for layer, value in bad.items())
+            found.append((code, f"{meaning}: {name} is {figures}"))
+
+    warn("dead_expert", "dead_experts", lambda n: n > 0, "some experts get less than a tenth of an equal share")
+    in_training = moe["max"]["train_dropped_fraction"] is not None
+    dropped = "train_dropped_fraction" if in_training else "dropped_fraction"
+    warn("tokens_dropped", dropped, lambda share: share > DROPPED_TOO_MUCH, "many assignments exceed the capacity")
+    if len(moe["layers"][0]["load"]) == 1:
+        return found  # a single expert is always chosen: its router has nothing to decide and no gradient
+    if after_half:
+        warn("router_undecided", "router_entropy", lambda h: h > UNDECIDED, "the router rates all experts alike")
+        warn(
+            "router_collapsed", "router_entropy", lambda h: h < DECIDED_FOR_ALL, "the router leaves no expert a chance"
+        )
+    warn("dead_router", "router_grad_norm", lambda norm: norm < DEAD_GRADIENT, "the router does not learn")
     return found

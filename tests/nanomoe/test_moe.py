@@ -299,18 +299,16 @@ def test_the_balance_bias_moves_against_the_load_by_the_sign_of_the_excess() -> 
 
 
 def test_repeated_bias_updates_spread_the_load() -> None:
-    moe = random_moe(moe_config(n_experts=8, n_embd=16, router_bias_update_rate=0.01))
+    moe = random_moe(moe_config(router_bias_update_rate=0.001))
     assert moe.router.balance_bias is not None
     moe.router.balance_bias.zero_()
     with torch.no_grad():
-        moe.router.weight.mul_(0.1)[0] += 0.1
+        moe.router.weight.mul_(0.3)[0] += 0.3
     x = random_inputs(moe.config, 1, 256)[0] + 0.5
-    before = moe(x)[1].counts_E
-    for _ in range(200):
+    assert moe(x)[1].counts_E.max() > 200
+    for _ in range(120):
         moe.update_balance_bias(moe(x)[1].counts_E)
-    after = moe(x)[1].counts_E
-    assert before.max() > 128
-    assert after.max() < 1.2 * 64
+    assert moe(x)[1].counts_E.max() < 1.1 * 128
 
 
 def test_the_balance_bias_is_in_the_file_only_when_it_is_used() -> None:
