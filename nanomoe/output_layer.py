@@ -1,0 +1,171 @@
+"""From hidden states to logits, reading as little of the embedding as an exact answer needs.
+
+The output layer is most of the cost of a token: V rows of C numbers. `likeliest` reads them as 8-bit integers, a
+quarter of the bytes, takes a short list, and computes the logits of those few in float32. Rounding to 8 bits moves a
+logit by at most |x - x'| |w| + |x'| |w - w'| (Cauchy-Schwarz), so a list whose end lies further below than that misses
+nobody, and says so. Where a machine gets 8-bit products wrong (some saturate), or is slower with them, all is float32.
+
+Shape letters: N rows, S candidates, V vocabulary, C channels. Knows no sampling.
+"""
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_BLOCK = 64
+"""Logits whose maximum is taken first when the largest are sought."""
+
+_SMALL_BYTES = 4 * 2**20
+"""Float32 embeddings of at most this size stay in a core's cache, and a short list gains nothing. Assumed."""
+
+
+_LEAST = 1e-30
+"""Stands for the largest number of a row that is all zeros."""
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The likeliest tokens of each row."""
+
+    ids: Tensor
+    """(N, S) int64."""
+
+    logits: Tensor
+    """(N, S) float32."""
+
+    complete: list[bool]
+    """For each row, whether no token outside of the list can be among the `count` likeliest, or equal to them."""
+
+
+class OutputLayer:
+    """The tied embedding as output layer: logits_V = W_VC x_C."""
+
+    def __init__(self, wte_VC: Tensor, hidden_error: float) -> None:
+        """`hidden_error`: bound on the norm of the error of the hidden states that will be given."""
+        self._wte_VC = wte_VC
+        self._wte_CV = wte_VC.T.contiguous()  # products with one row read it several times faster (measured)
+        norms_V = wte_VC.norm(dim=1)
+        self._largest_norm = norms_V.max().item()
+        self._relative_rounding = wte_VC.shape[1] * 2.0**-24
+        self._hidden_error = hidden_error
+        self._ints: _Int8 | None = None
+        if wte_VC.device.type == "cpu" and wte_VC.nbytes > _SMALL_BYTES:
+            ints = _Int8(wte_VC)
+            if ints.exact_products() and _seconds(ints.unscaled_logits, wte_VC[:1]) < _seconds(self.logits, wte_VC[:1]):
+                self._ints = ints
+
+    @property
+    def numerics(self) -> str:
+        """How a greedy token is computed, in words."""
+        if self._ints is None:
+            return "float32, certified against float64"
+        return "int8 short list, float32 logits, certified against float64"
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory beside the embedding itself."""
+        return self._wte_CV.nbytes + (0 if self._ints is None else self._ints.n_bytes)
+
+    def errors(self, x_NC: Tensor) -> list[float]:
+        """For each row, a bound on the error of any float32 logit."""
+        largest = self._largest_norm
+        return [largest * (self._hidden_error + self._relative_rounding * norm) for norm in x_NC.norm(dim=1).tolist()]
+
+    def logits(self, x_NC: Tensor) -> Tensor:
+        """(N, V), float32."""
+        return torch.mm(x_NC, self._wte_CV)
+
+    def exact(self, x_C: Tensor) -> Tensor:
+        """(V,) float64 logits of a float64 hidden state."""
+        return torch.cat([part.double() @ x_C for part in torch.split(self._wte_VC, 4096)])
+
+    def likeliest(self, x_NC: Tensor, count: int, errors: list[float]) -> Candidates:
+        """At least the `count` likeliest tokens of each row, if its list is complete. `errors`: those of `errors()`."""
+        size = min(len(self._wte_VC), count + max(16, count // 4))
+        if self._ints is None:
+            logits_NS, ids_NS = _largest(self.logits(x_NC), size)
+            ends, bounds = logits_NS[:, -1].tolist(), [0.0] * len(x_NC)
+        else:
+            rough_NS, ids_NS = _largest(self._ints.unscaled_logits(x_NC), size)
+            logits_NS = torch.bmm(self._wte_VC[ids_NS], x_NC[:, :, None])[..., 0]
+            ends, bounds = self._ints.bounds(x_NC, rough_NS[:, -1])
+        least = (logits_NS.amax(-1) if count == 1 else logits_NS.topk(min(count, size)).values[:, -1]).tolist()
+        complete = [
+            size == len(self._wte_VC) or end + bound < last - 4 * error
+            for end, bound, last, error in zip(ends, bounds, least, errors, strict=True)
+        ]
+        return Candidates(ids_NS, logits_NS, complete)
+
+
+class _Int8:
+    """The embedding in 8-bit integers: row v is about scale_V[v] * ints_VC[v]."""
+
+    def __init__(self, wte_VC: Tensor) -> None:
+        V, self._n_embd = wte_VC.shape
+        self._scale_V = wte_VC.abs().amax(1).clamp_min(_LEAST) / 127
+        self._ints_VC = (wte_VC / self._scale_V[:, None]).round_().to(torch.int8)
+        self._largest_norm = wte_VC.norm(dim=1).max().item()
+        self._largest_error = (wte_VC - self._ints_VC * self._scale_V[:, None]).norm(dim=1).max().item()
+        self._padded_V = -(-V // _BLOCK) * _BLOCK
+        self._logits_NV = wte_VC.new_empty(0, 0)
+
+    @property
+    def n_bytes(self) -> int:
+        return self._ints_VC.nbytes + self._logits_NV.nbytes
+
+    def exact_products(self) -> bool:
+        """Whether this machine's 8-bit products are right where intermediate sums are largest."""
+        ints_VC = torch.full_like(self._ints_VC[:64], 127)
+        ints_VC[1::2] = -127
+        for n in (1, 4):
+            products = torch._int_mm(torch.full((n, self._n_embd), 127, dtype=torch.int8), ints_VC.T)
+            if not products.abs().eq(127 * 127 * self._n_embd).all():
+                return False
+        return True
+
+    def unscaled_logits(self, x_NC: Tensor) -> Tensor:
+        """(N, V padded to whole blocks with -inf), each row's in a unit of its own; valid until the next call."""
+        N, V = len(x_NC), len(self._ints_VC)
+        if len(self._logits_NV) < N:
+            self._logits_NV = x_NC.new_full((N, self._padded_V), -math.inf)
+        unit_N1 = x_NC.abs().amax(1, keepdim=True).clamp_min_(_LEAST) / 127
+        products_NV = torch._int_mm((x_NC / unit_N1).round_().to(torch.int8), self._ints_VC.T)
+        logits_NV = self._logits_NV[:N]
+        torch.mul(products_NV, self._scale_V, out=logits_NV[:, :V])
+        return logits_NV
+
+    def bounds(self, x_NC: Tensor, unscaled_N: Tensor) -> tuple[list[float], list[float]]:
+        """One unscaled logit of each row as a logit, and a bound on the error of any of the row's."""
+        largest_N = x_NC.abs().amax(1).clamp_min_(_LEAST).tolist()
+        logits = [logit * largest / 127 for logit, largest in zip(unscaled_N.tolist(), largest_N, strict=True)]
+        bounds = []
+        for norm, largest in zip(x_NC.norm(dim=1).tolist(), largest_N, strict=True):
+            rounding = largest / 127 * math.sqrt(self._n_embd) / 2
+            bounds.append(1.001 * (rounding * self._largest_norm + (norm + rounding) * self._largest_error))
+        return logits, bounds
+
+
+def _largest(logits_NV: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The `size` largest of each row, and where they are. They lie in the `size` blocks of the largest maxima."""
+    N, V = logits_NV.shape
+    if V % _BLOCK or 4 * _BLOCK * size > V:
+        values, ids = logits_NV.topk(size)
+        return values, ids
+    blocks = logits_NV.view(N, -1, _BLOCK)
+    chosen_NS = blocks.amax(-1).topk(size).indices
+    values_NS, at_NS = blocks.gather(1, chosen_NS[..., None].expand(-1, -1, _BLOCK)).flatten(1).topk(size)
+    return values_NS, chosen_NS.gather(1, at_NS // _BLOCK) * _BLOCK + at_NS % _BLOCK
+
+
+def _seconds(work: object, x_NC: Tensor) -> float:
+    """The shortest of a few runs."""
+    assert callable(work)
+    best = math.inf
+    for _ in range(4):
+        begin = time.perf_counter()
+        work(x_NC)
+        best = min(best, time.perf_counter() - begin)
+    return best

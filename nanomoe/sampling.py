@@ -1,0 +1,166 @@
+"""The law of the next token, and the proof that a rounded computation obeys it.
+
+The law is stated over exact logits. With temperature 0 (or top_k 1) the token is the likeliest one, ties to the lowest
+id. Otherwise the logits over the temperature, cut to the `top_k` likeliest and then to the likeliest that together hold
+`top_p`, are sampled with Gumbel noise (argmax of log-weight plus noise is a draw from the softmax), in two draws so
+that a vocabulary of V needs V / 256 + 256 random numbers, not V: first a block of 256 ids by its mass, then an id in it.
+The noise of a sequence is a stream of its own, and every token takes the same share of it.
+
+`choose` is given logits that may each be wrong by `error`. It answers with a token only if no logits within that error
+give another one, and None otherwise: the caller then computes in float64. So a text depends on the weights, the prompt
+and the seed, and not on the shapes of the products that happened to be computed with it, which change with the number
+of other sequences being served. Knows no model.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+BLOCK = 256
+"""Ids that share one draw of the first stage. Part of the law: another value gives other texts for the same seed."""
+
+TIE = 1e-9
+"""Logits that differ by less count as equal: float64 sums in another order differ by about 1e-14."""
+
+_FLOAT32_ROUNDING = 3e-5
+"""Derived: what exp and sums of at most 256 float32 terms can add to the log of a mass; 256 * 2**-24 is 1.5e-5."""
+
+Floats = npt.NDArray[np.floating[Any]]
+Ids = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen."""
+
+    temperature: float = 1.0
+    """Divides the logits, 0 or more; 0 takes the likeliest token."""
+
+    top_k: int | None = None
+    """Only this many likeliest tokens (with those equal to the last of them); None all."""
+
+    top_p: float | None = None
+    """Of those, only the likeliest that together hold this much probability, in (0, 1]; None or 1 all."""
+
+    @property
+    def greedy(self) -> bool:
+        """Whether no noise is used."""
+        return self.temperature == 0 or self.top_k == 1
+
+    @property
+    def cuts_by_mass(self) -> bool:
+        """Whether probabilities decide which tokens are allowed."""
+        return not self.greedy and self.top_p is not None and self.top_p < 1
+
+
+@dataclass(frozen=True)
+class Noise:
+    """The standard Gumbel noise of one new token."""
+
+    blocks: Floats
+    """(ceil(V / 256),), float64."""
+
+    places: Floats
+    """(256,), float64: one for each place in the chosen block."""
+
+
+class NoiseStream:
+    """The noise of one sequence, from a generator of its own: choice `index` of a request with `seed`."""
+
+    def __init__(self, seed: int, index: int, vocab_size: int) -> None:
+        self._generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, index])))
+        self._n_blocks = -(-vocab_size // BLOCK)
+
+    def draw(self) -> Noise:
+        """The noise of the next token."""
+        uniform = self._generator.random(self._n_blocks + BLOCK)
+        gumbel = -np.log(-np.log(np.maximum(uniform, 2.0**-54)))  # random() may be 0, whose log is not finite
+        return Noise(gumbel[: self._n_blocks], gumbel[self._n_blocks :])
+
+
+def choose(
+    logits: Floats, sampling: Sampling, noise: Noise | None = None, *, ids: Ids | None = None, error: float = 0.0
+) -> int | None:
+    """The token that the law picks; None if logits within `error` of the given ones could make it another.
+
+    Args:
+        logits: (V,), or (S,) of candidates `ids` that hold every token which could be allowed.
+        noise: may be missing only if sampling is greedy.
+        error: largest difference of any logit from its exact value. With 0 there is always an answer.
+    """
+    if sampling.greedy:
+        rivals = np.flatnonzero(logits >= logits.max() - max(2 * error, TIE))
+        if error and len(rivals) > 1:
+            return None
+        return int(rivals.min() if ids is None else ids[rivals].min())
+    assert noise is not None, "sampling needs noise"
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):  # a temperature near 0 overflows, harmlessly
+        slack = error / sampling.temperature + _FLOAT32_ROUNDING if error else 0.0
+        scaled = (logits - logits.max()) / sampling.temperature
+        sure, possible = _allowed(scaled, sampling, slack)
+        weights = np.exp(scaled)
+        most = np.log(_block_masses(weights, possible, ids, len(noise.blocks))) + noise.blocks
+        least = (
+            most if sure is possible else np.log(_block_masses(weights, sure, ids, len(noise.blocks))) + noise.blocks
+        )
+        block = int(least.argmax())
+        if slack and not least[block] - np.delete(most, block).max(initial=-np.inf) > 2 * slack:
+            return None
+        if ids is None:
+            members = np.arange(block * BLOCK, min((block + 1) * BLOCK, len(logits)))
+        else:
+            members = np.flatnonzero(ids // BLOCK == block)
+        if possible is not None:
+            members = members[possible[members]]
+        token_ids = members if ids is None else ids[members]
+        perturbed = scaled[members] + noise.places[token_ids % BLOCK]
+        best = int(perturbed.argmax())
+        if slack:
+            runner_up = np.delete(perturbed, best).max(initial=-np.inf)
+            if (sure is not None and not sure[members[best]]) or not perturbed[best] - runner_up > 2 * slack:
+                return None
+    return int(token_ids[best])
+
+
+def _block_masses(weights: Floats, allowed: Mask | None, ids: Ids | None, n_blocks: int) -> Floats:
+    """(n_blocks,) sums of the weights of each block's allowed tokens."""
+    if allowed is not None:
+        weights = weights * allowed
+    if ids is not None:
+        return np.bincount(ids // BLOCK, weights, n_blocks).astype(np.float64)
+    return np.add.reduceat(weights, np.arange(0, len(weights), BLOCK))
+
+
+def _allowed(scaled: Floats, sampling: Sampling, slack: float) -> tuple[Mask | None, Mask | None]:
+    """The tokens that are surely allowed, and those that may be; the same object where they are the same set, None
+    where nothing is cut. `scaled` are logits over the temperature, at most 0, each wrong by at most `slack`."""
+    sure = possible = None
+    if sampling.top_k is not None and sampling.top_k < len(scaled):
+        last = np.partition(scaled, -sampling.top_k)[-sampling.top_k]
+        possible = scaled >= last - max(2 * slack, TIE / sampling.temperature)
+        sure = possible if not slack or possible.sum() == sampling.top_k else scaled > last + 2 * slack
+    if sampling.cuts_by_mass:
+        assert sampling.top_p is not None
+        members = np.arange(len(scaled)) if possible is None else np.flatnonzero(possible)
+        members = members[np.argsort(-scaled[members], kind="stable")]
+        falling = scaled[members].astype(np.float64)
+        before = np.concatenate(([0.0], np.cumsum(np.exp(falling))))  # mass of the n likeliest
+        if slack:
+            # Neighbours within the error may stand in either order, and every mass may be wrong by a factor exp(slack).
+            least_total = before[-1] if sure is None else np.exp(scaled[sure].astype(np.float64)).sum()
+            fewest = np.searchsorted(-falling, -(falling + 2 * slack), side="left")
+            most = np.searchsorted(-falling, -(falling - 2 * slack), side="right") - 1
+            surely = before[most] / least_total * np.exp(2 * slack) < sampling.top_p
+            possibly = before[fewest] / before[-1] * np.exp(-2 * slack) < sampling.top_p
+            may = np.zeros(len(scaled), np.bool_)
+            may[members[possibly]] = True
+            must = np.zeros(len(scaled), np.bool_)
+            must[members[surely]] = True
+            return (must if sure is None else must & sure), may
+        allowed = np.zeros(len(scaled), np.bool_)
+        allowed[members[before[:-1] / before[-1] < sampling.top_p]] = True
+        return allowed, allowed
+    return sure, possible
