@@ -18,6 +18,13 @@ from service.cli.output import Json, print_json
 from service.cli.references import LATEST, Reference
 from service.client import JobHandle
 
+SAMPLING = {
+    name: field
+    for name, field in schemas.GenerateRequest.model_fields.items()
+    if name not in ("job_id", "checkpoint", "prompt", "stream")
+}
+"""What `generate --set` may change: the rest of the request has its own place on the command line."""
+
 SUCCEEDED, FAILED, INTERRUPTED = 0, 1, 130
 """Exit codes; 2 is a mistake of the caller's, 3 a service that does not answer (see `main`)."""
 
@@ -60,7 +67,7 @@ def watch(job: Job = LATEST, url: Url = None, as_json: Json = False) -> None:
 def jobs(
     status: Annotated[str | None, typer.Option(help="Only these: queued, running, paused, succeeded, ...")] = None,
     tag: Annotated[str | None, typer.Option(metavar="KEY[:VALUE]", help="Only those with this tag.")] = None,
-    limit: Annotated[int, typer.Option(min=1, max=100, help="At most so many.")] = 20,
+    limit: Annotated[int, typer.Option(min=1, max=200, help="At most so many.")] = 20,
     url: Url = None,
     as_json: Json = False,
 ) -> None:
@@ -114,7 +121,7 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Continue a prompt from one checkpoint, or from several with the same seed."""
-    sampling = settings_of(schemas.GenerateRequest, set_ or [])
+    sampling = settings_of(SAMPLING, set_ or [])
     answers = []
     with connect(url) as client:
         for reference in [Reference.parse(target) for target in targets]:
@@ -196,16 +203,21 @@ def introduce(job: schemas.JobView) -> None:
         console.print(text.warning_line(warning.code, warning.message))
 
 
-def watch_to_the_end(job: JobHandle, *, as_json: bool = False, n_lines: int = 1) -> int:
-    """Show the job until it has ended, and say how; returns the exit code. Ctrl-C ends the showing, not the job."""
+def watch_to_the_end(job: JobHandle, *, as_json: bool = False) -> int:
+    """Show the job until it has ended; returns the exit code. Ctrl-C ends the showing, not the job."""
     if not as_json:
         introduce(job.view)
     try:
-        with JsonDisplay() if as_json else TextDisplay(text.console(), n_lines=n_lines) as display:
-            ended = follow(job, display)
+        return show_to_the_end(job, as_json=as_json)
     except KeyboardInterrupt:
         text.console(stderr=True).print(f"the job goes on; come back with: nanomoe watch {job.id}")
         return INTERRUPTED
+
+
+def show_to_the_end(job: JobHandle, *, as_json: bool = False, n_lines: int = 1) -> int:
+    """Show the job until it has ended, and say how; returns the exit code."""
+    with JsonDisplay() if as_json else TextDisplay(text.console(), n_lines=n_lines) as display:
+        ended = follow(job, display)
     if as_json:
         print(json.dumps({"event": "job", "data": ended.model_dump(mode="json")}, ensure_ascii=False))
     else:

@@ -24,20 +24,20 @@ from service.cli.references import Reference
 def config_of(file: Path | None, settings: list[str]) -> JobConfig:
     """The config of a JSON file, changed by `knob=value` settings; raises Mistake in words."""
     given = _read_object(file) if file is not None else {}
-    given |= settings_of(JobConfig, settings)
+    given |= settings_of(JobConfig.model_fields, settings)
     return validated(JobConfig, given)
 
 
-def settings_of(kind: type[BaseModel], settings: Iterable[str]) -> dict[str, Any]:
+def settings_of(fields: Mapping[str, FieldInfo], settings: Iterable[str]) -> dict[str, Any]:
     """`["lr=1e-3", "use_moe=true"]` -> `{"lr": 0.001, "use_moe": True}`; values are JSON, or else plain text."""
     given: dict[str, Any] = {}
     for setting in settings:
         name, equals, value = setting.partition("=")
         if not equals:
             raise Mistake(f"{setting!r} must look like {name or 'knob'}=value")
-        if name not in kind.model_fields:
-            raise Mistake(f"there is no {name!r}{_suggestion(kind, name)}")
-        given[name] = _value(name, kind.model_fields[name], value)
+        if name not in fields:
+            raise Mistake(f"there is no {name!r}{_suggestion(fields, name)}")
+        given[name] = _value(name, fields[name], value)
     return given
 
 
@@ -52,14 +52,14 @@ def validated(kind: type[JobConfig], given: Mapping[str, Any]) -> JobConfig:
 def _in_words(kind: type[BaseModel], fault: Any) -> str:
     place = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
-        return f"there is no {place!r}{_suggestion(kind, place)}"
+        return f"there is no {place!r}{_suggestion(kind.model_fields, place)}"
     message = fault["msg"].removeprefix("Value error, ").removeprefix("Input ")
     return f"{place} {message}" if place else message
 
 
-def _suggestion(kind: type[BaseModel], name: str) -> str:
-    close = difflib.get_close_matches(name, kind.model_fields, n=1)
-    return f"; did you mean {close[0]!r}?" if close else "; see: nanomoe knobs"
+def _suggestion(fields: Iterable[str], name: str) -> str:
+    close = difflib.get_close_matches(name, fields, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(sorted(fields))}"
 
 
 def _value(name: str, field: FieldInfo, value: str) -> Any:
@@ -164,7 +164,7 @@ def knobs(
     """Every knob of a job: its default, what it may be, what it does."""
     rows = [row for row in knob_rows() if name is None or name in row.name]
     if not rows:
-        raise Mistake(f"there is no {name!r}{_suggestion(JobConfig, name or '')}")
+        raise Mistake(f"there is no {name!r}{_suggestion(JobConfig.model_fields, name or '')}")
     if as_json:
         print_json(rows)
         return

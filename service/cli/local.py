@@ -98,10 +98,9 @@ def train(
 
 def _prepare(given: str, config: "JobConfig") -> "Run":
     """Text and config to a model that can train; raises Mistake for what cannot be."""
-    from nanomoe.tokenizer import TokenizerError, load_tokenizer
-
     from nanomoe.execution import DeviceUnavailable, Execution, find_device
     from nanomoe.plan import TextTooShort
+    from nanomoe.tokenizer import TokenizerError, load_tokenizer
     from nanomoe.train import Run
 
     here = settings()

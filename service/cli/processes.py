@@ -10,9 +10,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread, get_ident
 from types import TracebackType
 from typing import IO, Any, Self
 
@@ -26,7 +26,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 class ChildFailed(Exception):
-    """A child process ended by itself; the text says which, and what it last said."""
+    """A child process ended by itself, or does not do its work; the text says which, and what it last said."""
 
 
 class Processes:
@@ -37,53 +37,78 @@ class Processes:
         self._environment = {**os.environ, **environment}
         self._logs = logs
         self._children: dict[str, subprocess.Popen[str]] = {}
+        self._readers: list[Thread] = []
 
     def start_api(self) -> str:
         """Start the API and return its address once it listens; raises `ChildFailed`."""
-        child = self._start("api", "service", stdout=subprocess.PIPE)
+        child = self._start("api", "service", piped=True)
         assert child.stdout is not None
         for line in child.stdout:
             if line.startswith(LISTENING):
-                Thread(target=_forward, args=(child.stdout,), daemon=True).start()
+                reader = Thread(target=_drain, args=(child.stdout,), daemon=True)
+                reader.start()
+                self._readers.append(reader)
                 return line.removeprefix(LISTENING).strip()
+        child.stdout.close()
         child.wait()
         raise self._failed("api", child)
 
     def start_worker(self) -> None:
         """Start the worker. It waits by itself until the API has made the database."""
-        self._start("worker", "worker", stdout=self._log("worker") if self._logs is not None else None)
+        self._start("worker", "worker")
 
-    def check(self) -> None:
-        """Raise `ChildFailed` if one of them has ended."""
-        for name, child in self._children.items():
-            if child.poll() is not None:
-                raise self._failed(name, child)
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Within it, a child that ends by itself interrupts what the caller waits for: `ChildFailed` is raised."""
+        over = Event()
+        caller = get_ident()
 
-    def _start(self, name: str, module: str, *, stdout: int | IO[str] | None) -> subprocess.Popen[str]:
-        child = subprocess.Popen(  # noqa: S603 - our own interpreter and module
-            [sys.executable, "-m", module],
-            env=self._environment,
-            stdin=subprocess.DEVNULL,
-            stdout=stdout,
-            stderr=self._log(name) if self._logs is not None else None,
-            text=True,
-            # Ctrl-C in the terminal reaches this process alone, which then ends them in order.
-            process_group=0,
-            preexec_fn=_end_with_parent(),
-        )
+        def watch() -> None:
+            while not over.wait(0.2):
+                if any(child.poll() is not None for child in self._children.values()):
+                    signal.pthread_kill(caller, signal.SIGINT)
+                    return
+
+        watcher = Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            yield
+        except KeyboardInterrupt:
+            for name, child in self._children.items():
+                if child.poll() is not None:
+                    raise self._failed(name, child) from None
+            raise
+        finally:
+            over.set()
+            watcher.join()
+
+    def last_words(self, name: str) -> str:
+        """The end of a child's log; empty without logs."""
+        if self._logs is None:
+            return ""
+        lines = (self._logs / f"{name}.log").read_text(encoding="utf-8", errors="replace").splitlines()
+        return "\n".join(lines[-15:])
+
+    def _start(self, name: str, module: str, *, piped: bool = False) -> subprocess.Popen[str]:
+        with (self._logs / f"{name}.log").open("a") if self._logs is not None else nullcontext() as log:
+            child = subprocess.Popen(  # noqa: S603 - our own interpreter and module
+                # -P: a folder named `worker` where this is called must not be taken for ours.
+                [sys.executable, "-P", "-m", module],
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE if piped else log,
+                stderr=log,
+                text=True,
+                # Ctrl-C in the terminal reaches this process alone, which then ends them in order.
+                process_group=0,
+                preexec_fn=_end_with_parent(),
+            )
         self._children[name] = child
         return child
 
-    def _log(self, name: str) -> IO[str]:
-        assert self._logs is not None
-        return (self._logs / f"{name}.log").open("a", encoding="utf-8")
-
     def _failed(self, name: str, child: subprocess.Popen[str]) -> ChildFailed:
-        said = ""
-        if self._logs is not None:
-            last = (self._logs / f"{name}.log").read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
-            said = "\n" + "\n".join(last)
-        return ChildFailed(f"the {name} ended by itself with exit code {child.returncode}{said}")
+        ended = f"the {name} ended by itself with exit code {child.returncode}"
+        return ChildFailed(f"{ended}\n{self.last_words(name)}".rstrip())
 
     def __enter__(self) -> Self:
         return self
@@ -103,17 +128,18 @@ class Processes:
             for child in self._children.values():
                 child.kill()
                 child.wait()
+            for reader in self._readers:
+                reader.join()
 
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
     """Within it, SIGTERM and SIGHUP (a closed terminal) do what Ctrl-C does: the children are ended on the way out."""
-    handled = (signal.SIGTERM, signal.SIGHUP)
 
     def interrupt(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, interrupt) for number in handled}
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:
@@ -129,7 +155,9 @@ def _end_with_parent() -> Callable[[], None] | None:
     return lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _forward(lines: IO[str]) -> None:
-    for line in lines:
-        sys.stdout.write(line)
-        sys.stdout.flush()
+def _drain(lines: IO[str]) -> None:
+    """Show what else the API says on standard output, so that it never waits for a reader."""
+    with lines:
+        for line in lines:
+            sys.stdout.write(line)
+            sys.stdout.flush()

@@ -1,24 +1,29 @@
 """`nanomoe serve` and `nanomoe demo`: the commands that start API and worker themselves."""
 
+import json
 import tempfile
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
+from threading import Event
 from typing import Annotated
 
 import typer
 from rich.text import Text
 
 from service.cli import text
-from service.cli.jobs import SUCCEEDED, introduce, show_generated, watch_to_the_end
+from service.cli.jobs import INTERRUPTED, SUCCEEDED, introduce, show_generated, show_to_the_end
 from service.cli.options import settings
 from service.cli.output import Json, print_json
-from service.cli.processes import Processes, ended_by_signals
+from service.cli.processes import ChildFailed, Processes, ended_by_signals
 from service.client import Client
 
-SAMPLE = "paragraph.pt.txt"
+PARAGRAPH = "paragraph.pt.txt"
 PROMPT_WORDS = 4
+START_SECONDS = 90
+"""How long the demo's worker may take to begin: importing torch for the first time on a slow disk is most of it."""
 
 
 def serve(
@@ -34,13 +39,12 @@ def serve(
             url = processes.start_api()
             processes.start_worker()
             if as_json:
-                print_json({"url": url, "data_dir": str(chosen.data_dir)})
+                print(json.dumps({"url": url, "data_dir": str(chosen.data_dir)}), flush=True)
             else:
                 console.print(Text.assemble("nanomoe is at ", (url, "bold cyan"), f", its data in {chosen.data_dir}"))
                 console.print("try: nanomoe submit FILE --watch; docs at /docs; Ctrl-C stops both", style=text.DIM)
-            while True:
-                processes.check()
-                time.sleep(0.2)
+            with processes.watched():
+                Event().wait()
         except KeyboardInterrupt:
             text.console(stderr=True).print("stopping API and worker (once more: at once)")
     text.console(stderr=True).print("stopped; jobs that were running go on when it is started again")
@@ -53,24 +57,33 @@ def demo(
     """Train the bundled paragraph, show each quarter, generate from it, and stop what was started."""
     began = time.monotonic()
     console = text.console(stderr=as_json)
-    temporary = tempfile.TemporaryDirectory(prefix="nanomoe-demo-")
-    with temporary if data_dir is None else nullcontext(str(data_dir)) as folder, ended_by_signals():
-        data = Path(folder).absolute()
-        data.mkdir(parents=True, exist_ok=True)
-        try:
+    try:
+        with ended_by_signals(), _folder(data_dir) as data:
             code = _demo(data, as_json)
-        except KeyboardInterrupt:
-            console.print("interrupted; API and worker are stopped")
-            raise typer.Exit(130) from None
+    except KeyboardInterrupt:
+        console.print("interrupted; API and worker are stopped")
+        raise typer.Exit(INTERRUPTED) from None
     if code == SUCCEEDED:
-        console.print(f"done in {text.duration(time.monotonic() - began)}; API and worker are stopped", style=text.DIM)
-        console.print("the same with your own text: make serve, then: nanomoe submit FILE --watch", style=text.DIM)
+        took = text.duration(time.monotonic() - began)
+        console.print(f"done in {took}; API and worker are stopped", style=text.DIM)
+        console.print("the same with your own text: make serve, then nanomoe submit FILE --watch", style=text.DIM)
     raise typer.Exit(code)
+
+
+@contextmanager
+def _folder(chosen: Path | None) -> Iterator[Path]:
+    """The chosen folder, which stays, or a temporary one, which goes."""
+    if chosen is not None:
+        chosen.mkdir(parents=True, exist_ok=True)
+        yield chosen.absolute()
+        return
+    with tempfile.TemporaryDirectory(prefix="nanomoe-demo-") as folder:
+        yield Path(folder)
 
 
 def _demo(data: Path, as_json: bool) -> int:
     console = text.console(stderr=as_json)
-    paragraph = files("nanomoe").joinpath("assets", SAMPLE).read_text(encoding="utf-8").strip()
+    paragraph = files("nanomoe").joinpath("assets", PARAGRAPH).read_text(encoding="utf-8").strip()
     environment = {
         "NANOMOE_DATA_DIR": str(data),
         "NANOMOE_DATABASE_URL": f"sqlite:///{data / 'nanomoe.db'}",
@@ -78,18 +91,22 @@ def _demo(data: Path, as_json: bool) -> int:
         "NANOMOE_PORT": "0",
     }
     with Processes(environment, logs=data) as processes:
-        console.print("starting API and worker ...", style=text.DIM)
-        url = processes.start_api()
-        processes.start_worker()
+        with console.status("starting API and worker"):
+            url = processes.start_api()
+            processes.start_worker()
         console.print(f"the service is at {url} while this runs, its data in {data}", style=text.DIM)
-        with Client(url) as client:
+        with Client(url) as client, processes.watched():
             job = client.submit(paragraph, name="demo", tags={"example": "paragraph"})
             if not as_json:
                 console.print()
                 console.print(Text(text.visible(paragraph), "italic"))
                 console.print()
                 introduce(job.view)
-            code = watch_to_the_end(job, as_json=as_json, n_lines=4)
+            with console.status("waiting for the worker"):
+                if job.refresh(wait=START_SECONDS, seen="queued").status == "queued":
+                    said = processes.last_words("worker")
+                    raise ChildFailed(f"the worker has not begun after {START_SECONDS} seconds\n{said}")
+            code = show_to_the_end(job, as_json=as_json, n_lines=4)
             if code == SUCCEEDED:
                 prompt = " ".join(paragraph.split()[:PROMPT_WORDS])
                 answers = [job.generate(prompt, percent, temperature=0) for percent in (25, 100)]
@@ -99,5 +116,4 @@ def _demo(data: Path, as_json: bool) -> int:
                     console.print()
                     for answer in answers:
                         show_generated(answer, with_heading=True)
-                    console.print()
             return code

@@ -37,7 +37,7 @@ class Call(Generic[T]):
     read: Callable[[httpx.Response], T]
     """From the body of a response below 400 to the result."""
 
-    params: Mapping[str, str | int | bool | None] = field(default_factory=dict)
+    params: Mapping[str, str | float | bool | None] = field(default_factory=dict)
     body: Mapping[str, Any] | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
     repeatable: bool = True
@@ -108,9 +108,10 @@ def list_jobs(
     return Call("GET", "/jobs", _model(schemas.Page[schemas.JobView]), params=params)
 
 
-def get_job(job_id: str) -> Call[schemas.JobView]:
-    """The job as it is now."""
-    return Call("GET", _job(job_id), _model(schemas.JobView))
+def get_job(job_id: str, *, wait: float = 0, seen: schemas.Status | None = None) -> Call[schemas.JobView]:
+    """The job as it is now; with `wait`, as soon as its status is not `seen` any more, or after so many seconds."""
+    params = {"wait": wait or None, "seen": seen}
+    return Call("GET", _job(job_id), _model(schemas.JobView), params=params, read_seconds=30 + wait)
 
 
 def update(job_id: str, *, name: str | None = None, tags: Mapping[str, str] | None = None) -> Call[schemas.JobView]:
