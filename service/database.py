@@ -7,6 +7,7 @@ job and no query of one.
 
 import json
 import logging
+import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +38,9 @@ REVISION = "0001"
 
 BUSY_SECONDS = 10.0
 """How long a transaction waits for another process's lock before it is given up."""
+
+WRITES = {"writes": True}
+"""Execution options of a connection whose transactions write."""
 
 NETWORK_FILE_SYSTEMS = (
     *("nfs", "nfs4", "cifs", "smbfs", "smb2", "smb3", "afpfs", "afs", "webdav", "ncpfs"),
@@ -79,7 +83,7 @@ class Database:
         self.is_sqlite = engine.dialect.name == "sqlite"
         snapshot = {} if self.is_sqlite else {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
         self._readers = engine.execution_options(**snapshot)
-        self._writers = engine.execution_options(**{_WRITES: True})
+        self._writers = engine.execution_options(**WRITES)
 
     @contextmanager
     def read(self) -> Iterator[Session]:
@@ -176,16 +180,14 @@ def driver_connection(connection: Connection) -> Any:
 # SQLite
 
 
-_WRITES = "nanomoe_writes"
-
-
 def sqlite_driver() -> ModuleType:
     """The newest SQLite at hand: the bundled one of `pysqlite3` where its wheel exists, else Python's own."""
     try:
         from pysqlite3 import dbapi2
     except ImportError:
         return sqlite3
-    return max(sqlite3, dbapi2, key=lambda module: module.sqlite_version_info)
+    newest: ModuleType = max(sqlite3, dbapi2, key=lambda module: module.sqlite_version_info)
+    return newest
 
 
 def wal_is_safe(version: tuple[int, int, int]) -> bool:
@@ -232,8 +234,8 @@ def _open_sqlite(url: URL) -> Database:
 
     @sa.event.listens_for(engine, "begin")
     def _begin(connection: Connection) -> None:
-        writes = connection.get_execution_options().get(_WRITES, False)
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+        # A deferred BEGIN that turns to writing fails at once when another writes, whatever the timeout.
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.get_execution_options().get("writes") else "BEGIN")
 
     with _told_as_service_errors(), engine.connect():
         pass
@@ -253,7 +255,7 @@ def find_file_system(folder: Path, mountinfo: str) -> str | None:
     found: tuple[int, str] | None = None
     for line in mountinfo.splitlines():
         fields, _, source = line.partition(" - ")
-        point = Path(fields.split()[4].encode("latin-1", "surrogateescape").decode("unicode_escape"))
+        point = Path(re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), fields.split()[4]))
         # A later mount on the same point hides the earlier one.
         if folder.is_relative_to(point) and (found is None or len(point.parts) >= found[0]):
             found = (len(point.parts), source.split()[0])

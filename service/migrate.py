@@ -12,9 +12,10 @@ from alembic.config import Config
 from alembic.script import ScriptDirectory
 from sqlalchemy.engine import Connection
 
-from service.database import REVISION, Database, driver_connection, read_revision
+from service.database import REVISION, WRITES, Database, driver_connection, read_revision
 from service.errors import StartRefused
 
+SCRIPTS = Path(__file__).parent / "migrations"
 LOCK = 0x6E616E6F6D6F65
 """Number of PostgreSQL's advisory lock: one migration at a time."""
 
@@ -22,7 +23,7 @@ LOCK = 0x6E616E6F6D6F65
 def config(connection: Connection | None = None) -> Config:
     """Alembic's configuration for the scripts beside this file; `migrations/env.py` takes the connection from it."""
     found = Config()
-    found.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
+    found.set_main_option("script_location", str(SCRIPTS).replace("%", "%%"))
     found.set_main_option("path_separator", "newline")
     found.attributes["connection"] = connection
     return found
@@ -33,7 +34,7 @@ def upgrade(db: Database, revision: str = REVISION) -> None:
 
     Raises StartRefused when the database is newer than this code.
     """
-    with db.engine.connect().execution_options(nanomoe_writes=True) as connection:
+    with db.engine.connect().execution_options(**WRITES) as connection:
         if db.is_sqlite:
             _upgrade_sqlite(connection, revision)
         else:

@@ -86,7 +86,7 @@ class Races:
 
     def _on_statement(self, connection: sa.Connection, *_: Any) -> None:
         # The first statement of a writing transaction: on SQLite it is the BEGIN IMMEDIATE that will wait.
-        if connection.get_execution_options().get("nanomoe_writes") and threading.get_ident() in self._begins:
+        if connection.get_execution_options().get("writes") and threading.get_ident() in self._begins:
             self._begins.pop(threading.get_ident()).set()
 
 

@@ -1,0 +1,74 @@
+"""Settings come from the environment and from `.env`, and a wrong one is named."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from service.settings import Settings
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # away from a developer's own .env
+
+
+def test_the_defaults_need_no_server_and_no_network(tmp_path: Path) -> None:
+    settings = Settings()
+    assert settings.data_dir == tmp_path / "data"
+    assert settings.database_url == f"sqlite:///{tmp_path}/data/nanomoe.db"
+    assert (settings.host, settings.port, settings.allow_hub, settings.tokenizer_dir) == (
+        "127.0.0.1",
+        8000,
+        False,
+        None,
+    )
+
+
+def test_the_environment_wins_over_the_file_and_an_argument_over_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".env").write_text("NANOMOE_PORT=1111\nNANOMOE_HOST=localhost\nOTHER=1\n")
+    monkeypatch.setenv("NANOMOE_PORT", "2222")
+    assert (Settings().port, Settings().host, Settings(port=3333).port) == (2222, "localhost", 3333)
+
+
+def test_the_database_lies_in_the_data_folder_wherever_that_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NANOMOE_DATA_DIR", "elsewhere")
+    assert Settings().database_url == f"sqlite:///{tmp_path}/elsewhere/nanomoe.db"
+
+
+def test_beats_and_rescues_follow_the_lease(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (Settings().lease_seconds, Settings().heartbeat_seconds, Settings().rescue_seconds) == (60, 10, 15)
+    monkeypatch.setenv("NANOMOE_LEASE_SECONDS", "3")
+    assert (Settings().heartbeat_seconds, Settings().rescue_seconds) == (0.5, 0.75)
+
+
+def test_hosts_are_separated_by_commas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NANOMOE_ALLOWED_HOSTS", "a.example, b.example,")
+    assert Settings().allowed_hosts == ("a.example", "b.example")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("PORT", "70000"),
+        ("PORT", "http"),
+        ("LEASE_SECONDS", "0"),
+        ("LEASE_SECONDS", "nan"),
+        ("SNAPSHOT_SECONDS", "inf"),
+        ("HEARTBEAT_SECONDS", "21"),
+        ("DATABASE_URL", "mysql://localhost/x"),
+        ("ALLOW_HUB", "perhaps"),
+        ("MAX_TEXT_BYTES", "0"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(f"NANOMOE_{name}", value)
+    with pytest.raises(ValidationError) as refused:
+        Settings()
+    assert refused.value.errors()[0]["loc"] == (name.lower(),)
+
+
+def test_every_setting_says_what_it_does() -> None:
+    assert [name for name, field in Settings.model_fields.items() if not field.description] == []
