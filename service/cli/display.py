@@ -52,7 +52,7 @@ def follow(job: JobHandle, display: Display) -> schemas.JobView:
 
     job.wait(on_event=show)
     # Of a job that had ended before, the service sends no events: its quarters are asked for.
-    for checkpoint in job.metrics(points=1).checkpoints:
+    for checkpoint in job.metrics(points=8).checkpoints:
         if checkpoint.percent not in shown:
             display.quarter(checkpoint)
     return job.view

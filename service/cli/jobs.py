@@ -84,7 +84,7 @@ def jobs(
 
 def metrics(
     job: Job = LATEST,
-    points: Annotated[int, typer.Option(min=1, help="At most so many points of the step series.")] = 1000,
+    points: Annotated[int, typer.Option(min=8, max=10_000, help="At most so many points of the step series.")] = 1000,
     csv: Annotated[bool, typer.Option("--csv", help="Print the step series as CSV.")] = False,
     url: Url = None,
     as_json: Json = False,

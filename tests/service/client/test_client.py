@@ -221,7 +221,7 @@ def test_another_program_at_the_address_is_noticed(using: Any, status: int, body
         using(Script(httpx.Response(status, text=body)), lambda client: client.job(JOB_ID))
 
 
-@pytest.mark.parametrize("url", ["nanomoe", "ftp://nanomoe.test", "http://", "http://x:99999", "127.0.0.1:8000"])
+@pytest.mark.parametrize("url", ["nanomoe", "ftp://nanomoe.test", "http://", "http://a\nb", "127.0.0.1:8000"])
 def test_an_address_that_is_none_is_refused_at_once(url: str) -> None:
     with pytest.raises(ValueError, match="is not an address"):
         Client(url)
