@@ -10,7 +10,7 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import structlog
@@ -29,7 +29,8 @@ SHUTDOWN_SECONDS = 4
 class Server(uvicorn.Server):
     """uvicorn's server, which says where it listens, and lets waiting requests go when it stops."""
 
-    def __init__(self, app: FastAPI, settings: Settings) -> None:
+    def __init__(self, app: FastAPI, settings: Settings, announce: Callable[[str], None]) -> None:
+        """`announce` is called with the address once connections are accepted."""
         config = uvicorn.Config(
             app,
             host=settings.host,
@@ -42,17 +43,15 @@ class Server(uvicorn.Server):
         )
         super().__init__(config)
         self._app = app
+        self._announce = announce
 
-    async def run_until_stopped(self) -> None:
+    async def serve_until_stopped(self) -> None:
         """Open the app, serve it, close it. The app is opened out here, so that what it raises is not only logged."""
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self.stop)
         async with self._app.router.lifespan_context(self._app):
             await self.serve()
 
     def stop(self) -> None:
-        """End: first the streams and long polls, then the server. A second signal does not wait for anybody."""
+        """End: first the streams and long polls, then the server. A second call does not wait for anybody."""
         self.force_exit = self.should_exit
         self.should_exit = True
         if self.started:
@@ -62,12 +61,20 @@ class Server(uvicorn.Server):
         """Accept connections, and say where."""
         await super().startup(sockets)
         host, port = self.servers[0].sockets[0].getsockname()[:2]
-        print(f"nanomoe listening on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+        self._announce(f"http://{f'[{host}]' if ':' in host else host}:{port}")
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """The signals are `stop`'s; uvicorn would raise them again at the end and turn a clean exit into a death."""
+        """Signals are `main`'s; uvicorn would raise them again at the end and turn a clean exit into a death."""
         yield
+
+
+async def serve(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT."""
+    server = Server(create_app(settings), settings, lambda url: print(f"nanomoe listening on {url}", flush=True))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, server.stop)
+    await server.serve_until_stopped()
 
 
 def configure_logging(form: str) -> None:
@@ -107,7 +114,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         settings = Settings(**given)
         configure_logging(settings.log_format)
-        asyncio.run(Server(create_app(settings), settings).run_until_stopped())
+        asyncio.run(serve(settings))
     except ValidationError as error:
         for problem in error.errors(include_input=False):
             print(f"NANOMOE_{'_'.join(map(str, problem['loc'])).upper()}: {problem['msg']}", file=sys.stderr)

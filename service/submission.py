@@ -76,14 +76,17 @@ class Assessment:
         )
 
 
-def assess(request: SubmitRequest, settings: Settings) -> Assessment:
-    """Measure what a request asks for against what this server allows.
+def assess(request: SubmitRequest, settings: Settings, parent: JobConfig | None) -> Assessment:
+    """Measure what a request asks for against what this server allows. `parent`: the config of the job in `init_from`.
 
     Raises:
         TooLarge: `text_too_large`.
-        Invalid: `invalid_text`, `text_too_short`, `job_too_large`, or a code of `TokenizerError`.
+        Invalid: `invalid_text`, `text_too_short`, `job_too_large`, `parent_does_not_fit`, or a code of
+            `TokenizerError`.
     """
     config = request.config
+    if parent is not None:
+        _check_parent(config, parent)
     n_bytes = _n_bytes(request.text, settings.max_text_bytes)
     try:
         vocab_size = known_vocab_size(config.tokenizer)
@@ -111,6 +114,26 @@ def assess(request: SubmitRequest, settings: Settings) -> Assessment:
         steps=None if plan is None else plan.total_steps,
     )
     return Assessment(request, n_bytes, n_tokens, plan, sizes, config.warnings(n_tokens))
+
+
+_SHAPING = frozenset({"tokenizer", "block_size", "n_layer", "n_head", "n_embd", "bias", "use_moe"})
+_SHAPING_AN_MOE = frozenset({"moe_stride", "n_experts", "n_shared_experts", "expert_hidden_ratio", "router_noise"})
+
+
+def _check_parent(config: JobConfig, parent: JobConfig) -> None:
+    """Refuse to start from weights that have no place in this model."""
+    shaping = _SHAPING | _SHAPING_AN_MOE if config.use_moe else _SHAPING
+    differing = [
+        f"{name} is {getattr(config, name)!r}, the parent's {getattr(parent, name)!r}"
+        for name in sorted(shaping)
+        if getattr(config, name) != getattr(parent, name)
+    ]
+    if differing:
+        raise Invalid(
+            "parent_does_not_fit",
+            f"the weights of init_from do not fit this model: {'; '.join(differing)}",
+            errors=[{"loc": ["body", "config"], "msg": one} for one in differing],
+        )
 
 
 def _n_bytes(text: str, limit: int) -> int:

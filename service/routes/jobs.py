@@ -7,7 +7,9 @@ from anyio import to_thread
 from fastapi import APIRouter, Header, Query, Response
 from pydantic import Field, StringConstraints
 
+from nanomoe.config import JobConfig
 from service import files, queue, schemas, store, submission, views
+from service.context import Context
 from service.openapi import problems, ref
 from service.routes.parameters import JobId, Service, StrictQuery
 from service.routes.submit_body import DOCUMENTED, Submission
@@ -78,7 +80,7 @@ def submit(
     idempotency_key: IdempotencyKey = None,
 ) -> Response | JobView:
     """Train a model on a text. Everything but the text has the reference run's default."""
-    found = submission.assess(request, service.settings)
+    found = submission.assess(request, service.settings, _parent(service, request))
     if query.dry_run:
         return Response(views.estimate(found).model_dump_json(), 200, media_type="application/json")
     row, created = queue.submit(
@@ -87,6 +89,15 @@ def submit(
     response.status_code = 201 if created else 200
     response.headers["Location"] = f"/jobs/{row.id}"
     return views.job(row)
+
+
+def _parent(service: Context, request: schemas.SubmitRequest) -> JobConfig | None:
+    """The config of the job that another is to start from; its checkpoint must have been recorded."""
+    origin = request.config.init_from
+    if origin is None:
+        return None
+    store.get_checkpoint(service.database, origin.job_id, origin.checkpoint)
+    return views.job(store.get_job(service.database, origin.job_id)).config
 
 
 @router.get("/jobs", responses=problems(422, 503))
@@ -115,7 +126,7 @@ async def get_job(service: Service, job_id: JobId, query: Annotated[JobQuery, Qu
         await service.wakeups.wait(change, remaining)
 
 
-def _look(service: Service, job_id: str) -> JobView:
+def _look(service: Context, job_id: str) -> JobView:
     row = store.get_job(service.database, job_id)
     return views.job(row, queue_position=queue.queue_position(service.database, job_id))
 

@@ -1,0 +1,182 @@
+"""A real API on a free port, and jobs in any state, made with the same functions that a worker calls.
+
+Its fixtures are `api`, one server for a whole test file, and `serve`, for a server with settings of its own.
+"""
+
+import asyncio
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+from uuid import uuid4
+
+import httpx
+import pytest
+
+from nanomoe import checkpoint
+from service import queue, store
+from service.__main__ import Server
+from service.app import create_app
+from service.context import Context
+from service.database import Database
+from service.settings import Settings
+
+TEXT = "O gato dorme no sofá, e o rato rói a roupa do rei de Roma. 🐈"
+
+
+@dataclass
+class Api:
+    """A running service."""
+
+    url: str
+    context: Context
+    http: httpx.Client
+    loop: asyncio.AbstractEventLoop
+    server: Server
+    worker: store.WorkerIdentity = field(default_factory=lambda: store.WorkerIdentity(name="test"))
+
+    @property
+    def db(self) -> Database:
+        return self.context.database
+
+    def submit(self, **changes: Any) -> dict[str, Any]:
+        """A queued job, through the API."""
+        answer = self.http.post("/jobs", json={"text": TEXT, "config": {"tokenizer": "bytes"}} | changes)
+        assert answer.status_code == 201, answer.text
+        job: dict[str, Any] = answer.json()
+        return job
+
+    def claim(self, job_id: str) -> queue.Claim:
+        """Take a job as a worker does; others that wait are held back meanwhile."""
+        for job in store.list_jobs(self.db, status="queued"):
+            if job.id != job_id:
+                queue.request_pause(self.db, job.id)
+        claim = queue.claim(self.db, self.worker, lease_seconds=60)
+        assert claim is not None
+        assert claim.job_id == job_id
+        return claim
+
+    def running(self, **changes: Any) -> queue.Claim:
+        """A job that a worker has begun, with three steps and the checkpoint before training."""
+        claim = self.claim(self.submit(**changes)["id"])
+        model = {"n_params": 1000, "n_active_params": 1000}
+        execution = {"device": "cpu", "precision": "float32"}
+        queue.record_prepared(self.db, claim, execution=execution, n_tokens=64, total_steps=500, model=model)
+        self.record_checkpoint(claim, 0, 0)
+        self.record_steps(claim, 1, 3)
+        return claim
+
+    def finished(self, **changes: Any) -> str:
+        """The id of a job that has succeeded, with checkpoints at 0 and 100 percent."""
+        claim = self.running(**changes)
+        self.record_checkpoint(claim, 100, 500)
+        queue.finish(self.db, claim, "succeeded")
+        return claim.job_id
+
+    def record_steps(self, claim: queue.Claim, first: int, last: int) -> None:
+        """Steps `first` to `last`, with a loss of 10 / step."""
+        step = list(range(first, last + 1))
+        columns = {"step": step, "train_loss": [10 / s for s in step], "lr": [1e-4] * len(step),
+                   "grad_norm": [1.0] * len(step)}  # fmt: skip
+        progress = {"step": last, "total_steps": 500, "epoch": last, "percent": last / 5, "tok_per_sec": 100.0,
+                    "eta_seconds": 5.0}  # fmt: skip
+        queue.record_steps(self.db, claim, columns, progress)
+
+    def record_checkpoint(self, claim: queue.Claim, percent: int, step: int) -> None:
+        """A checkpoint with two files that are really there."""
+        folder = store.checkpoint_folder(claim.job_id, claim.fence, percent)
+        files = {"config.json": b"{}\n", "model.safetensors": bytes(range(256)) * 4}
+        manifest, sha256 = checkpoint.write(self.context.settings.data_dir / folder, files)
+        queue.record_checkpoint(
+            self.db,
+            claim,
+            percent=percent,
+            step=step,
+            epoch=step,
+            folder=folder,
+            manifest_sha256=sha256,
+            files=[entry.model_dump(mode="json") for entry in manifest.files],
+            metrics=metrics(),
+        )
+
+
+def metrics() -> dict[str, Any]:
+    """A checkpoint's figures, as the trainer sends them."""
+    tokens = [
+        {"target": letter, "predicted": "a", "loss": 0.5, "id": ord(letter), "byte_offset": 1 + place}
+        for place, letter in enumerate("bcdefghij")
+    ]
+    return {
+        "loss": 2.0,
+        "perplexity": 7.389,
+        "bits_per_byte": 2.88,
+        "train_loss": None,
+        "accuracy": 0.25,
+        "tok_per_sec": None,
+        "val_loss": None,
+        "baselines": {"uniform": 5.5, "unigram": 3.0, "bigram": 1.0},
+        "reconstruction": {"text": "aaaaaaaaa", "tokens": tokens, "truncated": False},
+        "continuation": {"prompt": "abc", "text": "def"},
+        "moe": None,
+    }
+
+
+@contextmanager
+def serving(settings: Settings) -> Iterator[Api]:
+    """A server in a thread of its own, until the block ends."""
+    listening: SimpleQueue[tuple[str, asyncio.AbstractEventLoop] | BaseException] = SimpleQueue()
+    app = create_app(settings)
+    server = Server(app, settings, lambda url: listening.put((url, asyncio.get_running_loop())))
+
+    def run() -> None:
+        try:
+            asyncio.run(server.serve_until_stopped())
+        except BaseException as error:
+            listening.put(error)
+            raise
+
+    thread = threading.Thread(target=run, name="api")
+    thread.start()
+    started = listening.get(timeout=30)
+    if isinstance(started, BaseException):
+        thread.join()
+        raise started
+    url, loop = started
+    try:
+        with httpx.Client(base_url=url, timeout=30) as http:
+            yield Api(url, app.state.context, http, loop, server)
+    finally:
+        if thread.is_alive():
+            loop.call_soon_threadsafe(server.stop)
+        thread.join()
+
+
+Serve = Callable[..., Api]
+
+
+@pytest.fixture
+def serve(tmp_path: Path, migrated_sqlite: Path) -> Iterator[Serve]:
+    """`serve(max_queued=1)`: a server with an empty database and these settings."""
+    with ExitStack() as servers:
+
+        def start(**changes: Any) -> Api:
+            return servers.enter_context(serving(_settings(tmp_path / uuid4().hex, migrated_sqlite, **changes)))
+
+        yield start
+
+
+@pytest.fixture(scope="module")
+def api(tmp_path_factory: pytest.TempPathFactory, migrated_sqlite: Path) -> Iterator[Api]:
+    """One server for all tests of a file; each makes its own jobs."""
+    with serving(_settings(tmp_path_factory.mktemp("api"), migrated_sqlite)) as running:
+        yield running
+
+
+def _settings(data_dir: Path, migrated_sqlite: Path, **changes: Any) -> Settings:
+    data_dir.mkdir(exist_ok=True)
+    shutil.copy(migrated_sqlite, data_dir / "nanomoe.db")
+    return Settings(_env_file=None, **{"data_dir": data_dir, "port": 0} | changes)
