@@ -141,7 +141,7 @@ def evaluate(
             for figures in metrics["moe"]["layers"]:
                 cards = expert_cards(read.routing[figures["layer"]].chosen_TK, tokens[:-1], config.n_experts)
                 figures["cards"] = [
-                    [{"token": tokenizer.decode([token]), "id": token, "count": count} for token, count in card]
+                    [{"token": tokenizer.decode([token]), "id": token, "times": times} for token, times in card]
                     for card in cards
                 ]
     return Evaluation(metrics, {layer: r.chosen_TK.to("cpu", torch.int16) for layer, r in read.routing.items()})

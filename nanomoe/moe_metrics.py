@@ -81,6 +81,7 @@ def moe_metrics(
     routing: Mapping[int, LayerRouting],
     config: ModelConfig,
     *,
+    tokens_per_batch: int,
     previous_choices: Mapping[int, Tensor],
     train_dropped: Mapping[int, float],
     router_grad_norms: Mapping[int, float],
@@ -88,7 +89,8 @@ def moe_metrics(
 ) -> dict[str, Any]:
     """The `moe` object of a checkpoint: `{"layers": [one of each MoE layer], "mean": {...}, "max": {...}}`.
 
-    All mappings go by the layer's index. `previous_choices` (T, K) are those of the checkpoint before, on the same
+    All mappings go by the layer's index. `tokens_per_batch`: tokens of a training micro-batch, for which a capacity is
+    counted. `previous_choices` (T, K) are those of the checkpoint before, on the same
     text: where they are missing `churn` is null, as is `train_dropped_fraction` without `train_dropped`.
     `losses_without` None (too many experts) makes `loss_without` null.
     """
@@ -96,7 +98,7 @@ def moe_metrics(
     figures = []
     for layer, routed in routing.items():
         figures.append(
-            _figures(routed, config, previous_choices.get(layer))
+            _figures(routed, config, tokens_per_batch, previous_choices.get(layer))
             | {"train_dropped_fraction": train_dropped.get(layer), "router_grad_norm": router_grad_norms[layer]}
         )
         layers.append(
@@ -117,7 +119,9 @@ def moe_metrics(
     }
 
 
-def _figures(routed: LayerRouting, config: ModelConfig, previous_TK: Tensor | None) -> dict[str, float | None]:
+def _figures(
+    routed: LayerRouting, config: ModelConfig, tokens_per_batch: int, previous_TK: Tensor | None
+) -> dict[str, float | None]:
     """The single numbers of one layer."""
     n_tokens, k = routed.chosen_TK.shape
     n_experts = config.n_experts
@@ -125,10 +129,11 @@ def _figures(routed: LayerRouting, config: ModelConfig, previous_TK: Tensor | No
 
     dropped = unrouted = 0
     if config.capacity_factor is not None:
-        # The text taken as one micro-batch, which is what a text of at most block_size tokens is in training.
-        ranks_TK = Assignments.of(routed.chosen_TK, n_experts).ranks()
-        dropped_TK = ranks_TK >= expert_capacity(config.capacity_factor, n_tokens, k, n_experts)
-        dropped, unrouted = int(dropped_TK.sum()), int(dropped_TK.all(-1).sum())
+        for chosen_TK in routed.chosen_TK.split(tokens_per_batch):
+            capacity = expert_capacity(config.capacity_factor, len(chosen_TK), k, n_experts)
+            dropped_TK = Assignments.of(chosen_TK, n_experts).ranks() >= capacity
+            dropped += int(dropped_TK.sum())
+            unrouted += int(dropped_TK.all(-1).sum())
 
     largest_entropy = math.log(n_experts)
     return {

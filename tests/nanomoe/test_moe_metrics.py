@@ -33,10 +33,13 @@ def routed(chosen: list[list[int]], probs: list[list[float]], logits: list[list[
     return LayerRouting.of(routing, torch.ones(len(chosen), dtype=torch.bool))
 
 
-def figures(layer: LayerRouting, model: ModelConfig, previous: Tensor | None = None) -> dict[str, Any]:
+def figures(
+    layer: LayerRouting, model: ModelConfig, previous: Tensor | None = None, *, tokens_per_batch: int = 100
+) -> dict[str, Any]:
     moe = moe_metrics(
         {1: layer},
         model,
+        tokens_per_batch=tokens_per_batch,
         previous_choices={} if previous is None else {1: previous},
         train_dropped={},
         router_grad_norms={1: 0.5},
@@ -96,6 +99,16 @@ def test_losses_and_loads_agree_with_the_layers_own_pass() -> None:
     assert found["dropped_fraction"] > 0
 
 
+def test_what_a_capacity_would_drop_is_counted_micro_batch_by_micro_batch() -> None:
+    whole = figures(UNEVEN, config(4, 2, capacity_factor=0.75))
+    halves = figures(UNEVEN, config(4, 2, capacity_factor=0.75), tokens_per_batch=2)
+    # Capacity 2 for all four tokens: expert 0 drops 2, expert 1 drops 1. Capacity 1 for each two: 0, 0 and 0, 1 drop.
+    assert whole["dropped_fraction"] == 3 / 8
+    assert halves["dropped_fraction"] == 3 / 8
+    alone = figures(UNEVEN, config(4, 2, capacity_factor=0.75), tokens_per_batch=1)
+    assert alone["dropped_fraction"] == 0
+
+
 def test_what_a_capacity_would_drop_is_counted_in_token_order() -> None:
     # Capacity ceil(0.75 * 4 * 2 / 4) = 2: the third and fourth token lose expert 0, the fourth also expert 1.
     found = figures(UNEVEN, config(4, 2, capacity_factor=0.75))
@@ -141,6 +154,7 @@ def balanced(n_experts: int = 4) -> LayerRouting:
 
 def two_layers(first: LayerRouting, second: LayerRouting, model: ModelConfig, **changes: Any) -> dict[str, Any]:
     chosen: dict[str, Any] = {
+        "tokens_per_batch": 100,
         "previous_choices": {},
         "train_dropped": {},
         "router_grad_norms": {0: 0.1, 3: 0.3},
