@@ -360,8 +360,9 @@ def _why_unsuitable(tokenizer: Tokenizer) -> str | None:
         return "an added token of it takes the spaces around it, or holds one"
     splitter = definition["pre_tokenizer"] or {"type": "none"}
     steps = splitter["pretokenizers"] if splitter["type"] == "Sequence" else [splitter]
-    if not all(step["type"] in ("ByteLevel", "Split", "Digits") for step in steps) or steps[-1]["type"] != "ByteLevel":
-        return "it does not end in a byte-level split"
+    kinds = [step["type"] for step in steps]
+    if not {*kinds} <= {"ByteLevel", "Split", "Digits"} or kinds[-1:] != ["ByteLevel"]:
+        return "it does not split words down to bytes"
     if any(step.get("add_prefix_space") or step.get("behavior") == "Removed" for step in steps):
         return "it adds a space before the text or removes what it splits at"
     if tokenizer._backend.pre_tokenizer.pre_tokenize_str("uma vez")[1:][:1] != [("Ġvez", (3, 7))]:

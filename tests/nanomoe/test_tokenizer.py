@@ -129,7 +129,7 @@ def test_a_long_text_cut_in_pieces_has_the_tokens_of_the_whole(tokenizer: Tokeni
 def test_a_long_text_is_cut_between_words() -> None:
     text = PARAGRAPH * 1000
     pieces = list(module._pieces(text))
-    assert len(pieces) == 5
+    assert len(pieces) == 6
     assert "".join(pieces) == text
     assert all(re.match(r" [^\W\d_]", piece) for piece in pieces[1:])
 
@@ -419,6 +419,12 @@ def read_twice() -> Backend:
     return backend
 
 
+def not_down_to_bytes() -> Backend:
+    backend = byte_level()
+    backend.pre_tokenizer = pre_tokenizers.Sequence([])
+    return backend
+
+
 def across_words() -> Backend:
     backend = byte_level()
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -463,6 +469,7 @@ def with_a_gap() -> Backend:
         (normalised, "NFC"),
         (with_a_space_before, "space before the text"),
         (without_its_spaces, "removes"),
+        (not_down_to_bytes, "down to bytes"),
         (read_twice, "does not"),
         (across_words, "does not split"),
         (greedy_of_spaces, "spaces around"),
