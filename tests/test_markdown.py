@@ -57,8 +57,10 @@ def test_an_open_fence_is_seen() -> None:
         ("json", '{"tok_per_sec": 1.0}', '{"tok_per_sec": 9000.0}'),
         ("json", '{"at": "2026-01-01T00:00:00Z"}', '{"at": "2027-02-03T04:05:06.789Z"}'),
         ("json", '[1, "..."]', "[1, 2, 3]"),
+        ("json", '{"steps": "..."}', '{"steps": [1, 2, 3]}'),
         ("text", "loss 5.10   at step 125\n", "loss  5.12 at step 125\n"),
         ("text", "start ... end", "start\nmiddle\nend"),
+        ("text", "  25 %    50   0.79   100.0 %    1,666", "  25 %    50   0.79   100.0 %       51"),
         ("text", "took 1.2 s, 3,900 tok/s", "took 12 s, 51.3 tok/s"),
     ],
 )
@@ -79,6 +81,7 @@ def test_what_varies_may_differ(language: str, expected: str, printed: str) -> N
         ("json", "[1, 2]", "[1]"),
         ("json", '{"a": 1}', "Internal Server Error"),
         ("text", "loss 5.10", "loss 6.10"),
+        ("text", "  25 %    50   0.79   100.0 %    1,666", "  25 %    51   0.79   100.0 %    1,666"),
         ("text", "step 125", "step 126"),
         ("text", "one line", "one line\nand another"),
     ],
