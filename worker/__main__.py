@@ -2,15 +2,17 @@
 
 import argparse
 import logging
+import platform
 import signal
 import sys
 from contextlib import closing
+from datetime import timedelta
 
 import structlog
 
 from service.errors import StartRefused
 from service.settings import Settings
-from service.store import open_database
+from service.store import list_workers, open_database
 from worker.devices import find_devices
 from worker.supervisor import Supervisor
 
@@ -19,10 +21,12 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a worker until SIGTERM or SIGINT; a second one ends it at once. Returns the exit status."""
     options = _parser().parse_args(arguments)
     given = {name: value for name, value in vars(options).items() if value is not None}
-    slots, name = given.pop("slots", 1), given.pop("name", None)
+    slots, name, healthy = given.pop("slots", 1), given.pop("name", None), given.pop("healthy")
     settings = Settings(**given)
     configure_logging(settings.log_format)
     try:
+        if healthy:
+            return 0 if is_healthy(settings) else 1
         devices = find_devices(settings.device)
         with closing(open_database(settings)) as db:
             supervisor = Supervisor(db, devices, settings, slots=slots, name=name)
@@ -34,6 +38,14 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
 
 
+def is_healthy(settings: Settings) -> bool:
+    """Whether a worker of this host was seen within the length of a lease and has not ended: a container's check."""
+    with closing(open_database(settings)) as db:
+        since = db.time() - timedelta(seconds=settings.lease_seconds)
+        here = [worker for worker, _ in list_workers(db) if worker.host == platform.node()]
+    return any(worker.stopped_at is None and worker.last_seen_at >= since for worker in here)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m worker", description="Claims jobs and trains them. Flags win over NANOMOE_... variables."
@@ -41,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--devices", dest="device", help="where to train: auto, cpu, cuda:0,cuda:1 ...")
     parser.add_argument("--slots", type=_positive, help="jobs at once on each device (1)")
     parser.add_argument("--name", help="stable name of this worker (the host's)")
+    parser.add_argument("--healthy", action="store_true", help="only say, by the exit status, if this host's worker is")
     parser.add_argument("--data-dir", help="folder of the job files")
     parser.add_argument("--database-url", help="sqlite:///PATH or postgresql+psycopg://...")
     parser.add_argument("--lease-seconds", type=float, help="how long a job stays ours without a heartbeat")

@@ -64,7 +64,7 @@ class Attempt:
         hurry: threading.Event,
         on_training: Callable[[], None],
     ) -> None:
-        """`draining`: the worker should end soon; `hurry`: at once. `on_training` is called as soon as steps are done."""
+        """`draining`: the worker should end soon; `hurry`: at once. `on_training` is called once steps are done."""
         self._db = db
         self._lease = lease
         self._claim = lease.claim
@@ -224,7 +224,13 @@ class Attempt:
             self._write(lambda: queue.rewind(db, claim, step))
             resumed = {"code": "resumed", "message": f"attempt {claim.job.attempt} goes on from step {step}"}
             self._write(lambda: queue.record_event(db, claim, "warning", resumed))
-        self._progress = {"step": step, "total_steps": prepared.total_steps, "epoch": self._progress.get("epoch", 0)}
+        self._progress = {
+            "step": step,
+            "total_steps": prepared.total_steps,
+            "epoch": self._progress.get("epoch", 0) if step else 0,
+            "percent": _percent(step, prepared.total_steps),
+        }
+        self._write(lambda: queue.heartbeat(db, claim, self._progress))
 
     def _gather(self, steps: Steps) -> None:
         first = not self._unrecorded
@@ -235,7 +241,7 @@ class Attempt:
             "step": step,
             "total_steps": total,
             "epoch": steps.epoch,
-            "percent": round(100 * step / total, 2),
+            "percent": _percent(step, total),
             "tok_per_sec": steps.tok_per_sec,
             "eta_seconds": (total - step) * statistics.median(self._step_seconds),
         }
@@ -372,6 +378,10 @@ class Attempt:
         crash = self._crash or _describe(self._trainer.exit_status)
         self._log.error("trainer_crashed", crash=crash)
         return lambda: queue.release(db, claim, crash=crash)
+
+
+def _percent(step: int, total: int) -> float:
+    return round(100 * step / total, 2)
 
 
 def _describe(exit_status: int) -> str:

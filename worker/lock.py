@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import socket
+from contextlib import suppress
 from pathlib import Path
 
 from worker.survivors import started, survivors
@@ -64,7 +65,8 @@ class SlotLock:
         here = owner["machine"] == _machine()
         if here and isinstance(pid, int) and owner != _supervisor(pid):
             for left in survivors(None, token):
-                os.kill(left, signal.SIGKILL)
+                with suppress(ProcessLookupError):
+                    os.kill(left, signal.SIGKILL)
 
 
 def _supervisor(pid: int) -> Owner:

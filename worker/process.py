@@ -11,7 +11,8 @@ import subprocess
 import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -62,7 +63,8 @@ class TrainerProcess:
         assert self._popen.stdin is not None
         # A beat must never make the guard wait for a trainer that has stopped reading.
         os.set_blocking(self._popen.stdin.fileno(), False)
-        self._sending = threading.Lock()
+        self._one_at_a_time = threading.Lock()
+        """Held while the trainer is spoken to, signalled or reaped: its process id and pipe must still be its own."""
         self._gone = False
         threading.Thread(target=self._read, name=f"read-{self.pid}", daemon=True).start()
 
@@ -77,7 +79,9 @@ class TrainerProcess:
         """Say something; a trainer that has ended, or reads nothing, does not hear it, which its end will show."""
         assert self._popen.stdin is not None
         rest = encode(message)
-        with self._sending:
+        with self._one_at_a_time:
+            if self._gone:
+                return
             try:
                 while rest:
                     rest = rest[os.write(self._popen.stdin.fileno(), rest) :]
@@ -86,24 +90,27 @@ class TrainerProcess:
 
     def _read(self) -> None:
         assert self._popen.stdout is not None
-        pipe, buffered = self._popen.stdout.fileno(), b""
+        with self._popen.stdout as stdout:
+            self.inbox.put(Ended(garbled=not self._read_lines(stdout.fileno())))
+
+    def _read_lines(self, pipe: int) -> bool:
+        """Until the trainer has ended; False when it said something that is no message."""
+        buffered = b""
         while True:
             if not select.select([pipe], [], [], _LOOK_SECONDS)[0]:
                 if self.has_ended():
-                    break
+                    return True
                 continue
             read = os.read(pipe, 1 << 16)
             if not read:
-                break
+                return True
             *lines, buffered = (buffered + read).split(b"\n")
             for line in lines:
                 try:
                     self.inbox.put(parse_from_trainer(line))
                 except ValueError as error:
                     log.error("trainer_garbled", trainer=self.pid, line=line[:200], error=str(error))
-                    self.inbox.put(Ended(garbled=True))
-                    return
-        self.inbox.put(Ended())
+                    return False
 
     # -- Ending --------------------------------------------------------------------------------------------------
 
@@ -111,7 +118,10 @@ class TrainerProcess:
         """Whether the trainer itself has ended. It is not reaped, so its ids still cannot be anybody else's."""
         if self._popen.returncode is not None:
             return True
-        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        try:
+            return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        except ChildProcessError:
+            return True  # it was buried since we looked
 
     @property
     def exit_status(self) -> int:
@@ -128,11 +138,9 @@ class TrainerProcess:
         self._signal(signal.SIGKILL)
 
     def _signal(self, number: signal.Signals) -> None:
-        if not self._gone:
-            try:
-                os.killpg(self.pid, number) if number == signal.SIGKILL else os.kill(self.pid, number)
-            except ProcessLookupError:
-                return  # it is gone, which is all that was wanted
+        with self._one_at_a_time:
+            if not self._gone:
+                _send_signal(os.killpg if number == signal.SIGKILL else os.kill, self.pid, number)
 
     def bury(self, timeout: float) -> bool:
         """Kill what is left of the trainer and of all that it started; True once no process of it lives.
@@ -145,25 +153,20 @@ class TrainerProcess:
             self.kill()
             left = survivors(self.pid, self._token)
             for pid in left:
-                _kill(pid)
+                _send_signal(os.kill, pid, signal.SIGKILL)
             if self.has_ended() and not left:
-                self._popen.wait()
-                self._gone = True
-                self._close()
+                with self._one_at_a_time:
+                    self._popen.wait()
+                    self._gone = True
+                    assert self._popen.stdin is not None
+                    self._popen.stdin.close()
                 return True
             if time.monotonic() > give_up:
                 log.warning("trainer_does_not_die", trainer=self.pid, processes=sorted(left))
                 return False
             time.sleep(0.005)
 
-    def _close(self) -> None:
-        for pipe in (self._popen.stdin, self._popen.stdout):
-            if pipe is not None:
-                pipe.close()
 
-
-def _kill(pid: int) -> None:
-    try:
-        os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
+def _send_signal(send: Callable[[int, int], None], pid: int, number: signal.Signals) -> None:
+    with suppress(ProcessLookupError):  # it is gone, which is all that was wanted
+        send(pid, number)

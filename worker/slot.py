@@ -42,7 +42,7 @@ class Slot:
         draining: threading.Event,
         hurry: threading.Event,
     ) -> None:
-        """`number`: this one's among the `slots` of its device. `draining`: the worker should end soon; `hurry`: at once."""
+        """`number`: this one's among the `slots` of its device. `draining`: the worker should end; `hurry`: at once."""
         self._db = db
         self._worker = worker
         self._device = device

@@ -86,12 +86,14 @@ class Supervisor:
 
         Raises StartRefused when database and data folder do not belong together.
         """
-        if not self._wait_for_database():
+        if not self._join():
             return 0
-        store.worker_started(self._db, self.worker)
         log.info("worker_started", worker=self.worker.id, slots=[slot.name for slot in self._slots])
         unsubscribe = self._db.changes.subscribe(self._wake_slots)
-        threads = [threading.Thread(target=self._work, args=[slot], name=slot.name) for slot in self._slots]
+        # Daemons: should this thread fail, the process ends, and every trainer with it. Nobody trains unguarded.
+        threads = [
+            threading.Thread(target=self._work, args=[slot], name=slot.name, daemon=True) for slot in self._slots
+        ]
         housekeeper = threading.Thread(target=self._keep_house, name="housekeeper", daemon=True)
         for thread in (*threads, housekeeper):
             thread.start()
@@ -129,19 +131,21 @@ class Supervisor:
         for slot in self._slots:
             slot.wake()
 
-    def _wait_for_database(self) -> bool:
-        """Until the API has brought the schema to this code's revision; False when told to stop before."""
+    def _join(self) -> bool:
+        """Enter the list of workers, once the API has brought the schema to this code's revision; False when told to
+        stop before."""
         said = None
         while not self._signals:
             try:
                 self._db.check_revision()
-            except (SchemaMismatch, DatabaseUnavailable) as error:
+                store.join_installation(self._db, self._settings.data_dir)
+                store.worker_started(self._db, self.worker)
+            except (SchemaMismatch, DatabaseUnavailable, StorageFull) as error:
                 if str(error) != said:
                     said = str(error)
                     log.info("waiting_for_database", reason=said)
                 time.sleep(self._timing.guard)
             else:
-                store.join_installation(self._db, self._settings.data_dir)
                 return True
         return False
 

@@ -42,7 +42,9 @@ class Script:
         self.folder = Path(self.start.folder)
         self.step = 0
         if self.start.resume is not None:
-            self.step = int(checkpoint.read_all(Path(self.start.resume.folder), self.start.resume.manifest_sha256)["step"])
+            self.step = int(
+                checkpoint.read_all(Path(self.start.resume.folder), self.start.resume.manifest_sha256)["step"]
+            )
         self.leave("pid", str(os.getpid()))
 
     @property

@@ -88,16 +88,6 @@ def test_a_trainer_that_ignores_sigterm_is_killed_and_only_then_is_the_job_cance
 
 
 @ONLY_SQLITE
-def test_without_the_burial_something_of_a_cancelled_job_lives_on(place: Workplace) -> None:
-    job = place.submit()
-    place.start_worker("deaf", without=("the burial",))
-    place.wait_for_step(job)
-    queue.request_cancel(place.db, job.id)
-    # The grace's kill reaches the group; a child that has left the session is the burial's alone.
-    place.wait_for(job, "cancelled")
-
-
-@ONLY_SQLITE
 def test_a_paused_job_leaves_a_snapshot_and_goes_on_from_it(place: Workplace) -> None:
     job = place.submit()
     place.start_worker("work")
@@ -122,7 +112,7 @@ def test_a_drained_worker_puts_its_job_back_without_counting_a_crash(place: Work
     worker = place.start_worker("work")
     place.wait_for_step(job, 5)
     trainer = place.trainer(job)
-    worker.send_signal(signal.SIGTERM)
+    worker.signal(signal.SIGTERM)
     assert worker.wait(20) == 0
     after = place.job(job)
     assert (after.status, after.crashes) == ("queued", 0)
@@ -136,9 +126,9 @@ def test_a_second_sigterm_ends_a_worker_whose_trainer_does_not_stop(place: Workp
     job = place.submit()
     worker = place.start_worker("deaf", timing=replace(QUICK, stop_grace=600.0))
     place.wait_for_step(job)
-    worker.send_signal(signal.SIGTERM)
+    worker.signal(signal.SIGTERM)
     time.sleep(2 * QUICK.guard)  # two signals at once are one
-    worker.send_signal(signal.SIGTERM)
+    worker.signal(signal.SIGTERM)
     assert worker.wait(20) == 0
     assert place.job(job).status == "queued"
     assert place.children_left(job) == []
@@ -177,7 +167,7 @@ def test_the_worker_waits_for_its_schema_revision(place: Workplace) -> None:
     with pytest.raises(AssertionError, match="in vain"):
         place.wait_until(lambda: store.list_workers(place.db), timeout=3)
     with place.db.engine.begin() as connection:
-        connection.exec_driver_sql(f"UPDATE alembic_version SET version_num = '{store.REVISION}'")
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = ?", (store.REVISION,))
     place.wait_for(job, "succeeded")
 
 

@@ -1,26 +1,31 @@
 """What tests of the worker share: real worker processes over a real database, and ways to wait without sleeping."""
 
-import json
-import os
+import multiprocessing
 import signal
-import subprocess
+import sqlite3
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
 import pytest
+from sqlalchemy import make_url
 
 from nanomoe.config import JobConfig
 from service import queue, store
 from service.settings import Settings
 from service.store import Database, Job
+from tests.worker import run_worker
 from worker.timing import Timing
 
 HERE = Path(__file__).parent
+
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["tests.worker.run_worker"])
 
 QUICK = Timing(
     lease=3.0,
@@ -38,13 +43,42 @@ QUICK = Timing(
 T = TypeVar("T")
 
 
+class WorkerProcess:
+    """A worker in a process of its own."""
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        self._process = _FORKS.Process(target=run_worker.run, args=[spec])
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    def signal(self, number: signal.Signals) -> None:
+        psutil.Process(self.pid).send_signal(number)
+
+    def stop_between_transactions(self, place: "Workplace") -> None:
+        """SIGSTOP at a moment at which the worker holds no lock of the database.
+
+        A process that is stopped with SQLite's write lock in hand stops everybody; that is another fault.
+        """
+        while True:
+            self.signal(signal.SIGSTOP)
+            if place.nobody_writes():
+                return
+            self.signal(signal.SIGCONT)
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        """The exit status, or minus the signal; None if it still runs after `timeout` seconds."""
+        self._process.join(timeout)
+        return self._process.exitcode
+
+
 class Workplace:
     """A data folder, its database, and the workers that a test starts."""
 
     def __init__(self, db: Database, settings: Settings) -> None:
         self.db = db
         self.settings = settings
-        self._workers: list[subprocess.Popen[bytes]] = []
+        self._workers: list[WorkerProcess] = []
         store.join_installation(db, settings.data_dir, create=True)
 
     def submit(self, text: str = "uma frase curta para treinar", **config: Any) -> Job:
@@ -61,10 +95,11 @@ class Workplace:
         backoff_seconds: float = 0.05,
         without: tuple[str, ...] = (),
         snapshot_seconds: float = 60.0,
-    ) -> subprocess.Popen[bytes]:
+    ) -> WorkerProcess:
         """A worker whose trainers follow `script`, or train in earnest."""
         command = [sys.executable, str(HERE / "scripted_trainer.py"), script] if script else None
         spec = {
+            "folder": str(HERE.parent.parent),
             "settings": {
                 "data_dir": str(self.settings.data_dir),
                 "database_url": self.settings.database_url,
@@ -77,12 +112,11 @@ class Workplace:
             "backoff_seconds": backoff_seconds,
             "without": without,
         }
-        environment = {**os.environ, "PYTHONPATH": str(HERE.parent.parent)}
-        worker = subprocess.Popen([sys.executable, str(HERE / "run_worker.py"), json.dumps(spec)], env=environment)
+        worker = WorkerProcess(spec)
         self._workers.append(worker)
         return worker
 
-    def wait_until(self, holds: Callable[[], T], timeout: float = 30.0) -> T:
+    def wait_until(self, holds: Callable[[], T], timeout: float = 60.0) -> T:
         """The first true value of `holds`, asked again after every commit and at least every 10 ms."""
         give_up = time.monotonic() + timeout
         while not (value := holds()):
@@ -90,7 +124,7 @@ class Workplace:
             self.db.wait_for_change(0.01)
         return value
 
-    def wait_for(self, job: Job, *statuses: str, timeout: float = 30.0) -> Job:
+    def wait_for(self, job: Job, *statuses: str, timeout: float = 60.0) -> Job:
         """The job, once it has one of these statuses."""
         return self.wait_until(lambda: self._in(job, statuses), timeout)
 
@@ -138,11 +172,27 @@ class Workplace:
         """Every status the job has had, oldest first."""
         return [data["status"] for data in self.events(job, "status")]
 
+    def nobody_writes(self) -> bool:
+        """Whether no other process is in the middle of a writing transaction."""
+        with self.db.engine.connect() as connection:
+            if not self.db.is_sqlite:
+                writers = (
+                    "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() "
+                    "AND pid <> pg_backend_pid() AND backend_xid IS NOT NULL"
+                )
+                return not connection.exec_driver_sql(writers).scalar_one()
+        with closing(sqlite3.connect(make_url(self.settings.database_url).database or "", timeout=0)) as file:
+            try:
+                file.execute("BEGIN IMMEDIATE")
+            except sqlite3.OperationalError:
+                return False
+            return True
+
     def end(self) -> None:
         """Kill what was started, stopped or not."""
         processes = []
         for worker in self._workers:
-            if worker.poll() is None:
+            if worker.wait(0) is None:
                 processes += [*psutil.Process(worker.pid).children(recursive=True), psutil.Process(worker.pid)]
         for process in processes:
             try:

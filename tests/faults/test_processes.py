@@ -1,0 +1,314 @@
+"""Processes that die, stop or do not end, at the worst moment: what must hold then, and what protects it.
+
+Real workers over real databases. Each protection is also taken away once, to show that its fault then does harm.
+"""
+
+import signal
+import time
+from dataclasses import replace
+
+import psutil
+import pytest
+
+from nanomoe import checkpoint
+from service import queue, store
+from service.store import Job
+from tests.databases import EITHER, ONLY_SQLITE
+from tests.worker.workplace import QUICK, Workplace, is_alive
+
+
+def _is_whole(steps: list[int]) -> bool:
+    return bool(steps) and steps == list(range(1, len(steps) + 1))
+
+
+def ended_within(seconds: float, process: psutil.Process) -> bool:
+    """Whether it ends; a zombie has ended, whoever may reap it."""
+    give_up = time.monotonic() + seconds
+    while is_alive(process.pid):
+        if time.monotonic() > give_up:
+            return False
+        time.sleep(0.005)
+    return True
+
+
+# A trainer dies
+
+
+@EITHER
+def test_a_job_whose_trainer_was_killed_goes_on_from_its_snapshot(place: Workplace) -> None:
+    job = place.submit()
+    place.start_worker("die_once")
+    place.wait_until(lambda: place.job(job).fence == 2)
+    place.wait_for_step(job, 20)
+    place.finish(job)
+    done = place.wait_for(job, "succeeded")
+    assert (done.attempt, done.crashes) == (2, 0)  # a new checkpoint forgets the crash
+    assert place.statuses(job) == ["queued", "running", "queued", "running", "succeeded"]
+    # Steps 6 to 12 were recorded before the crash and trained again after it: no gap, no duplicate.
+    assert _is_whole(place.recorded_steps(job)[:-1])
+    assert {"code": "resumed", "message": "attempt 2 goes on from step 5"} in place.events(job, "warning")
+
+
+@EITHER
+def test_a_poison_job_fails_after_three_crashes(place: Workplace) -> None:
+    poison = place.submit()
+    place.start_worker("die")
+    failed = place.wait_for(poison, "failed")
+    assert failed.error is not None
+    assert failed.error["code"] == "crashed_repeatedly"
+    assert "SIGKILL" in failed.error["message"]
+    assert failed.attempt == 3
+
+
+@ONLY_SQLITE
+def test_a_crashed_job_waits_before_it_is_tried_again(place: Workplace) -> None:
+    job = place.submit()
+    place.start_worker("die", backoff_seconds=600)
+    place.wait_until(lambda: place.job(job).crashes == 1)
+    waiting = place.job(job)
+    assert waiting.status == "queued"
+    assert (waiting.run_at - place.db.time()).total_seconds() > 500
+
+
+@ONLY_SQLITE
+def test_a_step_that_never_ends_is_stalled_and_tried_again(place: Workplace) -> None:
+    job = place.submit()
+    place.start_worker("silent", timing=replace(QUICK, stall=0.5))
+    place.wait_until(lambda: place.job(job).fence == 2)
+    place.finish(job)
+    place.wait_for(job, "succeeded")
+    reasons = [data["status_reason"] or "" for data in place.events(job, "status")]
+    assert any("stalled" in reason for reason in reasons)
+
+
+@ONLY_SQLITE
+def test_a_damaged_snapshot_is_not_trusted_and_training_starts_again(place: Workplace) -> None:
+    job = place.submit()
+    place.start_worker("work")
+    place.wait_for_step(job, 10)
+    queue.request_pause(place.db, job.id)
+    place.wait_for(job, "paused")
+    snapshot = store.find_snapshot(place.db, job.id)
+    assert snapshot is not None
+    file = place.settings.data_dir / snapshot.folder / "step"
+    file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
+    queue.resume(place.db, job.id)
+    place.wait_until(lambda: place.job(job).fence == 2)
+    place.finish(job)
+    place.wait_for(job, "succeeded")
+    codes = [event["code"] for event in place.events(job, "warning")]
+    assert "snapshot_damaged" in codes
+    assert {"code": "resumed", "message": "attempt 2 goes on from step 0"} in place.events(job, "warning")
+
+
+# Grandchildren
+
+
+@ONLY_SQLITE
+def test_orphan_grandchildren_are_gone_before_the_next_claim(place: Workplace) -> None:
+    job = place.submit()
+    place.start_worker("orphans")
+    place.wait_until(lambda: place.job(job).fence == 2)
+    assert len((place.folder(job) / "children").read_text().split()) == 2
+    assert place.children_left(job) == []
+
+
+@ONLY_SQLITE
+def test_without_the_burial_and_the_lock_grandchildren_live_beside_the_next_attempt(place: Workplace) -> None:
+    job = place.submit()
+    place.start_worker("orphans", without=("the burial", "the slot's lock"))
+    place.wait_until(lambda: place.job(job).fence == 2)
+    left = place.children_left(job)
+    assert left
+    for pid in left:
+        psutil.Process(pid).kill()
+
+
+@ONLY_SQLITE
+def test_what_a_killed_worker_left_running_is_ended_before_its_slot_is_used_again(place: Workplace) -> None:
+    job = place.submit()
+    worker = place.start_worker("orphans", without=("the burial",))
+    place.wait_until(lambda: place.children_left(job) and place.job(job).status == "queued")
+    worker.signal(signal.SIGKILL)
+    worker.wait()
+    # One of the two still holds the slot's lock, which is how the next worker finds both.
+    assert place.children_left(job)
+    place.start_worker("work")
+    place.wait_until(lambda: place.job(job).fence == 2)
+    assert place.children_left(job) == []
+
+
+# A supervisor dies
+
+
+@EITHER
+def test_killing_the_supervisor_kills_its_trainer_within_a_second(place: Workplace) -> None:
+    job = place.submit()
+    worker = place.start_worker("deaf")
+    place.wait_for_step(job)
+    trainer = place.trainer(job)
+    worker.signal(signal.SIGKILL)
+    worker.wait()
+    assert ended_within(1, trainer)
+
+
+@EITHER
+def test_another_worker_takes_over_the_job_of_a_killed_one(place: Workplace) -> None:
+    job = place.submit()
+    worker = place.start_worker("work")
+    place.wait_for_step(job, 5)
+    worker.signal(signal.SIGKILL)
+    worker.wait()
+    began = time.monotonic()
+    place.start_worker("work")
+    place.wait_until(lambda: place.job(job).fence == 2)
+    assert time.monotonic() - began < 20
+    place.wait_until(lambda: place.events(job, "warning"))  # it tells where it goes on, and forgets the steps past it
+    place.wait_until(lambda: len(place.recorded_steps(job)) >= 5)
+    place.finish(job)
+    done = place.wait_for(job, "succeeded")
+    assert done.attempt == 2
+    assert _is_whole(place.recorded_steps(job)[:-1])
+
+
+# A supervisor stops, and comes back
+
+
+@EITHER
+def test_a_supervisor_that_stopped_past_its_lease_writes_nothing_when_it_comes_back(place: Workplace) -> None:
+    job = place.submit()
+    stopped = place.start_worker("work", device="cpu:0")
+    place.wait_for_step(job, 5)
+    old_trainer = place.trainer(job, 1)
+    stopped.stop_between_transactions(place)
+    place.start_worker("work", device="cpu:1")
+    place.wait_until(lambda: place.job(job).fence == 2)
+    assert not is_alive(old_trainer.pid)  # it ended itself before the lease did
+    stopped.signal(signal.SIGCONT)
+    place.wait_for_step(job, 5)
+    new_trainer = place.trainer(job, 2)
+    place.wait_until(lambda: is_idle(stopped.pid))
+    assert is_alive(new_trainer.pid)
+    assert place.job(job).fence == 2
+    place.finish(job)
+    done = place.wait_for(job, "succeeded")
+    assert done.attempt == 2
+    assert place.statuses(job) == ["queued", "running", "queued", "running", "succeeded"]
+    assert all(row.fence == 2 for row in store.list_checkpoints(place.db, job.id))
+
+
+def is_idle(supervisor: int) -> bool:
+    """Whether a supervisor has a trainer again that has no job."""
+    return len(psutil.Process(supervisor).children()) == 1
+
+
+@ONLY_SQLITE
+def test_a_device_whose_trainer_is_stopped_is_not_used_by_another_worker(place: Workplace) -> None:
+    job = place.submit()
+    stopped = place.start_worker("work")
+    place.wait_for_step(job)
+    trainer = place.trainer(job)
+    stopped.stop_between_transactions(place)
+    trainer.suspend()  # it cannot end itself now, and holds its device
+    place.start_worker("work")
+    place.wait_for(job, "queued")
+    with pytest.raises(AssertionError, match="in vain"):
+        place.wait_until(lambda: place.job(job).fence == 2, timeout=2)
+    trainer.resume()
+    place.wait_until(lambda: place.job(job).fence == 2)
+    assert not is_alive(trainer.pid)
+
+
+@ONLY_SQLITE
+def test_without_the_slot_lock_two_trainers_share_a_device(place: Workplace) -> None:
+    job = place.submit()
+    stopped = place.start_worker("work")
+    place.wait_for_step(job)
+    trainer = place.trainer(job)
+    stopped.stop_between_transactions(place)
+    trainer.suspend()
+    place.start_worker("work", without=("the slot's lock",))
+    place.wait_until(lambda: place.job(job).fence == 2)
+    assert is_alive(trainer.pid)
+
+
+# The database is out of reach
+
+
+def _lock_the_database(place: Workplace) -> object:
+    """A second process's write lock, for as long as the connection lives."""
+    connection = place.db.engine.raw_connection()
+    connection.driver_connection.execute("BEGIN IMMEDIATE")  # type: ignore[union-attr]
+    return connection
+
+
+def _unlock(connection: object) -> None:
+    connection.driver_connection.execute("ROLLBACK")  # type: ignore[attr-defined]
+    connection.close()  # type: ignore[attr-defined]
+
+
+@ONLY_SQLITE
+def test_a_lock_held_for_less_than_the_lease_costs_nothing(place: Workplace) -> None:
+    job = place.submit()
+    place.start_worker("work")
+    place.wait_for_step(job)
+    held = _lock_the_database(place)
+    time.sleep(1)  # less than three quarters of the lease: the fault itself
+    _unlock(held)
+    place.wait_for_step(job, place.job(job).progress["step"] + 20)
+    place.finish(job)
+    done = place.wait_for(job, "succeeded")
+    assert (done.attempt, done.crashes) == (1, 0)
+    assert _is_whole(place.recorded_steps(job)[:-1])
+
+
+@ONLY_SQLITE
+def test_a_worker_that_cannot_reach_the_database_ends_its_trainer_before_the_lease_ends(place: Workplace) -> None:
+    job = place.submit()
+    place.start_worker("work")
+    place.wait_for_step(job)
+    trainer = place.trainer(job)
+    held = _lock_the_database(place)
+    try:
+        lease_until = place.job(job).lease_until
+        assert lease_until is not None
+        assert ended_within(30, trainer)
+        assert place.db.time() < lease_until
+    finally:
+        _unlock(held)
+    place.wait_until(lambda: place.job(job).fence == 2)
+    assert place.job(job).crashes == 0
+    place.finish(job)
+    place.wait_for(job, "succeeded")
+
+
+@ONLY_SQLITE
+def test_without_the_guard_a_trainer_outlives_its_lease(place: Workplace) -> None:
+    job = place.submit()
+    place.start_worker("work", without=("the guard",))
+    place.wait_for_step(job)
+    trainer = place.trainer(job)
+    held = _lock_the_database(place)
+    try:
+        lease_until = place.job(job).lease_until
+        assert lease_until is not None
+        place.wait_until(lambda: place.db.time() > lease_until)
+        assert is_alive(trainer.pid)
+    finally:
+        _unlock(held)
+
+
+# Many at once
+
+
+@ONLY_SQLITE
+def test_three_workers_end_every_job_exactly_once(place: Workplace) -> None:
+    jobs: list[Job] = [place.submit() for _ in range(9)]
+    for n in range(3):
+        place.start_worker("succeed", device=f"cpu:{n}")
+    for job in jobs:
+        done = place.wait_for(job, "succeeded", timeout=60)
+        assert done.attempt == 1
+        assert place.statuses(job).count("succeeded") == 1
+        for row in store.list_checkpoints(place.db, job.id):
+            checkpoint.verify(place.settings.data_dir / row.folder, row.manifest_sha256)
