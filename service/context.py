@@ -10,7 +10,7 @@ from anyio import to_thread
 
 from service import migrate, store
 from service.database import Database, open_database
-from service.errors import Unavailable
+from service.errors import ServiceError
 from service.queue import Rescuer
 from service.settings import Settings
 from service.wakeups import Wakeups
@@ -52,6 +52,7 @@ async def open_context(settings: Settings) -> AsyncIterator[Context]:
 def _open(settings: Settings) -> Database:
     database = open_database(settings)
     try:
+        log.info("database_opened", kind=database.engine.dialect.name, revision=database.revision())
         migrate.upgrade(database)
         store.join_installation(database, settings.data_dir, create=True)
     except BaseException:
@@ -65,6 +66,6 @@ async def _rescue_now_and_then(rescuer: Rescuer, seconds: float) -> None:
     while True:
         try:
             await to_thread.run_sync(rescuer.round)
-        except Unavailable as error:
+        except ServiceError as error:
             log.warning("rescue_postponed", reason=error.detail)
         await asyncio.sleep(seconds)
