@@ -295,16 +295,8 @@ def _to_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
-_SQLITE_OUT_OF_REACH = {
-    5,
-    6,
-    8,
-    10,
-    11,
-    14,
-    15,
-    26,
-}  # busy, locked, readonly, ioerr, corrupt, cantopen, protocol, notadb
+# SQLite's own numbers: busy, locked, readonly, ioerr, corrupt, cantopen, protocol, notadb.
+_SQLITE_OUT_OF_REACH = (5, 6, 8, 10, 11, 14, 15, 26)
 _SQLITE_FULL = 13
 _POSTGRESQL_FULL = "53100"
 
@@ -316,17 +308,19 @@ def _told_as_service_errors() -> Iterator[None]:
     except exc.TimeoutError as error:
         raise DatabaseUnavailable("all connections to the database are in use") from error
     except exc.DataError as error:
-        raise Invalid(
-            "invalid_value", "a value does not fit the database (out of range, or the character NUL)"
-        ) from error
-    except (exc.OperationalError, exc.InterfaceError) as error:
-        cause = error.orig
-        code = getattr(cause, "sqlite_errorcode", None)
-        primary = None if code is None else code & 0xFF
-        if primary == _SQLITE_FULL or getattr(cause, "sqlstate", None) == _POSTGRESQL_FULL:
+        raise Invalid("invalid_value", "a value does not fit the database (too large, or the character NUL)") from error
+    except exc.DBAPIError as error:
+        number = getattr(error.orig, "sqlite_errorcode", None)
+        if number is None:
+            is_full = getattr(error.orig, "sqlstate", None) == _POSTGRESQL_FULL
+            is_away = isinstance(error, exc.OperationalError) or error.connection_invalidated
+        else:
+            is_full = number & 0xFF == _SQLITE_FULL
+            is_away = number & 0xFF in _SQLITE_OUT_OF_REACH
+        if is_full:
             raise StorageFull("the disk that holds the database is full") from error
-        if primary is None or primary in _SQLITE_OUT_OF_REACH:
-            raise DatabaseUnavailable(f"the database is out of reach: {cause}") from error
+        if is_away:
+            raise DatabaseUnavailable(f"the database is out of reach: {error.orig}") from error
         raise
     except OverflowError as error:
         raise Invalid("invalid_value", "a number does not fit the database") from error
