@@ -33,14 +33,19 @@ for panel, commands in {
         app.command(rich_help_panel=panel)(command)
 
 
-@app.callback()
-def options(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
-) -> None:
-    """Train very small language models on your own machine, and watch them learn."""
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         print(f"nanomoe {__version__}")
         raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Train very small language models on your own machine, and watch them learn."""
 
 
 def main() -> None:

@@ -67,7 +67,7 @@ def watch(job: Job = LATEST, url: Url = None, as_json: Json = False) -> None:
 def jobs(
     status: Annotated[str | None, typer.Option(help="Only these: queued, running, paused, succeeded, ...")] = None,
     tag: Annotated[str | None, typer.Option(metavar="KEY[:VALUE]", help="Only those with this tag.")] = None,
-    limit: Annotated[int, typer.Option(min=1, max=200, help="At most so many.")] = 20,
+    limit: Annotated[int, typer.Option(help="At most so many.")] = 20,
     url: Url = None,
     as_json: Json = False,
 ) -> None:
@@ -77,14 +77,14 @@ def jobs(
     if as_json:
         print_json(page)
     elif page.data:
-        text.console().print(text.jobs_table(page.data))
+        text.print_table(text.jobs_table(page.data))
     else:
         text.console().print("no jobs" if status or tag else "no jobs yet; submit one: nanomoe submit FILE")
 
 
 def metrics(
     job: Job = LATEST,
-    points: Annotated[int, typer.Option(min=8, max=10_000, help="At most so many points of the step series.")] = 1000,
+    points: Annotated[int, typer.Option(help="At most so many points of the step series.")] = 1000,
     csv: Annotated[bool, typer.Option("--csv", help="Print the step series as CSV.")] = False,
     url: Url = None,
     as_json: Json = False,
@@ -178,7 +178,7 @@ def workers(url: Url = None, as_json: Json = False) -> None:
     if as_json:
         print_json(known)
     elif known:
-        text.console().print(text.workers_table(known))
+        text.print_table(text.workers_table(known))
     else:
         text.console().print("no worker; start one: python -m worker (nanomoe serve starts one with the API)")
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from nanomoe.checkpoint import CONFIG, WEIGHTS
 from service import schemas
 from service.cli import text
 from service.cli.display import Display, JsonDisplay, TextDisplay
@@ -48,14 +49,16 @@ def export(
             with connect(url) as client:
                 reference.find(client).download_checkpoint(reference.checkpoint or "latest", checkpoint)
 
+        for name in (WEIGHTS, CONFIG):
+            if not (checkpoint / name).is_file():
+                raise Mistake(f"{source} holds no checkpoint: {name} is missing")
+
         from nanomoe.export import NotExportable, export_hf
 
         try:
             export_hf(checkpoint, folder)
         except NotExportable as error:
             raise Mistake(f"{source} cannot be written as {to}: {error}") from None
-        except FileNotFoundError as error:
-            raise Mistake(f"{source} holds no checkpoint: {Path(error.filename).name} is missing") from None
     if as_json:
         print_json({"folder": str(folder), "format": to})
     else:

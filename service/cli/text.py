@@ -35,6 +35,13 @@ def console(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr, highlight=False, markup=False, emoji=False, soft_wrap=not sys.stdout.isatty())
 
 
+def print_table(table: Table) -> None:
+    """Within the terminal's width; in a pipe as wide as it is, with nothing cut."""
+    shown = console()
+    shown.width = shown.width if shown.is_terminal else 10_000
+    shown.print(table)
+
+
 def visible(text: str) -> str:
     """`text` with its control characters as symbols (U+2400 and on), line ends and tabs too: it stays on one line."""
     return "".join(chr(0x2400 + ord(c)) if ord(c) < 0x20 else "␡" if 0x7F <= ord(c) < 0xA0 else c for c in text)
@@ -170,7 +177,7 @@ def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         justify: Literal["left", "right"] = "right" if column.startswith(">") else "left"
-        table.add_column(column.removeprefix(">"), justify=justify, overflow="fold")
+        table.add_column(column.removeprefix(">"), justify=justify, no_wrap=True)
     return table
 
 
