@@ -3,8 +3,8 @@
 The law is stated over exact logits. With temperature 0 (or top_k 1) the token is the likeliest one, ties to the lowest
 id. Otherwise the logits over the temperature, cut to the `top_k` likeliest and then to the likeliest that together hold
 `top_p`, are sampled with Gumbel noise (argmax of log-weight plus noise is a draw from the softmax), in two draws so
-that a vocabulary of V needs V / 256 + 256 random numbers, not V: first a block of 256 ids by its mass, then an id in it.
-The noise of a sequence is a stream of its own, and every token takes the same share of it.
+that a vocabulary of V needs V / 256 + 256 random numbers, not V: a block of 256 ids by its mass, then an id in it. The
+noise of a sequence is a stream of its own, and every token takes the same share of it.
 
 `choose` is given logits that may each be wrong by `error`. It answers with a token only if no logits within that error
 give another one, and None otherwise: the caller then computes in float64. So a text depends on the weights, the prompt

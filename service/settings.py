@@ -102,6 +102,15 @@ class Settings(BaseSettings):
     engine_wait_seconds: float = Field(30, gt=0, le=3_600)
     """Longest that a generation request waits for its first step before it is refused with 503."""
 
+    engine_request_seconds: float = Field(600, gt=0, le=86_400)
+    """Longest that a generation request may take in all before it is ended with 503."""
+
+    engine_threads: int | None = Field(None, ge=1, le=1024)
+    """Threads of the generation process; unset: one for each core."""
+
+    engine_nice: int = Field(10, ge=0, le=19)
+    """How far the generation process yields the CPU to training: 0 not at all, 19 as far as possible."""
+
     engine_max_new_tokens: int = Field(4096, ge=1, le=1_000_000)
     """Most tokens of one generated text."""
 

@@ -1,0 +1,390 @@
+"""The API's one child process: it keeps checkpoints loaded, and continues prompts from them for everybody at once.
+
+`python -m service.engine`, JSON lines on stdin and stdout (`service.engine_messages`), the log on stderr. The main
+thread generates; one thread reads requests, and another loads checkpoints, so that a new one does not stop the others'
+texts. The process ends when its parent does: by signal where the system has it, else at the end of stdin. Knows no job,
+no database and no HTTP.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import BinaryIO
+
+from safetensors.torch import load as load_safetensors
+
+from nanomoe import checkpoint
+from nanomoe import generate as nanomoe_generate
+from nanomoe.checkpoint import CheckpointDamaged
+from nanomoe.config import JobConfig
+from nanomoe.execution import find_device
+from nanomoe.generate import Continuation, Engine
+from nanomoe.sampling import Sampling
+from nanomoe.tokenizer import Tokenizer
+from service.engine_messages import (
+    Begun,
+    Cancel,
+    Chunk,
+    Done,
+    Failed,
+    FinishReason,
+    Generate,
+    LogProbs,
+    Ready,
+    Start,
+    ToEngine,
+    TokenLogProb,
+    parse_to_engine,
+    to_line,
+)
+from service.text_stream import TextStream
+
+CHUNK_SECONDS = 0.02
+"""Shortest time between two chunks of a streamed text: a reader sees no difference, and lines cost time."""
+
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass
+class Loaded:
+    """A checkpoint, ready to be continued from."""
+
+    engine: Engine
+    tokenizer: Tokenizer
+    n_users: int = 0
+    """Requests being generated from it; it stays loaded until there are none."""
+
+
+@dataclass
+class _Choice:
+    """One continuation of a request."""
+
+    index: int
+    continuation: Continuation
+    text: TextStream
+    unsent: str = ""
+    n_decoded: int = 0
+    n_sent: int = 0
+    """Tokens that chunks were sent of."""
+
+    finish_reason: FinishReason | None = None
+
+
+@dataclass
+class _Running:
+    """A request that is being generated."""
+
+    message: Generate
+    loaded: Loaded
+    n_prompt: int
+    choices: list[_Choice]
+    sent_at: float = 0.0
+    first_token_at: float | None = None
+
+
+class Server:
+    """Requests from their arrival to their last line."""
+
+    def __init__(self, start: Start, output: BinaryIO) -> None:
+        self._start = start
+        self._device = find_device(start.device)
+        self._output = output
+        self._lines: list[bytes] = []
+        self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        """What the other threads have for the main one to do."""
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        self._cache: OrderedDict[str, Loaded] = OrderedDict()
+        """By manifest sha256, the least recently used first."""
+        self._loading = False
+        self._queue: deque[Generate] = deque()
+        self._running: dict[int, _Running] = {}
+        self._owner: dict[Continuation, tuple[_Running, _Choice]] = {}
+
+    def receive(self, message: ToEngine) -> None:
+        """Take a message from another thread."""
+        self._inbox.put(
+            lambda: self._cancel(message.id) if isinstance(message, Cancel) else self._queue.append(message)
+        )
+
+    def serve(self) -> None:
+        """Generate until the process ends."""
+        self._say(Ready())
+        self._flush()
+        while True:
+            self.turn()
+
+    def turn(self) -> None:
+        """Do what was asked for since the last turn, waiting for it if there is nothing else to do; then add one token
+        to every text, and send what is due."""
+        self._listen(block=not self._running)
+        self._begin_what_fits()
+        for loaded in list(self._cache.values()):
+            if loaded.n_users:
+                self._step(loaded)
+        self._flush()
+
+    @property
+    def loaded(self) -> list[str]:
+        """The manifest sha256 of the checkpoints that are loaded, the least recently used first."""
+        return list(self._cache)
+
+    @property
+    def n_sequences(self) -> int:
+        """Texts that are being generated."""
+        return len(self._owner)
+
+    def _listen(self, *, block: bool) -> None:
+        """Do what the other threads have asked for; if that is nothing and `block`, wait until it is something."""
+        try:
+            self._inbox.get(block)()
+            while True:
+                self._inbox.get_nowait()()
+        except Empty:
+            return
+
+    # Waiting
+
+    def _cancel(self, request_id: int) -> None:
+        self._queue = deque(message for message in self._queue if message.id != request_id)
+        running = self._running.get(request_id)
+        if running is not None:
+            self._leave(running)
+
+    def _begin_what_fits(self) -> None:
+        """Begin requests in the order of their arrival, but let none wait for another's checkpoint to load."""
+        for message in list(self._queue):
+            sha256 = message.request.manifest_sha256
+            if sha256 not in self._cache:
+                self._load(Path(message.request.folder), sha256)
+            elif not self._running or len(self._owner) + message.request.n <= self._start.max_running:
+                self._queue.remove(message)
+                self._begin(message, self._cache[sha256])
+            else:
+                return
+
+    def _begin(self, message: Generate, loaded: Loaded) -> None:
+        request = message.request
+        self._cache.move_to_end(request.manifest_sha256)
+        prompt = loaded.tokenizer.encode(request.prompt)
+        sampling = Sampling(request.temperature, request.top_k, request.top_p)
+        running = _Running(message, loaded, len(prompt), [])
+        for index in range(request.n):
+            continuation = loaded.engine.submit(
+                nanomoe_generate.Request(
+                    prompt, request.max_new_tokens, sampling, request.seed, index, request.logprobs
+                )
+            )
+            choice = _Choice(index, continuation, TextStream(loaded.tokenizer, request.stop))
+            running.choices.append(choice)
+            self._owner[continuation] = (running, choice)
+        loaded.n_users += 1
+        self._running[message.id] = running
+        self._say(Begun(id=message.id, at=time.monotonic()))
+
+    # Checkpoints
+
+    def _load(self, folder: Path, sha256: str) -> None:
+        """Let the loader's thread read a checkpoint, unless it is busy or those in use leave no room."""
+        in_use = sum(loaded.engine.n_bytes for loaded in self._cache.values() if loaded.n_users)
+        if self._loading or in_use >= self._start.cache_bytes:
+            return
+        self._loading = True
+        loading = self._loader.submit(self._read, folder, sha256)
+        loading.add_done_callback(lambda done: self._inbox.put(lambda: self._keep(sha256, done.result())))
+
+    def _read(self, folder: Path, sha256: str) -> Loaded | tuple[str, str]:
+        """A checkpoint from the disk, every byte that is used verified; or the code and message of what is wrong."""
+        try:
+            files = {entry.name: entry for entry in checkpoint.read_manifest(folder, sha256).files}
+            tokenizer = Tokenizer.load(folder)
+            for name, content in tokenizer.files().items():
+                if checkpoint.read_file(folder, files[name]) != content:
+                    raise CheckpointDamaged(f"{folder.name}/{name} changed while it was read")
+            config = JobConfig.model_validate_json(checkpoint.read_file(folder, files[checkpoint.CONFIG]))
+            weights = load_safetensors(checkpoint.read_file(folder, files[checkpoint.WEIGHTS]))
+            engine = Engine(
+                weights,
+                config,
+                device=self._device,
+                max_running=self._start.max_running,
+                cache_bytes=self._start.cache_bytes // 4,
+            )
+            if tokenizer.vocab_size != engine.vocab_size:
+                raise ValueError(f"{tokenizer.vocab_size} tokens for {engine.vocab_size} embeddings")
+            return Loaded(engine, tokenizer)
+        except CheckpointDamaged as error:
+            return error.code, str(error)
+        except Exception as error:  # whatever is wrong with one checkpoint is its requests' answer, not everybody's
+            traceback.print_exc()
+            return "checkpoint_unreadable", f"{folder.name}: {type(error).__name__}: {error}"
+
+    def _keep(self, sha256: str, read: Loaded | tuple[str, str]) -> None:
+        self._loading = False
+        if isinstance(read, Loaded):
+            self._cache[sha256] = read
+            self._evict()
+            return
+        code, message = read
+        for waiting in [waiting for waiting in self._queue if waiting.request.manifest_sha256 == sha256]:
+            self._queue.remove(waiting)
+            self._say(Failed(id=waiting.id, code=code, message=message))
+
+    def _evict(self) -> None:
+        """Drop what was not used for longest until the rest fits, but neither the newest nor what is in use."""
+        total = sum(loaded.engine.n_bytes for loaded in self._cache.values())
+        for sha256, loaded in list(self._cache.items())[:-1]:
+            if total > self._start.cache_bytes and not loaded.n_users:
+                total -= loaded.engine.n_bytes
+                del self._cache[sha256]
+
+    # Generating
+
+    def _step(self, loaded: Loaded) -> None:
+        """One token for every sequence of one checkpoint."""
+        touched: dict[int, _Running] = {}
+        for continuation in loaded.engine.step():
+            running, choice = self._owner[continuation]
+            touched[running.message.id] = running
+            if choice.text.has_stops:
+                self._decode(choice)
+            if choice.text.stopped:
+                choice.finish_reason = "stop"
+            elif continuation.finished:
+                choice.finish_reason = "length"
+        now = time.monotonic()
+        for running in touched.values():
+            if running.first_token_at is None:
+                running.first_token_at = now
+            due = running.message.stream and now - running.sent_at >= CHUNK_SECONDS
+            for choice in running.choices:
+                if due or choice.finish_reason is not None:
+                    self._send(running, choice)
+            if due:
+                running.sent_at = now
+            if all(choice.finish_reason is not None for choice in running.choices):
+                self._finish(running, now)
+
+    def _decode(self, choice: _Choice) -> None:
+        new = choice.continuation.new
+        choice.unsent += choice.text.push(new[choice.n_decoded :])
+        choice.n_decoded = len(new)
+
+    def _send(self, running: _Running, choice: _Choice) -> None:
+        """A chunk of what a continuation has gained, unless that is nothing."""
+        if choice.continuation not in self._owner:
+            return  # its last chunk was sent
+        self._decode(choice)
+        if choice.finish_reason is not None:
+            choice.unsent += choice.text.finish()
+            if choice.text.stopped:
+                choice.finish_reason = "stop"
+            self._release(running, choice)
+        new = choice.continuation.new
+        if choice.n_sent == len(new):
+            return
+        logprobs = None
+        if running.message.request.logprobs is not None:
+            logprobs = tuple(self._logprobs(running, choice, n) for n in range(choice.n_sent, len(new)))
+        self._say(
+            Chunk(
+                id=running.message.id,
+                index=choice.index,
+                text=choice.unsent,
+                tokens=tuple(new[choice.n_sent :]),
+                logprobs=logprobs,
+                finish_reason=choice.finish_reason,
+            )
+        )
+        choice.unsent, choice.n_sent = "", len(new)
+
+    def _logprobs(self, running: _Running, choice: _Choice, n: int) -> LogProbs:
+        found = choice.continuation.logprobs[n]
+
+        def named(token: int, logprob: float) -> TokenLogProb:
+            return TokenLogProb(token=token, text=running.loaded.tokenizer.decode([token]), logprob=logprob)
+
+        return LogProbs(
+            chosen=named(choice.continuation.new[n], found.chosen),
+            likeliest=tuple(named(token, logprob) for token, logprob in found.likeliest.items()),
+        )
+
+    def _finish(self, running: _Running, now: float) -> None:
+        assert running.first_token_at is not None
+        continuations = [choice.continuation for choice in running.choices]
+        self._say(
+            Done(
+                id=running.message.id,
+                prompt_tokens=running.n_prompt,
+                completion_tokens=sum(len(continuation.new) for continuation in continuations),
+                window_slid=any(continuation.window_slid for continuation in continuations),
+                numerics=running.loaded.engine.numerics,
+                first_token_at=running.first_token_at,
+                finished_at=now,
+            )
+        )
+        self._leave(running)
+
+    def _release(self, running: _Running, choice: _Choice) -> None:
+        """Give a continuation's slot back, if it still has one."""
+        if self._owner.pop(choice.continuation, None) is not None and not choice.continuation.finished:
+            running.loaded.engine.cancel(choice.continuation)
+
+    def _leave(self, running: _Running) -> None:
+        for choice in running.choices:
+            self._release(running, choice)
+        del self._running[running.message.id]
+        running.loaded.n_users -= 1
+        self._evict()
+
+    # Answers
+
+    def _say(self, message: Ready | Begun | Chunk | Done | Failed) -> None:
+        self._lines.append(to_line(message))
+
+    def _flush(self) -> None:
+        if self._lines:
+            self._output.write(b"".join(self._lines))
+            self._output.flush()
+            self._lines.clear()
+
+
+def die_with_parent(parent: int) -> None:
+    """Be killed when the thread that started this process ends; leave at once if `parent` is already gone."""
+    if sys.platform == "linux" and ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _read_requests(lines: BinaryIO, server: Server) -> None:
+    try:
+        for line in lines:
+            server.receive(parse_to_engine(line))
+    finally:
+        os._exit(0)  # the API has closed the pipe, or is gone; the main thread may be in the middle of a long step
+
+
+def main() -> None:
+    """Serve until stdin ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the API's to answer
+    output = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever prints must not break the lines
+    start = Start.model_validate_json(sys.stdin.buffer.readline())
+    die_with_parent(start.parent)
+    server = Server(start, output)
+    threading.Thread(target=_read_requests, args=(sys.stdin.buffer, server), daemon=True).start()
+    server.serve()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,336 @@
+"""The API's side of generation: admission, streams, and the engine process that does the work.
+
+The engine is started when the first request needs it, and again when it dies; requests of that moment are answered 503.
+A request that nobody reads any more is cancelled, which frees its slot. Never imports torch.
+"""
+
+import asyncio
+import contextlib
+import os
+import sys
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+
+import structlog
+
+from service.engine_messages import (
+    Begun,
+    Cancel,
+    Chunk,
+    Done,
+    EngineRequest,
+    Failed,
+    FinishReason,
+    Generate,
+    LogProbs,
+    Ready,
+    Start,
+    ToEngine,
+    parse_from_engine,
+    to_line,
+)
+from service.errors import Invalid, ServiceError, TooManyRequests, Unavailable
+from service.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+_LONGEST_LINE = 256 * 2**20
+_STOP_SECONDS = 3.0
+_MOST_SECONDS_BETWEEN_STARTS = 30.0
+_RETRY_SECONDS = 2.0
+"""What a client that was turned away is told to wait."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long a request took."""
+
+    queue_seconds: float
+    """From its arrival to its first step in the engine."""
+
+    first_token_seconds: float
+    """From its arrival to its first token."""
+
+    tok_per_sec: float | None
+    """New tokens a second from the first step to the last, over all continuations."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What is known of a request at its end; a stream's last item."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    window_slid: bool
+    """Whether the context grew past `block_size`, so that its oldest tokens were forgotten."""
+
+    numerics: str
+    """How tokens were computed, in words."""
+
+    timing: Timing
+
+
+@dataclass(frozen=True)
+class EngineChoice:
+    """One finished continuation."""
+
+    index: int
+    text: str
+    tokens: tuple[int, ...]
+    finish_reason: FinishReason
+    logprobs: tuple[LogProbs, ...] | None
+
+
+@dataclass(frozen=True)
+class EngineResult:
+    """A finished request."""
+
+    choices: tuple[EngineChoice, ...]
+    summary: Summary
+
+
+class _Pending:
+    """A request that was not answered in full yet."""
+
+    def __init__(self) -> None:
+        self.arrived_at = time.monotonic()
+        self.begun_at: float | None = None
+        self.answers: asyncio.Queue[Chunk | Done | ServiceError | None] = asyncio.Queue()
+        """None: the request has begun."""
+
+
+class Generation:
+    """Continues prompts, in the engine process. One for an API; its methods belong to the API's event loop."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._pending: dict[int, _Pending] = {}
+        self._last_id = 0
+        self._process: asyncio.subprocess.Process | None = None
+        self._listening: asyncio.Task[None] | None = None
+        self._ready = False
+        self._failures = 0
+        """Ends of the engine in a row before it was ready."""
+        self._start_not_before = 0.0
+        self._starting = asyncio.Lock()
+        self._closed = False
+
+    async def start(self) -> None:
+        """Nothing runs yet: loading torch for an API that is never asked to generate would be a waste."""
+
+    async def stop(self) -> None:
+        """End the engine; what is being generated is answered 503."""
+        self._closed = True
+        process, listening = self._process, self._listening
+        if process is None or listening is None:
+            return
+        assert process.stdin is not None
+        process.stdin.close()
+        try:
+            async with asyncio.timeout(_STOP_SECONDS):
+                await asyncio.shield(listening)
+        except TimeoutError:
+            process.kill()
+            await listening
+
+    @property
+    def n_waiting(self) -> int:
+        """Requests that have not begun."""
+        return sum(pending.begun_at is None for pending in self._pending.values())
+
+    @property
+    def n_running(self) -> int:
+        """Requests that are being generated."""
+        return len(self._pending) - self.n_waiting
+
+    async def generate(self, request: EngineRequest) -> EngineResult:
+        """All continuations of a request, finished. Raises as `stream` does."""
+        texts = [""] * request.n
+        tokens: list[list[int]] = [[] for _ in range(request.n)]
+        logprobs: list[list[LogProbs]] = [[] for _ in range(request.n)]
+        reasons: list[FinishReason] = ["length"] * request.n
+        summary: Summary | None = None
+        async with contextlib.aclosing(self.stream(request, in_chunks=False)) as items:
+            async for item in items:
+                if isinstance(item, Summary):
+                    summary = item
+                    continue
+                texts[item.index] += item.text
+                tokens[item.index] += item.tokens
+                logprobs[item.index] += item.logprobs or ()
+                reasons[item.index] = item.finish_reason or "length"
+        assert summary is not None, "a stream ends with its summary"
+        choices = tuple(
+            EngineChoice(
+                index=index,
+                text=texts[index],
+                tokens=tuple(tokens[index]),
+                finish_reason=reasons[index],
+                logprobs=tuple(logprobs[index]) if request.logprobs is not None else None,
+            )
+            for index in range(request.n)
+        )
+        return EngineResult(choices, summary)
+
+    async def stream(self, request: EngineRequest, *, in_chunks: bool = True) -> AsyncGenerator[Chunk | Summary]:
+        """What the continuations gain, as it comes; at last the summary. Closing the generator cancels the request.
+
+        `in_chunks`: whether a continuation is wanted in pieces, or whole at its end.
+
+        Raises:
+            Invalid: more tokens or continuations than the settings allow.
+            TooManyRequests: too many requests wait.
+            Unavailable: the engine died or cannot start, the checkpoint is damaged, or a time limit was reached.
+        """
+        self._check(request)
+        self._last_id += 1
+        request_id = self._last_id
+        pending = self._pending[request_id] = _Pending()
+        finished = False
+        process: asyncio.subprocess.Process | None = None
+        try:
+            async with self._starting:
+                process = self._process or await self._start_engine()
+            await self._send(process, Generate(id=request_id, stream=in_chunks, request=request))
+            while not finished:
+                answer = await self._next_answer(pending)
+                if isinstance(answer, Chunk):
+                    yield answer
+                elif isinstance(answer, Done):
+                    finished = True
+                    yield _summary(pending, answer)
+                elif answer is not None:
+                    finished = True
+                    raise answer
+        finally:
+            del self._pending[request_id]
+            if not finished and process is not None:
+                await self._send(process, Cancel(id=request_id))
+
+    # Admission
+
+    def _check(self, request: EngineRequest) -> None:
+        settings = self._settings
+        if request.max_new_tokens > settings.engine_max_new_tokens:
+            raise Invalid(
+                "max_new_tokens_too_large",
+                f"max_new_tokens is {request.max_new_tokens}; this server's limit is {settings.engine_max_new_tokens}",
+                errors=[{"loc": ["body", "max_new_tokens"], "msg": "above the server's limit"}],
+            )
+        if request.n > settings.engine_max_running:
+            raise Invalid(
+                "n_too_large",
+                f"n is {request.n}; this server's limit is {settings.engine_max_running}",
+                errors=[{"loc": ["body", "n"], "msg": "above the server's limit"}],
+            )
+        if self.n_waiting >= settings.engine_max_waiting:
+            raise TooManyRequests(
+                "generation_queue_full",
+                f"{self.n_waiting} generation requests are waiting already",
+                retry_after=_RETRY_SECONDS,
+            )
+
+    async def _next_answer(self, pending: _Pending) -> Chunk | Done | ServiceError | None:
+        """The next thing that happens to a request; running out of time is one."""
+        settings = self._settings
+        begun = pending.begun_at is not None
+        limit = settings.engine_request_seconds if begun else settings.engine_wait_seconds
+        try:
+            async with asyncio.timeout_at(pending.arrived_at + limit):
+                return await pending.answers.get()
+        except TimeoutError:
+            if begun:
+                raise Unavailable("generation_timeout", f"not finished after {limit:g} seconds") from None
+            raise Unavailable(
+                "generation_wait_too_long", f"not begun after {limit:g} seconds", retry_after=_RETRY_SECONDS
+            ) from None
+
+    # The engine
+
+    async def _start_engine(self) -> asyncio.subprocess.Process:
+        if self._closed:
+            raise Unavailable("generation_unavailable", "the service is stopping", retry_after=_RETRY_SECONDS)
+        delay = self._start_not_before - time.monotonic()
+        if delay > 0:
+            raise Unavailable("generation_unavailable", "the generation engine does not start", retry_after=delay)
+        settings = self._settings
+        environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+        if settings.engine_threads is not None:
+            environment["OMP_NUM_THREADS"] = str(settings.engine_threads)
+        process = self._process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *("-m", "service.engine"),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            limit=_LONGEST_LINE,
+            env=environment,
+            start_new_session=True,  # Ctrl-C is the API's to answer
+        )
+        self._ready = False
+        self._listening = asyncio.create_task(self._listen(process))
+        # Now, while the process has one thread: those that it starts inherit the priority.
+        os.setpriority(os.PRIO_PROCESS, process.pid, settings.engine_nice)
+        start = Start(
+            parent=os.getpid(),
+            device=settings.engine_device,
+            cache_bytes=settings.engine_cache_bytes,
+            max_running=settings.engine_max_running,
+        )
+        await self._send(process, start)
+        return process
+
+    async def _send(self, process: asyncio.subprocess.Process, message: Start | ToEngine) -> None:
+        assert process.stdin is not None
+        with contextlib.suppress(ConnectionError):  # its end is noticed, and answered, where its answers are read
+            process.stdin.write(to_line(message))
+            await process.stdin.drain()
+
+    async def _listen(self, process: asyncio.subprocess.Process) -> None:
+        """Hand the engine's answers to who waits for them, until it ends."""
+        assert process.stdout is not None
+        async for line in process.stdout:
+            message = parse_from_engine(line)
+            if isinstance(message, Ready):
+                self._ready, self._failures = True, 0
+                continue
+            pending = self._pending.get(message.id)
+            if pending is None:
+                continue  # cancelled
+            if isinstance(message, Begun):
+                pending.begun_at = message.at
+                pending.answers.put_nowait(None)
+            elif isinstance(message, Failed):
+                pending.answers.put_nowait(Unavailable(message.code, message.message))
+            else:
+                pending.answers.put_nowait(message)
+        status = await process.wait()
+        if not self._closed:
+            log.warning("generation_engine_ended", status=status, requests=len(self._pending), was_ready=self._ready)
+        error = Unavailable(
+            "engine_restarted" if self._ready else "generation_unavailable",
+            f"the generation engine ended with status {status}",
+            retry_after=_RETRY_SECONDS,
+        )
+        if not self._ready:
+            self._failures += 1
+            self._start_not_before = time.monotonic() + min(2.0**self._failures, _MOST_SECONDS_BETWEEN_STARTS)
+        self._process = None
+        for pending in self._pending.values():
+            pending.answers.put_nowait(error)
+
+
+def _summary(pending: _Pending, done: Done) -> Summary:
+    assert pending.begun_at is not None, "a request begins before it is done"
+    seconds = done.finished_at - pending.begun_at
+    return Summary(
+        prompt_tokens=done.prompt_tokens,
+        completion_tokens=done.completion_tokens,
+        window_slid=done.window_slid,
+        numerics=done.numerics,
+        timing=Timing(
+            queue_seconds=pending.begun_at - pending.arrived_at,
+            first_token_seconds=done.first_token_at - pending.arrived_at,
+            tok_per_sec=done.completion_tokens / seconds if seconds > 0 else None,
+        ),
+    )

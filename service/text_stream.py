@@ -1,0 +1,56 @@
+"""Tokens that come one after another, turned into text that may be sent at once.
+
+Two things are held back: a character until it is whole, and the end of a text that may begin a stop string. Knows no
+engine and no HTTP.
+"""
+
+from collections.abc import Iterable, Sequence
+
+from nanomoe.tokenizer import IncrementalDecoder, Tokenizer
+
+
+class TextStream:
+    """The text of one continuation."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        """`stop`: strings, not empty, before the first of which the text ends."""
+        self._decoder = IncrementalDecoder(tokenizer)
+        self._stop = stop
+        self._held = ""
+        self.stopped = False
+        """Whether a stop string was found; what is pushed after it has no text."""
+
+    @property
+    def has_stops(self) -> bool:
+        """Whether a string may end the text."""
+        return bool(self._stop)
+
+    def push(self, ids: Iterable[int]) -> str:
+        """The text that became certain with these ids."""
+        return self._certain(self._decoder.push(ids))
+
+    def finish(self) -> str:
+        """What was held back, now that nothing follows: a character whose end never came is U+FFFD."""
+        text = self._certain(self._decoder.finish())
+        if self.stopped:
+            return text
+        held, self._held = self._held, ""
+        return text + held
+
+    def _certain(self, new: str) -> str:
+        if self.stopped:
+            return ""
+        text = self._held + new
+        found = [at for stop in self._stop if (at := text.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            return text[: min(found)]
+        n_held = next((n for n in range(self._longest_held(text), 0, -1) if self._may_begin(text[-n:])), 0)
+        self._held = text[len(text) - n_held :]
+        return text[: len(text) - n_held]
+
+    def _longest_held(self, text: str) -> int:
+        return min(len(text), max((len(stop) for stop in self._stop), default=1) - 1)
+
+    def _may_begin(self, end: str) -> bool:
+        return any(stop.startswith(end) for stop in self._stop)

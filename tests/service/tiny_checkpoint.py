@@ -1,0 +1,59 @@
+"""A checkpoint of a random model, small enough to be made in every test."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from nanomoe import checkpoint
+from nanomoe.config import JobConfig
+from nanomoe.model import GPT
+from nanomoe.tokenizer import Tokenizer, load_tokenizer
+from service.engine_messages import EngineRequest
+
+
+@dataclass(frozen=True)
+class TinyCheckpoint:
+    """A recorded checkpoint, and what it holds."""
+
+    folder: Path
+    manifest_sha256: str
+    config: JobConfig
+    weights: dict[str, Tensor]
+    tokenizer: Tokenizer
+
+    def request(self, prompt: str = "Era uma vez", max_new_tokens: int = 8, **fields: object) -> EngineRequest:
+        """A greedy request to continue a prompt from this checkpoint."""
+        return EngineRequest.model_validate(
+            {
+                "folder": str(self.folder),
+                "manifest_sha256": self.manifest_sha256,
+                "prompt": prompt,
+                "max_new_tokens": max_new_tokens,
+                "temperature": 0.0,
+                **fields,
+            }
+        )
+
+
+def write_tiny_checkpoint(folder: Path, *, seed: int = 0, tokenizer: str = "bytes", **knobs: object) -> TinyCheckpoint:
+    """A checkpoint with random weights, spread so widely that the likeliest token changes with the prompt."""
+    config = JobConfig.model_validate(
+        {"tokenizer": tokenizer, "block_size": 32, "n_layer": 2, "n_head": 2, "n_embd": 16, **knobs}
+    )
+    loaded = load_tokenizer(tokenizer)
+    model = GPT(config, loaded.vocab_size)
+    model.init_weights(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(8 if parameter.ndim > 1 else 1)
+    weights = model.state_dict()
+    files = {
+        **loaded.files(),
+        checkpoint.CONFIG: checkpoint.to_json(config.model_dump(mode="json")),
+        checkpoint.WEIGHTS: save({name: tensor.contiguous() for name, tensor in weights.items()}),
+    }
+    _, manifest_sha256 = checkpoint.write(folder, files)
+    return TinyCheckpoint(folder, manifest_sha256, config, weights, loaded)
