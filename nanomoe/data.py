@@ -71,8 +71,12 @@ class Step:
 
     epoch: int
     """From 1."""
-    micro_batches: list[list[int]]
-    """Windows of each micro-batch."""
+    windows: list[int]
+    """In the epoch's order."""
+
+    def micro_batches(self, size: int) -> list[list[int]]:
+        """The windows, at most `size` at a time."""
+        return [self.windows[first : first + size] for first in range(0, len(self.windows), size)]
 
 
 class Order:
@@ -91,7 +95,5 @@ class Order:
             generator = torch.Generator().manual_seed(mix(self._config.seed, epoch))
             self._shuffled = torch.randperm(self._plan.n_windows, generator=generator).tolist()
             self._epoch = epoch
-        size = self._config.batch_size
-        per_step = size * self._config.gradient_accumulation_steps
-        windows = self._shuffled[within * per_step : (within + 1) * per_step]
-        return Step(epoch + 1, [windows[first : first + size] for first in range(0, len(windows), size)])
+        per_step = self._config.batch_size * self._config.gradient_accumulation_steps
+        return Step(epoch + 1, self._shuffled[within * per_step : (within + 1) * per_step])

@@ -5,9 +5,11 @@ while the caller holds what was yielded. Everything that a resumed run needs is 
 and router noise are pure functions of (seed, step), so there is no random state to carry over.
 """
 
+import gc
 import json
 import math
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from nanomoe import checkpoint
 from nanomoe.config import JobConfig
-from nanomoe.data import Order, Windows
+from nanomoe.data import Order, Step, Windows
 from nanomoe.dropout import Dropout
 from nanomoe.evaluate import Choices, Evaluation, evaluate, evaluate_loss
 from nanomoe.execution import Execution
@@ -40,6 +42,17 @@ class LossNotFinite(ArithmeticError):
     """The loss or the gradient is NaN or infinite; nothing after the last good step was yielded."""
 
     code = "loss_not_finite"
+
+
+class OutOfMemory(RuntimeError):
+    """A step does not fit the memory, however it is cut."""
+
+    code = "out_of_memory"
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """On a GPU torch has a class for it; on a CPU only a message."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 @dataclass(frozen=True)
@@ -123,6 +136,8 @@ class Undisturbed:
 class _Progress:
     """What has been counted: all of a run's state beside weights and optimizer."""
 
+    micro_batch: int
+    """Windows computed together: the config's batch_size, until memory runs out."""
     step: int = 0
     train_loss: float | None = None
     """Of the last step."""
@@ -170,8 +185,11 @@ class Run:
         for moe in self.model.moe_layers.values():
             moe.path = execution.expert_path
         self.optimizer = build_optimizer(self.model, config)
+        self.warnings: list[Warned] = []
+        """What the steps so far gave rise to; whoever reads them clears them."""
         self.progress = _Progress(
-            dropped={layer: torch.zeros((), dtype=torch.int64, device=device) for layer in config.moe_layers}
+            config.batch_size,
+            dropped={layer: torch.zeros((), dtype=torch.int64, device=device) for layer in config.moe_layers},
         )
         if resume is not None:
             self._load(resume)
@@ -188,12 +206,7 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.model.train()
-        self.optimizer.zero_grad(set_to_none=True)
-        n_targets = [self.windows.n_targets(windows) for windows in step.micro_batches]
-        loss = torch.zeros((), device=self.device)
-        counts: dict[int, Tensor] = {}
-        for windows, share in zip(step.micro_batches, n_targets, strict=True):
-            loss += self._backward(windows, sum(n_targets), share, counts)
+        loss, counts, dropped = self._gradient(step)
         grad_norm = torch.nn.utils.get_total_norm(
             [p.grad for p in self.model.parameters() if p.grad is not None], foreach=True
         )
@@ -202,11 +215,61 @@ class Run:
         self.optimizer.step()
         for layer, moe in self.model.moe_layers.items():
             moe.update_balance_bias(counts[layer])
+            self.progress.dropped[layer] += dropped[layer]
+        self.progress.routed += len(step.windows) * self.windows.length * self.config.k
         self.progress.step += 1
         return loss, grad_norm
 
-    def _backward(self, windows: list[int], n_targets: int, share: int, counts: dict[int, Tensor]) -> Tensor:
-        """Add one micro-batch's gradient, `share` of the step's `n_targets`; return its part of the step's loss."""
+    def _gradient(self, step: Step) -> tuple[Tensor, dict[int, Tensor], dict[int, Tensor]]:
+        """Set the step's gradient; its loss, and per MoE layer the assignments to each expert and those dropped.
+
+        Where the memory does not hold a micro-batch, it is halved and the step computed again: the sum is the same.
+
+        Raises:
+            OutOfMemory: a micro-batch cannot be halved.
+        """
+        while True:
+            self.optimizer.zero_grad(set_to_none=True)
+            n_targets = self.windows.n_targets(step.windows)
+            loss = torch.zeros((), device=self.device)
+            counts: dict[int, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.int64, device=self.device))
+            dropped = counts.copy()
+            try:
+                for windows in step.micro_batches(self.progress.micro_batch):
+                    loss += self._backward(windows, n_targets, counts, dropped)
+            except RuntimeError as error:
+                if not _is_out_of_memory(error):
+                    raise
+                self._halve_micro_batch(error)
+            else:
+                return loss, counts, dropped
+
+    def _halve_micro_batch(self, error: RuntimeError) -> None:
+        size = min(self.progress.micro_batch, self.plan.n_windows)
+        if size == 1:
+            raise OutOfMemory(f"not even one window of {self.windows.length} tokens fits: {error}") from error
+        if self.config.capacity_factor is not None:
+            raise OutOfMemory(
+                f"a micro-batch of {size} windows does not fit, and with capacity_factor a smaller one would drop "
+                f"other tokens: {error}"
+            ) from error
+        self.progress.micro_batch = -(-size // 2)
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.warnings += [
+            Warned(
+                "micro_batch_halved",
+                f"at step {self.progress.step + 1} a micro-batch of {size} windows did not fit the memory; from there "
+                f"on it has {self.progress.micro_batch}: a step trains on the same windows in more parts",
+            ),
+            Warned("resume_not_exact", "sums over smaller micro-batches are rounded otherwise"),
+        ]
+
+    def _backward(
+        self, windows: list[int], n_targets: int, counts: dict[int, Tensor], dropped: dict[int, Tensor]
+    ) -> Tensor:
+        """Add one micro-batch's gradient and counts; its part of the loss of a step of `n_targets`."""
         config = self.config
         inputs_BT, targets_BT = self.windows.batch(windows)
         dropout = Dropout(
@@ -221,12 +284,12 @@ class Run:
             logits_BTV, routings = self.model(inputs_BT, dropout=dropout)
         loss = token_losses(logits_BTV, targets_BT).sum() / n_targets
         objective = loss
+        share = self.windows.n_targets(windows) / n_targets
         for layer, routing in routings.items():
             balance = config.router_aux_loss_coef * routing.aux_loss + config.router_z_loss_coef * routing.z_loss
-            objective = objective + balance * (share / n_targets)
-            counts[layer] = counts.get(layer, 0) + routing.counts_E
-            self.progress.dropped[layer] += routing.dropped
-        self.progress.routed += inputs_BT.numel() * config.k
+            objective = objective + balance * share
+            counts[layer] = counts[layer] + routing.counts_E
+            dropped[layer] = dropped[layer] + routing.dropped
         torch.autograd.backward(objective)
         return loss.detach()
 
@@ -277,7 +340,7 @@ class Run:
         for name, parameter in self.model.named_parameters():
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"{key}.{name}"] = value
-        state = {"step": progress.step, "train_loss": progress.train_loss, "routed": progress.routed}
+        state = {name: getattr(progress, name) for name in ("micro_batch", "step", "train_loss", "routed")}
         files = self._model_files() | {
             checkpoint.RESUME_TENSORS: save_tensors({name: t.cpu().contiguous() for name, t in tensors.items()}),
             checkpoint.RESUME_STATE: checkpoint.to_json(state),
@@ -288,7 +351,8 @@ class Run:
         state = json.loads(files[checkpoint.RESUME_STATE])
         tensors = load_tensors(files[checkpoint.RESUME_TENSORS])
         progress = self.progress
-        progress.step, progress.train_loss, progress.routed = state["step"], state["train_loss"], state["routed"]
+        for name, value in state.items():
+            setattr(progress, name, value)
         for layer, dropped in progress.dropped.items():
             dropped.copy_(tensors[f"dropped.{layer}"])
         progress.choices = {n: tensors[f"choices.{n}"] for n in self.config.moe_layers if f"choices.{n}" in tensors}
@@ -329,6 +393,8 @@ def train(run: Run, control: Control | None = None) -> Iterator[Happened]:
             return
         report.add(*run.train_step())
         step = run.progress.step
+        yield from run.warnings
+        run.warnings.clear()
         if report.due():
             yield from report.flush()
         if stop_at is not None and step % eval_interval == 0 and math.exp(run.evaluate_loss()) <= stop_at:
@@ -368,7 +434,7 @@ class _Report:
         self._figures.append((loss, grad_norm))
         self._lr.append(self._run.optimizer.param_groups[0]["lr"])
         step = self._run.order.step(self._run.progress.step - 1)
-        self._targets += sum(self._run.windows.n_targets(windows) for windows in step.micro_batches)
+        self._targets += self._run.windows.n_targets(step.windows)
 
     def due(self) -> bool:
         return time.monotonic() - self._since >= REPORT_SECONDS

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanomoe.config import JobConfig
-from nanomoe.data import IGNORE, Order, Windows
+from nanomoe.data import IGNORE, Order, Step, Windows
 from nanomoe.plan import Plan
 
 
@@ -46,7 +46,7 @@ def test_an_epoch_sees_every_window_once_in_an_order_that_only_seed_and_epoch_de
     in_order = Order(config, plan)
     steps = [in_order.step(i) for i in range(plan.total_steps)]
     for epoch in (1, 2, 3):
-        mine = [w for s in steps if s.epoch == epoch for batch in s.micro_batches for w in batch]
+        mine = [w for s in steps if s.epoch == epoch for w in s.windows]
         assert sorted(mine) == list(range(plan.n_windows))
     last = plan.total_steps - 1
     assert Order(config, plan).step(last) == steps[last]
@@ -55,4 +55,8 @@ def test_an_epoch_sees_every_window_once_in_an_order_that_only_seed_and_epoch_de
 def test_epochs_are_shuffled_differently() -> None:
     config = JobConfig(block_size=10, batch_size=1000, epochs=2)
     order = Order(config, Plan.of(config, 1000))
-    assert order.step(0).micro_batches != order.step(1).micro_batches
+    assert order.step(0).windows != order.step(1).windows
+
+
+def test_a_step_is_cut_into_micro_batches_without_losing_a_window() -> None:
+    assert Step(1, [4, 2, 0, 1, 3]).micro_batches(2) == [[4, 2], [0, 1], [3]]

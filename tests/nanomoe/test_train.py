@@ -13,6 +13,7 @@ from nanomoe.tokenizer import load_tokenizer
 from nanomoe.train import (
     Happened,
     LossNotFinite,
+    OutOfMemory,
     Recorded,
     Run,
     Snapshot,
@@ -20,6 +21,7 @@ from nanomoe.train import (
     Stopped,
     StopReason,
     Undisturbed,
+    Warned,
     train,
 )
 
@@ -118,10 +120,8 @@ def test_a_step_equals_the_plain_formula() -> None:
     config = {"grad_clip": 0.5, "weight_decay": 0.1, "warmup_steps": 4}
     run, plain = start(config), start(config)
     order = plain.order.step(0)
-    inputs, targets = plain.windows.batch(order.micro_batches[0])
-    dropout = Dropout(
-        0.2, seed=1337, step=0, windows=order.micro_batches[0], device=torch.device("cpu"), dtype=torch.float32
-    )
+    inputs, targets = plain.windows.batch(order.windows)
+    dropout = Dropout(0.2, seed=1337, step=0, windows=order.windows, device=torch.device("cpu"), dtype=torch.float32)
     loss = token_losses(plain.model(inputs, dropout=dropout).logits_BTV, targets).sum() / (targets != -1).sum()
     loss.backward()
     gradients = {name: p.grad.clone() for name, p in plain.model.named_parameters() if p.grad is not None}
@@ -192,3 +192,51 @@ def test_validation_text_is_never_trained_on_and_has_its_own_loss() -> None:
     losses = [event.metrics["val_loss"] for event in train(run) if isinstance(event, Recorded)]
     assert losses[0] == pytest.approx(math.log(256), abs=0.1)
     assert losses[-1] < losses[0]
+
+
+class SmallMemory:
+    """A forward pass that finds no memory for more than so many windows at once."""
+
+    def __init__(self, run: Run, windows: int, from_step: int = 0) -> None:
+        self.run, self.windows, self.from_step = run, windows, from_step
+        self.forward = run.model.forward
+
+    def __call__(self, tokens: torch.Tensor, **options: object) -> object:
+        if self.run.model.training and len(tokens) > self.windows and self.run.progress.step >= self.from_step:
+            raise torch.OutOfMemoryError("tried to allocate 2.00 GiB")
+        return self.forward(tokens, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("config", [{}, {"use_moe": True, "n_experts": 4, "router_bias_update_rate": 1e-2}])
+def test_a_micro_batch_that_does_not_fit_is_halved_and_the_result_differs_by_rounding(
+    config: dict[str, object],
+) -> None:
+    whole = start({"batch_size": 8, "router_aux_loss_coef": 0.0} | config)
+    expected = [event for event in train(whole) if isinstance(event, Recorded)]
+    tight = start({"batch_size": 8, "router_aux_loss_coef": 0.0} | config)
+    tight.model.forward = SmallMemory(tight, windows=3, from_step=2)  # type: ignore[method-assign,assignment]
+    happened = list(train(tight))
+    warned = [event.code for event in happened if isinstance(event, Warned)]
+    found = [event for event in happened if isinstance(event, Recorded)]
+    assert warned.count("micro_batch_halved") == warned.count("resume_not_exact") == 2
+    assert tight.progress.micro_batch == 2
+    for one, other in zip(found, expected, strict=True):
+        assert one.metrics["loss"] == pytest.approx(other.metrics["loss"], rel=1e-4)
+
+
+def test_a_halved_micro_batch_stays_halved_after_a_resume() -> None:
+    run = start({"batch_size": 8})
+    run.model.forward = SmallMemory(run, windows=4)  # type: ignore[method-assign,assignment]
+    run.train_step()
+    assert start({"batch_size": 8}, resume=run.snapshot().files).progress.micro_batch == 4
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [({"batch_size": 1}, "not even one window of 32 tokens"), ({"batch_size": 8} | MOE, "capacity_factor")],
+)
+def test_a_micro_batch_that_cannot_be_halved_ends_the_job(config: dict[str, object], said: str) -> None:
+    run = start(config)
+    run.model.forward = SmallMemory(run, windows=0)  # type: ignore[method-assign,assignment]
+    with pytest.raises(OutOfMemory, match=said):
+        run.train_step()
