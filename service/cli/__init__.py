@@ -58,12 +58,18 @@ def main() -> None:
         hint = "; start it with: nanomoe serve" if isinstance(error, Unreachable) else ""
         _fail(f"{error}{hint}", 3)
     except Problem as error:
-        where = "; ".join(f"{'.'.join(map(str, fault.loc))}: {fault.msg}" for fault in error.errors)
-        _fail(f"{error.code}: {error.detail}" + (f" ({where})" if where else ""), 2)
+        _fail(f"{error.code}: {error.detail}{_places(error)}", 2)
     except ClientError as error:
         _fail(str(error), 3)
     except ChildFailed as error:
         _fail(str(error), 1)
+
+
+def _places(error: Problem) -> str:
+    """What is wrong where, as far as the detail does not say it."""
+    said = (f"{'.'.join(map(str, fault.loc))}: {fault.msg}" for fault in error.errors if fault.msg not in error.detail)
+    places = "; ".join(said)
+    return f" ({places})" if places else ""
 
 
 def _fail(message: str, code: int) -> None:

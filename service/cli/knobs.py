@@ -63,7 +63,7 @@ def _suggestion(fields: Iterable[str], name: str) -> str:
 
 
 def _value(name: str, field: FieldInfo, value: str) -> Any:
-    if field.annotation is str:
+    if field.annotation is str and not value.startswith('"'):
         return value
     if name == "init_from" and not value.startswith(("{", "null")):
         return Reference.parse(value).init_from()

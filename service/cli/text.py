@@ -71,7 +71,7 @@ def figure(value: float | None) -> str:
 
 def duration(seconds: float) -> str:
     """`8.2 s`, `3 min 20 s`, `2 h 05 min`, `3 d 4 h`."""
-    if seconds < 60:
+    if round(seconds, 1) < 60:
         return f"{seconds:.1f} s"
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)

@@ -24,6 +24,7 @@ JOB_ID = "0123456789abcdef" * 2
         ("lr_schedule=cosine", "cosine"),
         ("tokenizer=train:300", "train:300"),
         ("tokenizer=true", "true"),
+        ('tokenizer="bytes"', "bytes"),
         (f"init_from={JOB_ID}@50", InitFrom(job_id=JOB_ID, checkpoint=50)),
         (f"init_from={JOB_ID}", InitFrom(job_id=JOB_ID, checkpoint=100)),
         (f'init_from={{"job_id": "{JOB_ID}"}}', InitFrom(job_id=JOB_ID)),
