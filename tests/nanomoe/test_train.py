@@ -9,21 +9,9 @@ from nanomoe.config import JobConfig
 from nanomoe.dropout import Dropout
 from nanomoe.execution import Execution
 from nanomoe.model import token_losses
+from nanomoe.run import OutOfMemory, Recorded, Run, Snapshot, Warned
 from nanomoe.tokenizer import load_tokenizer
-from nanomoe.train import (
-    Happened,
-    LossNotFinite,
-    OutOfMemory,
-    Recorded,
-    Run,
-    Snapshot,
-    Steps,
-    Stopped,
-    StopReason,
-    Undisturbed,
-    Warned,
-    train,
-)
+from nanomoe.train import Happened, LossNotFinite, Steps, Stopped, StopReason, Undisturbed, train
 
 TEXT = "o rato roeu a roupa do rei de roma, e a rainha com raiva resolveu remendar. " * 4
 SHAPE = {"tokenizer": "bytes", "block_size": 32, "n_layer": 2, "n_head": 2, "n_embd": 16}
