@@ -11,6 +11,7 @@ from anyio import to_thread
 from service import migrate, store
 from service.database import Database, open_database
 from service.errors import ServiceError
+from service.generation import Generation
 from service.queue import Rescuer
 from service.settings import Settings
 from service.wakeups import Wakeups
@@ -25,6 +26,7 @@ class Context:
     settings: Settings
     database: Database
     wakeups: Wakeups
+    generation: Generation
 
 
 @asynccontextmanager
@@ -38,15 +40,18 @@ async def open_context(settings: Settings) -> AsyncIterator[Context]:
     database = await to_thread.run_sync(_open, settings)
     with closing(database):
         wakeups = Wakeups(database)
+        generation = Generation(settings)
+        await generation.start()
         rescuer = Rescuer(database, settings.rescue_seconds)
         rescuing = asyncio.create_task(_rescue_now_and_then(rescuer, settings.rescue_seconds))
         try:
-            yield Context(settings, database, wakeups)
+            yield Context(settings, database, wakeups, generation)
         finally:
             wakeups.close()
             rescuing.cancel()
             with suppress(asyncio.CancelledError):
                 await rescuing
+            await generation.stop()
 
 
 def _open(settings: Settings) -> Database:

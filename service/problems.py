@@ -6,6 +6,7 @@ route.
 
 from collections.abc import Iterable, Mapping
 from http import HTTPStatus
+from itertools import islice
 from math import ceil
 from typing import Any
 
@@ -41,17 +42,10 @@ def _short(text: str) -> str:
     return cut.encode("utf-8", "replace").decode()
 
 
-def respond(
-    status: int,
-    code: str,
-    detail: str,
-    *,
-    title: str | None = None,
-    errors: Iterable[Mapping[str, Any]] = (),
-    headers: Mapping[str, str] | None = None,
-) -> Response:
-    """A problem as an HTTP answer. `errors`: `{"loc": [...], "msg": ...}` of each faulty field."""
-    problem = Problem(
+def _problem(
+    status: int, code: str, detail: str, title: str | None = None, errors: Iterable[Mapping[str, Any]] = ()
+) -> Problem:
+    return Problem(
         type="about:blank",
         title=title or HTTPStatus(status).phrase,
         status=status,
@@ -62,16 +56,25 @@ def respond(
                 loc=[part if isinstance(part, int) else _short(str(part)) for part in error["loc"]],
                 msg=_short(error["msg"]),
             )
-            for _, error in zip(range(_MAX_ERRORS), errors, strict=False)
+            for error in islice(errors, _MAX_ERRORS)
         ],
     )
-    return Response(problem.model_dump_json(), status, headers, MEDIA_TYPE)
+
+
+def respond(status: int, code: str, detail: str, headers: Mapping[str, str] | None = None) -> Response:
+    """A problem as an HTTP answer."""
+    return Response(_problem(status, code, detail).model_dump_json(), status, headers, MEDIA_TYPE)
+
+
+def of_service_error(error: ServiceError) -> Problem:
+    """What a `ServiceError` says to a client."""
+    return _problem(error.status, error.code, error.detail, error.title, error.errors)
 
 
 def from_service_error(error: ServiceError) -> Response:
     """What a `ServiceError` answers."""
     headers = {} if error.retry_after is None else {"Retry-After": str(max(1, ceil(error.retry_after)))}
-    return respond(error.status, error.code, error.detail, title=error.title, errors=error.errors, headers=headers)
+    return Response(of_service_error(error).model_dump_json(), error.status, headers, MEDIA_TYPE)
 
 
 def invalid(errors: Iterable[Mapping[str, Any]], where: str = "") -> Invalid:

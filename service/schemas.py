@@ -501,6 +501,19 @@ class CheckpointView(CheckpointFigures):
 # Generation
 
 
+class TokenLogProb(View):
+    """A token that was chosen, and how probable it was."""
+
+    token: int
+    """Its id."""
+
+    text: str
+    """What it stands for; U+FFFD where it is part of a character."""
+
+    logprob: float
+    """ln of its probability under the model's own softmax, at temperature 1."""
+
+
 class Choice(View):
     """One continuation."""
 
@@ -516,8 +529,8 @@ class Choice(View):
     finish_reason: Literal["length", "stop"]
     """Whether `max_new_tokens` or a stop string ended it."""
 
-    logprobs: list[float] | None = None
-    """ln of each token's probability; null unless asked for."""
+    logprobs: list[TokenLogProb] | None = None
+    """Of each token; null unless asked for."""
 
 
 class Usage(View):
@@ -546,8 +559,8 @@ class Timing(View):
     """New tokens a second, over all continuations; null when there was nothing to time."""
 
 
-class GenerateResponse(View):
-    """The answer to `POST /generate`."""
+class GenerateEnd(View):
+    """What is known of a generation at its end: the last event of a stream, and the rest of a plain answer."""
 
     job_id: str
     """The job."""
@@ -555,26 +568,49 @@ class GenerateResponse(View):
     checkpoint: int
     """The percent that was used."""
 
-    prompt: str
-    """As sent."""
-
-    choices: list[Choice]
-    """The `n` continuations."""
-
     usage: Usage
     """What was counted."""
 
     timing: Timing
     """How long it took."""
 
-    seed: int | None = None
-    """The seed that was used."""
+    seed: int
+    """The seed that was used: it gives the same texts again."""
 
-    window_slid: bool = False
+    window_slid: bool
     """Whether the context grew past `block_size`, so that its earliest tokens were forgotten."""
 
-    numerics: str | None = None
+    numerics: str
     """How the engine computed."""
+
+
+class GenerateResponse(GenerateEnd):
+    """The answer to `POST /generate`."""
+
+    prompt: str
+    """As sent."""
+
+    choices: list[Choice]
+    """The `n` continuations."""
+
+
+class GenerateChunk(View):
+    """`event: chunk`: what a continuation has gained since its last chunk."""
+
+    index: int
+    """Which of the `n` continuations."""
+
+    text: str
+    """Never cut inside a character."""
+
+    tokens: list[int]
+    """The new tokens; the text of the last ones may still be held back."""
+
+    logprobs: list[TokenLogProb] | None = None
+    """Of each of `tokens`; null unless asked for."""
+
+    finish_reason: Literal["length", "stop"] | None
+    """Set in a continuation's last chunk."""
 
 
 # Events

@@ -5,6 +5,8 @@ from typing import Any, cast
 
 from nanomoe.config import ConfigWarning, JobConfig
 from service import schemas
+from service.engine_messages import Chunk, LogProbs
+from service.generation import EngineResult, Summary
 from service.submission import Assessment
 from service.tables import Checkpoint, Job, Worker
 
@@ -136,3 +138,57 @@ def worker(row: Worker, running: Sequence[Job]) -> schemas.WorkerView:
         last_seen_at=row.last_seen_at,
         stopped_at=row.stopped_at,
     )
+
+
+def _logprobs(given: Sequence[LogProbs] | None) -> list[schemas.TokenLogProb] | None:
+    if given is None:
+        return None
+    return [schemas.TokenLogProb.model_validate(one.chosen.model_dump()) for one in given]
+
+
+def generate_chunk(chunk: Chunk) -> schemas.GenerateChunk:
+    """A piece of a continuation as a stream sends it."""
+    return schemas.GenerateChunk(
+        index=chunk.index,
+        text=chunk.text,
+        tokens=list(chunk.tokens),
+        logprobs=_logprobs(chunk.logprobs),
+        finish_reason=chunk.finish_reason,
+    )
+
+
+def generate_end(row: Checkpoint, seed: int, summary: Summary) -> schemas.GenerateEnd:
+    """The last event of a stream."""
+    return schemas.GenerateEnd(
+        job_id=row.job_id,
+        checkpoint=row.percent,
+        usage=schemas.Usage(
+            prompt_tokens=summary.prompt_tokens,
+            completion_tokens=summary.completion_tokens,
+            total_tokens=summary.prompt_tokens + summary.completion_tokens,
+        ),
+        timing=schemas.Timing(
+            queue_seconds=summary.timing.queue_seconds,
+            first_token_seconds=summary.timing.first_token_seconds,
+            tok_per_sec=summary.timing.tok_per_sec,
+        ),
+        seed=seed,
+        window_slid=summary.window_slid,
+        numerics=summary.numerics,
+    )
+
+
+def generated(row: Checkpoint, prompt: str, seed: int, result: EngineResult) -> schemas.GenerateResponse:
+    """The answer to `POST /generate`."""
+    choices = [
+        schemas.Choice(
+            index=choice.index,
+            text=choice.text,
+            tokens=list(choice.tokens),
+            finish_reason=choice.finish_reason,
+            logprobs=_logprobs(choice.logprobs),
+        )
+        for choice in result.choices
+    ]
+    end = generate_end(row, seed, result.summary)
+    return schemas.GenerateResponse(**dict(end), prompt=prompt, choices=choices)

@@ -86,10 +86,12 @@ class Api:
                     "eta_seconds": 5.0}  # fmt: skip
         queue.record_steps(self.db, claim, columns, progress)
 
-    def record_checkpoint(self, claim: queue.Claim, percent: int, step: int) -> None:
-        """A checkpoint with two files that are really there."""
+    def record_checkpoint(
+        self, claim: queue.Claim, percent: int, step: int, files: dict[str, bytes] | None = None
+    ) -> None:
+        """A checkpoint whose files are really there: two small ones, or those given."""
         folder = store.checkpoint_folder(claim.job_id, claim.fence, percent)
-        files = {"config.json": b"{}\n", "model.safetensors": bytes(range(256)) * 4}
+        files = files or {"config.json": b"{}\n", "model.safetensors": bytes(range(256)) * 4}
         manifest, sha256 = checkpoint.write(self.context.settings.data_dir / folder, files)
         queue.record_checkpoint(
             self.db,
