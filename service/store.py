@@ -306,8 +306,10 @@ def join_installation(db: Database, data_dir: Path, *, create: bool = False) -> 
     they differ, or when only one of them has an id.
     """
     file = data_dir / "installation"
-    on_disk = file.read_text(encoding="ascii").strip() if file.exists() else None
     with db.write() if create else db.read() as session:
+        if create and not db.is_sqlite:  # one at a time; SQLite has one writer anyway
+            session.execute(sa.text("LOCK TABLE installation IN EXCLUSIVE MODE"))
+        on_disk = file.read_text(encoding="ascii").strip() if file.exists() else None
         in_database = session.exec(select(Installation.id)).first()
         if create and in_database is None and (on_disk is None or not _has_jobs(data_dir)):
             in_database = on_disk or uuid.uuid4().hex

@@ -1,0 +1,169 @@
+"""Any history of the queue that Hypothesis can think of, on both databases, against three promises.
+
+The fence only grows, a job ends once, and nothing is written under an old fence.
+"""
+
+from typing import Any
+
+import sqlalchemy as sa
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    multiple,
+    rule,
+    run_state_machine_as_test,
+)
+
+from service import queue, store
+from service.database import Database
+from service.errors import Conflict, LeaseLost
+from service.queue import Claim, NewJob
+from service.store import TERMINAL, Job, Text, Worker, WorkerIdentity
+from service.tables import table
+from tests.databases import Clock
+
+LEASE = 60.0
+MAY_BECOME = {
+    "queued": {"running", "paused", "cancelled"},
+    "running": {"queued", "paused", "succeeded", "failed", "cancelled"},
+    "paused": {"queued", "cancelled"},
+    "succeeded": set(),
+    "failed": set(),
+    "cancelled": set(),
+}
+OWNERS_WRITES: dict[str, Any] = {
+    "heartbeat": lambda db, claim: queue.heartbeat(db, claim, {"step": 1}),
+    "steps": lambda db, claim: queue.record_steps(
+        db, claim, {"step": [1], "train_loss": [float(claim.fence)], "lr": [0.1], "grad_norm": [1.0]}
+    ),
+    "checkpoint": lambda db, claim: queue.record_checkpoint(
+        db, claim, percent=0, step=0, epoch=0, folder=f"f{claim.fence}", manifest_sha256="m", files=[], metrics={}
+    ),
+    "snapshot": lambda db, claim: queue.record_snapshot(
+        db, claim, step=1, folder=f"f{claim.fence}", manifest_sha256="m"
+    ),
+    "rewind": lambda db, claim: queue.rewind(db, claim, 0),
+    "succeed": lambda db, claim: queue.finish(db, claim, "succeeded"),
+    "fail": lambda db, claim: queue.finish(db, claim, "failed", error={"code": "e", "message": "m"}),
+    "drain": lambda db, claim: queue.release(db, claim),
+    "crash": lambda db, claim: queue.release(db, claim, crash="signal 9"),
+    "pause": lambda db, claim: queue.release(db, claim, pause_reason="the disk is full"),
+}
+
+
+class Histories(RuleBasedStateMachine):
+    """Users, workers, rescuers and the clock, in any order."""
+
+    jobs = Bundle("jobs")
+    claims = Bundle("claims")
+
+    def __init__(self, db: Database, clock: Clock) -> None:
+        super().__init__()
+        self.db = db
+        self.clock = clock
+        self.before: dict[str, Job] = {}
+        self.ended: dict[str, int] = {}
+
+    @initialize()
+    def begin(self) -> None:
+        self.workers = [WorkerIdentity(name=str(number)) for number in range(2)]
+        for worker in self.workers:
+            store.worker_started(self.db, worker)
+
+    @rule(target=jobs, priority=st.integers(0, 1))
+    def submit(self, priority: int) -> str:
+        job, _ = queue.submit(self.db, NewJob(text="a b", config={}, priority=priority))
+        self.before[job.id] = job
+        return job.id
+
+    @rule(target=claims, number=st.integers(0, 1))
+    def claim(self, number: int) -> Any:
+        claimable = [job for job in self.with_status("queued") if job.run_at <= self.clock.now]
+        found = queue.claim(self.db, self.workers[number], LEASE)
+        if found is None:
+            assert not claimable
+            return multiple()
+        assert found.job_id == min(claimable, key=lambda job: (-job.priority, job.run_at, job.id)).id
+        assert found.fence == self.before[found.job_id].fence + 1
+        return found
+
+    @rule(claim=claims, write=st.sampled_from(sorted(OWNERS_WRITES)))
+    def owner_writes(self, claim: Claim, write: str) -> None:
+        row = self.before[claim.job_id]
+        owns = row.status == "running" and row.fence == claim.fence
+        recorded = self.recorded(claim.job_id)
+        try:
+            OWNERS_WRITES[write](self.db, claim)
+        except LeaseLost:
+            assert not owns
+            assert store.get_job(self.db, claim.job_id) == row
+            assert self.recorded(claim.job_id) == recorded
+        else:
+            assert owns
+
+    @rule(job_id=jobs, ask=st.sampled_from([queue.request_cancel, queue.request_pause, queue.resume]))
+    def user_asks(self, job_id: str, ask: Any) -> None:
+        row = self.before[job_id]
+        try:
+            ask(self.db, job_id)
+        except Conflict:
+            assert row.status in TERMINAL
+            assert store.get_job(self.db, job_id) == row
+
+    @rule(number=st.integers(0, 1))
+    def worker_is_seen(self, number: int) -> None:
+        store.worker_seen(self.db, self.workers[number].id)
+
+    @rule()
+    def rescue(self) -> None:
+        now = self.clock.now
+        expected = {job.id for job in self.with_status("running") if job.lease_until is None or job.lease_until < now}
+        assert {job.id for job in queue.rescue(self.db)} == expected
+
+    @rule(seconds=st.sampled_from([1, 20, 61, 1000]))
+    def time_passes(self, seconds: float) -> None:
+        self.clock.advance(seconds)
+
+    @invariant()
+    def promises_hold(self) -> None:
+        found = {job.id: job for job in store.list_jobs(self.db, limit=100)}
+        assert found.keys() == self.before.keys()
+        for job_id, before in self.before.items():
+            job = found[job_id]
+            if job == before:
+                continue
+            assert job.fence - before.fence in (0, 1)
+            if before.status in TERMINAL:
+                assert job == before
+            if job.status != before.status:
+                assert job.status in MAY_BECOME[before.status]
+                self.ended[job_id] = self.ended.get(job_id, 0) + (job.status in TERMINAL)
+            assert (job.fence > before.fence) == (job.status == "running" != before.status)
+            assert self.ended.get(job_id, 0) <= 1
+            self.before[job_id] = job
+            events = store.events_after(self.db, job_id, 0)
+            assert [event.seq for event in events] == list(range(1, job.event_seq + 1))
+            assert [event.data["status"] for event in events if event.kind == "status"][-1] == job.status
+
+    def with_status(self, status: str) -> list[Job]:
+        return [job for job in self.before.values() if job.status == status]
+
+    def recorded(self, job_id: str) -> Any:
+        snapshot = store.find_snapshot(self.db, job_id)
+        return store.series(self.db, job_id), store.list_checkpoints(self.db, job_id), snapshot
+
+    def teardown(self) -> None:
+        with self.db.write() as session:
+            for rows in (Job, Text, Worker):
+                session.execute(sa.delete(table(rows)))
+
+
+def test_no_history_breaks_a_promise(db: Database, clock: Clock) -> None:
+    run_state_machine_as_test(
+        lambda: Histories(db, clock),
+        settings=settings(max_examples=20, stateful_step_count=30, suppress_health_check=list(HealthCheck)),
+    )
