@@ -270,7 +270,8 @@ class Generation:
         self._ready = False
         self._listening = asyncio.create_task(self._listen(process))
         # Now, while the process has one thread: those that it starts inherit the priority.
-        os.setpriority(os.PRIO_PROCESS, process.pid, settings.engine_nice)
+        with contextlib.suppress(ProcessLookupError):  # it has died already, which is noticed where it is read
+            os.setpriority(os.PRIO_PROCESS, process.pid, settings.engine_nice)
         start = Start(
             parent=os.getpid(),
             device=settings.engine_device,
