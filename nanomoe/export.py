@@ -72,7 +72,7 @@ def gpt2_model(weights: Mapping[str, Tensor], config: ModelConfig) -> "GPT2LMHea
         "eos_token_id": None,
     }
     model: GPT2LMHeadModel = GPT2LMHeadModel(GPT2Config(**theirs))
-    model.to(dtype=wte.dtype)
+    torch.nn.Module.to(model, dtype=wte.dtype)  # the class decorates its own with a signature that mypy cannot read
     model.eval()
     model.load_state_dict(gpt2_weights(weights, config))
     return model

@@ -16,6 +16,22 @@ from torch import Tensor
 
 from nanomoe.run import OutOfMemory, Recorded, Run, Snapshot, Warned
 
+__all__ = [
+    "Control",
+    "Happened",
+    "LossNotFinite",
+    "OutOfMemory",
+    "Recorded",
+    "Run",
+    "Snapshot",
+    "Steps",
+    "StopReason",
+    "Stopped",
+    "Undisturbed",
+    "Warned",
+    "train",
+]
+
 REPORT_SECONDS = 0.25
 """Step figures are gathered this long before they are yielded: reading them waits for the device."""
 

@@ -37,7 +37,7 @@ from worker.protocol import (
 if TYPE_CHECKING:
     from nanomoe.execution import Execution
     from nanomoe.tokenizer import Tokenizer
-    from nanomoe.train import Recorded, Run, Snapshot
+    from nanomoe.run import Recorded, Run, Snapshot
 
 
 class Wire:
@@ -114,7 +114,7 @@ class Writer:
 
     def _commit(self, what: "Recorded | Snapshot") -> None:
         from nanomoe import checkpoint
-        from nanomoe.train import Recorded
+        from nanomoe.run import Recorded
 
         if isinstance(what, Recorded):
             name = f"f{self._fence}-{what.percent}"
@@ -178,7 +178,7 @@ def _prepare(start: Start, wire: Wire) -> "Run":
     from nanomoe import checkpoint
     from nanomoe.execution import Execution, find_device
     from nanomoe.size import n_active_params, n_params
-    from nanomoe.train import Run
+    from nanomoe.run import Run
 
     config = start.config
     text = Path(start.text_path).read_bytes().decode()

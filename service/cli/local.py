@@ -22,7 +22,7 @@ from service.cli.references import Reference
 
 if TYPE_CHECKING:
     from nanomoe.config import JobConfig
-    from nanomoe.train import Run
+    from nanomoe.run import Run
 
 
 class Format(StrEnum):
@@ -104,7 +104,7 @@ def _prepare(given: str, config: "JobConfig") -> "Run":
     from nanomoe.execution import DeviceUnavailable, Execution, find_device
     from nanomoe.plan import TextTooShort
     from nanomoe.tokenizer import TokenizerError, load_tokenizer
-    from nanomoe.train import Run
+    from nanomoe.run import Run
 
     here = settings()
     try:
