@@ -71,7 +71,14 @@ class Decoder:
     def __init__(
         self, weights: Mapping[str, Tensor], config: ModelConfig, device: torch.device | str = "cpu", n_rows: int = 1
     ) -> None:
-        """`weights`: the model's parameters and buffers by nanoGPT's names, any float type."""
+        """`weights`: the model's parameters and buffers by nanoGPT's names, any float type.
+
+        Raises:
+            ValueError: a weight is not finite.
+        """
+        for name, tensor in weights.items():
+            if not tensor.isfinite().all():
+                raise ValueError(f"{name} is not finite")
         self.config = config
         self.device = torch.device(device)
         self._head_dim = config.n_embd // config.n_head
@@ -292,7 +299,8 @@ class Decoder:
         """
         generator = torch.Generator().manual_seed(0)
         length = min(self.config.block_size, _PROBE_TOKENS)
-        hidden_errors, router_errors = [], [0.0]
+        hidden_errors: list[float] = []
+        router_errors = [0.0]
         for probe in torch.randint(len(self.wte_VC), (_PROBES, length), generator=generator).tolist():
             low_TC, low_wanted = self._forward([probe], torch.float32, None)
             high_TC, high_wanted = self._forward([probe], torch.float64, None)
@@ -305,8 +313,8 @@ class Decoder:
             for low_TE, high_TE in zip(low_wanted, high_wanted, strict=True):
                 router_errors += (low_TE - high_TE)[:same].abs().amax(-1).tolist()
                 router_errors += (high_TE[:same].abs().amax(-1) * 2.0**-24).tolist()
-        if not hidden_errors:
-            return math.inf, math.inf
+        if not hidden_errors or not all(map(math.isfinite, hidden_errors + router_errors)):
+            return math.inf, math.inf  # float32 says nothing about this model: every token is computed in float64
         return SAFETY * max(hidden_errors), SAFETY * max(router_errors)
 
     def _experts_of(self, wanted_TE: Tensor) -> list[list[int]]:

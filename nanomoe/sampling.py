@@ -93,7 +93,7 @@ def choose(
     """
     if sampling.greedy:
         rivals = np.flatnonzero(logits >= logits.max() - max(2 * error, TIE))
-        if error and len(rivals) > 1:
+        if error and len(rivals) != 1:  # none, where float32 overflowed
             return None
         return int(rivals.min() if ids is None else ids[rivals].min())
     assert noise is not None, "sampling needs noise"

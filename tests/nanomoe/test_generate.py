@@ -1,0 +1,287 @@
+"""Every text is compared with `generate_reference`, a plain float64 loop over the model itself."""
+
+import math
+import random
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from nanomoe import generate
+from nanomoe.config import ModelConfig
+from nanomoe.generate import Continuation, Engine, Request, continue_tokens, generate_reference
+from nanomoe.model import GPT
+from nanomoe.sampling import Sampling
+
+BLOCK_SIZE = 24
+CONFIGS = {
+    "dense": {},
+    "dense without bias": {"bias": False},
+    "moe": {"use_moe": True, "n_experts": 8, "k": 2},
+    "moe, every option": {
+        "use_moe": True,
+        "n_experts": 5,
+        "k": 3,
+        "moe_stride": 1,
+        "norm_topk_prob": False,
+        "router_score": "sigmoid",
+        "n_shared_experts": 2,
+        "expert_hidden_ratio": 0.5,
+        "router_bias_update_rate": 0.01,
+        "router_noise": True,
+        "capacity_factor": 0.1,
+        "bias": False,
+    },
+    "moe, one expert": {"use_moe": True, "n_experts": 1, "k": 1},
+}
+
+
+def _model(vocab_size: int = 97, *, spread: float = 6.0, seed: int = 0, **knobs: object) -> GPT:
+    """A random model whose weights are spread so widely that its choices depend on all of the context."""
+    config = ModelConfig.model_validate({"block_size": BLOCK_SIZE, "n_layer": 2, "n_head": 2, "n_embd": 16, **knobs})
+    model = GPT(config, vocab_size)
+    model.init_weights(seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(spread)
+            else:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        for layer in model.moe_layers.values():
+            if layer.router.balance_bias is not None:
+                layer.router.balance_bias.normal_(0, 0.1, generator=generator)
+    return model
+
+
+def _engine(model: GPT, **options: int) -> Engine:
+    return Engine(model.state_dict(), model.config, **options)
+
+
+def _requests(
+    n: int, vocab_size: int, samplings: Sequence[Sampling], *, longest: int = 2 * BLOCK_SIZE
+) -> list[Request]:
+    chance = random.Random(0)  # noqa: S311
+    return [
+        Request(
+            prompt=[chance.randrange(vocab_size) for _ in range(chance.randint(1, longest))],
+            max_new_tokens=chance.randint(1, longest),
+            sampling=samplings[n % len(samplings)],
+            seed=n,
+        )
+        for n in range(n)
+    ]
+
+
+def _texts(continuations: Sequence[Continuation]) -> list[list[int]]:
+    return [continuation.new for continuation in continuations]
+
+
+MIXED = [Sampling(0), Sampling(1.0), Sampling(0.7, top_k=5), Sampling(1.0, top_p=0.8), Sampling(2.0, top_k=1)]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_greedy_text_equals_the_uncached_float64_loop(name: str) -> None:
+    model = _model(**CONFIGS[name])
+    requests = _requests(12, 97, [Sampling(0)])
+    weights = model.state_dict()
+    expected = [generate_reference(weights, model.config, request) for request in requests]
+    assert _texts(_engine(model).run(requests)) == expected
+
+
+@pytest.mark.parametrize("name", ["dense", "moe", "moe, every option"])
+def test_sampled_text_equals_the_uncached_float64_loop(name: str) -> None:
+    model = _model(**CONFIGS[name])
+    requests = _requests(10, 97, MIXED)
+    weights = model.state_dict()
+    expected = [generate_reference(weights, model.config, request) for request in requests]
+    assert _texts(_engine(model).run(requests)) == expected
+
+
+@pytest.mark.parametrize("name", ["dense", "moe"])
+def test_a_text_does_not_depend_on_who_else_is_served(name: str) -> None:
+    model = _model(vocab_size=700, **CONFIGS[name])
+    requests = _requests(40, 700, MIXED)
+    alone = [_engine(model).run([request])[0].new for request in requests[:15]]
+
+    crowded = _engine(model, max_running=17)
+    chance = random.Random(1)  # noqa: S311
+    continuations: list[Continuation] = []
+    for request in requests:
+        continuations.append(crowded.submit(request))
+        for _ in range(chance.randrange(4)):
+            crowded.step()
+        if len(continuations) > 20 and chance.random() < 0.3:
+            crowded.cancel(continuations[chance.randrange(15, len(continuations))])
+    while not all(continuation.finished for continuation in continuations):
+        crowded.step()
+    assert _texts(continuations[:15]) == alone
+
+
+def _roughened(engine: Engine) -> Engine:
+    """The engine as on a machine that rounds far worse: hidden states moved by as much as their bound allows."""
+    decoder = engine._decoder
+    generator = torch.Generator().manual_seed(0)
+
+    def roughened(compute: Callable[..., tuple[Tensor, list[bool]]]) -> Callable[..., tuple[Tensor, list[bool]]]:
+        def moved(*args: Sequence[int]) -> tuple[Tensor, list[bool]]:
+            hidden_NC, certain = compute(*args)
+            direction_NC = torch.randn(hidden_NC.shape, generator=generator)
+            return hidden_NC + 0.99 * decoder.error * direction_NC / direction_NC.norm(dim=1, keepdim=True), certain
+
+        return moved
+
+    decoder.step, decoder.prefill = roughened(decoder.step), roughened(decoder.prefill)  # type: ignore[method-assign]
+    return engine
+
+
+@pytest.mark.parametrize("bounded", [True, False])
+def test_texts_survive_any_error_within_the_bound_because_of_the_bound(
+    bounded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nanomoe.decoder.SAFETY", 1e5)
+    model = _model(spread=3.0)
+    requests = _requests(10, 97, MIXED)
+    weights = model.state_dict()
+    expected = [generate_reference(weights, model.config, request) for request in requests]
+    engine = _roughened(_engine(model))
+    if bounded:
+        assert _texts(engine.run(requests)) == expected
+        assert engine.n_recomputed > 0
+    else:
+        engine._output._hidden_error = 0.0
+        assert _texts(engine.run(requests)) != expected
+
+
+def test_routing_too_close_to_call_is_recomputed_and_the_cache_put_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _model(**CONFIGS["moe"])
+    requests = _requests(8, 97, [Sampling(0)])
+    weights = model.state_dict()
+    expected = [generate_reference(weights, model.config, request) for request in requests]
+    engine = _engine(model)
+    monkeypatch.setattr(engine._decoder, "_router_error", 0.02)
+    assert _texts(engine.run(requests)) == expected
+    assert engine.n_recomputed > 5
+
+
+def test_most_tokens_are_decided_in_float32() -> None:
+    for name in ("dense", "moe"):
+        model = _model(spread=3.0, **CONFIGS[name])
+        requests = _requests(20, 97, MIXED)
+        engine = _engine(model)
+        engine.run(requests)
+        assert engine.n_recomputed < 0.05 * sum(request.max_new_tokens for request in requests)
+
+
+@pytest.mark.parametrize("spread", [1.0, 4.0, 10.0])
+@pytest.mark.parametrize("name", ["dense", "moe"])
+def test_the_error_bound_is_far_above_the_errors_that_occur(name: str, spread: float) -> None:
+    model = _model(spread=spread, **CONFIGS[name])
+    decoder = _engine(model)._decoder
+    chance = random.Random(3)  # noqa: S311
+    largest = 0.0
+    for _ in range(40):
+        window = [chance.randrange(97) for _ in range(chance.randint(1, BLOCK_SIZE))]
+        hidden_NC, (certain,) = decoder.prefill([window])
+        if certain:
+            largest = max(largest, (hidden_NC[0].double() - decoder.exact(window)).norm().item())
+    assert 0 < largest < decoder.error / 10
+
+
+def test_a_large_vocabulary_is_read_through_a_short_list_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _model(vocab_size=1000)
+    requests = _requests(10, 1000, MIXED)
+    weights = model.state_dict()
+    expected = [generate_reference(weights, model.config, request) for request in requests]
+    monkeypatch.setattr("nanomoe.output_layer._SMALL_BYTES", 0)
+    monkeypatch.setattr("nanomoe.output_layer._seconds", lambda work, _: 1.0 if "unscaled" in work.__name__ else 2.0)
+    engine = _engine(model)
+    assert "int8" in engine.numerics
+    assert _texts(engine.run(requests)) == expected
+
+
+def test_window_slid_tells_whether_a_token_was_chosen_without_the_oldest_ones() -> None:
+    engine = _engine(_model())
+
+    def slid(n_prompt: int, n_new: int) -> bool:
+        return engine.run([Request([1] * n_prompt, n_new, Sampling(0))])[0].window_slid
+
+    assert not slid(BLOCK_SIZE, 1)
+    assert slid(BLOCK_SIZE, 2)
+    assert not slid(4, BLOCK_SIZE - 3)
+    assert slid(4, BLOCK_SIZE - 2)
+    assert slid(BLOCK_SIZE + 1, 1)
+
+
+def test_logprobs_are_those_of_the_models_own_softmax() -> None:
+    model = _model(**CONFIGS["moe"])
+    engine = _engine(model)
+    request = Request([5, 6, 7], 30, Sampling(0.5, top_k=10), seed=1, logprobs=3)
+    continuation = engine.run([request])[0]
+    tokens = continuation.tokens
+    assert len(continuation.logprobs) == 30
+    for n, found in enumerate(continuation.logprobs):
+        window_BT = torch.tensor([tokens[: 3 + n][-BLOCK_SIZE:]])
+        with torch.no_grad():
+            expected = model.double()(window_BT).logits_BTV[0, -1].log_softmax(-1)
+        assert math.isclose(found.chosen, expected[tokens[3 + n]].item(), abs_tol=1e-4)
+        assert list(found.likeliest) == expected.topk(3).indices.tolist()
+    silent = engine.run([Request([5, 6, 7], 30, Sampling(0.5, top_k=10), seed=1)])[0]
+    assert silent.new == continuation.new
+    assert silent.logprobs == []
+
+
+def test_sequences_beyond_max_running_wait_for_a_free_slot() -> None:
+    engine = _engine(_model(), max_running=2)
+    continuations = [engine.submit(Request([n], 3, Sampling(0))) for n in range(5)]
+    engine.step()
+    assert (engine.n_running, engine.n_waiting) == (2, 3)
+    engine.cancel(continuations[0])
+    engine.cancel(continuations[4])
+    assert (engine.n_running, engine.n_waiting) == (1, 2)
+    while engine.n_running:
+        engine.step()
+    assert [len(continuation.new) for continuation in continuations] == [1, 3, 3, 3, 0]
+
+
+def test_the_cache_holds_no_more_sequences_than_its_bytes_allow() -> None:
+    model = _model()
+    row_bytes = 4 * 2 * 2 * 16 * BLOCK_SIZE
+    assert _engine(model, cache_bytes=3 * row_bytes).max_running == 3
+    assert _engine(model, cache_bytes=1).max_running == 1
+
+
+def test_many_prompts_are_prefilled_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _model()
+    requests = _requests(20, 97, [Sampling(0)])
+    whole = _texts(_engine(model).run(requests))
+    monkeypatch.setattr(generate, "_PREFILL_TOKENS", 30)
+    assert _texts(_engine(model).run(requests)) == whole
+
+
+def test_what_cannot_be_continued_is_refused() -> None:
+    engine = _engine(_model())
+    with pytest.raises(ValueError, match="no tokens"):
+        Request([], 1)
+    with pytest.raises(ValueError, match="at least 1"):
+        Request([1], 0)
+    for token in (-1, 97):
+        with pytest.raises(ValueError, match="outside of the vocabulary of 97"):
+            engine.submit(Request([0, token], 1))
+
+
+def test_weights_that_are_not_finite_are_refused() -> None:
+    model = _model()
+    with torch.no_grad():
+        model.transformer.ln_f.weight[3] = math.nan
+    with pytest.raises(ValueError, match=r"transformer\.ln_f\.weight is not finite"):
+        _engine(model)
+
+
+def test_a_model_continues_tokens_as_its_checkpoint_would() -> None:
+    model = _model(**CONFIGS["moe"])
+    added = continue_tokens(model, [1, 2, 3], max_new_tokens=30, temperature=0.9, top_k=5, seed=11)
+    request = Request([1, 2, 3], 30, Sampling(0.9, 5), seed=11)
+    assert added == generate_reference(model.state_dict(), model.config, request)
+    assert continue_tokens(model, [1], max_new_tokens=0, temperature=0.0, top_k=None, seed=0) == []
