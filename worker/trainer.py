@@ -36,8 +36,8 @@ from worker.protocol import (
 
 if TYPE_CHECKING:
     from nanomoe.execution import Execution
-    from nanomoe.tokenizer import Tokenizer
     from nanomoe.run import Recorded, Run, Snapshot
+    from nanomoe.tokenizer import Tokenizer
 
 
 class Wire:
@@ -177,8 +177,8 @@ def _prepare(start: Start, wire: Wire) -> "Run":
     """Everything from the start message to a model that can train, on its device."""
     from nanomoe import checkpoint
     from nanomoe.execution import Execution, find_device
-    from nanomoe.size import n_active_params, n_params
     from nanomoe.run import Run
+    from nanomoe.size import n_active_params, n_params
 
     config = start.config
     text = Path(start.text_path).read_bytes().decode()

@@ -194,7 +194,7 @@ class NanoMoEForCausalLM(PreTrainedModel, GenerationMixin):
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, **kwargs: object) -> CausalLMOutput:
         """Logits (B, T, V) of each next token, and with `labels` (shifted here, -100 ignored) their mean loss."""
         T = input_ids.shape[1]
-        if T > self.config.block_size:
+        if self.config.block_size < T:
             raise ValueError(f"{T} tokens do not fit the model's {self.config.block_size} positions")
         x_BTC = self.transformer["wte"](input_ids) + self.transformer["wpe"](torch.arange(T, device=input_ids.device))
         for block in self.transformer["h"]:

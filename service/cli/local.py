@@ -103,8 +103,8 @@ def _prepare(given: str, config: "JobConfig") -> "Run":
     """Text and config to a model that can train; raises Mistake for what cannot be."""
     from nanomoe.execution import DeviceUnavailable, Execution, find_device
     from nanomoe.plan import TextTooShort
-    from nanomoe.tokenizer import TokenizerError, load_tokenizer
     from nanomoe.run import Run
+    from nanomoe.tokenizer import TokenizerError, load_tokenizer
 
     here = settings()
     try:
