@@ -96,13 +96,17 @@ def test_bytes_that_are_no_character_become_the_replacement_character() -> None:
     assert load_tokenizer("bytes").decode([*b"a", 0xC3, *b"b"]) == "a\ufffdb"
 
 
-def of_llamas_words() -> Tokenizer:
-    """A tokenizer that splits as Llama 3 does: line ends stick to what is before them, and a word to one sign."""
+# Merges of spaces, line ends and signs: a cut at the wrong place changes the tokens around it.
+SPACED = load_tokenizer("train:500", text="uma  vez\n\n um.\n\n\n dia \n\n,  \n-se -se\n  .\n\n   fim" * 20)
+
+
+def split_as_llama_3() -> Tokenizer:
+    """Line ends stick to the sign before them, and a word to the one sign before it."""
     words = (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
         r"\s*[\r\n]+|\s+(?!\S)|\s+"
     )
-    backend = Backend.from_str(BUNDLED.definition)
+    backend = Backend.from_str(SPACED.definition)
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(words), "isolated"),
@@ -112,11 +116,12 @@ def of_llamas_words() -> Tokenizer:
     return Tokenizer("llama", backend.to_str())
 
 
-WHOLE = {tokenizer: Backend.from_str(tokenizer.definition) for tokenizer in [*TOKENIZERS, of_llamas_words()]}
+SPACED_TEXTS = st.lists(st.sampled_from([" ", " ", "\n", "\n", "\r", ".", ",", "-", "uma", "vez", "1"])).map("".join)
+WHOLE = {tokenizer: Backend.from_str(tokenizer.definition) for tokenizer in [BUNDLED, SPACED, split_as_llama_3()]}
 
 
 @pytest.mark.parametrize("tokenizer", WHOLE, ids=lambda tokenizer: tokenizer.name)
-@given(text=TEXTS)
+@given(text=TEXTS | SPACED_TEXTS)
 @example(text="".join(path.read_text(encoding="utf-8") for path in HELD_OUT))
 def test_a_long_text_cut_in_pieces_has_the_tokens_of_the_whole(tokenizer: Tokenizer, text: str) -> None:
     whole = WHOLE[tokenizer].encode(text, add_special_tokens=False).ids
@@ -504,7 +509,11 @@ def test_a_tokenizer_that_would_give_other_bytes_is_refused(
         ),
         ({"vocab.json": '{"a": 0}', "merges.txt": "#version: 0.2\nx y\n"}, "tokenizer_unsuitable"),
         (
-            {"vocab.json": "{}", "merges.txt": "", "tokenizer_config.json": '{"tokenizer_class": "CLIPTokenizer"}'},
+            {
+                "vocab.json": json.dumps(json.loads(BUNDLED.definition)["model"]["vocab"]),
+                "merges.txt": "#version: 0.2\n",
+                "tokenizer_config.json": '{"tokenizer_class": "CLIPTokenizer"}',
+            },
             "tokenizer_unsuitable",
         ),
     ],
