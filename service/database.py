@@ -102,6 +102,7 @@ class Database:
         Raises DatabaseUnavailable, StorageFull.
         """
         with _told_as_service_errors(), Session(self._writers, expire_on_commit=False) as session, session.begin():
+            session.connection()  # begins now, and not with the first statement
             yield session
             session.flush()
             if not self.is_sqlite:
