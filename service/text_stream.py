@@ -13,7 +13,7 @@ class TextStream:
     """The text of one continuation."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
-        """`stop`: strings, not empty, before the first of which the text ends."""
+        """`stop`: strings, not empty; the text ends before the first that is complete."""
         self._decoder = IncrementalDecoder(tokenizer)
         self._stop = stop
         self._held = ""
@@ -41,10 +41,11 @@ class TextStream:
         if self.stopped:
             return ""
         text = self._held + new
-        found = [at for stop in self._stop if (at := text.find(stop)) >= 0]
-        if found:
+        # The one that is complete first, so that it does not matter how many tokens come at once.
+        found = min(((at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0), default=None)
+        if found is not None:
             self.stopped = True
-            return text[: min(found)]
+            return text[: found[1]]
         n_held = next((n for n in range(self._longest_held(text), 0, -1) if self._may_begin(text[-n:])), 0)
         self._held = text[len(text) - n_held :]
         return text[: len(text) - n_held]

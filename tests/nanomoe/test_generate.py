@@ -140,7 +140,7 @@ def _roughened(engine: Engine) -> Engine:
 def test_texts_survive_any_error_within_the_bound_because_of_the_bound(
     bounded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nanomoe.decoder.SAFETY", 1e5)
+    monkeypatch.setattr("nanomoe.decoder.SAFETY", 1e6)
     model = _model(spread=3.0)
     requests = _requests(10, 97, MIXED)
     weights = model.state_dict()

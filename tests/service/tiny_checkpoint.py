@@ -38,8 +38,13 @@ class TinyCheckpoint:
         )
 
 
-def write_tiny_checkpoint(folder: Path, *, seed: int = 0, tokenizer: str = "bytes", **knobs: object) -> TinyCheckpoint:
-    """A checkpoint with random weights, spread so widely that the likeliest token changes with the prompt."""
+def write_tiny_checkpoint(
+    folder: Path, *, seed: int = 0, tokenizer: str = "bytes", claimed: dict[str, object] | None = None, **knobs: object
+) -> TinyCheckpoint:
+    """A checkpoint with random weights, spread so widely that the likeliest token changes with the prompt.
+
+    `claimed`: knobs that its config.json has otherwise than the model.
+    """
     config = JobConfig.model_validate(
         {"tokenizer": tokenizer, "block_size": 32, "n_layer": 2, "n_head": 2, "n_embd": 16, **knobs}
     )
@@ -52,7 +57,7 @@ def write_tiny_checkpoint(folder: Path, *, seed: int = 0, tokenizer: str = "byte
     weights = model.state_dict()
     files = {
         **loaded.files(),
-        checkpoint.CONFIG: checkpoint.to_json(config.model_dump(mode="json")),
+        checkpoint.CONFIG: checkpoint.to_json(config.model_dump(mode="json") | (claimed or {})),
         checkpoint.WEIGHTS: save({name: tensor.contiguous() for name, tensor in weights.items()}),
     }
     _, manifest_sha256 = checkpoint.write(folder, files)

@@ -1,0 +1,210 @@
+"""The engine's server, turn by turn in this process; test_generation.py runs it as the process that it is."""
+
+import io
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from nanomoe.generate import Request, generate_reference
+from nanomoe.sampling import Sampling
+from service.engine import Server
+from service.engine_messages import (
+    Begun,
+    Cancel,
+    Chunk,
+    Done,
+    EngineRequest,
+    Failed,
+    FromEngine,
+    Generate,
+    Start,
+    parse_from_engine,
+)
+from tests.service.tiny_checkpoint import TinyCheckpoint, write_tiny_checkpoint
+
+
+class Driver:
+    """Sends requests to a server and reads its lines."""
+
+    def __init__(self, *, cache_bytes: int = 2**30, max_running: int = 8) -> None:
+        self._output = io.BytesIO()
+        start = Start(parent=os.getppid(), device="cpu", cache_bytes=cache_bytes, max_running=max_running)
+        self.server = Server(start, self._output)
+        self._n_read = 0
+        self._last_id = 0
+        self.said: dict[int, list[FromEngine]] = {}
+
+    def ask(self, request: EngineRequest, *, stream: bool = False) -> int:
+        """Send a request; returns its id."""
+        self._last_id += 1
+        self.said[self._last_id] = []
+        self.server.receive(Generate(id=self._last_id, stream=stream, request=request))
+        return self._last_id
+
+    def turn(self) -> None:
+        """One turn of the server, and read what it said."""
+        self.server.turn()
+        lines = self._output.getvalue()[self._n_read :].splitlines()
+        self._n_read = len(self._output.getvalue())
+        for line in lines:
+            message = parse_from_engine(line)
+            assert isinstance(message, Begun | Chunk | Done | Failed)
+            self.said[message.id].append(message)
+
+    def finish(self, *ids: int) -> None:
+        """Turn until these requests are answered in full."""
+        while not all(self.said[i] and isinstance(self.said[i][-1], Done | Failed) for i in ids):
+            self.turn()
+
+    def chunks(self, request_id: int) -> list[Chunk]:
+        """The chunks that a request was sent."""
+        return [message for message in self.said[request_id] if isinstance(message, Chunk)]
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> TinyCheckpoint:
+    return write_tiny_checkpoint(tmp_path / "tiny")
+
+
+def _reference(tiny: TinyCheckpoint, prompt: str, max_new_tokens: int, sampling: Sampling, **fields: int) -> list[int]:
+    request = Request(tiny.tokenizer.encode(prompt), max_new_tokens, sampling, **fields)
+    return generate_reference(tiny.weights, tiny.config, request)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_request_is_answered_with_its_text(tiny: TinyCheckpoint, stream: bool) -> None:
+    driver = Driver()
+    request_id = driver.ask(tiny.request("Era uma vez", 40), stream=stream)
+    driver.finish(request_id)
+    expected = _reference(tiny, "Era uma vez", 40, Sampling(0))
+    begun, *chunks, done = driver.said[request_id]
+    assert isinstance(begun, Begun)
+    assert [token for chunk in driver.chunks(request_id) for token in chunk.tokens] == expected
+    assert "".join(chunk.text for chunk in driver.chunks(request_id)) == tiny.tokenizer.decode(expected)
+    assert [chunk.finish_reason for chunk in driver.chunks(request_id)][-1] == "length"
+    assert (len(chunks) > 1) == stream
+    assert isinstance(done, Done)
+    assert (done.prompt_tokens, done.completion_tokens, done.window_slid) == (11, 40, True)
+    assert begun.at <= done.first_token_at <= done.finished_at <= time.monotonic()
+
+
+def test_every_choice_of_a_request_is_a_text_of_its_own(tiny: TinyCheckpoint) -> None:
+    driver = Driver()
+    request_id = driver.ask(tiny.request(n=3, temperature=1.0, seed=7))
+    driver.finish(request_id)
+    expected = {i: _reference(tiny, "Era uma vez", 8, Sampling(1.0), seed=7, index=i) for i in range(3)}
+    assert {chunk.index: list(chunk.tokens) for chunk in driver.chunks(request_id)} == expected
+    assert len({tuple(tokens) for tokens in expected.values()}) == 3
+
+
+def test_a_stop_string_across_tokens_ends_a_text_and_frees_its_slot(tiny: TinyCheckpoint) -> None:
+    text = tiny.tokenizer.decode(_reference(tiny, "Era", 30, Sampling(1.0), seed=1))
+    stop = text[9:12]
+    driver = Driver()
+    request_id = driver.ask(tiny.request("Era", 30, temperature=1.0, seed=1, stop=(stop,)), stream=True)
+    driver.finish(request_id)
+    assert "".join(chunk.text for chunk in driver.chunks(request_id)) == text[: text.find(stop)]
+    assert driver.chunks(request_id)[-1].finish_reason == "stop"
+    assert driver.server.n_sequences == 0
+
+
+def test_logprobs_name_each_token_and_its_rivals(tiny: TinyCheckpoint) -> None:
+    driver = Driver()
+    request_id = driver.ask(tiny.request(max_new_tokens=4, logprobs=2), stream=True)
+    driver.finish(request_id)
+    for chunk in driver.chunks(request_id):
+        assert chunk.logprobs is not None
+        for token, logprobs in zip(chunk.tokens, chunk.logprobs, strict=True):
+            assert logprobs.chosen == logprobs.likeliest[0], "greedy takes the likeliest"
+            assert logprobs.chosen.token == token
+            assert logprobs.chosen.text == tiny.tokenizer.decode([token])
+            assert logprobs.likeliest[1].logprob <= logprobs.chosen.logprob < 0
+
+
+def test_a_cancelled_request_says_nothing_more_and_frees_its_slots(tiny: TinyCheckpoint) -> None:
+    driver = Driver(max_running=2)
+    long = driver.ask(tiny.request(max_new_tokens=10_000, n=2))
+    waiting = driver.ask(tiny.request(max_new_tokens=1))
+    withdrawn = driver.ask(tiny.request(max_new_tokens=1))
+    while not driver.said[long]:
+        driver.turn()
+    assert driver.server.n_sequences == 2
+    driver.server.receive(Cancel(id=withdrawn))
+    driver.turn()
+    assert driver.said[waiting] == []
+    driver.server.receive(Cancel(id=long))
+    driver.finish(waiting)
+    assert driver.chunks(long) == []
+    assert driver.said[withdrawn] == []
+    assert driver.server.n_sequences == 0
+
+
+def test_a_request_joins_while_others_are_running(tiny: TinyCheckpoint) -> None:
+    driver = Driver()
+    long = driver.ask(tiny.request(max_new_tokens=10_000))
+    while not driver.said[long]:
+        driver.turn()
+    short = driver.ask(tiny.request(max_new_tokens=3))
+    driver.finish(short)
+    assert driver.server.n_sequences == 1
+    assert driver.chunks(long) == []
+
+
+def test_the_least_recently_used_checkpoint_leaves_a_full_cache(tmp_path: Path) -> None:
+    a, b, c = (write_tiny_checkpoint(tmp_path / name, seed=n) for n, name in enumerate("abc"))
+    measuring = Driver()
+    measuring.finish(measuring.ask(a.request()))
+    n_bytes = sum(loaded.engine.n_bytes for loaded in measuring.server._cache.values())
+    driver = Driver(cache_bytes=int(2.5 * n_bytes))
+    for tiny in (a, b, a, c):
+        driver.finish(driver.ask(tiny.request()))
+    assert driver.server.loaded == [a.manifest_sha256, c.manifest_sha256]
+
+
+def test_a_checkpoint_in_use_is_never_dropped(tmp_path: Path) -> None:
+    a, b = (write_tiny_checkpoint(tmp_path / name, seed=n) for n, name in enumerate("ab"))
+    driver = Driver(cache_bytes=1)
+    long = driver.ask(a.request(max_new_tokens=10_000))
+    while not driver.said[long]:
+        driver.turn()
+    other = driver.ask(b.request())
+    for _ in range(50):
+        driver.turn()
+    assert driver.said[other] == [], "it waits for room"
+    driver.server.receive(Cancel(id=long))
+    driver.finish(other)
+    assert driver.server.loaded == [b.manifest_sha256]
+
+
+def test_a_damaged_checkpoint_fails_its_requests_only(tmp_path: Path) -> None:
+    good, bad, lost = (write_tiny_checkpoint(tmp_path / name, seed=n) for n, name in enumerate(("good", "bad", "lost")))
+    weights = bad.folder / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 1
+    weights.write_bytes(content)
+    (lost.folder / "tokenizer.json").unlink()
+    driver = Driver()
+    served, damaged, unreadable = (driver.ask(tiny.request()) for tiny in (good, bad, lost))
+    driver.finish(served, damaged, unreadable)
+    assert isinstance(driver.said[served][-1], Done)
+    failures = [driver.said[i][-1] for i in (damaged, unreadable)]
+    assert all(isinstance(failure, Failed) for failure in failures)
+    assert [failure.code for failure in failures if isinstance(failure, Failed)] == [
+        "checkpoint_damaged",
+        "checkpoint_damaged",
+    ]
+    assert driver.server.loaded == [good.manifest_sha256]
+
+
+def test_a_checkpoint_that_makes_no_model_is_reported(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    tiny = write_tiny_checkpoint(tmp_path / "odd", bias=False, claimed={"n_layer": 3})
+    driver = Driver()
+    request_id = driver.ask(tiny.request())
+    driver.finish(request_id)
+    (failure,) = driver.said[request_id]
+    assert isinstance(failure, Failed)
+    assert failure.code == "checkpoint_unreadable"
+    assert "transformer.h.2" in failure.message
+    assert "Traceback" in capfd.readouterr().err
