@@ -39,6 +39,9 @@ def upgrade(db: Database, revision: str = REVISION) -> None:
             _upgrade_sqlite(connection, revision)
         else:
             with connection.begin():
+                # A table of millions of rows takes its time, and the second process waits for the first.
+                connection.execute(sa.text("SET LOCAL statement_timeout = 0"))
+                connection.execute(sa.text("SET LOCAL lock_timeout = 0"))
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(LOCK)))
                 _run(connection, revision)
 
