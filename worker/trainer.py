@@ -17,7 +17,7 @@ from pathlib import Path
 from queue import Queue
 from typing import TYPE_CHECKING, Literal, NoReturn
 
-from nanomoe.config import ConfigWarning
+from nanomoe.config import ConfigWarning, JobConfig
 from worker.guard import Supervision, die_with_parent
 from worker.protocol import (
     CheckpointWritten,
@@ -85,17 +85,17 @@ class Writer:
         self._wire, self._folder, self._fence = wire, folder, fence
         self._last_snapshot: int | None = None
         self._waiting: Queue[Recorded | Snapshot | None] = Queue(maxsize=1)
-        self._error: OSError | None = None
+        self._error: Exception | None = None
         self._thread = threading.Thread(target=self._work, name="writer")
         self._thread.start()
 
     def write(self, what: "Recorded | Snapshot") -> None:
-        """Raises the OSError of an earlier folder."""
+        """Raises what writing an earlier folder raised."""
         self._waiting.put(what)
         self._complain()
 
     def close(self) -> None:
-        """Wait until everything is on the disk. Raises the OSError of a folder that could not be written."""
+        """Wait until everything is on the disk. Raises what writing raised."""
         self._waiting.put(None)
         self._thread.join()
         self._complain()
@@ -109,7 +109,7 @@ class Writer:
             if self._error is None:
                 try:
                     self._commit(what)
-                except OSError as error:
+                except Exception as error:  # raised again where the training loop can end of it
                     self._error = error
 
     def _commit(self, what: "Recorded | Snapshot") -> None:
@@ -179,6 +179,7 @@ def _prepare(start: Start, wire: Wire) -> "Run":
     from nanomoe.execution import Execution, find_device
     from nanomoe.run import Run
     from nanomoe.size import n_active_params, n_params
+    from nanomoe.upcycle import starting_weights
 
     config = start.config
     text = Path(start.text_path).read_bytes().decode()
@@ -195,7 +196,7 @@ def _prepare(start: Start, wire: Wire) -> "Run":
     if start.resume is not None:
         resume = checkpoint.read_all(Path(start.resume.folder), start.resume.manifest_sha256)
     elif start.parent is not None:
-        parent = checkpoint.load_weights(Path(start.parent.folder))
+        parent = starting_weights(checkpoint.load_weights(Path(start.parent.folder)), config, seed=config.seed)
     device = find_device(start.device)
     run = Run(config, tokens, tokenizer, execution, device=device, parent=parent, resume=resume)
     warnings = config.warnings(len(tokens))
@@ -225,11 +226,11 @@ def _keep(first: "Execution", now: "Execution") -> "Execution":
 
 
 def _tokenizer(start: Start, text: str) -> "Tokenizer":
-    """The snapshot's own when there is one: a hub name may mean something else by now."""
+    """That of the weights we go on from, where there are any: a name may mean something else by now."""
     from nanomoe.tokenizer import Tokenizer, load_tokenizer
 
-    if start.resume is not None:
-        return Tokenizer.load(Path(start.resume.folder))
+    if (origin := start.resume or start.parent) is not None:
+        return Tokenizer.load(Path(origin.folder))
     folders = () if start.tokenizer_dir is None else (Path(start.tokenizer_dir),)
     return load_tokenizer(start.config.tokenizer, text=text, allow_hub=start.allow_hub, allowed_folders=folders)
 
@@ -265,11 +266,22 @@ def main() -> NoReturn:
 
 
 def _warm_up() -> None:
-    """Import what a job needs, and touch no GPU."""
-    import nanomoe.evaluate
-    import nanomoe.execution
-    import nanomoe.tokenizer
-    import nanomoe.train  # noqa: F401
+    """Import what a job needs, and train a toy: much of torch is loaded by the first step only. Touches no GPU."""
+    import torch
+
+    import nanomoe.upcycle  # noqa: F401
+    from nanomoe.execution import Execution
+    from nanomoe.run import Run
+    from nanomoe.tokenizer import BUNDLED, load_tokenizer
+    from nanomoe.train import train
+
+    load_tokenizer(BUNDLED).encode("Era uma vez")
+    config = JobConfig(tokenizer="bytes", block_size=4, n_layer=2, n_head=1, n_embd=4, use_moe=True, epochs=1)
+    tokenizer = load_tokenizer(config.tokenizer)
+    tokens = tokenizer.encode("warm up")
+    execution = Execution.decide(config, "cpu", n_tokens=len(tokens))
+    for _ in train(Run(config, tokens, tokenizer, execution, device=torch.device("cpu"))):
+        pass
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -14,7 +14,7 @@ from nanomoe import checkpoint
 from service import queue, store
 from service.store import Job
 from tests.databases import EITHER, ONLY_SQLITE
-from tests.worker.workplace import QUICK, Workplace, is_alive
+from tests.worker.workplace import QUICK, SHORT_LEASE, Workplace, is_alive
 
 
 def _is_whole(steps: list[int]) -> bool:
@@ -127,13 +127,13 @@ def test_without_the_burial_and_the_lock_grandchildren_live_beside_the_next_atte
 @ONLY_SQLITE
 def test_what_a_killed_worker_left_running_is_ended_before_its_slot_is_used_again(place: Workplace) -> None:
     job = place.submit()
-    worker = place.start_worker("orphans", without=("the burial",))
+    worker = place.start_worker("orphans", without=("the burial",), timing=SHORT_LEASE)
     place.wait_until(lambda: place.children_left(job) and place.job(job).status == "queued")
     worker.signal(signal.SIGKILL)
     worker.wait()
     # One of the two still holds the slot's lock, which is how the next worker finds both.
     assert place.children_left(job)
-    place.start_worker("work")
+    place.start_worker("work", timing=SHORT_LEASE)
     place.wait_until(lambda: place.job(job).fence == 2)
     assert place.children_left(job) == []
 
@@ -155,12 +155,12 @@ def test_killing_the_supervisor_kills_its_trainer_within_a_second(place: Workpla
 @EITHER
 def test_another_worker_takes_over_the_job_of_a_killed_one(place: Workplace) -> None:
     job = place.submit()
-    worker = place.start_worker("work")
+    worker = place.start_worker("work", timing=SHORT_LEASE)
     place.wait_for_step(job, 5)
     worker.signal(signal.SIGKILL)
     worker.wait()
     began = time.monotonic()
-    place.start_worker("work")
+    place.start_worker("work", timing=SHORT_LEASE)
     place.wait_until(lambda: place.job(job).fence == 2)
     assert time.monotonic() - began < 20
     place.wait_until(lambda: place.events(job, "warning"))  # it tells where it goes on, and forgets the steps past it
@@ -177,11 +177,11 @@ def test_another_worker_takes_over_the_job_of_a_killed_one(place: Workplace) -> 
 @EITHER
 def test_a_supervisor_that_stopped_past_its_lease_writes_nothing_when_it_comes_back(place: Workplace) -> None:
     job = place.submit()
-    stopped = place.start_worker("work", device="cpu:0")
+    stopped = place.start_worker("work", device="cpu:0", timing=SHORT_LEASE)
     place.wait_for_step(job, 5)
     old_trainer = place.trainer(job, 1)
     stopped.stop_between_transactions(place)
-    place.start_worker("work", device="cpu:1")
+    place.start_worker("work", device="cpu:1", timing=SHORT_LEASE)
     place.wait_until(lambda: place.job(job).fence == 2)
     assert not is_alive(old_trainer.pid)  # it ended itself before the lease did
     stopped.signal(signal.SIGCONT)
@@ -205,12 +205,12 @@ def is_idle(supervisor: int) -> bool:
 @ONLY_SQLITE
 def test_a_device_whose_trainer_is_stopped_is_not_used_by_another_worker(place: Workplace) -> None:
     job = place.submit()
-    stopped = place.start_worker("work")
+    stopped = place.start_worker("work", timing=SHORT_LEASE)
     place.wait_for_step(job)
     trainer = place.trainer(job)
     stopped.stop_between_transactions(place)
     trainer.suspend()  # it cannot end itself now, and holds its device
-    place.start_worker("work")
+    place.start_worker("work", timing=SHORT_LEASE)
     place.wait_for(job, "queued")
     with pytest.raises(AssertionError, match="in vain"):
         place.wait_until(lambda: place.job(job).fence == 2, timeout=2)
@@ -222,12 +222,12 @@ def test_a_device_whose_trainer_is_stopped_is_not_used_by_another_worker(place: 
 @ONLY_SQLITE
 def test_without_the_slot_lock_two_trainers_share_a_device(place: Workplace) -> None:
     job = place.submit()
-    stopped = place.start_worker("work")
+    stopped = place.start_worker("work", timing=SHORT_LEASE)
     place.wait_for_step(job)
     trainer = place.trainer(job)
     stopped.stop_between_transactions(place)
     trainer.suspend()
-    place.start_worker("work", without=("the slot's lock",))
+    place.start_worker("work", without=("the slot's lock",), timing=SHORT_LEASE)
     place.wait_until(lambda: place.job(job).fence == 2)
     assert is_alive(trainer.pid)
 
@@ -250,7 +250,7 @@ def _unlock(connection: object) -> None:
 @ONLY_SQLITE
 def test_a_lock_held_for_less_than_the_lease_costs_nothing(place: Workplace) -> None:
     job = place.submit()
-    place.start_worker("work")
+    place.start_worker("work", timing=SHORT_LEASE)
     place.wait_for_step(job)
     held = _lock_the_database(place)
     time.sleep(1)  # less than three quarters of the lease: the fault itself
@@ -265,7 +265,7 @@ def test_a_lock_held_for_less_than_the_lease_costs_nothing(place: Workplace) -> 
 @ONLY_SQLITE
 def test_a_worker_that_cannot_reach_the_database_ends_its_trainer_before_the_lease_ends(place: Workplace) -> None:
     job = place.submit()
-    place.start_worker("work")
+    place.start_worker("work", timing=SHORT_LEASE)
     place.wait_for_step(job)
     trainer = place.trainer(job)
     held = _lock_the_database(place)
@@ -285,7 +285,7 @@ def test_a_worker_that_cannot_reach_the_database_ends_its_trainer_before_the_lea
 @ONLY_SQLITE
 def test_without_the_guard_a_trainer_outlives_its_lease(place: Workplace) -> None:
     job = place.submit()
-    place.start_worker("work", without=("the guard",))
+    place.start_worker("work", without=("the guard",), timing=SHORT_LEASE)
     place.wait_for_step(job)
     trainer = place.trainer(job)
     held = _lock_the_database(place)
@@ -305,7 +305,7 @@ def test_without_the_guard_a_trainer_outlives_its_lease(place: Workplace) -> Non
 def test_three_workers_end_every_job_exactly_once(place: Workplace) -> None:
     jobs: list[Job] = [place.submit() for _ in range(9)]
     for n in range(3):
-        place.start_worker("succeed", device=f"cpu:{n}")
+        place.start_worker("succeed", device=f"cpu:{n}", timing=SHORT_LEASE)
     for job in jobs:
         done = place.wait_for(job, "succeeded", timeout=60)
         assert done.attempt == 1
