@@ -117,11 +117,15 @@ def generate(
             "--set", "-s", metavar="FIELD=VALUE", help="max_new_tokens, temperature, top_k, top_p, seed, n, stop, ..."
         ),
     ] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Show the text as it is generated.")] = False,
     url: Url = None,
     as_json: Json = False,
 ) -> None:
     """Continue a prompt from one checkpoint, or from several with the same seed."""
     sampling = settings_of(SAMPLING, set_ or [])
+    if stream:
+        _stream(targets, prompt, sampling, url, as_json)
+        return
     answers = []
     with connect(url) as client:
         for reference in [Reference.parse(target) for target in targets]:
@@ -133,6 +137,24 @@ def generate(
                 show_generated(answer, with_heading=len(targets) > 1)
     if as_json:
         print_json(answers[0] if len(targets) == 1 else answers)
+
+
+def _stream(targets: list[str], prompt: str, sampling: dict[str, Any], url: str | None, as_json: bool) -> None:
+    if len(targets) > 1 or sampling.get("n", 1) != 1:
+        raise Mistake("--stream shows one text at a time: name one checkpoint, and leave n at 1")
+    reference = Reference.parse(targets[0])
+    console = text.console()
+    with connect(url) as client:
+        job = reference.find(client)
+        begun = False
+        for piece in job.generate(prompt, reference.checkpoint or "latest", stream=True, **sampling):
+            if as_json:
+                print(piece.model_dump_json(), flush=True)
+            elif isinstance(piece, schemas.GenerateChunk):
+                text.print_piece(console, "" if begun else prompt, piece.text)
+                begun = True
+    if not as_json:
+        print()
 
 
 def cancel(job: Job, url: Url = None, as_json: Json = False) -> None:
@@ -231,10 +253,8 @@ def show_generated(answer: schemas.GenerateResponse, *, with_heading: bool) -> N
     if with_heading:
         console.print(Text(f"{answer.job_id}@{answer.checkpoint}", "bold"))
     for choice in answer.choices:
-        if console.is_terminal:
-            console.print(Text.assemble((text.visible_lines(answer.prompt), text.DIM), text.visible_lines(choice.text)))
-        else:
-            print(answer.prompt + choice.text, flush=True)
+        text.print_piece(console, answer.prompt, choice.text)
+        print()
 
 
 def _show_estimate(estimate: schemas.Estimate, as_json: bool) -> None:

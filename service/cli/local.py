@@ -55,6 +55,7 @@ def export(
 
         from nanomoe.export import NotExportable, export_hf
 
+        _without_bars_of_others()
         try:
             export_hf(checkpoint, folder)
         except NotExportable as error:
@@ -63,6 +64,12 @@ def export(
         print_json({"folder": str(folder), "format": to})
     else:
         text.console().print(f"wrote {folder}")
+
+
+def _without_bars_of_others() -> None:
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
 
 
 def train(

@@ -42,6 +42,15 @@ def print_table(table: Table) -> None:
     shown.print(table)
 
 
+def print_piece(console: Console, prompt: str, added: str) -> None:
+    """A model's text, its prompt dimmed, without a line end; in a pipe exactly these characters."""
+    if console.is_terminal:
+        shown = Text.assemble((visible_lines(prompt), DIM), visible_lines(added))
+        console.print(shown, end="", soft_wrap=True)
+    else:
+        print(prompt + added, end="", flush=True)
+
+
 def visible(text: str) -> str:
     """`text` with its control characters as symbols (U+2400 and on), line ends and tabs too: it stays on one line."""
     return "".join(chr(0x2400 + ord(c)) if ord(c) < 0x20 else "␡" if 0x7F <= ord(c) < 0xA0 else c for c in text)
@@ -160,14 +169,14 @@ def workers_table(workers: Iterable[schemas.WorkerView]) -> Table:
     """One row a worker."""
     table = _table("worker", "host", "device", ">jobs", ">slots", ">last seen")
     for worker in workers:
-        devices = ", ".join(device.name or device.device for device in worker.devices)
+        devices = ", ".join(" ".join(filter(None, (one.device, one.name))) for one in worker.devices)
         table.add_row(
             visible(worker.name),
             visible(worker.host),
             visible(devices),
             str(len(worker.current_jobs)),
             str(worker.slots),
-            ago(worker.last_seen_at),
+            "stopped" if worker.stopped_at is not None else ago(worker.last_seen_at),
         )
     return table
 

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Concatenate, ParamSpec, Self, TypeVar
+from typing import Any, Concatenate, Literal, ParamSpec, Self, TypeVar, overload
 
 import httpx
 
@@ -14,6 +14,7 @@ from service import schemas
 from service.client import calls
 from service.client.calls import Call, Which
 from service.client.connection import connection_settings
+from service.client.continuation import ContinuationReader, Piece
 from service.client.download import Download, file_names, make_folder, recorded_file
 from service.client.errors import ClientError
 from service.client.events import EventCursor, JobEvent
@@ -73,7 +74,7 @@ class AsyncClient:
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self.base_url = base_url.rstrip("/")
-        self._retries = retries
+        self.retries = retries
         self._http = httpx.AsyncClient(transport=transport, **connection_settings(base_url, key, timeout))
 
     estimate = _of_service(calls.estimate)
@@ -81,7 +82,6 @@ class AsyncClient:
     workers = _of_service(calls.workers)
     health = _of_service(calls.health)
     readiness = _of_service(calls.readiness)
-    generate = _of_service(calls.generate)
 
     submit = _gives_job(calls.submit)
     job = _gives_job(calls.get_job)
@@ -99,7 +99,7 @@ class AsyncClient:
 
     async def ask(self, call: Call[T]) -> T:
         """Send a call, again where that is safe and helps, and read its answer."""
-        patience = Patience(call.repeatable, self._retries)
+        patience = Patience(call.repeatable, self.retries)
         while True:
             try:
                 return call.answer(await self._http.send(call.request(self._http)))
@@ -156,7 +156,38 @@ class AsyncJobHandle:
     checkpoints = _of_job(calls.checkpoints)
     checkpoint = _of_job(calls.checkpoint)
     reconstruction = _of_job(calls.reconstruction)
-    generate = _of_job(calls.generate)
+
+    @overload
+    def generate(
+        self, prompt: str, checkpoint: Which = "latest", *, stream: Literal[False] = False, **sampling: Any
+    ) -> Coroutine[Any, Any, schemas.GenerateResponse]: ...
+
+    @overload
+    def generate(
+        self, prompt: str, checkpoint: Which = "latest", *, stream: Literal[True], **sampling: Any
+    ) -> AsyncIterator[Piece]: ...
+
+    def generate(
+        self, prompt: str, checkpoint: Which = "latest", *, stream: bool = False, **sampling: Any
+    ) -> Coroutine[Any, Any, schemas.GenerateResponse] | AsyncIterator[Piece]:
+        """`JobHandle.generate`: awaited, or with `stream` iterated over."""
+        if stream:
+            return self._stream(calls.generate_stream(self.id, prompt, checkpoint, **sampling))
+        return self.client.ask(calls.generate(self.id, prompt, checkpoint, **sampling))
+
+    async def _stream(self, call: Call[bytes]) -> AsyncIterator[Piece]:
+        patience = Patience(call.repeatable, self.client.retries)
+        while True:
+            reader = ContinuationReader()
+            try:
+                async with self.client.open(call) as response:
+                    async for chunk in response.aiter_bytes():
+                        for piece in reader.feed(chunk):
+                            yield piece
+                    reader.finish(response)
+                    return
+            except (httpx.TransportError, ClientError) as failure:
+                await asyncio.sleep(patience.pause_after(failure, may_repeat=not reader.begun))
 
     async def wait(self, on_event: Callable[[JobEvent], Awaitable[None] | None] | None = None) -> schemas.JobView:
         """`JobHandle.wait`; an `on_event` that returns an awaitable is awaited."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Concatenate, ParamSpec, Self, TypeVar
+from typing import Any, Concatenate, Literal, ParamSpec, Self, TypeVar, overload
 
 import httpx
 
@@ -14,6 +14,7 @@ from service import schemas
 from service.client import calls
 from service.client.calls import Call, Which
 from service.client.connection import connection_settings
+from service.client.continuation import ContinuationReader, Piece
 from service.client.download import Download, file_names, make_folder, recorded_file
 from service.client.errors import ClientError
 from service.client.events import EventCursor, JobEvent
@@ -75,7 +76,7 @@ class Client:
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         self.base_url = base_url.rstrip("/")
-        self._retries = retries
+        self.retries = retries
         self._http = httpx.Client(transport=transport, **connection_settings(base_url, key, timeout))
 
     estimate = _of_service(calls.estimate)
@@ -83,7 +84,6 @@ class Client:
     workers = _of_service(calls.workers)
     health = _of_service(calls.health)
     readiness = _of_service(calls.readiness)
-    generate = _of_service(calls.generate)
 
     submit = _gives_job(calls.submit)
     job = _gives_job(calls.get_job)
@@ -101,7 +101,7 @@ class Client:
 
     def ask(self, call: Call[T]) -> T:
         """Send a call, again where that is safe and helps, and read its answer."""
-        patience = Patience(call.repeatable, self._retries)
+        patience = Patience(call.repeatable, self.retries)
         while True:
             try:
                 return call.answer(self._http.send(call.request(self._http)))
@@ -158,7 +158,40 @@ class JobHandle:
     checkpoints = _of_job(calls.checkpoints)
     checkpoint = _of_job(calls.checkpoint)
     reconstruction = _of_job(calls.reconstruction)
-    generate = _of_job(calls.generate)
+
+    @overload
+    def generate(
+        self, prompt: str, checkpoint: Which = "latest", *, stream: Literal[False] = False, **sampling: Any
+    ) -> schemas.GenerateResponse: ...
+
+    @overload
+    def generate(
+        self, prompt: str, checkpoint: Which = "latest", *, stream: Literal[True], **sampling: Any
+    ) -> Iterator[Piece]: ...
+
+    def generate(
+        self, prompt: str, checkpoint: Which = "latest", *, stream: bool = False, **sampling: Any
+    ) -> schemas.GenerateResponse | Iterator[Piece]:
+        """Continue `prompt` from a checkpoint; `sampling` are the other fields of `GenerateRequest`.
+
+        With `stream`, chunks as they are generated, and at last a `GenerateEnd`.
+        """
+        if stream:
+            return self._stream(calls.generate_stream(self.id, prompt, checkpoint, **sampling))
+        return self.client.ask(calls.generate(self.id, prompt, checkpoint, **sampling))
+
+    def _stream(self, call: Call[bytes]) -> Iterator[Piece]:
+        patience = Patience(call.repeatable, self.client.retries)
+        while True:
+            reader = ContinuationReader()
+            try:
+                with self.client.open(call) as response:
+                    for chunk in response.iter_bytes():
+                        yield from reader.feed(chunk)
+                    reader.finish(response)
+                    return
+            except (httpx.TransportError, ClientError) as failure:
+                time.sleep(patience.pause_after(failure, may_repeat=not reader.begun))
 
     def wait(self, on_event: Callable[[JobEvent], None] | None = None) -> schemas.JobView:
         """Follow the job to its end, through pauses too, and return it; `on_event` is called with each event.

@@ -24,6 +24,9 @@ Answer = TypeVar("Answer", bound=BaseModel)
 Which = schemas.Percent | Literal["latest"]
 """A checkpoint of a job: its percent, or the newest."""
 
+GENERATE_SECONDS = 600
+"""Longest silence of the service while it generates: a long text on a slow machine has no earlier byte to send."""
+
 Config = JobConfig | Mapping[str, Any]
 """What to change of the reference run."""
 
@@ -179,7 +182,7 @@ def reconstruction(
 def download(job_id: str, percent: int, name: str) -> Call[bytes]:
     """A file of a checkpoint; the clients read it as a stream."""
     path = _job(job_id, "checkpoints", str(percent), "files", name)
-    return Call("GET", path, lambda response: response.content)
+    return Call("GET", path, _bytes)
 
 
 def events(job_id: str, last_event_id: str | None) -> Call[bytes]:
@@ -187,7 +190,7 @@ def events(job_id: str, last_event_id: str | None) -> Call[bytes]:
     headers = {"Accept": "text/event-stream", "Cache-Control": "no-store"}
     if last_event_id is not None:
         headers["Last-Event-ID"] = last_event_id
-    return Call("GET", _job(job_id, "events"), lambda response: response.content, headers=headers, read_seconds=45)
+    return Call("GET", _job(job_id, "events"), _bytes, headers=headers, read_seconds=45)
 
 
 def generate(
@@ -196,7 +199,13 @@ def generate(
     """Continue `prompt` from a checkpoint; `sampling` are the other fields of `GenerateRequest`."""
     body = {"job_id": job_id, "checkpoint": checkpoint, "prompt": prompt, **sampling}
     read = _model(schemas.GenerateResponse)
-    return Call("POST", "/generate", read, body=body, repeatable=False, read_seconds=600)
+    return Call("POST", "/generate", read, body=body, repeatable=False, read_seconds=GENERATE_SECONDS)
+
+
+def generate_stream(job_id: str, /, prompt: str, checkpoint: Which = "latest", **sampling: Any) -> Call[bytes]:
+    """As `generate`, as a stream of events."""
+    body = {"job_id": job_id, "checkpoint": checkpoint, "prompt": prompt, "stream": True, **sampling}
+    return Call("POST", "/generate", _bytes, body=body, repeatable=False, read_seconds=GENERATE_SECONDS)
 
 
 def workers() -> Call[list[schemas.WorkerView]]:
@@ -253,6 +262,10 @@ def _model(kind: type[Answer]) -> Callable[[httpx.Response], Answer]:
             ) from error
 
     return read
+
+
+def _bytes(response: httpx.Response) -> bytes:
+    return response.content
 
 
 def _text(response: httpx.Response) -> str:

@@ -95,11 +95,11 @@ def problem_of(response: httpx.Response) -> ClientError:
             f"{response.request.url} answered {response.status_code} without a problem document: "
             "is something else listening at this address?"
         )
+    after = response.headers.get("Retry-After", "")
+    return exception_of(problem, float(after) if after.isdecimal() else None)
+
+
+def exception_of(problem: schemas.Problem, retry_after: float | None = None) -> Problem:
+    """The exception for a problem document."""
     kind = _BY_STATUS.get(problem.status, Unavailable if problem.status >= 500 else Invalid)
-    return kind(problem, retry_after_of(response))
-
-
-def retry_after_of(response: httpx.Response) -> float | None:
-    """Seconds of the `Retry-After` header; None when there is none or it is a date."""
-    value = response.headers.get("Retry-After", "")
-    return float(value) if value.isdecimal() else None
+    return kind(problem, retry_after)

@@ -24,13 +24,16 @@ class Patience:
         self._left = retries
         self._pause = FIRST_PAUSE_SECONDS
 
-    def pause_after(self, failure: httpx.TransportError | ClientError) -> float:
-        """Seconds before the next attempt; raises what the caller of the client should see when there is none."""
+    def pause_after(self, failure: httpx.TransportError | ClientError, *, may_repeat: bool = True) -> float:
+        """Seconds before the next attempt; raises what the caller of the client should see when there is none.
+
+        `may_repeat`: false once a part of the answer has been handed on.
+        """
         error = failure if isinstance(failure, ClientError) else unreachable(failure)
         pause = self._pause
         if isinstance(error, Unavailable) and error.retry_after is not None:
             pause = error.retry_after
-        if not self._may_repeat(failure) or self._left == 0 or pause > LONGEST_PAUSE_SECONDS:
+        if not may_repeat or not self._may_repeat(failure) or self._left == 0 or pause > LONGEST_PAUSE_SECONDS:
             raise error from (None if error is failure else failure)
         self._left -= 1
         self._pause = min(2 * self._pause, LONGEST_PAUSE_SECONDS)

@@ -186,6 +186,10 @@ def test_the_whole_way_on_the_command_line(tmp_path: Path) -> None:
         assert both[0]["seed"] == both[1]["seed"]
         alone = run("generate", "latest", "O gato", "--set", "max_new_tokens=5", "--set", "temperature=0")
         assert alone.startswith("O gato")
+        streamed = run(
+            "generate", "latest", "O gato", "--stream", "--set", "max_new_tokens=5", "--set", "temperature=0"
+        )
+        assert streamed == alone
 
         run("export", "latest@100", "--to", "hf", str(tmp_path / "hf"))
         assert {"model.safetensors", "config.json", "tokenizer.json"} <= {p.name for p in (tmp_path / "hf").iterdir()}

@@ -355,6 +355,56 @@ def test_wait_tells_each_event_and_returns_the_job_as_it_ended(using: Any) -> No
     assert ended.status == "succeeded"
 
 
+# Streamed continuations
+
+
+def piece(index: int, added: str, finish_reason: str | None = None) -> bytes:
+    return sent(None, "chunk", {"index": index, "text": added, "tokens": [1], "finish_reason": finish_reason})
+
+
+END = sent(
+    None,
+    "end",
+    {
+        "job_id": JOB_ID,
+        "checkpoint": 50,
+        "usage": {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3},
+        "timing": {"queue_seconds": 0, "first_token_seconds": 0, "tok_per_sec": 1},
+        "seed": 7,
+        "window_slid": False,
+        "numerics": "float32",
+    },
+)
+DONE = b"data: [DONE]\n\n"
+
+
+def test_a_continuation_comes_in_pieces(using: Any) -> None:
+    script = Script(
+        problem(503, "engine_starting", {"Retry-After": "0"}),
+        httpx.Response(200, stream=Stream(piece(0, "ga"), piece(0, "to", "length") + END, DONE)),
+    )
+    pieces = using(script, lambda client: of_job(client).generate("O ", 50, stream=True, seed=7))
+    assert "".join(piece.text for piece in pieces[:-1]) == "gato"
+    assert (pieces[1].finish_reason, pieces[-1].seed) == ("length", 7)
+    wanted = {"job_id": JOB_ID, "checkpoint": 50, "prompt": "O ", "stream": True, "seed": 7}
+    assert json.loads(script.requests[1].content) == wanted
+
+
+def test_a_continuation_that_fails_half_way_says_why(using: Any) -> None:
+    failure = {"type": "about:blank", "title": "No", "status": 503, "detail": "died", "code": "engine_died"}
+    script = Script(httpx.Response(200, stream=Stream(piece(0, "ga"), sent(None, "error", failure))))
+    with pytest.raises(Unavailable) as caught:
+        using(script, lambda client: of_job(client).generate("O ", stream=True))
+    assert caught.value.code == "engine_died"
+
+
+def test_a_continuation_that_breaks_off_is_neither_repeated_nor_taken_for_whole(using: Any) -> None:
+    for stream in (Stream(piece(0, "ga"), END), Stream(piece(0, "ga"), breaks=True)):
+        script = Script(httpx.Response(200, stream=stream))
+        with pytest.raises(Unreachable):
+            using(script, lambda client: of_job(client).generate("O ", stream=True))
+
+
 # Downloads
 
 

@@ -1,0 +1,54 @@
+"""The stream of a generation, typed. Knows no connection: the clients feed it bytes."""
+
+from collections.abc import Iterator
+
+import httpx
+from pydantic import ValidationError
+
+from service import schemas
+from service.client.errors import UnexpectedAnswer, exception_of
+from service.client.sse import EventDecoder, ServerSentEvent
+
+Piece = schemas.GenerateChunk | schemas.GenerateEnd
+"""What a continuation has gained; at the end of the stream, what is known of the whole."""
+
+
+class ContinuationReader:
+    """One stream, from its first byte to its `[DONE]`."""
+
+    def __init__(self) -> None:
+        self.begun = False
+        """Whether anything has been handed out: from then on the request cannot be repeated."""
+
+        self._done = False
+        self._decoder = EventDecoder()
+
+    def feed(self, chunk: bytes) -> Iterator[Piece]:
+        """What these bytes complete; raises the `Problem` that ended the generation half-way."""
+        for sent in self._decoder.feed(chunk):
+            self.begun = True
+            if sent.data == "[DONE]":
+                self._done = True
+            else:
+                yield _piece(sent)
+
+    def finish(self, response: httpx.Response) -> None:
+        """Raise if the stream ended before the generation did."""
+        if not self._done:
+            raise httpx.RemoteProtocolError("the continuation ended early", request=response.request)
+
+
+def _piece(sent: ServerSentEvent) -> Piece:
+    try:
+        match sent.event:
+            case "chunk":
+                return schemas.GenerateChunk.model_validate_json(sent.data)
+            case "end":
+                return schemas.GenerateEnd.model_validate_json(sent.data)
+            case "error":
+                problem = schemas.Problem.model_validate_json(sent.data)
+            case _:
+                raise UnexpectedAnswer(f"a {sent.event} event in a continuation: another version of the service")
+    except ValidationError as error:
+        raise UnexpectedAnswer(f"a {sent.event} event that this version cannot read: {error}") from error
+    raise exception_of(problem)
