@@ -126,7 +126,8 @@ class Server:
     def turn(self) -> None:
         """Do what was asked for since the last turn, waiting for it if there is nothing else to do; then add one token
         to every text, and send what is due."""
-        self._listen(block=not self._running)
+        self._begin_what_fits()
+        self._listen(block=not self._running)  # nothing runs: what waits, waits for a checkpoint that is being read
         self._begin_what_fits()
         for loaded in list(self._cache.values()):
             if loaded.n_users:
@@ -382,7 +383,11 @@ def main() -> None:
     die_with_parent(start.parent)
     server = Server(start, output)
     threading.Thread(target=_read_requests, args=(sys.stdin.buffer, server), daemon=True).start()
-    server.serve()
+    try:
+        server.serve()
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)  # not a return: the thread that reads stdin cannot be stopped
 
 
 if __name__ == "__main__":

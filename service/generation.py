@@ -179,7 +179,7 @@ class Generation:
         `in_chunks`: whether a continuation is wanted in pieces, or whole at its end.
 
         Raises:
-            Invalid: more tokens or continuations than the settings allow.
+            Invalid: the prompt is empty, or more tokens or continuations are wanted than the settings allow.
             TooManyRequests: too many requests wait.
             Unavailable: the engine died or cannot start, the checkpoint is damaged, or a time limit was reached.
         """
@@ -212,6 +212,12 @@ class Generation:
 
     def _check(self, request: EngineRequest) -> None:
         settings = self._settings
+        if not request.prompt:
+            raise Invalid(
+                "empty_prompt",
+                "there is nothing to continue",
+                errors=[{"loc": ["body", "prompt"], "msg": "must not be empty"}],
+            )
         if request.max_new_tokens > settings.engine_max_new_tokens:
             raise Invalid(
                 "max_new_tokens_too_large",

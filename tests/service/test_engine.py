@@ -152,6 +152,13 @@ def test_a_request_joins_while_others_are_running(tiny: TinyCheckpoint) -> None:
     assert driver.chunks(long) == []
 
 
+def test_requests_that_waited_begin_when_every_slot_is_free_at_once(tiny: TinyCheckpoint) -> None:
+    driver = Driver(max_running=2)
+    ids = [driver.ask(tiny.request(max_new_tokens=2)) for _ in range(5)]
+    driver.finish(*ids)
+    assert [len(driver.chunks(request_id)) for request_id in ids] == [1] * 5
+
+
 def test_the_least_recently_used_checkpoint_leaves_a_full_cache(tmp_path: Path) -> None:
     a, b, c = (write_tiny_checkpoint(tmp_path / name, seed=n) for n, name in enumerate("abc"))
     measuring = Driver()

@@ -1,0 +1,243 @@
+"""The API's side with the real engine process. Tests share one process where they can: torch takes seconds to load."""
+
+import asyncio
+import contextlib
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nanomoe.generate import Request, generate_reference
+from nanomoe.sampling import Sampling
+from service.engine_messages import Chunk
+from service.errors import Invalid, ServiceError, TooManyRequests, Unavailable
+from service.generation import EngineResult, Generation, Summary
+from service.settings import Settings
+from tests.service.tiny_checkpoint import TinyCheckpoint, write_tiny_checkpoint
+
+Run = Callable[[Coroutine[Any, Any, Any]], Any]
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Run]:
+    with asyncio.Runner() as runner:
+        yield runner.run
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoint:
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny")
+
+
+def _settings(**fields: object) -> Settings:
+    return Settings(_env_file=None, engine_threads=1, **fields)  # type: ignore[arg-type, call-arg]
+
+
+@pytest.fixture(scope="module")
+def generation(run: Run) -> Iterator[Generation]:
+    generation = Generation(_settings(engine_max_running=4, engine_max_new_tokens=100_000, engine_wait_seconds=60))
+    run(generation.start())
+    yield generation
+    run(generation.stop())
+
+
+async def _failure(work: Coroutine[Any, Any, object]) -> ServiceError:
+    with pytest.raises(ServiceError) as raised:
+        await work
+    return raised.value
+
+
+async def _first(generation: Generation, tiny: TinyCheckpoint) -> contextlib.AbstractAsyncContextManager[Any]:
+    """A long stream of which the first chunk has come."""
+    stream = generation.stream(tiny.request(max_new_tokens=50_000))
+    assert isinstance(await anext(stream), Chunk)
+    return contextlib.aclosing(stream)
+
+
+def test_a_request_is_answered_with_its_text_and_its_timing(
+    run: Run, generation: Generation, tiny: TinyCheckpoint
+) -> None:
+    result: EngineResult = run(generation.generate(tiny.request("Olá", 40, n=2)))
+    reference = Request(tiny.tokenizer.encode("Olá"), 40, Sampling(0))
+    expected = generate_reference(tiny.weights, tiny.config, reference)
+    assert [choice.tokens for choice in result.choices] == [tuple(expected)] * 2
+    assert {choice.text for choice in result.choices} == {tiny.tokenizer.decode(expected)}
+    summary = result.summary
+    assert (summary.prompt_tokens, summary.completion_tokens, summary.window_slid) == (4, 80, True)
+    assert "float32" in summary.numerics
+    timing = summary.timing
+    assert 0 < timing.queue_seconds <= timing.first_token_seconds
+    assert timing.tok_per_sec is not None
+    assert timing.tok_per_sec > 0
+
+
+def test_a_stream_brings_the_same_text_in_pieces(run: Run, generation: Generation, tiny: TinyCheckpoint) -> None:
+    request = tiny.request("Olá", 200, temperature=1.0, seed=5, logprobs=0)
+
+    async def streamed() -> list[Chunk | Summary]:
+        return [item async for item in generation.stream(request)]
+
+    whole: EngineResult = run(generation.generate(request))
+    *chunks, summary = run(streamed())
+    assert len(chunks) > 1
+    assert "".join(chunk.text for chunk in chunks) == whole.choices[0].text
+    assert sum((chunk.tokens for chunk in chunks), ()) == whole.choices[0].tokens
+    assert len(whole.choices[0].logprobs or ()) == 200
+    assert isinstance(summary, Summary)
+
+
+def test_the_same_seed_gives_the_same_text_alone_and_in_a_crowd(
+    run: Run, generation: Generation, tiny: TinyCheckpoint
+) -> None:
+    requests = [tiny.request("Era " * (1 + n % 9), 30, temperature=1.0, seed=n) for n in range(1, 24)]
+
+    async def crowd() -> list[EngineResult]:
+        return await asyncio.gather(*(generation.generate(request) for request in requests))
+
+    together = [result.choices for result in run(crowd())]
+    assert [run(generation.generate(request)).choices for request in requests] == together
+
+
+def test_a_closed_stream_frees_its_slot(run: Run, generation: Generation, tiny: TinyCheckpoint) -> None:
+    async def fill_leave_and_ask_again() -> None:
+        async with contextlib.AsyncExitStack() as streams:
+            for _ in range(4):
+                await streams.enter_async_context(await _first(generation, tiny))
+            waiting = asyncio.create_task(generation.generate(tiny.request(max_new_tokens=1)))
+            await asyncio.sleep(0)
+            assert (generation.n_running, generation.n_waiting) == (4, 1)
+        await waiting
+        assert (generation.n_running, generation.n_waiting) == (0, 0)
+
+    run(fill_leave_and_ask_again())
+
+
+def test_limits_are_checked_before_anything_is_sent(run: Run, tiny: TinyCheckpoint) -> None:
+    generation = Generation(_settings(engine_max_new_tokens=10, engine_max_running=2, engine_max_waiting=0))
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"max_new_tokens": 11}, "max_new_tokens_too_large"),
+        ({"n": 3}, "n_too_large"),
+        ({"prompt": ""}, "empty_prompt"),
+    ]
+    for fields, code in cases:
+        error = run(_failure(generation.generate(tiny.request(**{"max_new_tokens": 1, **fields}))))
+        assert isinstance(error, Invalid)
+        assert error.code == code
+        assert error.errors[0]["loc"] == ["body", *fields]
+    error = run(_failure(generation.generate(tiny.request(max_new_tokens=1))))
+    assert isinstance(error, TooManyRequests)
+    assert error.code == "generation_queue_full"
+    assert error.retry_after is not None
+    assert generation.n_waiting == 0
+
+
+def test_a_request_that_waits_or_runs_too_long_is_ended(
+    run: Run, generation: Generation, tiny: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def wait_behind_others() -> ServiceError:
+        async with contextlib.AsyncExitStack() as streams:
+            for _ in range(4):
+                await streams.enter_async_context(await _first(generation, tiny))
+            monkeypatch.setattr(generation, "_settings", _settings(engine_wait_seconds=0.2))
+            return await _failure(generation.generate(tiny.request()))
+
+    error = run(wait_behind_others())
+    assert (error.status, error.code) == (503, "generation_wait_too_long")
+    assert error.retry_after is not None
+    monkeypatch.setattr(generation, "_settings", _settings(engine_request_seconds=0.3, engine_max_new_tokens=100_000))
+    error = run(_failure(generation.generate(tiny.request(max_new_tokens=100_000))))
+    assert (error.status, error.code) == (503, "generation_timeout")
+    assert generation.n_running == 0
+
+
+def test_a_damaged_checkpoint_is_answered_503(run: Run, generation: Generation, tiny: TinyCheckpoint) -> None:
+    damaged = tiny.request().model_copy(update={"manifest_sha256": "0" * 64})
+    error = run(_failure(generation.generate(damaged)))
+    assert (error.status, error.code) == (503, "checkpoint_damaged")
+
+
+def test_an_engine_that_dies_is_answered_503_and_restarted(
+    run: Run, generation: Generation, tiny: TinyCheckpoint
+) -> None:
+    async def kill_while_generating() -> ServiceError:
+        async with await _first(generation, tiny):
+            waiting = asyncio.create_task(_failure(generation.generate(tiny.request(max_new_tokens=50_000))))
+            await asyncio.sleep(0)
+            assert generation._process is not None
+            os.kill(generation._process.pid, signal.SIGKILL)
+            return await waiting
+
+    error = run(kill_while_generating())
+    assert isinstance(error, Unavailable)
+    assert error.code == "engine_restarted"
+    assert error.retry_after is not None
+    assert len(run(generation.generate(tiny.request())).choices[0].tokens) == 8
+
+
+def test_an_engine_that_cannot_start_is_answered_503_without_trying_at_every_request(
+    run: Run, tiny: TinyCheckpoint, capfd: pytest.CaptureFixture[str]
+) -> None:
+    generation = Generation(_settings(engine_device="cuda:99"))
+    for _ in range(2):
+        error = run(_failure(generation.generate(tiny.request())))
+        assert (error.status, error.code) == (503, "generation_unavailable")
+        assert error.retry_after is not None
+    assert capfd.readouterr().err.count("Traceback") == 1
+    run(generation.stop())
+
+
+def test_stopping_answers_what_is_being_generated_and_ends_the_process(run: Run, tiny: TinyCheckpoint) -> None:
+    async def stop_while_generating() -> tuple[ServiceError, int | None, ServiceError]:
+        generation = Generation(_settings(engine_max_new_tokens=100_000))
+        async with await _first(generation, tiny):
+            process = generation._process
+            assert process is not None
+            waiting = asyncio.create_task(_failure(generation.generate(tiny.request(max_new_tokens=50_000))))
+            await asyncio.sleep(0)
+            await generation.stop()
+            return await waiting, process.returncode, await _failure(generation.generate(tiny.request()))
+
+    during, status, after = run(stop_while_generating())
+    assert (during.status, after.status) == (503, 503)
+    assert status == 0
+
+
+_ORPHAN = """
+import asyncio, sys
+from service.engine_messages import EngineRequest
+from service.generation import Generation
+from service.settings import Settings
+
+async def main():
+    generation = Generation(Settings(_env_file=None, engine_max_new_tokens=10**6))
+    assert "torch" not in sys.modules
+    async for _ in generation.stream(EngineRequest.model_validate_json(sys.argv[1])):
+        print(generation._process.pid, flush=True)
+
+asyncio.run(main())
+"""
+
+
+def test_the_engine_dies_with_its_parent_which_never_loads_torch(tiny: TinyCheckpoint) -> None:
+    request = tiny.request(max_new_tokens=10**6).model_dump_json()
+    with subprocess.Popen([sys.executable, "-c", _ORPHAN, request], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        engine = os.pidfd_open(int(parent.stdout.readline()))
+        parent.kill()
+    try:
+        assert select.select([engine], [], [], 10)[0], "a pidfd is readable once its process has ended"
+    finally:
+        os.close(engine)
+
+
+def test_the_engine_yields_the_cpu(run: Run, generation: Generation, tiny: TinyCheckpoint) -> None:
+    run(generation.generate(tiny.request()))
+    assert generation._process is not None
+    threads = Path(f"/proc/{generation._process.pid}/task")
+    assert {os.getpriority(os.PRIO_PROCESS, int(thread.name)) for thread in threads.iterdir()} == {10}
