@@ -107,7 +107,7 @@ class Router(nn.Module):
         logits_BTE = x_BTC.to(wide) @ self.weight.to(wide).T
         scores_BTE = logits_BTE.softmax(-1) if self.config.router_score == "softmax" else logits_BTE.sigmoid()
         wanted_BTE = scores_BTE if self.balance_bias is None else scores_BTE + self.balance_bias
-        chosen_BTK = wanted_BTE.sort(-1, descending=True, stable=True).indices[..., : self.config.k]
+        chosen_BTK = wanted_BTE.sort(dim=-1, descending=True, stable=True).indices[..., : self.config.k]
         gates_BTK = scores_BTE.gather(-1, chosen_BTK)
         if self.config.renormalises_gates:
             gates_BTK = gates_BTK / gates_BTK.sum(-1, keepdim=True)
