@@ -677,6 +677,7 @@ def test_a_lease_lost_by_a_worker_that_lives_counts_no_crash(
 def test_a_worker_that_said_goodbye_is_gone(db: Database, clock: Clock, worker: WorkerIdentity) -> None:
     running(db, worker)
     clock.advance(LEASE + 1)
+    store.worker_seen(db, worker.id)
     store.worker_stopped(db, worker.id)
     assert [job.crashes for job in queue.rescue(db)] == [1]
 
