@@ -54,7 +54,7 @@ def _reap_the_trainer_alone(self: TrainerProcess, timeout: float) -> bool:
 
 def run(spec: dict[str, Any]) -> None:
     """The whole life of a worker process. `spec`: `settings`, `timing`, `device`, `slots`, `command`,
-    `backoff_seconds`, and `without`: protections that are taken away, to show that they are needed."""
+    `max_crashes`, `backoff_seconds`, and `without`: protections that are taken away, to show that they are needed."""
     os.chdir(spec["folder"])
     sys.exit(_run(spec))
 
@@ -62,6 +62,7 @@ def run(spec: dict[str, Any]) -> None:
 def _run(spec: dict[str, Any]) -> int:
     configure_logging("console")
     settings = Settings(_env_file=None, **spec["settings"])
+    queue.MAX_CRASHES = spec["max_crashes"]
     queue.BACKOFF = timedelta(seconds=spec["backoff_seconds"])
     for protection in spec["without"]:
         take_away(protection)

@@ -92,15 +92,18 @@ class Workplace:
         self,
         script: str | None = None,
         *,
+        program: list[str] | None = None,
         device: str = "cpu",
         slots: int = 1,
         timing: Timing = QUICK,
         backoff_seconds: float = 0.05,
+        max_crashes: int = 3,
         without: tuple[str, ...] = (),
         snapshot_seconds: float = 60.0,
     ) -> WorkerProcess:
-        """A worker whose trainers follow `script`, or train in earnest."""
-        command = [sys.executable, str(HERE / "scripted_trainer.py"), script] if script else None
+        """A worker whose trainers follow `script`, run `program`, or train in earnest."""
+        if script is not None:
+            program = [str(HERE / "scripted_trainer.py"), script]
         spec = {
             "folder": str(HERE.parent.parent),
             "settings": {
@@ -111,7 +114,8 @@ class Workplace:
             "timing": asdict(timing),
             "device": device,
             "slots": slots,
-            "command": command,
+            "command": None if program is None else [sys.executable, *program],
+            "max_crashes": max_crashes,
             "backoff_seconds": backoff_seconds,
             "without": without,
         }
