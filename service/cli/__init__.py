@@ -55,7 +55,7 @@ def main() -> None:
     except Mistake as error:
         _fail(str(error), 2)
     except (Unreachable, Unavailable, UnexpectedAnswer) as error:
-        hint = "; start it with: nanomoe serve" if isinstance(error, Unreachable) else ""
+        hint = f"; start it with: {text.program()} serve" if isinstance(error, Unreachable) else ""
         _fail(f"{error}{hint}", 3)
     except Problem as error:
         _fail(f"{error.code}: {error.detail}{_places(error)}", 2)

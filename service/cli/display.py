@@ -109,13 +109,13 @@ class TextDisplay:
     def status(self, event: schemas.StatusEvent) -> None:
         self._bar.update(self._task, description=event.status)
         reason = f" ({text.visible(event.status_reason)})" if event.status_reason else ""
-        if reason or not self._console.is_terminal:
+        if event.status not in schemas.TERMINAL and (reason or not self._console.is_terminal):
             self._console.print(f"{event.status}{reason}")
 
     def progress(self, progress: schemas.Progress) -> None:
         detail = f"{progress.step:,}/{text.number(progress.total_steps)}"
         if progress.tok_per_sec is not None:
-            detail += f"  {progress.tok_per_sec:,.0f} tok/s"
+            detail += f" {progress.tok_per_sec:>8,.0f} tok/s"
         self._bar.update(
             self._task,
             description="running",

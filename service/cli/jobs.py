@@ -55,7 +55,7 @@ def submit(
         print_json(job.view)
     else:
         introduce(job.view)
-        text.console().print(f"watch it: nanomoe watch {job.id}")
+        text.console().print(f"watch it: {text.program()} watch {job.id}")
 
 
 def watch(job: Job = LATEST, url: Url = None, as_json: Json = False) -> None:
@@ -79,7 +79,7 @@ def jobs(
     elif page.data:
         text.print_table(text.jobs_table(page.data))
     else:
-        text.console().print("no jobs" if status or tag else "no jobs yet; submit one: nanomoe submit FILE")
+        text.console().print("no jobs" if status or tag else f"no jobs yet; submit one: {text.program()} submit FILE")
 
 
 def metrics(
@@ -134,7 +134,7 @@ def generate(
             sampling.setdefault("seed", answer.seed)
             answers.append(answer)
             if not as_json:
-                show_generated(answer, with_heading=len(targets) > 1)
+                show_generated(answer, f"{answer.job_id}@{answer.checkpoint}" if len(targets) > 1 else None)
     if as_json:
         print_json(answers[0] if len(targets) == 1 else answers)
 
@@ -202,7 +202,7 @@ def workers(url: Url = None, as_json: Json = False) -> None:
     elif known:
         text.print_table(text.workers_table(known))
     else:
-        text.console().print("no worker; start one: python -m worker (nanomoe serve starts one with the API)")
+        text.console().print("no worker; start one: python -m worker (`serve` starts one with the API)")
 
 
 def read_text(file: str) -> str:
@@ -230,28 +230,29 @@ def watch_to_the_end(job: JobHandle, *, as_json: bool = False) -> int:
     if not as_json:
         introduce(job.view)
     try:
-        return show_to_the_end(job, as_json=as_json)
+        hint = f"; go on with: {text.program()} generate {job.id} PROMPT"
+        return show_to_the_end(job, as_json=as_json, hint=hint)
     except KeyboardInterrupt:
-        text.console(stderr=True).print(f"the job goes on; come back with: nanomoe watch {job.id}")
+        text.console(stderr=True).print(f"the job goes on; come back with: {text.program()} watch {job.id}")
         return INTERRUPTED
 
 
-def show_to_the_end(job: JobHandle, *, as_json: bool = False, n_lines: int = 1) -> int:
-    """Show the job until it has ended, and say how; returns the exit code."""
+def show_to_the_end(job: JobHandle, *, as_json: bool = False, n_lines: int = 1, hint: str = "") -> int:
+    """Show the job until it has ended, and say how, with a `hint` if it succeeded; returns the exit code."""
     with JsonDisplay() if as_json else TextDisplay(text.console(), n_lines=n_lines) as display:
         ended = follow(job, display)
     if as_json:
         print(json.dumps({"event": "job", "data": ended.model_dump(mode="json")}, ensure_ascii=False))
     else:
-        text.console().print(text.ending(ended))
+        text.console().print(text.ending(ended).append(hint if ended.status == "succeeded" else "", text.DIM))
     return SUCCEEDED if ended.status == "succeeded" else FAILED
 
 
-def show_generated(answer: schemas.GenerateResponse, *, with_heading: bool) -> None:
+def show_generated(answer: schemas.GenerateResponse, heading: str | None) -> None:
     """The prompt and each continuation; in a pipe exactly the model's text."""
     console = text.console()
-    if with_heading:
-        console.print(Text(f"{answer.job_id}@{answer.checkpoint}", "bold"))
+    if heading is not None:
+        console.print(Text(heading, "bold"))
     for choice in answer.choices:
         text.print_piece(console, answer.prompt, choice.text)
         print()

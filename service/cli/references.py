@@ -5,6 +5,7 @@ from typing import Any, Self, cast, get_args
 
 from service import schemas
 from service.cli.mistakes import Mistake
+from service.cli.text import program
 from service.client import Client, JobHandle
 from service.client.calls import Which
 
@@ -42,7 +43,7 @@ class Reference:
             return client.job(self.job)
         newest = client.list_jobs(limit=1).data
         if not newest:
-            raise Mistake("there is no job yet; submit one: nanomoe submit FILE")
+            raise Mistake(f"there is no job yet; submit one: {program()} submit FILE")
         return JobHandle(client, newest[0])
 
     def init_from(self) -> dict[str, Any]:

@@ -42,7 +42,9 @@ def serve(
                 print(json.dumps({"url": url, "data_dir": str(chosen.data_dir)}), flush=True)
             else:
                 console.print(Text.assemble("nanomoe is at ", (url, "bold cyan"), f", its data in {chosen.data_dir}"))
-                console.print("try: nanomoe submit FILE --watch; docs at /docs; Ctrl-C stops both", style=text.DIM)
+                console.print(
+                    f"try: {text.program()} submit FILE --watch; docs at /docs; Ctrl-C stops both", style=text.DIM
+                )
             with processes.watched():
                 Event().wait()
         except KeyboardInterrupt:
@@ -66,7 +68,7 @@ def demo(
     if code == SUCCEEDED:
         took = text.duration(time.monotonic() - began)
         console.print(f"done in {took}; API and worker are stopped", style=text.DIM)
-        console.print("the same with your own text: make serve, then nanomoe submit FILE --watch", style=text.DIM)
+        console.print(f"with your own text: make serve, then {text.program()} submit FILE --watch", style=text.DIM)
     raise typer.Exit(code)
 
 
@@ -115,5 +117,5 @@ def _demo(data: Path, as_json: bool) -> int:
                 else:
                     console.print()
                     for answer in answers:
-                        show_generated(answer, with_heading=True)
+                        show_generated(answer, f"the checkpoint at {answer.checkpoint} % continues")
             return code

@@ -4,11 +4,14 @@ Knows no connection. Texts that a model made are shown with their control charac
 to drive a terminal.
 """
 
+import os
+import shutil
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import pairwise
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -33,6 +36,14 @@ STATUS_STYLES: dict[str, str] = {
 def console(*, stderr: bool = False) -> Console:
     """Where everything is shown; plain lines where it is no terminal."""
     return Console(stderr=stderr, highlight=False, markup=False, emoji=False, soft_wrap=not sys.stdout.isatty())
+
+
+def program() -> str:
+    """What to type for this command line: its path where the shell would not find it, as after `make demo`."""
+    called = Path(sys.argv[0])
+    if called.name != "nanomoe" or not called.exists() or shutil.which("nanomoe") is not None:
+        return "nanomoe"
+    return os.path.relpath(called)
 
 
 def print_table(table: Table) -> None:
@@ -127,15 +138,13 @@ def size_line(config: JobConfig, model: schemas.ModelSize, n_tokens: int | None,
 
 
 def ending(job: schemas.JobView) -> Text:
-    """How it ended, and what to do next."""
+    """How it ended."""
     took = ""
     if job.started_at is not None and job.finished_at is not None:
         took = f" in {duration((job.finished_at - job.started_at).total_seconds())}"
     line = status_text(job.status).append(took, "default")
     if job.error is not None:
-        return line.append(f": {job.error.code}: {visible(job.error.message)}", "default")
-    if job.status == "succeeded":
-        line.append(f"; go on with: nanomoe generate {job.id} PROMPT", DIM)
+        line.append(f": {job.error.code}: {visible(job.error.message)}", "default")
     return line
 
 
@@ -216,14 +225,25 @@ def quarter_row(checkpoint: schemas.CheckpointMetrics) -> Text:
 
 
 def quarter_texts(checkpoint: schemas.CheckpointMetrics, console: Console, n_lines: int = 1) -> list[Text]:
-    """How the checkpoint reconstructs the text and what it continues, each on at most `n_lines` lines."""
+    """What it reconstructs and continues, and its experts' balance, each on at most `n_lines` lines."""
     shown = []
     if checkpoint.reconstruction is not None:
         shown.append(("reconstructs", _reconstruction(checkpoint.reconstruction)))
     if checkpoint.continuation is not None:
         prompt, text = checkpoint.continuation.prompt, checkpoint.continuation.text
         shown.append(("continues", Text.assemble((visible(prompt), DIM), visible(text))))
+    if checkpoint.moe is not None:
+        shown.append(("experts", _balance(checkpoint.moe)))
     return [labelled(label, text, console, n_lines) for label, text in shown]
+
+
+def _balance(moe: Mapping[str, Any]) -> Text:
+    """How evenly tokens are routed, as the mean over the MoE layers."""
+    mean = moe["mean"]
+    return Text(
+        f"load_cv {figure(mean.get('load_cv'))}, max_violation {figure(mean.get('max_violation'))}, "
+        f"dropped {share(mean.get('dropped_fraction'))}, churn {share(mean.get('churn'))}"
+    )
 
 
 def _reconstruction(reconstruction: schemas.Reconstruction) -> Text:

@@ -1,57 +1,21 @@
 """The commands against the real API: what they print, on which stream, and how they exit."""
 
-import io
 import json
 import re
 import socket
-import sys
 from pathlib import Path
-from typing import Any, Protocol
 
 import pytest
 
 from service import queue
-from service.cli import main
 from tests.api import TEXT, Api
+from tests.service.cli.conftest import Run
 
 TINY = ("--set", "tokenizer=bytes", "--set", "epochs=3")
 
 
-class Result:
-    """How a command ended."""
-
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-class Nanomoe(Protocol):
-    def __call__(self, *arguments: str, stdin: bytes = b"") -> Result: ...
-
-
 @pytest.fixture
-def nanomoe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Nanomoe:
-    """Run the command line in this process, in an empty folder, with nothing set."""
-    for name in ("NANOMOE_URL", "NANOMOE_HOST", "NANOMOE_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str, stdin: bytes = b"") -> Result:
-        monkeypatch.setattr(sys, "argv", ["nanomoe", *arguments])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        with pytest.raises(SystemExit) as exit_:
-            main()
-        printed = capsys.readouterr()
-        return Result(int(exit_.value.code or 0), printed.out, printed.err)
-
-    return run
-
-
-@pytest.fixture
-def at(nanomoe: Nanomoe, api: Api, monkeypatch: pytest.MonkeyPatch) -> Nanomoe:
+def at(nanomoe: Run, api: Api, monkeypatch: pytest.MonkeyPatch) -> Run:
     """The command line with the address of a running API in its environment."""
     monkeypatch.setenv("NANOMOE_URL", api.url)
     return nanomoe
@@ -64,7 +28,7 @@ def text_file(tmp_path: Path) -> str:
     return str(path)
 
 
-def test_submit_says_what_the_job_is_and_how_to_watch_it(at: Nanomoe, text_file: str, api: Api) -> None:
+def test_submit_says_what_the_job_is_and_how_to_watch_it(at: Run, text_file: str, api: Api) -> None:
     done = at("submit", text_file, *TINY, "--name", "uma rodada", "--tag", "a=b", "--priority", "3")
     assert done.code == 0
     assert done.err == ""
@@ -76,7 +40,7 @@ def test_submit_says_what_the_job_is_and_how_to_watch_it(at: Nanomoe, text_file:
     assert (job["tags"], job["priority"], job["config"]["epochs"]) == ({"a": "b"}, 3, 3)
 
 
-def test_a_text_comes_from_a_pipe_and_a_config_from_a_file(at: Nanomoe, tmp_path: Path) -> None:
+def test_a_text_comes_from_a_pipe_and_a_config_from_a_file(at: Run, tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     config.write_text('{"tokenizer": "bytes", "epochs": 7, "lr": 0.5}')
     done = at("submit", "-", "--config", str(config), "--set", "lr=1e-3", "--json", stdin=TEXT.encode())
@@ -85,7 +49,7 @@ def test_a_text_comes_from_a_pipe_and_a_config_from_a_file(at: Nanomoe, tmp_path
     assert (done.json["config"]["epochs"], done.json["config"]["lr"]) == (7, 0.001)
 
 
-def test_a_dry_run_tells_the_steps_and_makes_no_job(at: Nanomoe, text_file: str, api: Api) -> None:
+def test_a_dry_run_tells_the_steps_and_makes_no_job(at: Run, text_file: str, api: Api) -> None:
     before = len(api.http.get("/jobs").json()["data"])
     done = at("submit", text_file, *TINY, "--dry-run", "--set", "cont_prefix_tokens=90")
     assert "100 % at step 3" in done.out
@@ -118,7 +82,7 @@ def test_a_dry_run_tells_the_steps_and_makes_no_job(at: Nanomoe, text_file: str,
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
-def test_a_mistake_is_one_line_and_exit_code_2(at: Nanomoe, arguments: list[str], said: str) -> None:
+def test_a_mistake_is_one_line_and_exit_code_2(at: Run, arguments: list[str], said: str) -> None:
     done = at(*arguments)
     assert done.code == 2
     assert done.out == ""
@@ -127,16 +91,16 @@ def test_a_mistake_is_one_line_and_exit_code_2(at: Nanomoe, arguments: list[str]
     assert done.err.count("\n") == 1
 
 
-def test_an_unknown_option_is_exit_code_2(nanomoe: Nanomoe) -> None:
+def test_an_unknown_option_is_exit_code_2(nanomoe: Run) -> None:
     assert nanomoe("jobs", "--nope").code == 2
 
 
-def test_a_file_that_is_not_utf_8_is_refused_with_the_place(at: Nanomoe) -> None:
+def test_a_file_that_is_not_utf_8_is_refused_with_the_place(at: Run) -> None:
     done = at("submit", "-", stdin=b"ol\xe1")
     assert (done.code, done.err) == (2, "nanomoe: - is not UTF-8: byte 2 is 0xe1\n")
 
 
-def test_nobody_at_the_address_is_exit_code_3_and_says_what_to_do(nanomoe: Nanomoe) -> None:
+def test_nobody_at_the_address_is_exit_code_3_and_says_what_to_do(nanomoe: Run) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
@@ -146,7 +110,7 @@ def test_nobody_at_the_address_is_exit_code_3_and_says_what_to_do(nanomoe: Nanom
 
 
 def test_the_address_comes_from_the_settings(
-    nanomoe: Nanomoe, api: Api, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    nanomoe: Run, api: Api, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     port = api.url.rpartition(":")[2]
     (tmp_path / ".env").write_text(f"NANOMOE_PORT={port}\n")
@@ -157,7 +121,7 @@ def test_the_address_comes_from_the_settings(
     assert "NANOMOE_PORT: " in done.err
 
 
-def test_watching_shows_each_quarter_once_and_how_it_ended(at: Nanomoe, api: Api) -> None:
+def test_watching_shows_each_quarter_once_and_how_it_ended(at: Run, api: Api) -> None:
     job_id = api.finished(name="feita")
     done = at("watch", job_id)
     assert done.code == 0
@@ -172,10 +136,12 @@ def test_watching_shows_each_quarter_once_and_how_it_ended(at: Nanomoe, api: Api
     assert "  reconstructs aaaaaaaaa" in lines
     assert "     continues abcdef" in lines
     assert lines[-1].startswith("succeeded in ")
+    assert lines[-1].endswith(f"; go on with: nanomoe generate {job_id} PROMPT")
+    assert "succeeded" not in lines
     assert max(map(len, lines)) <= 100
 
 
-def test_watching_a_job_that_fails_is_exit_code_1(at: Nanomoe, api: Api) -> None:
+def test_watching_a_job_that_fails_is_exit_code_1(at: Run, api: Api) -> None:
     claim = api.running()
     queue.finish(api.db, claim, "failed", error={"code": "loss_not_finite", "message": "at step 4\x1b[31m"})
     done = at("watch", claim.job_id)
@@ -183,7 +149,7 @@ def test_watching_a_job_that_fails_is_exit_code_1(at: Nanomoe, api: Api) -> None
     assert done.out.splitlines()[-1].endswith(": loss_not_finite: at step 4␛[31m")
 
 
-def test_watching_for_programs_is_a_line_of_json_for_each_event(at: Nanomoe, api: Api) -> None:
+def test_watching_for_programs_is_a_line_of_json_for_each_event(at: Run, api: Api) -> None:
     done = at("watch", api.finished(), "--json")
     events = [json.loads(line) for line in done.out.splitlines()]
     assert [event["data"]["percent"] for event in events if event["event"] == "checkpoint"] == [0, 100]
@@ -191,7 +157,7 @@ def test_watching_for_programs_is_a_line_of_json_for_each_event(at: Nanomoe, api
     assert events[-1]["data"]["status"] == "succeeded"
 
 
-def test_metrics_show_the_quarters_and_the_curve(at: Nanomoe, api: Api) -> None:
+def test_metrics_show_the_quarters_and_the_curve(at: Run, api: Api) -> None:
     job_id = api.finished()
     done = at("metrics", job_id)
     assert "train loss 10.000 █" in done.out
@@ -200,7 +166,7 @@ def test_metrics_show_the_quarters_and_the_curve(at: Nanomoe, api: Api) -> None:
     assert at("metrics", job_id, "--csv").out.startswith("step,train_loss,lr,grad_norm\n1,10.0,")
 
 
-def test_a_job_is_stopped_resumed_cancelled_and_deleted(at: Nanomoe, text_file: str) -> None:
+def test_a_job_is_stopped_resumed_cancelled_and_deleted(at: Run, text_file: str) -> None:
     job_id = at("submit", text_file, *TINY, "--json").json["id"]
     assert at("pause", job_id).out.startswith(f"{job_id}  paused")
     assert at("resume", "latest").out == f"{job_id}  queued\n"
@@ -211,7 +177,7 @@ def test_a_job_is_stopped_resumed_cancelled_and_deleted(at: Nanomoe, text_file: 
     assert at("watch", job_id).code == 2
 
 
-def test_jobs_are_a_table_that_a_pipe_gets_whole(at: Nanomoe, api: Api) -> None:
+def test_jobs_are_a_table_that_a_pipe_gets_whole(at: Run, api: Api) -> None:
     name = "um nome bastante comprido para caber numa coluna só"
     ids = [api.submit(name=name)["id"] for _ in range(2)]
     done = at("jobs", "--limit", "2")
@@ -223,12 +189,12 @@ def test_jobs_are_a_table_that_a_pipe_gets_whole(at: Nanomoe, api: Api) -> None:
     assert at("jobs", "--tag", "nobody").out == "no jobs\n"
 
 
-def test_workers_are_listed_or_missed(at: Nanomoe, api: Api) -> None:
+def test_workers_are_listed_or_missed(at: Run, api: Api) -> None:
     assert at("workers", "--json").code == 0
     assert at("workers").out != ""
 
 
-def test_export_takes_a_folder_and_says_what_is_wrong_with_it(nanomoe: Nanomoe, tmp_path: Path) -> None:
+def test_export_takes_a_folder_and_says_what_is_wrong_with_it(nanomoe: Run, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     done = nanomoe("export", "empty", "new", "--to", "hf")
     assert (done.code, "holds no checkpoint" in done.err) == (2, True)
@@ -236,7 +202,7 @@ def test_export_takes_a_folder_and_says_what_is_wrong_with_it(nanomoe: Nanomoe, 
     assert not (tmp_path / "new").exists()
 
 
-def test_the_version_and_the_help_need_no_service(nanomoe: Nanomoe) -> None:
+def test_the_version_and_the_help_need_no_service(nanomoe: Run) -> None:
     assert nanomoe("--version").out == "nanomoe 0.1.0\n"
     assert "submit" in nanomoe("--help").out
     assert "KNOB=VALUE" in nanomoe("submit", "--help").out

@@ -20,6 +20,7 @@ import pytest
 from service.cli.processes import ChildFailed, Processes
 from service.client import Client, Unreachable
 from tests.api import TEXT, Api
+from tests.service.cli.conftest import Run
 
 ROOT = Path(__file__).parents[3]
 COMMAND = [sys.executable, "-c", "from service.cli import main; main()"]
@@ -35,7 +36,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 @contextmanager
-def nanomoe(folder: Path, *arguments: str, **options: object) -> Iterator[subprocess.Popen[str]]:
+def command(folder: Path, *arguments: str, **options: object) -> Iterator[subprocess.Popen[str]]:
     """A command in a process of its own, which does not outlive the block."""
     folder.mkdir(exist_ok=True)
     process = subprocess.Popen(
@@ -71,7 +72,7 @@ def line_of(process: subprocess.Popen[str]) -> str:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_serve_ends_both_children_when_it_is_told_to_end(tmp_path: Path, number: signal.Signals) -> None:
-    with nanomoe(tmp_path, "serve", "--json") as serve:
+    with command(tmp_path, "serve", "--json") as serve:
         url = json.loads(line_of(serve))["url"]
         children = psutil.Process(serve.pid).children(recursive=True)
         assert len(children) >= 2
@@ -91,7 +92,7 @@ def test_children_of_a_killed_serve_do_not_live_on(tmp_path: Path) -> None:
     # By the way: a folder of the caller's is not taken for a module of ours.
     (tmp_path / "service").mkdir()
     (tmp_path / "service" / "__main__.py").write_text("raise SystemExit(9)")
-    with nanomoe(tmp_path, "serve", "--json") as serve:
+    with command(tmp_path, "serve", "--json") as serve:
         assert json.loads(line_of(serve))["url"]
         children = psutil.Process(serve.pid).children(recursive=True)
         assert len(children) >= 2
@@ -100,7 +101,7 @@ def test_children_of_a_killed_serve_do_not_live_on(tmp_path: Path) -> None:
 
 
 def test_serve_says_which_child_ended_by_itself_and_ends_the_other(tmp_path: Path) -> None:
-    with nanomoe(tmp_path, "serve", "--json") as serve:
+    with command(tmp_path, "serve", "--json") as serve:
         line_of(serve)
         children = psutil.Process(serve.pid).children()
         (worker,) = [child for child in children if "worker" in child.cmdline()]
@@ -122,7 +123,7 @@ def test_an_api_that_does_not_start_is_an_error_with_its_reason(tmp_path: Path) 
 
 def test_ctrl_c_while_watching_leaves_the_job_and_says_how_to_come_back(tmp_path: Path, api: Api) -> None:
     job_id = api.submit()["id"]
-    with nanomoe(tmp_path, "watch", job_id, "--url", api.url) as watch:
+    with command(tmp_path, "watch", job_id, "--url", api.url) as watch:
         while line_of(watch) != "queued\n":
             assert watch.poll() is None
         watch.send_signal(signal.SIGINT)
@@ -146,7 +147,7 @@ def test_a_terminal_of_80_columns_gets_a_bar_and_no_longer_line(tmp_path: Path, 
             shown += os.read(outside, 65536)
 
     terminal = {"stdin": inside, "stdout": inside, "stderr": inside, "env": environment(tmp_path) | {"TERM": "xterm"}}
-    with nanomoe(tmp_path, "watch", claim.job_id, "--url", api.url, **terminal) as watch:
+    with command(tmp_path, "watch", claim.job_id, "--url", api.url, **terminal) as watch:
         os.close(inside)
         read_until(b"3/500")
         api.record_checkpoint(claim, 25, 125)
@@ -163,41 +164,35 @@ def test_a_terminal_of_80_columns_gets_a_bar_and_no_longer_line(tmp_path: Path, 
     assert max(len(part) for line in plain.split("\n") for part in line.split("\r")) <= 80
 
 
-def test_the_whole_way_on_the_command_line(tmp_path: Path) -> None:
-    """Submit, watch, generate, export, with a worker that really trains; then everything is stopped."""
-    text = tmp_path / "texto.txt"
-    text.write_text(TEXT, encoding="utf-8")
+def test_the_whole_way_on_the_command_line(tmp_path: Path, nanomoe: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Submit, watch, generate and export, with a worker that really trains."""
     settings = [part for name, value in TINY.items() for part in ("--set", f"{name}={json.dumps(value)}")]
-    with nanomoe(tmp_path / "data", "serve", "--json") as serve:
-        url = json.loads(line_of(serve))["url"]
+    short = ("--set", "max_new_tokens=5", "--set", "temperature=0")
+    with command(tmp_path / "data", "serve", "--json") as serve:
+        monkeypatch.setenv("NANOMOE_URL", json.loads(line_of(serve))["url"])
 
-        def run(*arguments: str) -> str:
-            with nanomoe(tmp_path / "user", *arguments, "--url", url) as command:
-                out, err = command.communicate(timeout=120)
-                assert (command.returncode, err) == (0, ""), out + err
-                return out
+        watched = nanomoe("submit", "-", *settings, "--watch", stdin=TEXT.encode())
+        assert (watched.code, watched.err) == (0, "")
+        assert [int(n) for n in re.findall(r"^ +(\d+) %", watched.out, re.M)] == [0, 25, 50, 75, 100]
+        ending = r"^succeeded in [\d.]+ s; go on with: nanomoe generate [0-9a-f]{32} PROMPT$"
+        assert re.search(ending, watched.out, re.M)
 
-        watched = run("submit", str(text), *settings, "--watch")
-        assert [int(n) for n in re.findall(r"^ +(\d+) %", watched, re.M)] == [0, 25, 50, 75, 100]
-        assert re.search(r"^succeeded in [\d.]+ s; go on with: nanomoe generate [0-9a-f]{32} PROMPT$", watched, re.M)
-
-        both = json.loads(run("generate", "latest@25", "latest@100", "O gato", "--json", "--set", "max_new_tokens=5"))
+        both = nanomoe("generate", "latest@25", "latest@100", "O gato", "--json", *short).json
         assert [answer["checkpoint"] for answer in both] == [25, 100]
         assert both[0]["seed"] == both[1]["seed"]
-        alone = run("generate", "latest", "O gato", "--set", "max_new_tokens=5", "--set", "temperature=0")
-        assert alone.startswith("O gato")
-        streamed = run(
-            "generate", "latest", "O gato", "--stream", "--set", "max_new_tokens=5", "--set", "temperature=0"
-        )
-        assert streamed == alone
+        alone = nanomoe("generate", "latest", "O gato", *short).out
+        assert alone == f"O gato{both[1]['choices'][0]['text']}\n"
+        assert nanomoe("generate", "latest", "O gato", "--stream", *short).out == alone
+        assert nanomoe("generate", "latest@25", "latest", "O gato", "--stream").code == 2
 
-        run("export", "latest@100", "--to", "hf", str(tmp_path / "hf"))
+        exported = nanomoe("export", "latest@100", "--to", "hf", str(tmp_path / "hf"))
+        assert (exported.code, exported.err) == (0, "")
         assert {"model.safetensors", "config.json", "tokenizer.json"} <= {p.name for p in (tmp_path / "hf").iterdir()}
-        assert "cpu" in run("workers")
+        assert "cpu" in nanomoe("workers").out
 
 
 def test_demo_cleans_up_after_ctrl_c(tmp_path: Path) -> None:
-    with nanomoe(tmp_path, "demo", "--data-dir", str(tmp_path / "kept")) as demo:
+    with command(tmp_path, "demo", "--data-dir", str(tmp_path / "kept")) as demo:
         while not line_of(demo).startswith("the service is at "):
             assert demo.poll() is None
         children = psutil.Process(demo.pid).children(recursive=True)

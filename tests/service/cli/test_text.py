@@ -1,5 +1,7 @@
 """How figures and a model's text are shown."""
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -69,11 +71,30 @@ def test_wrong_tokens_of_a_reconstruction_are_red() -> None:
         '{"text": "gata", "tokens": [{"target": "gat", "predicted": "gat", "loss": 0.1},'
         ' {"target": "o", "predicted": "a", "loss": 3}]}'
     )
-    checkpoint = schemas.CheckpointMetrics.model_construct(reconstruction=reconstruction, continuation=None)
+    checkpoint = schemas.CheckpointMetrics.model_construct(reconstruction=reconstruction, continuation=None, moe=None)
     (line,) = text.quarter_texts(checkpoint, Console(width=80))
     coloured = {line.plain[span.start : span.end]: str(span.style) for span in line.spans}
     assert coloured["gat"] == text.GOOD
     assert coloured["a"] == text.WRONG
+
+
+def test_a_mixture_shows_how_evenly_it_routes() -> None:
+    moe = {"mean": {"load_cv": 0.3123, "max_violation": 0.5, "dropped_fraction": 0.0, "churn": None}}
+    checkpoint = schemas.CheckpointMetrics.model_construct(reconstruction=None, continuation=None, moe=moe)
+    (line,) = text.quarter_texts(checkpoint, Console(width=80))
+    assert line.plain == "       experts load_cv 0.3123, max_violation 0.5, dropped 0.0 %, churn –"
+
+
+def test_a_hint_names_the_command_as_it_was_called(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    script = tmp_path / "bin" / "nanomoe"
+    script.parent.mkdir()
+    script.touch(mode=0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [str(script)])
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert text.program() == "bin/nanomoe"
+    monkeypatch.setenv("PATH", str(script.parent))
+    assert text.program() == "nanomoe"
 
 
 def test_the_curve_falls_as_the_loss_does() -> None:
