@@ -8,7 +8,7 @@ import hashlib
 from dataclasses import dataclass
 from typing import Self
 
-from nanomoe import size
+from nanomoe import lineage, size
 from nanomoe.config import ConfigWarning, JobConfig
 from nanomoe.plan import Plan, TextTooShort
 from nanomoe.tokenizer import Tokenizer, TokenizerError, known_vocab_size, load_tokenizer
@@ -85,8 +85,7 @@ def assess(request: SubmitRequest, settings: Settings, parent: JobConfig | None)
             `TokenizerError`.
     """
     config = request.config
-    if parent is not None:
-        _check_parent(config, parent)
+    of_parent = [] if parent is None else _warning_of_parent(config, parent)
     n_bytes = _n_bytes(request.text, settings.max_text_bytes)
     try:
         vocab_size = known_vocab_size(config.tokenizer)
@@ -113,27 +112,19 @@ def assess(request: SubmitRequest, settings: Settings, parent: JobConfig | None)
         training_bytes=sizes.training_bytes,
         steps=None if plan is None else plan.total_steps,
     )
-    return Assessment(request, n_bytes, n_tokens, plan, sizes, config.warnings(n_tokens))
+    return Assessment(request, n_bytes, n_tokens, plan, sizes, config.warnings(n_tokens) + of_parent)
 
 
-_SHAPING = frozenset({"tokenizer", "block_size", "n_layer", "n_head", "n_embd", "bias", "use_moe"})
-_SHAPING_AN_MOE = frozenset({"moe_stride", "n_experts", "n_shared_experts", "expert_hidden_ratio", "router_noise"})
-
-
-def _check_parent(config: JobConfig, parent: JobConfig) -> None:
-    """Refuse to start from weights that have no place in this model."""
-    shaping = _SHAPING | _SHAPING_AN_MOE if config.use_moe else _SHAPING
-    differing = [
-        f"{name} is {getattr(config, name)!r}, the parent's {getattr(parent, name)!r}"
-        for name in sorted(shaping)
-        if getattr(config, name) != getattr(parent, name)
-    ]
-    if differing:
+def _warning_of_parent(config: JobConfig, parent: JobConfig) -> list[ConfigWarning]:
+    """What growing the parent changes. Refuses to start from weights that have no place in this model."""
+    if reasons := lineage.misfits(config, parent):
         raise Invalid(
             "parent_does_not_fit",
-            f"the weights of init_from do not fit this model: {'; '.join(differing)}",
-            errors=[{"loc": ["body", "config"], "msg": one} for one in differing],
+            f"the weights of init_from do not fit this model: {'; '.join(reasons)}",
+            errors=[{"loc": ["body", "config"], "msg": reason} for reason in reasons],
         )
+    warning = lineage.upcycle_warning(config, parent)
+    return [] if warning is None else [warning]
 
 
 def _n_bytes(text: str, limit: int) -> int:
