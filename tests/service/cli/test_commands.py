@@ -76,7 +76,6 @@ def test_a_dry_run_tells_the_steps_and_makes_no_job(at: Run, text_file: str, api
         (["watch", "0" * 32], "job_not_found: "),
         (["watch", "../../workers"], "not_found: "),
         (["jobs", "--limit", "0"], "invalid_request: "),
-        (["export", "latest", "."], ". is there already"),
         (["knobs", "zzz"], "there is no 'zzz'"),
         (["jobs", "--url", "nanomoe.test"], "'nanomoe.test' is not an address"),
     ],
@@ -192,14 +191,6 @@ def test_jobs_are_a_table_that_a_pipe_gets_whole(at: Run, api: Api) -> None:
 def test_workers_are_listed_or_missed(at: Run, api: Api) -> None:
     assert at("workers", "--json").code == 0
     assert at("workers").out != ""
-
-
-def test_export_takes_a_folder_and_says_what_is_wrong_with_it(nanomoe: Run, tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    done = nanomoe("export", "empty", "new", "--to", "hf")
-    assert (done.code, "holds no checkpoint" in done.err) == (2, True)
-    assert nanomoe("export", "empty", "new", "--to", "cake").code == 2
-    assert not (tmp_path / "new").exists()
 
 
 def test_the_version_and_the_help_need_no_service(nanomoe: Run) -> None:

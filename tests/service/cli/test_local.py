@@ -1,0 +1,93 @@
+"""The commands that compute on this machine."""
+
+import json
+import re
+import signal
+from pathlib import Path
+
+import pytest
+
+from nanomoe import checkpoint
+from tests.api import TEXT
+from tests.service.cli.conftest import Run
+
+TINY = [
+    part
+    for setting in ("tokenizer=bytes", "n_layer=1", "n_head=1", "n_embd=8", "block_size=32", "dropout=0", "epochs=8")
+    for part in ("--set", setting)
+]
+
+
+def test_train_shows_the_quarters_and_writes_whole_checkpoints(nanomoe: Run, tmp_path: Path) -> None:
+    done = nanomoe("train", "-", *TINY, "--out", "run", stdin=TEXT.encode())
+    assert (done.code, done.err) == (0, "")
+    assert [int(n) for n in re.findall(r"^ +(\d+) %", done.out, re.M)] == [0, 25, 50, 75, 100]
+    assert done.out.endswith("checkpoints are in run\n")
+    for percent in (0, 25, 50, 75, 100):
+        assert checkpoint.read_metrics(tmp_path / "run" / str(percent))["percent"] == percent
+    assert checkpoint.read_config(tmp_path / "run" / "100").epochs == 8
+
+    exported = nanomoe("export", "run/100", "hf")
+    assert (exported.code, exported.out, exported.err) == (0, "wrote hf\n", "")
+    assert (tmp_path / "hf" / "model.safetensors").exists()
+
+
+def test_train_for_programs_is_a_line_of_json_for_each_event(nanomoe: Run) -> None:
+    done = nanomoe("train", "-", *TINY, "--json", "--set", "cont_prefix_tokens=100", stdin=TEXT.encode())
+    events = [json.loads(line) for line in done.out.splitlines()]
+    assert {event["event"] for event in events} == {"warning", "step", "checkpoint"}
+    assert events[-1]["data"]["percent"] == 100
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train", "-", "--set", f"init_from={'0' * 32}"], "init_from names a job of a service"),
+        (["train", "-", "--out", "."], ". is there already"),
+        (["train", "-", "--set", "val_fraction=0.9", "--set", "tokenizer=bytes"], "text_too_short: "),
+        (["train", "-", "--set", "tokenizer=nobody/nothing"], "hub_not_allowed: "),
+        (["export", "latest", "."], ". is there already"),
+        (["export", "empty", "new"], "empty holds no checkpoint: model.safetensors is missing"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_what_cannot_be_is_one_line_and_exit_code_2(
+    nanomoe: Run, tmp_path: Path, arguments: list[str], said: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    done = nanomoe(*arguments, stdin=b"abc")
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith(f"nanomoe: {said}")
+    assert done.err.count("\n") == 1
+
+
+def test_an_unknown_format_is_exit_code_2(nanomoe: Run, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert nanomoe("export", "empty", "new", "--to", "cake").code == 2
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_run_that_diverges_is_exit_code_1_and_says_at_which_step(nanomoe: Run) -> None:
+    done = nanomoe(
+        "train", "-", *TINY, "--set", "lr=10", "--set", "weight_decay=10", "--set", "eps=1e-30", stdin=b"ab" * 99
+    )
+    assert done.code == 1
+    assert re.match(r"nanomoe: loss_not_finite: at step \d+ ", done.err)
+
+
+def test_ctrl_c_says_how_far_it_came_and_leaves_whole_checkpoints(
+    nanomoe: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = checkpoint.write
+
+    def interrupt_after_writing(folder: Path, files: dict[str, bytes]) -> object:
+        result = written(folder, files)
+        if folder.name == "25":
+            signal.raise_signal(signal.SIGINT)
+        return result
+
+    monkeypatch.setattr(checkpoint, "write", interrupt_after_writing)
+    done = nanomoe("train", "-", *TINY, "--out", "run", stdin=TEXT.encode())
+    assert done.code == 130
+    n_steps = checkpoint.read_metrics(tmp_path / "run" / "25")["step"]
+    assert done.err == f"stopped at step {n_steps}; its checkpoints are in run\n"
