@@ -65,7 +65,18 @@ def document(app: FastAPI) -> dict[str, Any]:
     made["components"]["schemas"] = {name: schemas[name] for name in sorted(schemas) if name not in _NOT_OURS}
     for path in made["paths"].values():
         for operation in path.values():
+            for parameter in operation.get("parameters", []):
+                _never_null(parameter["schema"])
             if "application/json" in operation["responses"].get("422", {}).get("content", {}):
                 del operation["responses"]["422"]
     app.openapi_schema = made
     return made
+
+
+def _never_null(schema: dict[str, Any]) -> None:
+    """A parameter may be left out, but a query or a header has no way to say null."""
+    choices = [choice for choice in schema.pop("anyOf", []) if choice != {"type": "null"}]
+    if len(choices) == 1:
+        schema.update(choices[0])
+    elif choices:
+        schema["anyOf"] = choices

@@ -23,7 +23,7 @@ _PRINTABLE = r"^[^\x00-\x1f\x7f]+$"
 JobName = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=200, pattern=_PRINTABLE)]
 TagKey = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")]
 TagValue = Annotated[str, StringConstraints(strict=True, max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$")]
-Tags = Annotated[dict[TagKey, TagValue], Field(max_length=32)]
+Tags = Annotated[dict[TagKey, TagValue], Field(max_length=32, json_schema_extra={"additionalProperties": False})]
 
 
 class View(BaseModel):

@@ -1,7 +1,6 @@
 """The API as a process and as a whole: how it starts and stops, whom it answers, what it documents."""
 
 import hashlib
-import json
 import os
 import re
 import signal
@@ -21,7 +20,6 @@ from structlog.testing import capture_logs
 
 from service.app import create_app
 from service.errors import StartRefused
-from service.openapi import document
 from service.settings import Settings
 from tests.api import TEXT, Api, Serve, serving
 from tests.databases import ONLY_POSTGRESQL
@@ -256,19 +254,3 @@ def test_what_fails_inside_is_a_problem_that_tells_nothing(api: Api, monkeypatch
     assert [(entry["event"], entry["path"]) for entry in logged] == [("unexpected_error", "/workers")]
     assert (answer.status_code, answer.json()["code"]) == (500, "internal_error")
     assert "secret" not in answer.text
-
-
-def test_the_document_has_no_validation_error_but_ours(tmp_path: Path) -> None:
-    made = document(create_app(Settings(_env_file=None, data_dir=tmp_path)))
-    assert "HTTPValidationError" not in json.dumps(made)
-    refs = set(re.findall(r'"#/components/schemas/([^"]+)"', json.dumps(made)))
-    assert refs <= set(made["components"]["schemas"])
-    for path, operations in made["paths"].items():
-        for method, operation in operations.items():
-            for status, answer in operation["responses"].items():
-                if int(status) >= 400:
-                    assert list(answer["content"]) == ["application/problem+json"], (method, path, status)
-    body = made["paths"]["/jobs"]["post"]["requestBody"]["content"]
-    assert set(body) == {"application/json", "multipart/form-data"}
-    assert made["components"]["schemas"]["JobConfig"]["properties"]["lr"]["description"].startswith("Peak")
-    assert "required" not in made["components"]["schemas"]["JobConfig"]

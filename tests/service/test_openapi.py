@@ -1,0 +1,187 @@
+"""The OpenAPI document against the API: each documented status of each route is reached, and no other."""
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from service import queue
+from service.app import create_app
+from service.openapi import document
+from service.settings import Settings
+from tests.api import TEXT, Api, Serve
+from tests.service.routes.test_generate import tiny_files
+
+NOBODY = "0" * 32
+JSON = {"content-type": "application/json"}
+
+Reached = set[tuple[str, str, int]]
+
+
+class Explorer:
+    """Sends requests, and keeps which status each route answered."""
+
+    def __init__(self, api: Api, templates: list[str]) -> None:
+        self.api = api
+        self.reached: Reached = set()
+        self._routes = [(template, re.compile(re.sub(r"\{\w+\}", "[^/]+", template))) for template in templates]
+
+    def send(self, method: str, path: str, **request: Any) -> None:
+        answer = self.api.http.request(method, path, **request)
+        template = next(template for template, route in self._routes if route.fullmatch(path))
+        self.reached.add((method.lower(), template, answer.status_code))
+
+
+@contextmanager
+def failing(api: Api, error_code: int | None) -> Iterator[None]:
+    """Every transaction fails: as when the server is away, or with an error code of SQLite's."""
+    cause = Exception("injected")
+    if error_code is not None:
+        cause.sqlite_errorcode = error_code  # type: ignore[attr-defined]
+
+    @sa.event.listens_for(api.db.engine, "begin")
+    def refuse(connection: sa.Connection) -> None:
+        raise sa.exc.OperationalError("BEGIN", {}, cause)
+
+    try:
+        yield
+    finally:
+        sa.event.remove(api.db.engine, "begin", refuse)
+
+
+def valid_requests(queued: str, finished: str) -> list[tuple[str, str, Any]]:
+    """One legal request to each route, none of which needs another's effect."""
+    generate = {"job_id": finished, "prompt": "a", "max_new_tokens": 1}
+    return [
+        ("POST", "/jobs", {"text": TEXT}),
+        ("GET", "/jobs", None),
+        ("GET", f"/jobs/{queued}", None),
+        ("PATCH", f"/jobs/{queued}", {"name": "gato"}),
+        ("GET", f"/jobs/{queued}/text", None),
+        ("GET", f"/jobs/{queued}/metrics", None),
+        ("GET", f"/jobs/{queued}/metrics.csv", None),
+        ("GET", f"/jobs/{finished}/events", None),
+        ("GET", f"/jobs/{finished}/checkpoints", None),
+        ("GET", f"/jobs/{finished}/checkpoints/latest", None),
+        ("GET", f"/jobs/{finished}/checkpoints/0/reconstruction", None),
+        ("GET", f"/jobs/{finished}/checkpoints/0/files/config.json", None),
+        ("POST", "/generate", generate),
+        ("GET", "/workers", None),
+        ("GET", "/healthz", None),
+        ("GET", "/readyz", None),
+        ("POST", f"/jobs/{queued}/pause", None),
+        ("POST", f"/jobs/{queued}/resume", None),
+        ("POST", f"/jobs/{queued}/cancel", None),
+        ("DELETE", f"/jobs/{queued}", None),
+    ]
+
+
+def test_every_documented_status_is_reached_and_no_other(serve: Serve, tmp_path: Path) -> None:
+    api = serve(max_text_bytes=1000, max_queued=3, engine_max_waiting=1)
+    made = api.http.get("/openapi.json").json()
+    explorer = Explorer(api, list(made["paths"]))
+    send = explorer.send
+    claim = api.claim(api.submit()["id"])
+    api.record_checkpoint(claim, 0, 0, tiny_files(tmp_path / "tiny"))
+    queue.finish(api.db, claim, "succeeded")
+    finished, queued = claim.job_id, api.submit()["id"]
+
+    requests = valid_requests(queued, finished)
+    for method, path, body in requests:
+        send(method, path, json=body, headers={"Host": "evil.example"})
+    for error_code in (None, 13):
+        with failing(api, error_code):
+            for method, path, body in requests:
+                if error_code is None or (method != "GET" and path != "/generate"):
+                    send(method, path, json=body)
+    for method, path, body in requests:
+        if body is not None:
+            send(method, path, content=b"{", headers=JSON)
+            send(method, path, content=b" " * 2_000_000, headers=JSON)
+            send(method, path, json={"nope": 1})
+        if "/jobs/" in path:
+            send(method, path.replace(queued, NOBODY).replace(finished, NOBODY), json=body)
+    for path in (
+        f"/jobs/{queued}",
+        "/jobs",
+        f"/jobs/{queued}/metrics",
+        f"/jobs/{finished}/checkpoints/0/reconstruction",
+    ):
+        send("GET", path, params={"nope": 1})
+    send("GET", f"/jobs/{finished}/events", headers={"Last-Event-ID": "x"})
+    send("GET", f"/jobs/{finished}/events", headers={"Last-Event-ID": "999"})
+    send("DELETE", f"/jobs/{queued}")
+    for method, path, body in requests:
+        send(method, path, json=body)
+
+    for wish in ("cancel", "pause", "resume"):
+        send("POST", f"/jobs/{finished}/{wish}")
+    file = f"/jobs/{finished}/checkpoints/0/files/config.json"
+    send("GET", file, headers={"Range": "bytes=0-1"})
+    send("GET", file, headers={"Range": "bytes=999999-"})
+    next((api.context.settings.data_dir / "jobs" / finished).rglob("config.json")).unlink()
+    send("GET", file)
+    send("POST", "/jobs", json={"text": TEXT, "config": {"init_from": {"job_id": NOBODY}}})
+    send("POST", "/jobs", data={"text": TEXT})
+    send("POST", "/jobs", json={"text": TEXT}, params={"dry_run": True})
+    for _ in range(3):
+        send("POST", "/jobs", json={"text": TEXT})
+    request = {"job_id": NOBODY, "prompt": "a"}
+    send("POST", "/generate", json=request)
+    (waiting,) = api.http.get("/jobs", params={"status": "queued", "limit": 1}).json()["data"]
+    send("POST", "/generate", json=request | {"job_id": waiting["id"]})
+    full = Explorer(serve(engine_max_waiting=0), list(made["paths"]))
+    full_claim = full.api.running()
+    full.send("POST", "/generate", json=request | {"job_id": full_claim.job_id})
+
+    documented = {
+        (method, path, int(status))
+        for path, operations in made["paths"].items()
+        for method, operation in operations.items()
+        for status in operation["responses"]
+    }
+    assert explorer.reached | full.reached == documented
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The document."""
+    return document(create_app(Settings(_env_file=None, data_dir=tmp_path_factory.mktemp("document"))))
+
+
+def test_every_error_is_a_problem(made: dict[str, Any]) -> None:
+    for path, operations in made["paths"].items():
+        for method, operation in operations.items():
+            for status, answer in operation["responses"].items():
+                if int(status) >= 400:
+                    assert list(answer["content"]) == ["application/problem+json"], (method, path, status)
+
+
+def test_every_reference_leads_somewhere(made: dict[str, Any]) -> None:
+    refs = set(re.findall(r'"#/components/schemas/([^"]+)"', json.dumps(made)))
+    assert refs <= set(made["components"]["schemas"])
+    assert "HTTPValidationError" not in made["components"]["schemas"]
+
+
+def test_a_submission_is_documented_as_json_and_as_a_form(made: dict[str, Any]) -> None:
+    body = made["paths"]["/jobs"]["post"]["requestBody"]["content"]
+    assert set(body) == {"application/json", "multipart/form-data"}
+    config = made["components"]["schemas"]["JobConfig"]
+    assert config["properties"]["lr"]["description"].startswith("Peak learning rate")
+    assert "required" not in config
+
+
+def test_no_parameter_can_be_null(made: dict[str, Any]) -> None:
+    parameters = [
+        parameter
+        for operations in made["paths"].values()
+        for operation in operations.values()
+        for parameter in operation.get("parameters", [])
+    ]
+    assert len(parameters) > 20
+    assert not [parameter for parameter in parameters if "null" in json.dumps(parameter["schema"])]
