@@ -10,7 +10,7 @@ PARENT = {"job_id": "0" * 32, "checkpoint": 100}
 
 
 def request(**config: object) -> SubmitRequest:
-    return SubmitRequest(text="o rato roeu a roupa", config=JobConfig.model_validate(config | {"init_from": PARENT}))
+    return SubmitRequest(text="o rato roeu a roupa do rei de roma " * 3, config=JobConfig.model_validate(config | {"init_from": PARENT}))
 
 
 def test_a_dense_parent_may_grow_into_any_mixture_and_a_warning_says_when_the_first_logits_differ() -> None:
