@@ -126,9 +126,9 @@ class Assignments:
         """Sort the choices. Shapes depend on T, K and E only, so no device is waited for."""
         sorted_A, order_A = chosen_TK.flatten().sort(dim=0, stable=True)
         position_A = torch.empty_like(order_A).scatter_(0, order_A, torch.arange(len(order_A), device=order_A.device))
-        ends_E = torch.searchsorted(sorted_A, torch.arange(n_experts, device=sorted_A.device), right=True)
-        counts_E = ends_E.diff(prepend=ends_E.new_zeros(1))
-        return cls(chosen_TK, order_A, position_A, ends_E, counts_E)
+        experts_E = torch.arange(n_experts, device=sorted_A.device)
+        ends_E = torch.searchsorted(sorted_A, experts_E, right=True)
+        return cls(chosen_TK, order_A, position_A, ends_E, ends_E - torch.searchsorted(sorted_A, experts_E))
 
     def tokens(self) -> Tensor:
         """(A,): the token at each sorted position."""
