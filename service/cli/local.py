@@ -116,7 +116,8 @@ def _prepare(given: str, config: "JobConfig") -> "Run":
     here = settings()
     try:
         device = find_device(here.device)
-        tokenizer = load_tokenizer(config.tokenizer, text=given, allow_hub=here.allow_hub)
+        folders = [here.tokenizer_dir] if here.tokenizer_dir is not None else []
+        tokenizer = load_tokenizer(config.tokenizer, text=given, allow_hub=here.allow_hub, allowed_folders=folders)
         tokens = tokenizer.encode(given)
         execution = Execution.decide(config, here.device, n_tokens=len(tokens))
         execution.apply()

@@ -3,6 +3,8 @@
 import json
 import re
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from service import queue
 from tests.api import TEXT, Api
 from tests.service.cli.conftest import Run
 
+ROOT = Path(__file__).parents[3]
 TINY = ("--set", "tokenizer=bytes", "--set", "epochs=3")
 
 
@@ -197,3 +200,10 @@ def test_the_version_and_the_help_need_no_service(nanomoe: Run) -> None:
     assert nanomoe("--version").out == "nanomoe 0.1.0\n"
     assert "submit" in nanomoe("--help").out
     assert "KNOB=VALUE" in nanomoe("submit", "--help").out
+
+
+def test_a_command_starts_quickly_because_it_loads_little() -> None:
+    heavy = {"torch", "transformers", "tokenizers", "fastapi", "sqlalchemy", "numpy"}
+    script = f"import sys, service.cli; print(sorted({heavy} & set(sys.modules)))"
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert ran.stdout == "[]\n"
