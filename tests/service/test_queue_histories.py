@@ -165,5 +165,5 @@ class Histories(RuleBasedStateMachine):
 def test_no_history_breaks_a_promise(db: Database, clock: Clock) -> None:
     run_state_machine_as_test(
         lambda: Histories(db, clock),
-        settings=settings(max_examples=20, stateful_step_count=30, suppress_health_check=list(HealthCheck)),
+        settings=settings(max_examples=15, stateful_step_count=25, suppress_health_check=list(HealthCheck)),
     )
