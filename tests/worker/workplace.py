@@ -124,11 +124,11 @@ class Workplace:
         return worker
 
     def wait_until(self, holds: Callable[[], T], timeout: float = 60.0) -> T:
-        """The first true value of `holds`, asked again after every commit and at least every 10 ms."""
+        """The first true value of `holds`, asked again after every commit, and ten times a second."""
         give_up = time.monotonic() + timeout
         while not (value := holds()):
             assert time.monotonic() < give_up, f"waited {timeout} s in vain: {self.describe()}"
-            self.db.wait_for_change(0.01)
+            self.db.wait_for_change(0.1)
         return value
 
     def wait_for(self, job: Job, *statuses: str, timeout: float = 60.0) -> Job:

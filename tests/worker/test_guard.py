@@ -1,0 +1,99 @@
+"""A trainer's tie to its supervisor, in real processes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from worker.protocol import Beat, Stop, encode
+
+ROOT = Path(__file__).parents[2]
+TIED = """
+import os, sys, time
+from worker.guard import Supervision, die_with_parent
+die_with_parent(int(sys.argv[1]))
+supervision = Supervision(time.monotonic() + float(sys.argv[2]))
+print("tied", flush=True)
+while supervision.stop is None:
+    time.sleep(0.005)
+print(supervision.stop, sys.stdin.read(), flush=True)
+os._exit(0)
+"""
+
+
+def tied(*, parent: int | None = None, seconds: float = 60) -> subprocess.Popen[bytes]:
+    arguments = [str(parent or os.getpid()), str(seconds)]
+    process = subprocess.Popen(
+        [sys.executable, "-c", TIED, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        cwd=ROOT,
+        bufsize=0,
+    )
+    if parent is None:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"tied\n"
+    return process
+
+
+def end(process: subprocess.Popen[bytes]) -> int:
+    status = process.wait(20)
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            pipe.close()
+    return status
+
+
+def test_a_trainer_ends_when_its_pipe_does() -> None:
+    process = tied()
+    assert process.stdin is not None
+    process.stdin.close()
+    assert end(process) == -signal.SIGKILL
+
+
+def test_a_trainer_ends_when_it_hears_nothing_in_time() -> None:
+    began = time.monotonic()
+    process = tied(seconds=0.5)
+    assert end(process) == -signal.SIGKILL
+    assert time.monotonic() - began >= 0.5
+
+
+def test_a_beat_gives_a_trainer_more_time() -> None:
+    process = tied(seconds=1)
+    assert process.stdin is not None
+    process.stdin.write(encode(Beat(until=time.monotonic() + 60)))
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1.5)
+    process.stdin.write(encode(Stop(reason="pause")))
+    assert process.stdout is not None
+    # What reads stdin beside the supervision finds it empty.
+    assert process.stdout.readline() == b"pause \n"
+    assert end(process) == 0
+
+
+def test_a_trainer_that_was_stopped_reads_its_beats_before_the_clock() -> None:
+    process = tied(seconds=1)
+    process.send_signal(signal.SIGSTOP)
+    assert process.stdin is not None
+    process.stdin.write(encode(Beat(until=time.monotonic() + 60)))
+    time.sleep(1.2)  # its first deadline passes while it is stopped: the fault itself
+    process.send_signal(signal.SIGCONT)
+    process.stdin.write(encode(Stop(reason="drain")))
+    assert end(process) == 0
+
+
+def test_a_trainer_that_hears_something_else_than_the_protocol_ends() -> None:
+    process = tied()
+    assert process.stdin is not None
+    process.stdin.write(b"hello\n")
+    assert end(process) == -signal.SIGKILL
+
+
+def test_a_trainer_whose_parent_is_already_gone_ends_at_once() -> None:
+    assert end(tied(parent=1 if os.getpid() != 1 else 2)) == -signal.SIGKILL

@@ -1,0 +1,86 @@
+"""A claim kept alive: what a write does when the database is out of reach, or the job somebody else's."""
+
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+
+from service import queue, store
+from service.errors import DatabaseUnavailable, LeaseLost
+from service.queue import Claim, NewJob
+from service.store import Database
+from tests.databases import ONLY_SQLITE
+from tests.worker.workplace import QUICK
+from worker.lease import Lease, LeaseUncertain
+
+TIMING = replace(QUICK, retry=0.01)
+
+
+@pytest.fixture
+def claim(db: Database) -> Claim:
+    queue.submit(db, NewJob(text="uma frase", config={}))
+    claim = queue.claim(db, store.WorkerIdentity(), 60)
+    assert claim is not None
+    return claim
+
+
+@ONLY_SQLITE
+def test_a_write_extends_the_lease_from_before_it_began(db: Database, claim: Claim) -> None:
+    lease = Lease(claim, time.monotonic() - 10, TIMING)
+    before = time.monotonic()
+    lease.write(lambda: queue.heartbeat(db, claim))
+    assert before + TIMING.certain <= lease.deadline <= time.monotonic() + TIMING.certain
+    assert not lease.is_uncertain
+
+
+@ONLY_SQLITE
+def test_a_write_is_tried_again_while_the_database_is_out_of_reach(db: Database, claim: Claim) -> None:
+    failures = iter([DatabaseUnavailable("away"), DatabaseUnavailable("away")])
+
+    def write() -> object:
+        for failure in failures:
+            raise failure
+        return queue.heartbeat(db, claim)
+
+    Lease(claim, time.monotonic(), TIMING).write(write)
+
+
+@ONLY_SQLITE
+def test_a_write_ends_when_the_guard_has_killed_the_trainer(claim: Claim) -> None:
+    lease = Lease(claim, time.monotonic(), TIMING)
+
+    def write() -> object:
+        lease.fenced.set()
+        raise DatabaseUnavailable("away")
+
+    with pytest.raises(LeaseUncertain):
+        lease.write(write)
+
+
+@ONLY_SQLITE
+def test_a_write_that_came_through_too_late_does_not_bring_the_trainer_back(db: Database, claim: Claim) -> None:
+    lease = Lease(claim, time.monotonic(), TIMING)
+    lease.fenced.set()
+    with pytest.raises(LeaseUncertain):
+        lease.write(lambda: queue.heartbeat(db, claim))
+
+
+@ONLY_SQLITE
+def test_a_job_that_is_somebody_elses_is_not_written(db: Database, claim: Claim) -> None:
+    queue.release(db, claim)
+    lease = Lease(claim, time.monotonic(), TIMING)
+    for write in (lease.write, lambda write: lease.insist(write, threading.Event())):
+        with pytest.raises(LeaseLost):
+            write(lambda: queue.heartbeat(db, claim))
+
+
+@ONLY_SQLITE
+def test_the_last_write_is_given_up_when_the_worker_must_end_at_once(claim: Claim) -> None:
+    hurry = threading.Event()
+
+    def write() -> object:
+        hurry.set()
+        raise DatabaseUnavailable("away")
+
+    assert Lease(claim, time.monotonic(), TIMING).insist(write, hurry) is None

@@ -1,0 +1,88 @@
+"""The lock of a slot, held by real processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+
+from tests.worker.workplace import is_alive
+from worker.lock import SlotLock
+from worker.survivors import TOKEN_VARIABLE, survivors
+
+SLEEP = "import time; time.sleep(600)"
+
+
+def trainer_with(lock: SlotLock, token: str) -> subprocess.Popen[bytes]:
+    """A process that inherits the lock, as a trainer does."""
+    environment = {**os.environ, TOKEN_VARIABLE: token}
+    command = [sys.executable, "-S", "-c", SLEEP]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, pass_fds=(lock.descriptor,), env=environment)
+
+
+def test_the_lock_is_held_by_one_alone(tmp_path: Path) -> None:
+    first, second = SlotLock(tmp_path / "slot", "a"), SlotLock(tmp_path / "slot", "b")
+    assert first.acquire()
+    assert not second.acquire()
+    first.release()
+    assert second.acquire()
+
+
+def test_a_trainer_holds_the_lock_that_was_taken_after_it_started(tmp_path: Path) -> None:
+    lock = SlotLock(tmp_path / "slot", "a")
+    trainer = trainer_with(lock, "a")
+    assert lock.acquire()
+    lock.hand_over()
+    next_lock = SlotLock(tmp_path / "slot", "b")
+    assert not next_lock.acquire()
+    trainer.kill()
+    trainer.wait()
+    assert next_lock.acquire()
+
+
+def test_what_a_dead_supervisor_left_is_ended_by_the_next_one(tmp_path: Path) -> None:
+    # A supervisor that takes the lock, leaves it to a trainer and dies.
+    code = (
+        "import os, sys; from pathlib import Path; from tests.worker.test_lock import SlotLock, trainer_with; "
+        "lock = SlotLock(Path(sys.argv[1]), 'left'); trainer = trainer_with(lock, 'left'); lock.acquire(); "
+        "lock.hand_over(); print(trainer.pid, flush=True); os._exit(0)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "slot")]
+    said = subprocess.run(command, stdout=subprocess.PIPE, check=True, cwd=Path(__file__).parents[2])
+    left = psutil.Process(int(said.stdout))
+    assert is_alive(left.pid)
+    lock = SlotLock(tmp_path / "slot", "next")
+    assert not lock.acquire()  # it was held, and its holder is killed now
+    while is_alive(left.pid):
+        pass
+    assert lock.acquire()
+
+
+def test_survivors_are_found_in_the_session_and_beyond_it() -> None:
+    environment = {**os.environ, TOKEN_VARIABLE: "found"}
+    code = (
+        "import subprocess, sys; subprocess.Popen([sys.executable, '-S', '-c', sys.argv[1]], "
+        "start_new_session=True, stdout=subprocess.DEVNULL); print(flush=True); sys.stdin.read()"
+    )
+    leader = subprocess.Popen(
+        [sys.executable, "-S", "-c", code, SLEEP],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+        env=environment,
+    )
+    assert leader.stdout is not None
+    leader.stdout.readline()
+    found = survivors(leader.pid, "found")
+    assert leader.pid in found
+    assert len(found) == 2
+    for pid in found:
+        os.kill(pid, 9)
+    leader.wait()
+    leader.stdout.close()
+    assert leader.stdin is not None
+    leader.stdin.close()
+    while survivors(leader.pid, "found"):
+        pass
+    assert survivors(None, "another") == set()

@@ -1,0 +1,28 @@
+"""`python -m worker`: flags and refusals."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from worker.__main__ import main
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_a_worker_for_a_device_that_is_not_there_says_so_and_ends(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--devices", "tpu"]) == 2
+    assert "'tpu'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--slots", "0"], ["--slots", "two"], ["--no-such-flag"]])
+def test_a_wrong_flag_is_refused(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(flags)
+    assert "usage" in capsys.readouterr().err
+
+
+def test_the_supervisor_loads_no_torch() -> None:
+    code = "import sys, worker.__main__; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -1,0 +1,98 @@
+"""What supervisor and trainer say to each other."""
+
+import pytest
+
+from nanomoe.checkpoint import FileEntry
+from nanomoe.config import ConfigWarning, JobConfig
+from worker.protocol import (
+    Beat,
+    CheckpointWritten,
+    Done,
+    Failure,
+    Folder,
+    FromTrainer,
+    Prepared,
+    Ready,
+    SnapshotWritten,
+    Start,
+    Steps,
+    Stop,
+    ToTrainer,
+    Warned,
+    encode,
+    parse_from_trainer,
+    parse_to_trainer,
+)
+
+TO_TRAINER: list[ToTrainer] = [
+    Start(
+        job_id="0" * 32,
+        fence=3,
+        config=JobConfig(betas=(0.8, 0.9)),
+        text_path="/data/jobs/0/text.txt",
+        folder="/data/jobs/0",
+        execution={"device": "cpu"},
+        resume=Folder(folder="/data/jobs/0/f2-s7", manifest_sha256="a" * 64),
+        parent=None,
+        device="cpu",
+        snapshot_seconds=60.0,
+        allow_hub=False,
+        tokenizer_dir=None,
+    ),
+    Beat(until=12.5),
+    Stop(reason="pause"),
+]
+FROM_TRAINER: list[FromTrainer] = [
+    Ready(),
+    Prepared(
+        execution={"device": "cpu"},
+        n_tokens=87,
+        total_steps=500,
+        n_params=10,
+        n_active_params=5,
+        resumed_at_step=None,
+        warnings=[ConfigWarning(code="router_starved", message="k = 1")],
+    ),
+    Steps(step=[1, 2], train_loss=[9.0, 8.9], lr=[1e-4, 1e-4], grad_norm=[1.9, 1.8], tok_per_sec=3900.0, epoch=2),
+    CheckpointWritten(
+        percent=25,
+        step=125,
+        epoch=125,
+        folder="f1-25",
+        manifest_sha256="b" * 64,
+        files=[FileEntry(name="model.safetensors", size=1, sha256="c" * 64)],
+        metrics={"loss": 5.1, "moe": None},
+    ),
+    SnapshotWritten(step=125, folder="f1-s125", manifest_sha256="d" * 64),
+    Warned(code="dead_expert", message="expert 3 of layer 1"),
+    Done(outcome="failed", error=Failure(code="loss_not_finite", message="at step 3")),
+]
+
+
+@pytest.mark.parametrize("message", TO_TRAINER, ids=lambda message: message.type)
+def test_what_the_supervisor_says_arrives_unchanged_on_one_line(message: ToTrainer) -> None:
+    line = encode(message)
+    assert line.count(b"\n") == 1
+    assert parse_to_trainer(line) == message
+
+
+@pytest.mark.parametrize("message", FROM_TRAINER, ids=lambda message: message.type)
+def test_what_the_trainer_says_arrives_unchanged_on_one_line(message: FromTrainer) -> None:
+    line = encode(message)
+    assert line.count(b"\n") == 1
+    assert parse_from_trainer(line) == message
+
+
+@pytest.mark.parametrize(
+    "line", [b"", b"loading weights...", b"{}", b'{"type":"beat","until":1.0}', b'{"type":"ready","x":1}']
+)
+def test_anything_else_is_no_message_of_a_trainer(line: bytes) -> None:
+    with pytest.raises(ValueError, match="validation error"):
+        parse_from_trainer(line)
+
+
+def test_a_figure_that_is_not_finite_is_never_said() -> None:
+    with pytest.raises(ValueError, match="finite"):
+        parse_from_trainer(
+            b'{"type":"steps","step":[1],"train_loss":[NaN],"lr":[1],"grad_norm":[1],"tok_per_sec":1,"epoch":1}'
+        )

@@ -1,0 +1,91 @@
+"""The trainer's own parts: the wire that nobody else can write to, the writer, and what an error means."""
+
+import errno
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from worker.protocol import CheckpointWritten, Ready, SnapshotWritten, parse_from_trainer
+from worker.trainer import Wire, Writer, _explain
+
+ROOT = Path(__file__).parents[2]
+
+
+class Heard(Wire):
+    """A wire that ends here."""
+
+    def __init__(self) -> None:
+        self.messages: list[object] = []
+
+    def say(self, message: object) -> None:
+        self.messages.append(message)
+
+
+def test_stray_prints_of_the_trainer_and_its_children_never_reach_the_supervisor() -> None:
+    code = (
+        "import os, sys; from worker.trainer import Wire; from worker.protocol import Ready; wire = Wire(); "
+        "print('stray', flush=True); os.write(1, b'stray'); os.system('echo stray'); wire.say(Ready())"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, cwd=ROOT)
+    assert parse_from_trainer(said.stdout) == Ready()
+    assert said.stderr.count(b"stray") == 3
+
+
+def recorded(percent: int) -> object:
+    from nanomoe.train import Recorded
+
+    return Recorded(percent, 5, 2, {"loss": 1.0}, 10.0, {"model.safetensors": b"weights"})
+
+
+def test_folders_are_written_in_order_and_told_of_once_whole(tmp_path: Path) -> None:
+    from nanomoe.train import Snapshot
+
+    wire = Heard()
+    writer = Writer(wire, tmp_path, fence=4)
+    writer.write(recorded(25))  # type: ignore[arg-type]
+    for _ in range(2):  # a stop right after a quarter asks for the same snapshot again
+        writer.write(Snapshot(5, {"resume.json": b"{}"}))
+    writer.close()
+    checkpoint, snapshot = wire.messages
+    assert isinstance(checkpoint, CheckpointWritten)
+    assert (checkpoint.folder, checkpoint.percent) == ("f4-25", 25)
+    assert checkpoint.metrics == {"loss": 1.0, "tok_per_sec": 10.0}
+    assert isinstance(snapshot, SnapshotWritten)
+    assert snapshot.folder == "f4-s5"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["f4-25", "f4-s5"]
+
+
+def test_a_disk_that_is_full_ends_the_training_and_not_the_writer_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(folder: Path, files: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("nanomoe.checkpoint.write", full)
+    wire = Heard()
+    writer = Writer(wire, tmp_path, fence=1)
+    writer.write(recorded(0))  # type: ignore[arg-type]
+    with pytest.raises(OSError, match="No space"):
+        writer.close()
+    assert wire.messages == []
+
+
+def test_an_error_that_would_come_again_fails_the_job_and_any_other_is_a_crash() -> None:
+    import torch
+
+    from nanomoe.tokenizer import TokenizerError
+    from nanomoe.train import LossNotFinite, OutOfMemory
+
+    def code(error: Exception) -> str | None:
+        failure = _explain(error)
+        return failure and failure.code
+
+    assert code(LossNotFinite("NaN at step 3")) == "loss_not_finite"
+    assert code(OutOfMemory("not even one window")) == "out_of_memory"
+    assert code(torch.OutOfMemoryError("CUDA out of memory")) == "out_of_memory"
+    assert code(TokenizerError("tokenizer_not_found", "no such name")) == "tokenizer_not_found"
+    assert code(OSError(errno.ENOSPC, "No space left on device")) == "disk_full"
+    assert code(OSError(errno.EIO, "Input/output error")) is None
+    assert code(RuntimeError("a bug")) is None
