@@ -1,37 +1,95 @@
+"""What a request comes to, before there is a row."""
+
+from pathlib import Path
+from typing import Any
+
 import pytest
 
+from nanomoe import size
 from nanomoe.config import JobConfig
-from service.errors import Invalid
+from nanomoe.tokenizer import load_tokenizer
+from service.errors import Invalid, TooLarge
 from service.schemas import SubmitRequest
 from service.settings import Settings
-from service.submission import assess
+from service.submission import TOKENISED_AT_ONCE_BYTES, Assessment, assess
 
-PARENT = {"job_id": "0" * 32, "checkpoint": 100}
-
-
-def request(**config: object) -> SubmitRequest:
-    return SubmitRequest(text="o rato roeu a roupa do rei de roma " * 3, config=JobConfig.model_validate(config | {"init_from": PARENT}))
+TEXT = "O gato dorme. O rato não."
 
 
-def test_a_dense_parent_may_grow_into_any_mixture_and_a_warning_says_when_the_first_logits_differ() -> None:
-    equal = assess(request(use_moe=True), Settings(), JobConfig())
-    assert equal.warnings == []
-    assert (equal.new_job(None).parent_id, equal.new_job(None).parent_percent) == ("0" * 32, 100)
-    parted = assess(request(use_moe=True, upcycle_noise=0.1), Settings(), JobConfig())
-    assert [warning.code for warning in parted.warnings] == ["upcycle_not_equal"]
+def assessed(text: str = TEXT, parent: JobConfig | None = None, limits: dict[str, Any] | None = None,
+             **config: Any) -> Assessment:  # fmt: skip
+    settings = Settings(_env_file=None, data_dir=Path("unused"), **limits or {})
+    return assess(SubmitRequest(text=text, config=JobConfig(**config)), settings, parent)
 
 
-@pytest.mark.parametrize(
-    ("child", "parent", "reason"),
-    [
-        ({"use_moe": True, "n_experts": 4}, {"use_moe": True}, "n_experts is 4, the parent's 8"),
-        ({}, {"use_moe": True}, "a mixture cannot become one MLP"),
-        ({"use_moe": True, "n_embd": 64}, {}, "n_embd is 64, the parent's 128"),
-    ],
-)
-def test_weights_that_have_no_place_in_the_model_are_refused_with_the_reason(
-    child: dict[str, object], parent: dict[str, object], reason: str
-) -> None:
-    with pytest.raises(Invalid, match=reason) as refused:
-        assess(request(**child), Settings(), JobConfig.model_validate(parent))
+def test_the_figures_are_those_of_the_arithmetic() -> None:
+    found = assessed(block_size=5)
+    n_tokens = len(load_tokenizer("ptbr-8k").encode(TEXT))
+    config = found.request.config
+    assert found.n_tokens == n_tokens
+    assert found.n_bytes == len(TEXT.encode())
+    assert found.plan is not None
+    assert found.plan.n_windows == -(-(n_tokens - 1) // 5)
+    assert found.sizes.n_params == size.n_params(config, 8192)
+    assert found.sizes.training_bytes == size.training_bytes(config, 8192, n_tokens)
+
+
+def test_a_trained_tokenizer_counts_with_the_entries_it_has() -> None:
+    found = assessed(tokenizer="train:1000")
+    assert found.sizes.n_params is not None
+    assert found.sizes.n_params < size.n_params(found.request.config, 1000)
+
+
+def test_a_long_text_is_measured_by_its_bytes() -> None:
+    text = "ab " * TOKENISED_AT_ONCE_BYTES
+    found = assessed(text, tokenizer="bytes")
+    assert (found.n_tokens, found.plan) == (None, None)
+    assert found.sizes.training_bytes == size.training_bytes(found.request.config, 256, len(text))
+
+
+def test_a_size_that_is_absurd_is_refused_before_a_tokenizer_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object, **named: object) -> None:
+        raise AssertionError("the tokenizer was loaded")
+
+    monkeypatch.setattr("service.submission.load_tokenizer", fail)
+    with pytest.raises(Invalid) as refused:
+        assessed(tokenizer="train:5000", n_embd=65_536, n_layer=256)
+    assert refused.value.code == "job_too_large"
+    assert "2,000,000,000" in refused.value.detail
+
+
+def test_every_limit_that_is_passed_is_named() -> None:
+    with pytest.raises(Invalid) as refused:
+        assessed(tokenizer="bytes", limits={"max_training_bytes": 10, "max_steps": 5})
+    assert [error["msg"].split(" ", 1)[1].split(",")[0] for error in refused.value.errors] == [
+        "bytes of memory for training",
+        "optimizer steps",
+    ]
+
+
+def test_a_text_is_measured_in_bytes_and_not_in_characters() -> None:
+    assessed("é" * 50, limits={"max_text_bytes": 100})
+    with pytest.raises(TooLarge):
+        assessed("é" * 51, limits={"max_text_bytes": 100})
+
+
+def test_a_text_that_leaves_nothing_to_train_on_is_refused() -> None:
+    with pytest.raises(Invalid) as refused:
+        assessed("abc", tokenizer="bytes", val_fraction=0.5)
+    assert refused.value.code == "text_too_short"
+
+
+def test_traps_are_told() -> None:
+    found = assessed("abc", tokenizer="bytes", use_moe=True, k=1, norm_topk_prob=True)
+    codes = {warning.code for warning in found.warnings}
+    assert {"prefix_longer_than_text", "router_starved", "more_experts_than_tokens"} <= codes
+
+
+@pytest.mark.parametrize("change", [{"n_layer": 2}, {"block_size": 50}, {"bias": False}, {"tokenizer": "ptbr-8k"}])
+def test_weights_of_another_shape_are_no_start(change: dict[str, Any]) -> None:
+    parent = JobConfig(tokenizer="bytes")
+    assessed(parent=parent, tokenizer="bytes", epochs=5, dropout=0.0)
+    with pytest.raises(Invalid) as refused:
+        assessed(parent=parent, **({"tokenizer": "bytes"} | change))
     assert refused.value.code == "parent_does_not_fit"
+    assert next(iter(change)) in refused.value.detail
