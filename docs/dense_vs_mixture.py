@@ -1,0 +1,88 @@
+"""The README's comparison of a dense model with mixtures of equal active parameters, run anew.
+
+`.venv/bin/python docs/dense_vs_mixture.py` trains every variant with three seeds on the bundled paragraph, prints the
+table in Markdown, and writes every quarter's figures to `dense_vs_mixture.json` in the folder given with `--out`.
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import nanomoe
+from nanomoe.config import JobConfig
+from nanomoe.execution import Execution
+from nanomoe.run import Recorded, Run
+from nanomoe.tokenizer import load_tokenizer
+from nanomoe.train import train
+
+MIXTURE: dict[str, Any] = {"use_moe": True, "n_experts": 8, "k": 2, "expert_hidden_ratio": 2.0}
+NO_BALANCE: dict[str, Any] = {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "mixture": MIXTURE,
+    "mixture, no balance": MIXTURE | NO_BALANCE,
+    "mixture, balance bias": MIXTURE | NO_BALANCE | {"router_bias_update_rate": 1e-3},
+}
+LEARNING_RATES = (1e-4, 5e-3)
+SEEDS = (1, 2, 3)
+BALANCE = ("load_cv", "max_violation", "churn", "router_entropy", "dead_experts")
+
+
+def quarters(config: JobConfig, text: str) -> list[dict[str, Any]]:
+    """The figures of each checkpoint of one run; those of the router as the mean over layers."""
+    tokenizer = load_tokenizer(config.tokenizer)
+    tokens = tokenizer.encode(text)
+    execution = Execution.decide(config, "cpu", n_tokens=len(tokens))
+    run = Run(config, tokens, tokenizer, execution, device=torch.device("cpu"))
+    rows = []
+    for happened in train(run):
+        if isinstance(happened, Recorded):
+            metrics = happened.metrics
+            row = {"percent": happened.percent, "loss": metrics["loss"], "perplexity": metrics["perplexity"]}
+            if metrics["moe"] is not None:
+                row |= {name: metrics["moe"]["mean"][name] for name in BALANCE}
+            rows.append(row)
+    return rows
+
+
+def main() -> None:
+    """Train all, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path())
+    parser.add_argument("--epochs", type=int, default=500)
+    options = parser.parse_args()
+    text = (Path(nanomoe.__file__).parent / "assets" / "paragraph.pt.txt").read_text(encoding="utf-8")
+    runs: list[dict[str, Any]] = []
+    print("| lr | model | loss | perplexity | load_cv | max_violation | churn at 50, 75, 100 % |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for lr in LEARNING_RATES:
+        for name, changes in VARIANTS.items():
+            mine = []
+            for seed in SEEDS:
+                config = JobConfig.model_validate({"lr": lr, "seed": seed, "epochs": options.epochs} | changes)
+                mine.append(quarters(config, text))
+                runs.append({"lr": lr, "model": name, "seed": seed, "quarters": mine[-1]})
+                (options.out / "dense_vs_mixture.json").write_text(json.dumps(runs, indent=1))
+            print(f"| {lr:g} | {name} | {' | '.join(_summary(mine))} |", flush=True)
+
+
+def _summary(runs: list[list[dict[str, Any]]]) -> list[str]:
+    """Medians over seeds, with the smallest and the largest of the loss."""
+
+    def median(name: str, quarter: int = -1) -> float:
+        return statistics.median(run[quarter][name] for run in runs)
+
+    losses = [run[-1]["loss"] for run in runs]
+    loss = f"{median('loss'):.4f} ({min(losses):.4f} to {max(losses):.4f})"
+    if "churn" not in runs[0][-1]:
+        return [loss, f"{median('perplexity'):.3f}", "", "", ""]
+    churn = ", ".join(f"{median('churn', quarter):.2f}" for quarter in (2, 3, 4))
+    return [loss, f"{median('perplexity'):.3f}", f"{median('load_cv'):.2f}", f"{median('max_violation'):.2f}", churn]
+
+
+if __name__ == "__main__":
+    main()
