@@ -189,7 +189,7 @@ class TrainConfig(Strict):
     gradient_accumulation_steps: int = Field(1, ge=1, le=65_536)
     """Micro-batches of an optimizer step; never crossing an epoch."""
 
-    seed: int = Field(1337, ge=0, lt=2**63)
+    seed: int = Field(42, ge=0, lt=2**63)
     """Decides the initial weights, the order of windows, dropout and the sampling at checkpoints."""
 
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
