@@ -1,20 +1,15 @@
-"""One attempt at a job, from the claim to the job's next state: what the trainer says is recorded under the claim's
-fence, what the user wishes is passed on to the trainer.
+"""One attempt at a job, from the claim to the job's next state: it starts the trainer, has recorded what the trainer
+says, passes on what the user wishes, and ends the trainer when it must.
 
 Knows no HTTP and no torch. A lost lease ends the attempt at once, and it writes nothing more.
 """
 
 import errno
-import shutil
 import signal
-import statistics
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
-from pathlib import Path
 from queue import Empty
-from typing import Any, assert_never
 
 import structlog
 
@@ -26,19 +21,8 @@ from service.store import Job
 from worker.lease import Lease, LeaseUncertain
 from worker.memory import oom_kills
 from worker.process import Ended, Look, TrainerProcess
-from worker.protocol import (
-    CheckpointWritten,
-    Done,
-    Failure,
-    FromTrainer,
-    Prepared,
-    Ready,
-    SnapshotWritten,
-    Steps,
-    Stop,
-    StopReason,
-    Warned,
-)
+from worker.protocol import Done, Failure, FromTrainer, Ready, Steps, Stop, StopReason
+from worker.recorder import Recorder
 from worker.start import ParentUnusable, compose
 from worker.timing import Timing
 
@@ -91,16 +75,10 @@ class Attempt:
         """How the attempt went wrong, where the trainer's exit status does not tell."""
         self._oom_kills = oom_kills()
 
-        self._progress: dict[str, Any] = dict(self._job.progress)
-        self._snapshot_folder: str | None = None
-        """Of the recorded snapshot, relative to the data folder."""
-        self._unrecorded: dict[str, list[Any]] = {}
-        """Step figures that wait for the next commit."""
-        self._record_due = 0.0
-        self._look_due: float | None = None
+        self._look_due: float | None = 0.0
+        """Monotonic time of the next look at what is wished."""
         self._last_look = 0.0
-        self._last_progress = time.monotonic()
-        self._step_seconds: deque[float] = deque(maxlen=100)
+        self._recorder = Recorder(db, lease, settings.data_dir, timing, self._obey)
 
     def run(self) -> None:
         """See the job through until no process of it is left, and put it where it belongs then."""
@@ -128,17 +106,16 @@ class Attempt:
 
     def _start(self) -> None:
         self._log.info("attempt_started", attempt=self._job.attempt)
-        start, warnings = self._lease.read(
+        start, snapshot_folder, warnings = self._lease.read(
             lambda: compose(self._db, self._job, device=self._device, settings=self._settings)
         )
-        if start.resume is not None:
-            self._snapshot_folder = self._relative(Path(start.resume.folder).name)
+        self._recorder.snapshot_folder = snapshot_folder
         self._trainer.start(start)
         for warning in warnings:
-            self._record(warning)
+            self._recorder.hear(warning)
 
     def _follow(self) -> None:
-        """Until the trainer has ended: record what it says, keep the lease, pass on what is wished."""
+        """Until the trainer has ended: have recorded what it says, and do what is due meanwhile."""
         while True:
             match message := self._next_message():
                 case Ended(garbled=garbled):
@@ -152,139 +129,34 @@ class Attempt:
                     self._done = message
                     self._kill_within(self._timing.exit_grace)
                 case _:
-                    self._hear(message)
+                    self._recorder.hear(message)
+                    if isinstance(message, Steps):
+                        self._on_training()
             self._do_what_is_due()
-        self._record_steps()
+        self._recorder.flush()
 
     def _next_message(self) -> FromTrainer | Ended | Look | None:
+        """What comes next, or None when something is due before."""
         due = [self._lease.heartbeat_due]
-        due += [at for at in (self._kill_at, self._look_due) if at is not None]
-        due += [self._record_due] if self._unrecorded else []
-        due += [self._last_progress + self._patience()] if self._crash is None else []
+        due += [at for at in (self._kill_at, self._look_due, self._recorder.due) if at is not None]
+        due += [self._stalled_at] if self._crash is None else []
         try:
             return self._trainer.inbox.get(timeout=max(0.0, min(due) - time.monotonic()))
         except Empty:
             return None
 
-    def _hear(self, message: Prepared | Steps | CheckpointWritten | SnapshotWritten | Warned) -> None:
-        now = time.monotonic()
-        if isinstance(message, Steps):
-            self._step_seconds.append((now - self._last_progress) / len(message.step))
-            self._gather(message)
-        else:
-            self._record_steps()  # what is recorded keeps the order in which it happened
-            self._record(message)
-        self._last_progress = now
-
-    def _record(self, message: Prepared | CheckpointWritten | SnapshotWritten | Warned) -> None:
-        db, claim = self._db, self._claim
-        match message:
-            case Prepared():
-                self._begin(message)
-            case CheckpointWritten():
-                self._log.info("checkpoint", percent=message.percent, step=message.step)
-                self._write(
-                    lambda: queue.record_checkpoint(
-                        db,
-                        claim,
-                        percent=message.percent,
-                        step=message.step,
-                        epoch=message.epoch,
-                        folder=self._relative(message.folder),
-                        manifest_sha256=message.manifest_sha256,
-                        files=[file.model_dump() for file in message.files],
-                        metrics=message.metrics,
-                        progress=self._progress,
-                    )
-                )
-            case SnapshotWritten():
-                self._keep_snapshot(message)
-            case Warned():
-                warning = {"code": message.code, "message": message.message}
-                self._write(lambda: queue.record_event(db, claim, "warning", warning))
-            case _:
-                assert_never(message)
-
-    def _begin(self, prepared: Prepared) -> None:
-        """Record what was decided, and make the step series end where training goes on."""
-        db, claim = self._db, self._claim
-        self._write(
-            lambda: queue.record_prepared(
-                db,
-                claim,
-                execution=prepared.execution,
-                n_tokens=prepared.n_tokens,
-                total_steps=prepared.total_steps,
-                model={"n_params": prepared.n_params, "n_active_params": prepared.n_active_params},
-                warnings=[warning.model_dump() for warning in prepared.warnings],
-            )
-        )
-        step = prepared.resumed_at_step or 0
-        if claim.job.attempt > 1:
-            self._write(lambda: queue.rewind(db, claim, step))
-            resumed = {"code": "resumed", "message": f"attempt {claim.job.attempt} goes on from step {step}"}
-            self._write(lambda: queue.record_event(db, claim, "warning", resumed))
-        self._progress = {
-            "step": step,
-            "total_steps": prepared.total_steps,
-            "epoch": self._progress.get("epoch", 0) if step else 0,
-            "percent": _percent(step, prepared.total_steps),
-        }
-        self._write(lambda: queue.heartbeat(db, claim, self._progress))
-
-    def _gather(self, steps: Steps) -> None:
-        first = not self._unrecorded
-        for name, figures in steps.columns.items():
-            self._unrecorded.setdefault(name, []).extend(figures)
-        step, total = steps.step[-1], self._progress["total_steps"]
-        self._progress = {
-            "step": step,
-            "total_steps": total,
-            "epoch": steps.epoch,
-            "percent": _percent(step, total),
-            "tok_per_sec": steps.tok_per_sec,
-            "eta_seconds": (total - step) * statistics.median(self._step_seconds),
-        }
-        if first:
-            self._record_due = max(self._record_due, time.monotonic())
-            self._on_training()
-
-    def _record_steps(self) -> None:
-        if self._unrecorded:
-            steps, self._unrecorded = self._unrecorded, {}
-            self._write(lambda: queue.record_steps(self._db, self._claim, steps, self._progress))
-            self._record_due = time.monotonic() + self._timing.record
-
-    def _keep_snapshot(self, message: SnapshotWritten) -> None:
-        """Record it in place of the one before, whose files nobody needs then."""
-        db, claim, folder = self._db, self._claim, self._relative(message.folder)
-        self._write(
-            lambda: queue.record_snapshot(
-                db, claim, step=message.step, folder=folder, manifest_sha256=message.manifest_sha256
-            )
-        )
-        before, self._snapshot_folder = self._snapshot_folder, folder
-        if before is not None:
-            shutil.rmtree(self._settings.data_dir / before, ignore_errors=True)
-
-    def _write(self, write: Callable[[], Intents]) -> None:
-        self._obey(self._lease.write(write))
-
-    def _relative(self, folder: str) -> str:
-        return f"{store.job_folder(self._job.id)}/{folder}"
-
     # -- What is due -----------------------------------------------------------------------------------------------
 
     def _do_what_is_due(self) -> None:
         now = time.monotonic()
-        if self._unrecorded and now >= self._record_due:
-            self._record_steps()
+        if self._recorder.due is not None and now >= self._recorder.due:
+            self._recorder.flush()
         if self._look_due is not None and now >= self._look_due:
             self._look()
         if now >= self._lease.heartbeat_due:
-            self._write(lambda: queue.heartbeat(self._db, self._claim))
-        if self._crash is None and now >= self._last_progress + self._patience():
-            self._crash = f"stalled: no step in {now - self._last_progress:.0f} s"
+            self._recorder.write(lambda: queue.heartbeat(self._db, self._claim))
+        if self._crash is None and now >= self._stalled_at:
+            self._crash = f"stalled: no step in {now - self._recorder.last_progress:.0f} s"
             self._log.error("trainer_stalled", crash=self._crash)
             self._trainer.kill()
         if self._kill_at is not None and now >= self._kill_at:
@@ -326,10 +198,11 @@ class Attempt:
         at = time.monotonic() + seconds
         self._kill_at = at if self._kill_at is None else min(at, self._kill_at)
 
-    def _patience(self) -> float:
-        """Seconds without progress after which a trainer is stalled."""
-        median = statistics.median(self._step_seconds) if self._step_seconds else 0.0
-        return max(self._timing.stall, self._timing.stall_steps * median)
+    @property
+    def _stalled_at(self) -> float:
+        """Monotonic time at which a trainer that tells nothing counts as stalled."""
+        patience = max(self._timing.stall, self._timing.stall_steps * self._recorder.median_step_seconds)
+        return self._recorder.last_progress + patience
 
     # -- The end ---------------------------------------------------------------------------------------------------
 
@@ -360,7 +233,7 @@ class Attempt:
             case None if self._lease.is_uncertain:
                 return lambda: queue.release(db, claim)
             case Done(outcome="succeeded"):
-                return lambda: queue.finish(db, claim, "succeeded", progress=self._progress)
+                return lambda: queue.finish(db, claim, "succeeded", progress=self._recorder.progress)
             case Done(outcome="failed", error=Failure(code="disk_full", message=message)):
                 return lambda: queue.release(db, claim, pause_reason=message)
             case Done(outcome="failed", error=error):
@@ -373,15 +246,15 @@ class Attempt:
         if self._crash is None and self._stopping is not None:
             return lambda: queue.release(db, claim)  # it was killed because it did not obey in time
         if self._trainer.exit_status == -signal.SIGKILL and oom_kills() > self._oom_kills:
-            message = "the system killed the trainer because memory ran out"
+            config = self._job.config
+            message = (
+                "the system killed the trainer because memory ran out, "
+                f"with batch_size {config['batch_size']} and block_size {config['block_size']}"
+            )
             return lambda: queue.finish(db, claim, "failed", error={"code": "out_of_memory", "message": message})
         crash = self._crash or _describe(self._trainer.exit_status)
         self._log.error("trainer_crashed", crash=crash)
         return lambda: queue.release(db, claim, crash=crash)
-
-
-def _percent(step: int, total: int) -> float:
-    return round(100 * step / total, 2)
 
 
 def _describe(exit_status: int) -> str:

@@ -60,6 +60,7 @@ class Slot:
         """The one that warms up, or waits for a job."""
         self._wants_trainer = True
         self._running: tuple[TrainerProcess, Lease] | None = None
+        self._start_due = 0.0
         self._beat_due = 0.0
         self._failures = 0
         """Trainers in a row that ended before they were ready."""
@@ -175,9 +176,8 @@ class Slot:
                 log.error("no_heartbeat_succeeded", slot=self.name, job=lease.claim.job_id)
                 lease.fenced.set()
                 trainer.kill()
-        if self._wants_trainer and self._trainer is None and not self._draining.is_set():
-            self._wants_trainer = False
-            self._trainer = self._start_trainer(now)
+        if self._wants_trainer and self._trainer is None and now >= self._start_due and not self._draining.is_set():
+            self._start_trainer(now)
         if now >= self._beat_due:
             self._beat_due = now + self._timing.beat
             if running := self._running:
@@ -185,6 +185,12 @@ class Slot:
             if warm := self._trainer:
                 warm.send(Beat(until=now + self._timing.certain))
 
-    def _start_trainer(self, now: float) -> TrainerProcess:
+    def _start_trainer(self, now: float) -> None:
         options = ["--parent", str(os.getpid()), "--until", str(now + self._timing.certain)]
-        return TrainerProcess([*self._command, *options], self._lock_path, self._environment)
+        try:
+            self._trainer = TrainerProcess([*self._command, *options], self._lock_path, self._environment)
+            self._wants_trainer = False
+        except OSError as error:
+            # No process, no memory, no descriptor: the jobs that run must not suffer from it.
+            log.error("cannot_start_trainer", slot=self.name, error=str(error))
+            self._start_due = now + self._timing.retry

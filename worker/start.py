@@ -11,7 +11,7 @@ from nanomoe.config import JobConfig
 from service import store
 from service.errors import NotFound
 from service.settings import Settings
-from service.store import Job
+from service.store import Job, Snapshot
 from worker.protocol import Folder, Start, Warned
 
 
@@ -21,15 +21,17 @@ class ParentUnusable(Exception):
     code = "parent_unusable"
 
 
-def compose(db: store.Database, job: Job, *, device: str, settings: Settings) -> tuple[Start, list[Warned]]:
-    """The start message of an attempt, and what is worth telling about it.
+def compose(db: store.Database, job: Job, *, device: str, settings: Settings) -> tuple[Start, str | None, list[Warned]]:
+    """The start message of an attempt, the recorded snapshot's folder (relative to the data folder), and what is worth
+    telling.
 
     Raises ParentUnusable, DatabaseUnavailable, OSError when the text cannot be written.
     """
     folder = settings.data_dir / store.job_folder(job.id)
     folder.mkdir(parents=True, exist_ok=True)
     config = JobConfig.model_validate(job.config)
-    resume, warnings = _choose_snapshot(db, job, settings.data_dir)
+    snapshot = store.find_snapshot(db, job.id)
+    resume, warnings = _verified(snapshot, settings.data_dir)
     start = Start(
         job_id=job.id,
         fence=job.fence,
@@ -44,11 +46,10 @@ def compose(db: store.Database, job: Job, *, device: str, settings: Settings) ->
         allow_hub=settings.allow_hub,
         tokenizer_dir=None if settings.tokenizer_dir is None else str(settings.tokenizer_dir),
     )
-    return start, warnings
+    return start, None if snapshot is None else snapshot.folder, warnings
 
 
-def _choose_snapshot(db: store.Database, job: Job, data_dir: Path) -> tuple[Folder | None, list[Warned]]:
-    snapshot = store.find_snapshot(db, job.id)
+def _verified(snapshot: Snapshot | None, data_dir: Path) -> tuple[Folder | None, list[Warned]]:
     if snapshot is None:
         return None, []
     found = Folder(folder=str(data_dir / snapshot.folder), manifest_sha256=snapshot.manifest_sha256)

@@ -1,0 +1,172 @@
+"""What a trainer says becomes rows: the steps gathered into batches, the rest at once, in the order it happened.
+
+Knows neither when to stop nor what becomes of the job. Every write goes through the lease.
+"""
+
+import shutil
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, assert_never
+
+import structlog
+
+from service import queue, store
+from service.queue import Intents
+from service.store import Database
+from worker.lease import Lease
+from worker.protocol import CheckpointWritten, Prepared, SnapshotWritten, Steps, Warned
+from worker.timing import Timing
+
+log = structlog.get_logger(__name__)
+
+Telling = Prepared | Steps | CheckpointWritten | SnapshotWritten | Warned
+"""What a trainer tells of its work."""
+
+
+class Recorder:
+    """The job's rows, as far as this attempt writes them."""
+
+    def __init__(
+        self, db: Database, lease: Lease, data_dir: Path, timing: Timing, on_intents: Callable[[Intents], None]
+    ) -> None:
+        """`on_intents` is told, after every write, what is wished of the job."""
+        self._db = db
+        self._lease = lease
+        self._claim = lease.claim
+        self._data_dir = data_dir
+        self._timing = timing
+        self._on_intents = on_intents
+        self.progress: dict[str, Any] = dict(lease.claim.job.progress)
+        self.snapshot_folder: str | None = None
+        """Of the recorded snapshot, relative to the data folder."""
+        self._steps: dict[str, list[Any]] = {}
+        """Figures that wait for the next commit."""
+        self._last_commit = 0.0
+        self.last_progress = time.monotonic()
+        """Monotonic time at which something was told."""
+        self._step_seconds: deque[float] = deque(maxlen=100)
+
+    @property
+    def due(self) -> float | None:
+        """Monotonic time at which `flush` should be called; None while nothing waits."""
+        return self._last_commit + self._timing.record if self._steps else None
+
+    @property
+    def median_step_seconds(self) -> float:
+        """Of the last steps; 0 before there are any."""
+        return statistics.median(self._step_seconds) if self._step_seconds else 0.0
+
+    def hear(self, message: Telling) -> None:
+        """Record it, or keep it for the next batch."""
+        now = time.monotonic()
+        if isinstance(message, Steps):
+            self._step_seconds.append((now - self.last_progress) / len(message.step))
+            self._gather(message)
+        else:
+            self.flush()
+            self._record(message)
+        self.last_progress = now
+
+    def flush(self) -> None:
+        """Commit the steps that wait."""
+        if self._steps:
+            steps, self._steps = self._steps, {}
+            self.write(lambda: queue.record_steps(self._db, self._claim, steps, self.progress))
+            self._last_commit = time.monotonic()
+
+    def write(self, write: Callable[[], Intents]) -> None:
+        """Do one write by the job's owner."""
+        self._on_intents(self._lease.write(write))
+
+    def _gather(self, steps: Steps) -> None:
+        for name, figures in steps.columns.items():
+            self._steps.setdefault(name, []).extend(figures)
+        step, total = steps.step[-1], self.progress["total_steps"]
+        self.progress = {
+            "step": step,
+            "total_steps": total,
+            "epoch": steps.epoch,
+            "percent": _percent(step, total),
+            "tok_per_sec": steps.tok_per_sec,
+            "eta_seconds": (total - step) * self.median_step_seconds,
+        }
+
+    def _record(self, message: Prepared | CheckpointWritten | SnapshotWritten | Warned) -> None:
+        match message:
+            case Prepared():
+                self._begin(message)
+            case CheckpointWritten():
+                self._add_checkpoint(message)
+            case SnapshotWritten():
+                self._replace_snapshot(message)
+            case Warned():
+                warning = {"code": message.code, "message": message.message}
+                self.write(lambda: queue.record_event(self._db, self._claim, "warning", warning))
+            case _:
+                assert_never(message)
+
+    def _begin(self, prepared: Prepared) -> None:
+        """Record what was decided, and make the step series end where training goes on."""
+        db, claim = self._db, self._claim
+        self.write(
+            lambda: queue.record_prepared(
+                db,
+                claim,
+                execution=prepared.execution,
+                n_tokens=prepared.n_tokens,
+                total_steps=prepared.total_steps,
+                model={"n_params": prepared.n_params, "n_active_params": prepared.n_active_params},
+                warnings=[warning.model_dump() for warning in prepared.warnings],
+            )
+        )
+        step = prepared.resumed_at_step or 0
+        if claim.job.attempt > 1:
+            self.write(lambda: queue.rewind(db, claim, step))
+            resumed = {"code": "resumed", "message": f"attempt {claim.job.attempt} goes on from step {step}"}
+            self.write(lambda: queue.record_event(db, claim, "warning", resumed))
+        self.progress = {
+            "step": step,
+            "total_steps": prepared.total_steps,
+            "epoch": self.progress.get("epoch", 0) if step else 0,
+            "percent": _percent(step, prepared.total_steps),
+        }
+        self.write(lambda: queue.heartbeat(db, claim, self.progress))
+
+    def _add_checkpoint(self, message: CheckpointWritten) -> None:
+        log.info("checkpoint", job=self._claim.job_id, percent=message.percent, step=message.step)
+        self.write(
+            lambda: queue.record_checkpoint(
+                self._db,
+                self._claim,
+                percent=message.percent,
+                step=message.step,
+                epoch=message.epoch,
+                folder=self._relative(message.folder),
+                manifest_sha256=message.manifest_sha256,
+                files=[file.model_dump() for file in message.files],
+                metrics=message.metrics,
+                progress=self.progress,
+            )
+        )
+
+    def _replace_snapshot(self, message: SnapshotWritten) -> None:
+        """Record it in place of the one before, whose files nobody needs then."""
+        folder = self._relative(message.folder)
+        self.write(
+            lambda: queue.record_snapshot(
+                self._db, self._claim, step=message.step, folder=folder, manifest_sha256=message.manifest_sha256
+            )
+        )
+        before, self.snapshot_folder = self.snapshot_folder, folder
+        if before is not None:
+            shutil.rmtree(self._data_dir / before, ignore_errors=True)
+
+    def _relative(self, folder: str) -> str:
+        return f"{store.job_folder(self._claim.job_id)}/{folder}"
+
+
+def _percent(step: int, total: int) -> float:
+    return round(100 * step / total, 2)
