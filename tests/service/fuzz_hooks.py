@@ -41,7 +41,9 @@ def map_body(context: Any, body: Any) -> Any:
     if isinstance(config, dict) and isinstance(config.get("tokenizer"), str) and _mostly():
         config["tokenizer"] = random.choice(["bytes", "ptbr-8k", "train:300"])
     if SOME_ID.fullmatch(str(body.get("job_id"))) and _mostly():
-        body["job_id"] = random.choice(JOBS)
+        body["job_id"] = FINISHED
+        if type(body.get("checkpoint", 0)) is int and body.get("checkpoint", 0) in (0, 25, 50, 75, 100):
+            body["checkpoint"] = "latest"
     if "prompt" in body and isinstance(body.get("max_new_tokens"), int) and body["max_new_tokens"] > 8:
         body["max_new_tokens"] = 8
     return body

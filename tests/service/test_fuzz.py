@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from service import queue
 from tests.api import Api, Serve
 from tests.service.routes.test_generate import tiny_files
 
@@ -19,6 +20,9 @@ HERE = Path(__file__).parent
 # Rules across fields (n_embd is a multiple of n_head) and limits of the server cannot be said in a JSON schema: what
 # the document allows may still be refused there, with a 422 or, for a text in bytes, a 413.
 CONFIG = """
+[checks]
+negative_data_rejection = { expected-statuses = ["400", "403", "404", "405", "409", "413", "415", "422", "429", "503"] }
+
 [[operations]]
 include-name = ["POST /jobs", "POST /generate"]
 checks = { positive_data_acceptance = { expected-statuses = ["2xx", "404", "409", "413", "422", "429", "503"] } }
@@ -29,12 +33,13 @@ checks = { positive_data_acceptance = { expected-statuses = ["2xx", "404", "409"
 def seeded(serve: Serve, tmp_path: Path) -> tuple[Api, list[str]]:
     """A server, and jobs in several states, one that has finished first."""
     api = serve(max_text_bytes=100_000)
-    claim = api.running()
-    api.record_checkpoint(claim, 25, 125, tiny_files(tmp_path / "tiny"))
-    finished = api.finished()
+    finished = api.running()
+    api.record_checkpoint(finished, 100, 500, tiny_files(tmp_path / "tiny"))
+    queue.finish(api.db, finished, "succeeded")
+    running = api.running()
     waiting, cancelled = (api.submit()["id"] for _ in range(2))
     api.http.post(f"/jobs/{cancelled}/cancel")
-    return api, [finished, claim.job_id, waiting, cancelled]
+    return api, [finished.job_id, running.job_id, waiting, cancelled]
 
 
 @pytest.mark.timeout(7200)

@@ -35,7 +35,8 @@ def test_a_checkpoint_that_is_not_there_is_not_found(api: Api, finished: str, wh
 
 def test_a_reconstruction_is_paged_through(api: Api, finished: str) -> None:
     where = f"{finished}/checkpoints/latest/reconstruction"
-    pages, start = [], 0
+    pages: list[str] = []
+    start: int | None = 0
     while start is not None:
         page = api.http.get(where, params={"from": start, "count": 4}).json()
         pages.append("".join(token["target"] for token in page["data"]))

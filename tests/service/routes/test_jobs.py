@@ -420,10 +420,11 @@ def test_a_job_that_is_not_finished_or_has_children_is_not_deleted(api: Api) -> 
 
 def test_weights_that_do_not_fit_or_are_not_there_are_no_start(api: Api) -> None:
     parent = api.finished()
-    for config, status, expected in [
+    cases: list[tuple[dict[str, Any], int, str]] = [
         ({"n_layer": 2, "init_from": {"job_id": parent}}, 422, "parent_does_not_fit"),
         ({"init_from": {"job_id": parent, "checkpoint": 50}}, 404, "checkpoint_not_found"),
-    ]:
+    ]
+    for config, status, expected in cases:
         answer = api.http.post("/jobs", json={"text": TEXT, "config": {"tokenizer": "bytes", **config}})
         assert (answer.status_code, code(answer)) == (status, expected)
 
