@@ -1,0 +1,293 @@
+"""A soak: jobs arrive while the API, the workers and their trainers are killed and stopped at random.
+
+    python -m tests.faults.soak --jobs 200 --seconds 1200
+
+Whatever dies, and whenever: every job reaches a terminal state exactly once, what succeeded has the bytes of an
+undisturbed run, no process is left, no file without a row after the sweep, and the database is whole. The suite does a
+short run of it.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import psutil
+import sqlalchemy as sa
+
+from nanomoe import checkpoint
+from nanomoe.config import JobConfig
+from service import migrate, orphans, store
+from service.client import Client, ClientError
+from service.settings import Settings
+from service.store import open_database
+from tests.worker.workplace import QUICK, WorkerProcess, Workplace, is_alive
+from worker.survivors import TOKEN_VARIABLE
+
+ROOT = Path(__file__).parents[2]
+TEXT = "A chuva caiu a noite toda sobre o telhado de zinco, e de manhã o quintal era um lago de barro. " * 2
+CONFIG: dict[str, Any] = {
+    "tokenizer": "bytes", "block_size": 32, "n_layer": 1, "n_head": 2, "n_embd": 32, "batch_size": 2, "epochs": 60,
+    "lr": 3e-3, "cont_max_new_tokens": 5,
+}  # fmt: skip
+SEEDS = range(4)
+TIMING = replace(QUICK, lease=3.0, heartbeat=0.5, rescue=1.0, cancel_grace=2.0)
+
+
+@dataclass
+class Report:
+    """What a soak has seen."""
+
+    jobs: Counter[str] = field(default_factory=Counter)
+    """By terminal status."""
+    faults: Counter[str] = field(default_factory=Counter)
+    attempts: int = 0
+    seconds: float = 0.0
+    orphans_swept: int = 0
+
+
+class Soak:
+    """The processes, and the chance that befalls them."""
+
+    def __init__(self, place: Workplace, *, workers: int, seed: int) -> None:
+        self.place = place
+        self.chance = random.Random(seed)  # noqa: S311 - the same faults every time
+        self.report = Report()
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port: int = free.getsockname()[1]
+        self.api = self._start_api()
+        self.workers = [self._start_worker(n) for n in range(workers)]
+        self.stopped: list[tuple[float, int]] = []
+        """(when to continue, process)"""
+
+    def _start_api(self) -> subprocess.Popen[bytes]:
+        environment = {
+            **os.environ,
+            "NANOMOE_DATA_DIR": str(self.place.settings.data_dir),
+            "NANOMOE_DATABASE_URL": self.place.settings.database_url,
+            "NANOMOE_PORT": str(self.port),
+        }
+        return subprocess.Popen([sys.executable, "-m", "service"], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+
+    def _start_worker(self, number: int) -> WorkerProcess:
+        return self.place.start_worker(
+            device=f"cpu:{number}", timing=TIMING, snapshot_seconds=0.3, backoff_seconds=1.0, max_crashes=10
+        )
+
+    def run(self, n_jobs: int, seconds: float) -> Report:
+        """Submit `n_jobs` jobs over `seconds`, with a fault about every second, and wait until all have ended."""
+        began = time.monotonic()
+        submitted: list[str] = []
+        fault_due = began + 5
+        with Client(f"http://127.0.0.1:{self.port}", timeout=10, retries=0) as client:
+            while len(submitted) < n_jobs or not self._all_ended(submitted):
+                now = time.monotonic()
+                assert now < began + 10 * seconds + 600, f"not done: {self.place.describe()}"
+                if len(submitted) < n_jobs and now >= began + len(submitted) * 0.8 * seconds / n_jobs:
+                    self._submit(client, submitted)
+                if now >= fault_due and now < began + seconds:
+                    fault_due = now + self.chance.uniform(0.3, 2.0)
+                    self._do_harm(now)
+                self._mend(now)
+                time.sleep(0.1)
+        self._continue_all(float("inf"))
+        self.report.seconds = time.monotonic() - began
+        self.submitted = submitted
+        return self.report
+
+    def _submit(self, client: Client, submitted: list[str]) -> None:
+        n = len(submitted)
+        try:
+            job = client.submit(TEXT, CONFIG | {"seed": SEEDS[n % len(SEEDS)]}, idempotency_key=f"soak-{n}")
+        except ClientError:
+            return  # the API is dead or stopped; the key makes the next try safe, whatever became of this one
+        submitted.append(job.id)
+        if self.chance.random() < 0.05:
+            try:
+                job.cancel()
+            except ClientError:
+                return
+
+    def _all_ended(self, submitted: list[str]) -> bool:
+        counts = store.count_jobs(self.place.db)
+        return sum(counts[status] for status in store.TERMINAL) == len(submitted)
+
+    # -- Harm ------------------------------------------------------------------------------------------------------
+
+    def _do_harm(self, now: float) -> None:
+        kind = self.chance.choice(["trainer", "trainer", "worker", "api"])
+        fault = self.chance.choice(["kill", "stop"])
+        victims = {
+            "api": [self.api.pid],
+            "worker": [worker.pid for worker in self.workers],
+            "trainer": [child.pid for worker in self.workers for child in _children(worker.pid)],
+        }[kind]
+        if not victims:
+            return
+        victim = self.chance.choice(victims)
+        if any(victim == stopped for _, stopped in self.stopped):
+            return
+        try:
+            psutil.Process(victim).send_signal(signal.SIGKILL if fault == "kill" else signal.SIGSTOP)
+        except psutil.NoSuchProcess:
+            return
+        self.report.faults[f"{fault} {kind}"] += 1
+        if fault == "stop":
+            self.stopped.append((now + self.chance.uniform(0.1, 6.0), victim))
+
+    def _mend(self, now: float) -> None:
+        self._continue_all(now)
+        if self.api.poll() is not None:
+            self.api = self._start_api()
+        for n, worker in enumerate(self.workers):
+            if worker.wait(0) is not None:
+                self.workers[n] = self._start_worker(n)
+
+    def _continue_all(self, now: float) -> None:
+        for until, pid in self.stopped.copy():
+            if until <= now:
+                self.stopped.remove((until, pid))
+                if is_alive(pid):
+                    psutil.Process(pid).send_signal(signal.SIGCONT)
+
+    # -- Judgement -------------------------------------------------------------------------------------------------
+
+    def judge(self) -> None:
+        """Raises AssertionError for whatever a fault has broken."""
+        place = self.place
+        for worker in self.workers:
+            worker.signal(signal.SIGTERM)
+        self.api.send_signal(signal.SIGTERM)
+        for worker in self.workers:
+            assert worker.wait(60) == 0
+        self.api.wait(60)
+        assert trainers_of(place) == [], "a trainer is left"
+        expected = {seed: undisturbed(JobConfig(**CONFIG, seed=seed)) for seed in SEEDS}
+        jobs = [store.get_job(place.db, job_id) for job_id in self.submitted]
+        assert len({job.id for job in jobs}) == len(jobs)
+        assert sum(store.count_jobs(place.db).values()) == len(jobs), "a submission was doubled"
+        for job in jobs:
+            ends = [status for status in place.statuses(job) if status in store.TERMINAL]
+            assert ends == [job.status], f"{job.id} ended {ends}"
+            self.report.jobs[job.status] += 1
+            self.report.attempts += job.attempt
+            if job.status == "succeeded":
+                _check_files(place, job, expected[job.config["seed"]])
+        swept = orphans.sweep_orphans(place.db, place.settings.data_dir, older_than=timedelta(0))
+        self.report.orphans_swept = len(swept)
+        assert orphans.find_orphans(place.db, place.settings.data_dir) == []
+        if place.db.is_sqlite:
+            with place.db.read() as session:
+                assert session.connection().execute(sa.text("PRAGMA integrity_check")).scalar_one() == "ok"
+                assert session.connection().execute(sa.text("PRAGMA foreign_key_check")).all() == []
+
+    def end(self) -> None:
+        self._continue_all(float("inf"))
+        if self.api.poll() is None:
+            self.api.kill()
+        self.api.wait()
+
+
+def _check_files(place: Workplace, job: store.Job, expected: dict[int, dict[str, str]]) -> None:
+    rows = store.list_checkpoints(place.db, job.id)
+    assert [row.percent for row in rows] == [0, 25, 50, 75, 100]
+    for row in rows:
+        checkpoint.verify(place.settings.data_dir / row.folder, row.manifest_sha256)
+        assert {file["name"]: file["sha256"] for file in row.files} == expected[row.percent]
+    steps = place.recorded_steps(job)
+    assert steps == list(range(1, len(steps) + 1))
+    assert len(steps) == job.total_steps
+
+
+def _children(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children()
+    except psutil.NoSuchProcess:
+        return []
+
+
+def trainers_of(place: Workplace) -> list[int]:
+    """The living processes of trainers that hold something of this data folder."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if TOKEN_VARIABLE in process.environ() and process.status() != psutil.STATUS_ZOMBIE:
+                files = os.listdir(f"/proc/{process.pid}/fd")  # noqa: PTH208 - names are enough
+                links = [os.readlink(f"/proc/{process.pid}/fd/{name}") for name in files]  # noqa: PTH115
+                if any(link.startswith(str(place.settings.data_dir)) for link in links):
+                    found.append(process.pid)
+        except (psutil.Error, OSError):
+            continue
+    return found
+
+
+def undisturbed(config: JobConfig) -> dict[int, dict[str, str]]:
+    """{percent: {name: sha256}} of what the library itself makes of a config."""
+    import torch
+
+    from nanomoe.execution import Execution
+    from nanomoe.tokenizer import load_tokenizer
+    from nanomoe.train import Recorded, Run, train
+
+    tokenizer = load_tokenizer(config.tokenizer)
+    tokens = tokenizer.encode(TEXT)
+    execution = Execution.decide(config, "cpu", n_tokens=len(tokens))
+    execution.apply()
+    run = Run(config, tokens, tokenizer, execution, device=torch.device("cpu"))
+    return {
+        happened.percent: {name: hashlib.sha256(content).hexdigest() for name, content in happened.files.items()}
+        for happened in train(run)
+        if isinstance(happened, Recorded)
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--jobs", type=int, default=200)
+    parser.add_argument("--seconds", type=float, default=1200)
+    parser.add_argument("--workers", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with tempfile.TemporaryDirectory() as folder:
+        settings = Settings(_env_file=None, data_dir=Path(folder))
+        db = open_database(settings)
+        migrate.upgrade(db)
+        place = Workplace(db, settings)
+        soak = Soak(place, workers=options.workers, seed=options.seed)
+        try:
+            soak.run(options.jobs, options.seconds)
+            soak.judge()
+        finally:
+            soak.end()
+            place.end()
+            db.close()
+        report = soak.report
+        print(
+            json.dumps(
+                {
+                    "jobs": dict(report.jobs),
+                    "attempts": report.attempts,
+                    "faults": dict(report.faults),
+                    "seconds": round(report.seconds),
+                    "orphans_swept": report.orphans_swept,
+                },
+                indent=1,
+            )
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,18 @@
+"""A short run of the soak."""
+
+from tests.databases import ONLY_SQLITE
+from tests.faults.soak import Soak
+from tests.worker.workplace import Workplace
+
+
+@ONLY_SQLITE
+def test_whatever_dies_every_job_ends_once_and_with_the_right_bytes(place: Workplace) -> None:
+    soak = Soak(place, workers=2, seed=7)
+    try:
+        report = soak.run(4, 15)
+        soak.judge()
+    finally:
+        soak.end()
+    assert sum(report.jobs.values()) == 4
+    assert report.jobs["succeeded"] >= 1
+    assert sum(report.faults.values()) >= 3
