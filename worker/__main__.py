@@ -9,8 +9,9 @@ from contextlib import closing
 from datetime import timedelta
 
 import structlog
+from pydantic import ValidationError
 
-from service.errors import StartRefused
+from service.errors import DatabaseUnavailable, StartRefused
 from service.settings import Settings
 from service.store import list_workers, open_database
 from worker.devices import find_devices
@@ -18,13 +19,16 @@ from worker.supervisor import Supervisor
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a worker until SIGTERM or SIGINT; a second one ends it at once. Returns the exit status."""
+    """Run a worker until SIGTERM or SIGINT; a second one ends it at once.
+
+    Returns the exit status: 2 when settings or machine forbid the start, 1 when trying again may help.
+    """
     options = _parser().parse_args(arguments)
     given = {name: value for name, value in vars(options).items() if value is not None}
     slots, name, healthy = given.pop("slots", 1), given.pop("name", None), given.pop("healthy")
-    settings = Settings(**given)
-    configure_logging(settings.log_format)
     try:
+        settings = Settings(**given)
+        configure_logging(settings.log_format)
         if healthy:
             return 0 if is_healthy(settings) else 1
         devices = find_devices(settings.device)
@@ -33,9 +37,12 @@ def main(arguments: list[str] | None = None) -> int:
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, supervisor.stop)
             return supervisor.run()
-    except StartRefused as error:
+    except (StartRefused, ValidationError) as error:
         print(error, file=sys.stderr)
         return 2
+    except DatabaseUnavailable as error:
+        print(error, file=sys.stderr)
+        return 1
 
 
 def is_healthy(settings: Settings) -> bool:

@@ -16,6 +16,11 @@ def test_a_worker_for_a_device_that_is_not_there_says_so_and_ends(capsys: pytest
     assert "'tpu'" in capsys.readouterr().err
 
 
+def test_a_setting_that_cannot_be_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--lease-seconds", "3", "--heartbeat-seconds", "2"]) == 2
+    assert "heartbeat_seconds" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("flags", [["--slots", "0"], ["--slots", "two"], ["--no-such-flag"]])
 def test_a_wrong_flag_is_refused(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
