@@ -24,7 +24,7 @@ from nanomoe.config import ModelConfig
 from nanomoe.decoder import Decoder
 from nanomoe.model import GPT
 from nanomoe.output_layer import OutputLayer
-from nanomoe.sampling import TIE, Floats, NoiseStream, Sampling, choose
+from nanomoe.sampling import TIE, Floats, Ids, NoiseStream, Sampling, choose
 
 _PREFILL_TOKENS = 4096
 """Tokens of windows that are computed together: more would only delay everybody's next token."""
@@ -224,73 +224,115 @@ class Engine:
         self, group: Sequence[Continuation], hidden_NC: Tensor, certain: Sequence[bool], rows: range | None
     ) -> list[Continuation]:
         """Choose the next token of each sequence. `rows`: where their keys and values are, None if nowhere."""
-        noises = [None if continuation.noise is None else continuation.noise.draw() for continuation in group]
-        errors = self._output.errors(hidden_NC)
-        tokens: list[int | None] = [None] * len(group)
-        logits: dict[int, Floats] = {}
-        greedy, short, full = [], [], []
+        choosing = _Choosing(self._output, group, hidden_NC)
         for n, continuation in enumerate(group):
-            sampling = continuation.request.sampling
-            if continuation.request.logprobs is not None:
-                full.append(n)
-            elif sampling.greedy:
-                greedy.append(n)
-            elif sampling.top_k is not None and sampling.top_k <= _LONGEST_SHORT_LIST:
-                short.append(n)
-            else:
-                full.append(n)
-
-        def of(chosen: list[int]) -> tuple[Tensor, list[float]]:
-            every = len(chosen) == len(group)
-            return (hidden_NC if every else hidden_NC[chosen]), [errors[n] for n in chosen]
-
-        if greedy:
-            rows_NC, bounds = of(greedy)
-            found = self._output.likeliest(rows_NC, 1, bounds)
-            best_N2, at_N2 = found.logits.topk(2)
-            ids = found.ids.gather(1, at_N2[:, :1])[:, 0].tolist()
-            for n, token, (best, second), bound, complete in zip(
-                greedy, ids, best_N2.tolist(), bounds, found.complete, strict=True
-            ):
-                if not complete:
-                    full.append(n)
-                elif best - second > max(2 * bound, TIE):
-                    tokens[n] = token
-        if short:
-            rows_NC, bounds = of(short)
-            count = max(group[n].request.sampling.top_k or 0 for n in short)
-            found = self._output.likeliest(rows_NC, count, bounds)
-            ids_NS, logits_NS = found.ids.cpu().numpy(), found.logits.cpu().numpy()
-            for i, n in enumerate(short):
-                if found.complete[i]:
-                    sampling = group[n].request.sampling
-                    tokens[n] = choose(logits_NS[i], sampling, noises[n], ids=ids_NS[i], error=bounds[i])
-                else:
-                    full.append(n)
-        full.sort()
-        if full:
-            rows_NC, bounds = of(full)
-            logits_NV = self._output.logits(rows_NC).cpu().numpy()
-            for i, n in enumerate(full):
-                logits[n] = logits_NV[i]
-                tokens[n] = choose(logits_NV[i], group[n].request.sampling, noises[n], error=bounds[i])
-        for n, continuation in enumerate(group):
-            token = tokens[n] if certain[n] else None
+            token = choosing.tokens[n] if certain[n] else None
             if token is None:
                 # Where routing was in doubt, what was cached may be another expert's work: it is put right as well.
                 row = rows[n] if rows is not None and not certain[n] else None
                 exact_C = self._decoder.exact(self._window(continuation), row)
-                logits[n] = self._output.exact(exact_C).cpu().numpy()
-                token = choose(logits[n], continuation.request.sampling, noises[n])
-                assert token is not None, "exact logits decide"
+                token = choosing.decide_exactly(n, exact_C, trust_candidates=certain[n])
                 self.n_recomputed += 1
             if continuation.request.logprobs is not None:
-                continuation.logprobs.append(_logprobs(logits[n], token, continuation.request.logprobs))
+                logprobs = _logprobs(choosing.logits[n], token, continuation.request.logprobs)
+                continuation.logprobs.append(logprobs)
             continuation.window_slid |= len(continuation.tokens) > self.config.block_size
             continuation.tokens.append(token)
             continuation.new.append(token)
             continuation.finished |= len(continuation.new) == continuation.request.max_new_tokens
         return list(group)
+
+
+class _Choosing:
+    """One round of choosing the next token of several sequences, by the cheapest logits that decide."""
+
+    def __init__(self, output: OutputLayer, group: Sequence[Continuation], hidden_NC: Tensor) -> None:
+        self._output = output
+        self._hidden_NC = hidden_NC
+        self._requests = [continuation.request for continuation in group]
+        self._noises = [None if continuation.noise is None else continuation.noise.draw() for continuation in group]
+        self._errors = output.errors(hidden_NC)
+        self._candidates: dict[int, Tensor] = {}
+        self.tokens: list[int | None] = [None] * len(group)
+        """Of each sequence; None where float32 does not decide."""
+        self.logits: dict[int, Floats] = {}
+        """All logits of the sequences whose probabilities are asked for."""
+
+        greedy, few, all_ = [], [], []
+        for n, request in enumerate(self._requests):
+            sampling = request.sampling
+            if request.logprobs is not None:
+                all_.append(n)
+            elif sampling.greedy:
+                greedy.append(n)
+            elif sampling.top_k is not None and sampling.top_k <= _LONGEST_SHORT_LIST:
+                few.append(n)
+            else:
+                all_.append(n)
+        undecided = self._among_candidates(greedy, 1)
+        undecided += self._among_candidates(few, max((self._requests[n].sampling.top_k or 0 for n in few), default=0))
+        self._among_all(sorted(all_ + undecided))
+
+    def _rows(self, chosen: list[int]) -> tuple[Tensor, list[float]]:
+        every = len(chosen) == len(self._requests)
+        return self._hidden_NC if every else self._hidden_NC[chosen], [self._errors[n] for n in chosen]
+
+    def _among_candidates(self, chosen: list[int], count: int) -> list[int]:
+        """Choose among the `count` likeliest tokens; returns the sequences for which these could not be told."""
+        if not chosen:
+            return []
+        hidden_NC, errors = self._rows(chosen)
+        found = self._output.likeliest(hidden_NC, count, errors)
+        if count == 1 and found.ids.shape[1] > 1:
+            # The same as `choose`, for all at once.
+            best_N2, at_N2 = found.logits.topk(2)
+            likeliest = found.ids.gather(1, at_N2[:, :1])[:, 0].tolist()
+            for n, token, (best, second), error in zip(chosen, likeliest, best_N2.tolist(), errors, strict=True):
+                self.tokens[n] = token if best - second > max(2 * error, TIE) else None
+        else:
+            ids_NS, logits_NS = found.ids.cpu().numpy(), found.logits.cpu().numpy()
+            for i, n in enumerate(chosen):
+                self.tokens[n] = self._choose(n, logits_NS[i], errors[i], ids_NS[i])
+        incomplete = []
+        for i, n in enumerate(chosen):
+            if found.complete[i]:
+                self._candidates[n] = found.ids[i]
+            else:
+                self.tokens[n] = None
+                incomplete.append(n)
+        return incomplete
+
+    def _among_all(self, chosen: list[int]) -> None:
+        """Choose among all tokens: by rough logits where that decides and nobody asks for probabilities."""
+        rough = [n for n in chosen if self._requests[n].logprobs is None]
+        if rough:
+            hidden_NC, errors = self._rows(rough)
+            found = self._output.rough(hidden_NC, errors)
+            if found is not None:
+                self._choose_each(rough, found[0].numpy(), found[1])
+        chosen = [n for n in chosen if self.tokens[n] is None]
+        if chosen:
+            hidden_NC, errors = self._rows(chosen)
+            logits_NV = self._output.logits(hidden_NC).cpu().numpy()
+            self._choose_each(chosen, logits_NV, errors)
+            self.logits.update(zip(chosen, logits_NV, strict=True))
+
+    def _choose_each(self, chosen: list[int], logits_NV: Floats, errors: list[float]) -> None:
+        for i, n in enumerate(chosen):
+            self.tokens[n] = self._choose(n, logits_NV[i], errors[i])
+
+    def _choose(self, n: int, logits: Floats, error: float, ids: Ids | None = None) -> int | None:
+        return choose(logits, self._requests[n].sampling, self._noises[n], ids=ids, error=error)
+
+    def decide_exactly(self, n: int, exact_C: Tensor, *, trust_candidates: bool) -> int:
+        """The token by the float64 hidden state. `trust_candidates`: whether the rounded one was within its error."""
+        ids_S = self._candidates.get(n) if trust_candidates else None
+        logits = self._output.exact(exact_C, ids_S).cpu().numpy()
+        token = self._choose(n, logits, 0.0, None if ids_S is None else ids_S.cpu().numpy())
+        assert token is not None, "exact logits decide"
+        if ids_S is None:
+            self.logits[n] = logits
+        return token
 
 
 def _groups(

@@ -1,9 +1,10 @@
 """From hidden states to logits, reading as little of the embedding as an exact answer needs.
 
 The output layer is most of the cost of a token: V rows of C numbers. `likeliest` reads them as 8-bit integers, a
-quarter of the bytes, takes a short list, and computes the logits of those few in float32. Rounding to 8 bits moves a
-logit by at most |x - x'| |w| + |x'| |w - w'| (Cauchy-Schwarz), so a list whose end lies further below than that misses
-nobody, and says so. Where a machine gets 8-bit products wrong (some saturate), or is slower with them, all is float32.
+quarter of the bytes, takes a short list, and computes the logits of those few in float32; `rough` gives the 8-bit
+logits of all. Rounding to 8 bits moves a logit by at most |x - x'| |w| + |x'| |w - w'| (Cauchy-Schwarz), so a list whose
+end lies further below than that misses nobody, and says so. Where a machine gets 8-bit products wrong (some saturate),
+or is slower with them, all is float32.
 
 Shape letters: N rows, S candidates, V vocabulary, C channels. Knows no sampling.
 """
@@ -21,6 +22,12 @@ _BLOCK = 64
 _SMALL_BYTES = 4 * 2**20
 """Float32 embeddings of at most this size stay in a core's cache, and a short list gains nothing. Assumed."""
 
+
+_LONGEST_LIST = 4096
+"""A list that would have to be longer is not worth its logits, one by one."""
+
+_EXACT_ROWS = 4096
+"""Embeddings that are widened to float64 at a time."""
 
 _LEAST = 1e-30
 """Stands for the largest number of a row that is all zeros."""
@@ -54,7 +61,7 @@ class OutputLayer:
         self._ints: _Int8 | None = None
         if wte_VC.device.type == "cpu" and wte_VC.nbytes > _SMALL_BYTES:
             ints = _Int8(wte_VC)
-            if ints.exact_products() and _seconds(ints.unscaled_logits, wte_VC[:1]) < _seconds(self.logits, wte_VC[:1]):
+            if ints.exact_products() and _seconds(ints.logits, wte_VC[:1]) < _seconds(self.logits, wte_VC[:1]):
                 self._ints = ints
 
     @property
@@ -62,7 +69,7 @@ class OutputLayer:
         """How a greedy token is computed, in words."""
         if self._ints is None:
             return "float32, certified against float64"
-        return "int8 short list, float32 logits, certified against float64"
+        return "int8, then float32 where that does not decide, certified against float64"
 
     @property
     def n_bytes(self) -> int:
@@ -78,26 +85,46 @@ class OutputLayer:
         """(N, V), float32."""
         return torch.mm(x_NC, self._wte_CV)
 
-    def exact(self, x_C: Tensor) -> Tensor:
-        """(V,) float64 logits of a float64 hidden state."""
-        return torch.cat([part.double() @ x_C for part in torch.split(self._wte_VC, 4096)])
+    def exact(self, x_C: Tensor, ids_S: Tensor | None = None) -> Tensor:
+        """(V,) float64 logits of a float64 hidden state, or (S,) those of some tokens."""
+        wte_SC = self._wte_VC if ids_S is None else self._wte_VC[ids_S]
+        return torch.cat([part_SC.double() @ x_C for part_SC in torch.split(wte_SC, _EXACT_ROWS)])
+
+    def rough(self, x_NC: Tensor, errors: list[float]) -> tuple[Tensor, list[float]] | None:
+        """(N, V) logits from 8-bit products, and a bound on the error of each row's; None where they gain nothing.
+
+        `errors`: those of `errors()`."""
+        if self._ints is None:
+            return None
+        logits_NV, units_N = self._ints.logits(x_NC)
+        bounds = [bound + error for bound, error in zip(self._ints.errors(x_NC), errors, strict=True)]
+        return (logits_NV * units_N[:, None])[:, : len(self._wte_VC)], bounds
 
     def likeliest(self, x_NC: Tensor, count: int, errors: list[float]) -> Candidates:
         """At least the `count` likeliest tokens of each row, if its list is complete. `errors`: those of `errors()`."""
-        size = min(len(self._wte_VC), count + max(16, count // 4))
         if self._ints is None:
-            logits_NS, ids_NS = _largest(self.logits(x_NC), size)
-            ends, bounds = logits_NS[:, -1].tolist(), [0.0] * len(x_NC)
+            rough_NV, units_N, bounds = self.logits(x_NC), None, [0.0] * len(x_NC)
         else:
-            rough_NS, ids_NS = _largest(self._ints.unscaled_logits(x_NC), size)
-            logits_NS = torch.bmm(self._wte_VC[ids_NS], x_NC[:, :, None])[..., 0]
-            ends, bounds = self._ints.bounds(x_NC, rough_NS[:, -1])
-        least = (logits_NS.amax(-1) if count == 1 else logits_NS.topk(min(count, size)).values[:, -1]).tolist()
-        complete = [
-            size == len(self._wte_VC) or end + bound < last - 4 * error
-            for end, bound, last, error in zip(ends, bounds, least, errors, strict=True)
-        ]
-        return Candidates(ids_NS, logits_NS, complete)
+            rough_NV, units_N = self._ints.logits(x_NC)
+            bounds = self._ints.errors(x_NC)
+        size = 2 * count + 14
+        while True:
+            size = min(size, len(self._wte_VC))
+            rough_NS, ids_NS = _largest(rough_NV, size)
+            ends_N = rough_NS[:, -1]
+            if units_N is None:
+                logits_NS = rough_NS
+            else:
+                logits_NS = torch.bmm(self._wte_VC[ids_NS], x_NC[:, :, None])[..., 0]
+                ends_N = ends_N * units_N
+            least_N = logits_NS.amax(-1) if count == 1 else logits_NS.topk(min(count, size)).values[:, -1]
+            rows = zip(ends_N.tolist(), bounds, least_N.tolist(), errors, strict=True)
+            complete = [
+                size == len(self._wte_VC) or end + bound < least - 4 * error for end, bound, least, error in rows
+            ]
+            if all(complete) or size >= _LONGEST_LIST:
+                return Candidates(ids_NS, logits_NS, complete)
+            size *= 4
 
 
 class _Int8:
@@ -126,26 +153,24 @@ class _Int8:
                 return False
         return True
 
-    def unscaled_logits(self, x_NC: Tensor) -> Tensor:
-        """(N, V padded to whole blocks with -inf), each row's in a unit of its own; valid until the next call."""
+    def logits(self, x_NC: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, V padded to whole blocks with -inf), valid until the next call, each row's in a unit of its own (N,)."""
         N, V = len(x_NC), len(self._ints_VC)
         if len(self._logits_NV) < N:
             self._logits_NV = x_NC.new_full((N, self._padded_V), -math.inf)
-        unit_N1 = x_NC.abs().amax(1, keepdim=True).clamp_min_(_LEAST) / 127
-        products_NV = torch._int_mm((x_NC / unit_N1).round_().to(torch.int8), self._ints_VC.T)
+        units_N1 = x_NC.abs().amax(1, keepdim=True).clamp_min_(_LEAST) / 127
+        products_NV = torch._int_mm((x_NC / units_N1).round_().to(torch.int8), self._ints_VC.T)
         logits_NV = self._logits_NV[:N]
         torch.mul(products_NV, self._scale_V, out=logits_NV[:, :V])
-        return logits_NV
+        return logits_NV, units_N1[:, 0]
 
-    def bounds(self, x_NC: Tensor, unscaled_N: Tensor) -> tuple[list[float], list[float]]:
-        """One unscaled logit of each row as a logit, and a bound on the error of any of the row's."""
-        largest_N = x_NC.abs().amax(1).clamp_min_(_LEAST).tolist()
-        logits = [logit * largest / 127 for logit, largest in zip(unscaled_N.tolist(), largest_N, strict=True)]
+    def errors(self, x_NC: Tensor) -> list[float]:
+        """For each row, a bound on the error of any of its logits."""
         bounds = []
-        for norm, largest in zip(x_NC.norm(dim=1).tolist(), largest_N, strict=True):
+        for norm, largest in zip(x_NC.norm(dim=1).tolist(), x_NC.abs().amax(1).tolist(), strict=True):
             rounding = largest / 127 * math.sqrt(self._n_embd) / 2
             bounds.append(1.001 * (rounding * self._largest_norm + (norm + rounding) * self._largest_error))
-        return logits, bounds
+        return bounds
 
 
 def _largest(logits_NV: Tensor, size: int) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,9 @@ BLOCK = 256
 TIE = 1e-9
 """Logits that differ by less count as equal: float64 sums in another order differ by about 1e-14."""
 
+_NUCLEUS = 1024
+"""Tokens that are sorted first when the likeliest that hold `top_p` are sought."""
+
 _FLOAT32_ROUNDING = 3e-5
 """Derived: what exp and sums of at most 256 float32 terms can add to the log of a mass; 256 * 2**-24 is 1.5e-5."""
 
@@ -43,7 +46,8 @@ class Sampling:
     """Only this many likeliest tokens (with those equal to the last of them); None all."""
 
     top_p: float | None = None
-    """Of those, only the likeliest that together hold this much probability, in (0, 1]; None or 1 all."""
+    """Of those, only the likeliest that together hold this much probability (with those equal to the last of them), in
+    (0, 1]; None or 1 all."""
 
     @property
     def greedy(self) -> bool:
@@ -144,23 +148,30 @@ def _allowed(scaled: Floats, sampling: Sampling, slack: float) -> tuple[Mask | N
         sure = possible if not slack or possible.sum() == sampling.top_k else scaled > last + 2 * slack
     if sampling.cuts_by_mass:
         assert sampling.top_p is not None
-        members = np.arange(len(scaled)) if possible is None else np.flatnonzero(possible)
-        members = members[np.argsort(-scaled[members], kind="stable")]
-        falling = scaled[members].astype(np.float64)
-        before = np.concatenate(([0.0], np.cumsum(np.exp(falling))))  # mass of the n likeliest
-        if slack:
-            # Neighbours within the error may stand in either order, and every mass may be wrong by a factor exp(slack).
-            least_total = before[-1] if sure is None else np.exp(scaled[sure].astype(np.float64)).sum()
-            fewest = np.searchsorted(-falling, -(falling + 2 * slack), side="left")
-            most = np.searchsorted(-falling, -(falling - 2 * slack), side="right") - 1
-            surely = before[most] / least_total * np.exp(2 * slack) < sampling.top_p
-            possibly = before[fewest] / before[-1] * np.exp(-2 * slack) < sampling.top_p
-            may = np.zeros(len(scaled), np.bool_)
-            may[members[possibly]] = True
-            must = np.zeros(len(scaled), np.bool_)
-            must[members[surely]] = True
-            return (must if sure is None else must & sure), may
-        allowed = np.zeros(len(scaled), np.bool_)
-        allowed[members[before[:-1] / before[-1] < sampling.top_p]] = True
-        return allowed, allowed
+        values = scaled if possible is None else scaled[possible]
+        most_total = np.exp(values.astype(np.float64)).sum()
+        least_total = most_total if sure is possible else np.exp(scaled[sure].astype(np.float64)).sum()
+        # A token is allowed if those before it hold less than top_p. Each mass may be wrong by a factor exp(slack), and
+        # neighbours closer than 2 slack may stand in either order.
+        for size in (_NUCLEUS, len(values)):  # all have to be sorted only if the probabilities are very even
+            falling = _largest(values, size)
+            mass_before = np.concatenate(([0.0], np.cumsum(np.exp(falling))))  # of the n likeliest
+            last_possible = np.searchsorted(mass_before, sampling.top_p * most_total * np.exp(2 * slack)) - 1
+            if last_possible < len(falling):
+                break
+        if last_possible < len(falling):
+            within = scaled >= falling[last_possible] - 2 * slack
+            possible = within if possible is None else possible & within
+        if not slack:
+            return possible, possible
+        first_unsure = np.searchsorted(mass_before, sampling.top_p * least_total * np.exp(-2 * slack))
+        if first_unsure < len(falling):
+            within = scaled > falling[first_unsure] + 2 * slack
+            sure = within if sure is None else sure & within
     return sure, possible
+
+
+def _largest(values: Floats, size: int) -> Floats:
+    """The `size` largest, falling, as float64."""
+    chosen = values if size >= len(values) else np.partition(values, -size)[-size:]
+    return -np.sort(-chosen).astype(np.float64)

@@ -189,13 +189,13 @@ def test_the_error_bound_is_far_above_the_errors_that_occur(name: str, spread: f
     assert 0 < largest < decoder.error / 10
 
 
-def test_a_large_vocabulary_is_read_through_a_short_list_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_vocabulary_is_read_in_8_bits_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
     model = _model(vocab_size=1000)
     requests = _requests(10, 1000, MIXED)
     weights = model.state_dict()
     expected = [generate_reference(weights, model.config, request) for request in requests]
     monkeypatch.setattr("nanomoe.output_layer._SMALL_BYTES", 0)
-    monkeypatch.setattr("nanomoe.output_layer._seconds", lambda work, _: 1.0 if "unscaled" in work.__name__ else 2.0)
+    monkeypatch.setattr("nanomoe.output_layer._seconds", lambda work, _: 1.0 if "Int8" in work.__qualname__ else 2.0)
     engine = _engine(model)
     assert "int8" in engine.numerics
     assert _texts(engine.run(requests)) == expected

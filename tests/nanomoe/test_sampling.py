@@ -53,8 +53,15 @@ def test_top_p_draws_only_the_smallest_set_that_holds_the_mass() -> None:
 
 
 def test_top_p_counts_the_mass_within_top_k() -> None:
-    logits = np.log(np.array([0.3, 0.3, 0.2, 0.2]))
-    assert set(_drawn(logits, Sampling(1.0, top_k=2, top_p=0.45), 200)) == {0}
+    logits = np.log(np.array([0.35, 0.3, 0.2, 0.15]))
+    assert set(_drawn(logits, Sampling(1.0, top_p=0.5), 200)) == {0, 1}
+    assert set(_drawn(logits, Sampling(1.0, top_k=2, top_p=0.5), 200)) == {0}
+
+
+def test_top_p_of_an_even_distribution_reaches_far_into_the_vocabulary() -> None:
+    logits = np.linspace(0, 0.01, 5000)
+    assert min(_drawn(logits, Sampling(1.0, top_p=0.5), 300)) > 2400
+    assert min(_drawn(logits, Sampling(1.0, top_p=0.99), 300)) < 200
 
 
 def test_a_seed_and_an_index_decide_the_noise() -> None:
