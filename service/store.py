@@ -18,6 +18,7 @@ from sqlmodel import Session, col, select
 
 from service.database import REVISION, Database, open_database
 from service.errors import NotFound, StartRefused
+from service.orphans import sweep_orphans
 from service.series import MIN_POINTS, read_series, read_steps_after
 from service.tables import (
     PERCENTS,
@@ -74,6 +75,7 @@ __all__ = [
     "series",
     "snapshot_folder",
     "steps_after",
+    "sweep_orphans",
     "worker_seen",
     "worker_started",
     "worker_stopped",

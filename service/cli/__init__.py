@@ -1,7 +1,7 @@
 """The command line `nanomoe`. This file names every command and says what an exit code means.
 
-Exit codes: 0 done; 1 a job failed, was cancelled, or a child process ended by itself; 2 a mistake in what was asked;
-3 the service does not answer; 130 Ctrl-C.
+Exit codes: 0 done; 1 a job failed, was cancelled, a child process ended by itself, or fsck found a fault; 2 a mistake
+in what was asked; 3 the service does not answer; 130 Ctrl-C.
 """
 
 import sys
@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from nanomoe import __version__
-from service.cli import jobs, knobs, local, serve, text
+from service.cli import jobs, knobs, local, serve, text, upkeep
 from service.cli.mistakes import Mistake
 from service.cli.processes import ChildFailed
 from service.client import ClientError, Problem, Unavailable, UnexpectedAnswer, Unreachable
@@ -24,9 +24,9 @@ app = typer.Typer(
 )
 
 for panel, commands in {
-    "Service": (serve.serve, serve.demo, jobs.workers),
+    "Service": (serve.serve, serve.demo, jobs.workers, upkeep.backup, upkeep.fsck),
     "Jobs": (jobs.submit, jobs.watch, jobs.jobs, jobs.metrics, jobs.cancel, jobs.pause, jobs.resume, jobs.delete),
-    "Models": (jobs.generate, local.export),
+    "Models": (jobs.generate, local.explain, local.export),
     "Without a service": (local.train, knobs.knobs),
 }.items():
     for command in commands:

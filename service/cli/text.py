@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -19,6 +19,9 @@ from rich.text import Text
 
 from nanomoe.config import JobConfig
 from service import schemas
+
+if TYPE_CHECKING:
+    from nanomoe.explain import LayerExplanation
 
 WRONG = "red"
 DIM = "dim"
@@ -197,6 +200,43 @@ def _table(*columns: str) -> Table:
         justify: Literal["left", "right"] = "right" if column.startswith(">") else "left"
         table.add_column(column.removeprefix(">"), justify=justify, no_wrap=True)
     return table
+
+
+# A token's routing
+
+
+def routing_table(layer: "LayerExplanation") -> Table:
+    """What one layer's router says of each expert, and below it the sums."""
+    biased = any(score.balance_bias != 0 for score in layer.experts)
+    columns = [f"layer {layer.layer}", ">expert", ">logit", ">probability", ">choice", ">gate"]
+    table = _table(*columns, *([">balance bias"] if biased else []))
+    for score in layer.experts:
+        is_chosen = score.gate is not None
+        cells = [
+            "",
+            str(score.expert),
+            number(score.logit, 4),
+            number(score.probability, 4),
+            str(layer.chosen.index(score.expert) + 1) if is_chosen else "–",
+            number(score.gate, 4),
+        ]
+        table.add_row(*cells, *([number(score.balance_bias, 4)] if biased else []), style=GOOD if is_chosen else None)
+    table.add_row("", "sum", "", number(sum(s.probability for s in layer.experts), 4), "", number(layer.gate_sum, 4))
+    return table
+
+
+def gates_line(layer: "LayerExplanation", config: JobConfig) -> Text:
+    """Where the gates come from, with the numbers: `gates: 0.2561 / 0.4563 = 0.5612, ...`."""
+    chosen = [layer.experts[expert] for expert in layer.chosen]
+    total = sum(score.probability for score in chosen)
+    if config.renormalises_gates:
+        terms = [f"{score.probability:.4f} / {total:.4f} = {score.gate:.4f}" for score in chosen]
+        origin = "each probability over the sum of the chosen ones"
+    else:
+        terms = [f"{score.gate:.4f}" for score in chosen]
+        origin = "the probabilities as they are" if config.router_score == "softmax" else "the sigmoid of each logit"
+    shared = f"; {layer.shared_experts} shared beside them" if layer.shared_experts else ""
+    return Text(f"gates: {', '.join(terms)} ({origin}){shared}", DIM)
 
 
 # Quarters
