@@ -56,6 +56,9 @@ class TokenLogProb(Strict):
     text: str
     """What it stands for; U+FFFD where it is part of a character."""
 
+    utf8: str
+    """Its bytes, in hexadecimal."""
+
     logprob: float
 
 

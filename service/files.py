@@ -64,6 +64,7 @@ class RecordedFile(FileResponse):
         if refused is not None:
             size = self.headers.get("content-length", "*")
             problem = problems.respond(
+                scope["path"],
                 416,
                 "range_not_satisfiable",
                 f"the range cannot be read, or lies outside of the {size} bytes",

@@ -74,7 +74,7 @@ class Guard:
         try:
             self._check(scope["method"], Headers(scope=scope))
         except ServiceError as error:
-            await problems.from_service_error(error)(scope, receive, send)
+            await problems.from_service_error(scope["path"], error)(scope, receive, send)
             return
         n_received = 0
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from service.problems import MEDIA_TYPE
-from service.schemas import Estimate, Problem, SubmitRequest
+from service.schemas import Estimate, OpenAIError, Problem, SubmitRequest
 
 _REF = "#/components/schemas/"
 
@@ -43,8 +43,16 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     }
 
 
+def openai_errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """As `problems`, for a route under `/v1`."""
+    return {
+        status: {"description": _MEANINGS[status], "content": {"application/json": {"schema": ref(OpenAIError)}}}
+        for status in sorted({403, *statuses})
+    }
+
+
 # Schemas that FastAPI does not find, because those bodies and answers are read or written by hand.
-_BY_HAND = (Problem, SubmitRequest, Estimate)
+_BY_HAND = (Problem, OpenAIError, SubmitRequest, Estimate)
 # FastAPI documents its own validation error wherever there is a parameter; here it is a problem, or it cannot happen.
 _NOT_OURS = ("HTTPValidationError", "ValidationError")
 
@@ -67,10 +75,15 @@ def document(app: FastAPI) -> dict[str, Any]:
         for operation in path.values():
             for parameter in operation.get("parameters", []):
                 _never_null(parameter["schema"])
-            if "application/json" in operation["responses"].get("422", {}).get("content", {}):
+            if _is_not_ours(operation["responses"].get("422", {})):
                 del operation["responses"]["422"]
     app.openapi_schema = made
     return made
+
+
+def _is_not_ours(answer: dict[str, Any]) -> bool:
+    refs = [media.get("schema", {}).get("$ref", "") for media in answer.get("content", {}).values()]
+    return any(ref.removeprefix(_REF) in _NOT_OURS for ref in refs)
 
 
 def _never_null(schema: dict[str, Any]) -> None:

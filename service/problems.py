@@ -1,4 +1,5 @@
-"""Every error as `application/problem+json` (RFC 9457): one handler for each kind of exception, one shape for all.
+"""Every error as `application/problem+json` (RFC 9457), or, under `/v1`, in OpenAI's shape: one handler for each kind
+of exception, one place that writes them all.
 
 What a request sent is never repeated in full: it may be huge, and it may hold what JSON or UTF-8 cannot. Knows no
 route.
@@ -18,9 +19,12 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from service.errors import Invalid, ServiceError
-from service.schemas import Problem, ProblemError
+from service.schemas import OpenAIError, OpenAIErrorDetail, Problem, ProblemError
 
 MEDIA_TYPE = "application/problem+json"
+OPENAI_PREFIX = "/v1/"
+"""Under it everything has OpenAI's shapes."""
+
 _MAX_ERRORS = 20
 _MAX_CHARACTERS = 300
 
@@ -61,9 +65,27 @@ def _problem(
     )
 
 
-def respond(status: int, code: str, detail: str, headers: Mapping[str, str] | None = None) -> Response:
-    """A problem as an HTTP answer."""
-    return Response(_problem(status, code, detail).model_dump_json(), status, headers, MEDIA_TYPE)
+def _write(path: str, problem: Problem, headers: Mapping[str, str] | None = None) -> Response:
+    """The answer to a request for `path`."""
+    if path.startswith(OPENAI_PREFIX):
+        return Response(openai_error(problem).model_dump_json(), problem.status, headers, "application/json")
+    return Response(problem.model_dump_json(), problem.status, headers, MEDIA_TYPE)
+
+
+def openai_error(problem: Problem) -> OpenAIError:
+    """A problem as OpenAI's clients read it."""
+    kinds = {429: "rate_limit_error"}
+    kind = kinds.get(problem.status, "server_error" if problem.status >= 500 else "invalid_request_error")
+    # The first part says `body` or `path`, which a parameter's name does not.
+    param = ".".join(map(str, problem.errors[0].loc[1:])) if problem.errors else ""
+    return OpenAIError(
+        error=OpenAIErrorDetail(message=problem.detail, type=kind, param=param or None, code=problem.code)
+    )
+
+
+def respond(path: str, status: int, code: str, detail: str, headers: Mapping[str, str] | None = None) -> Response:
+    """An error as the HTTP answer to a request for `path`."""
+    return _write(path, _problem(status, code, detail), headers)
 
 
 def of_service_error(error: ServiceError) -> Problem:
@@ -71,10 +93,10 @@ def of_service_error(error: ServiceError) -> Problem:
     return _problem(error.status, error.code, error.detail, error.title, error.errors)
 
 
-def from_service_error(error: ServiceError) -> Response:
-    """What a `ServiceError` answers."""
+def from_service_error(path: str, error: ServiceError) -> Response:
+    """What a `ServiceError` answers to a request for `path`."""
     headers = {} if error.retry_after is None else {"Retry-After": str(max(1, ceil(error.retry_after)))}
-    return Response(of_service_error(error).model_dump_json(), error.status, headers, MEDIA_TYPE)
+    return _write(path, of_service_error(error), headers)
 
 
 def invalid(errors: Iterable[Mapping[str, Any]], where: str = "") -> Invalid:
@@ -87,14 +109,14 @@ def invalid(errors: Iterable[Mapping[str, Any]], where: str = "") -> Invalid:
 
 async def _service_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ServiceError)
-    return from_service_error(error)
+    return from_service_error(request.url.path, error)
 
 
 async def _validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     if any(one["type"] == "json_invalid" for one in error.errors()):
-        return respond(400, "invalid_body", "the body is not JSON")
-    return from_service_error(invalid(error.errors()))
+        return respond(request.url.path, 400, "invalid_body", "the body is not JSON")
+    return from_service_error(request.url.path, invalid(error.errors()))
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -106,7 +128,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
     elif "Allow" in headers:
         # Starlette names the methods of one route; several routes share this path.
         headers["Allow"] = ", ".join(_methods_of(request))
-    return respond(error.status_code, code, detail, headers=headers)
+    return respond(request.url.path, error.status_code, code, detail, headers=headers)
 
 
 def _methods_of(request: Request) -> list[str]:
@@ -120,7 +142,7 @@ def _methods_of(request: Request) -> list[str]:
 
 async def _unexpected(request: Request, error: Exception) -> Response:
     log.error("unexpected_error", method=request.method, path=request.url.path, exc_info=error)
-    return respond(500, "internal_error", "the service failed; its log says how")
+    return respond(request.url.path, 500, "internal_error", "the service failed; its log says how")
 
 
 def install(app: FastAPI) -> None:

@@ -1,10 +1,8 @@
 """Continuing a prompt from a recorded checkpoint, in one answer or as a stream."""
 
-import asyncio
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
-from typing import TypeVar
 
 from anyio import to_thread
 from fastapi import APIRouter, Request, Response
@@ -12,23 +10,19 @@ from fastapi.responses import StreamingResponse
 from fastapi.sse import format_sse_event
 from pydantic import BaseModel
 
-from service import problems, store, views
-from service.context import Context
+from service import problems, views
+from service.addressing import checkpoint_to_use
 from service.engine_messages import Chunk, EngineRequest
-from service.errors import Conflict, NotFound, ServiceError
+from service.errors import ServiceError
 from service.generation import Summary
 from service.openapi import problems as documented
 from service.openapi import ref
+from service.routes.leaving import CLIENT_IS_GONE, unless_gone
 from service.routes.parameters import Service
 from service.schemas import GenerateRequest, GenerateResponse
 from service.tables import Checkpoint
 
 router = APIRouter(tags=["generation"])
-
-T = TypeVar("T")
-
-_CLIENT_IS_GONE = Response(status_code=499)
-"""Nobody reads it; the number is what web servers write into their logs."""
 
 
 @router.post(
@@ -47,7 +41,7 @@ _CLIENT_IS_GONE = Response(status_code=499)
 )
 async def generate(service: Service, asked: GenerateRequest, connection: Request) -> GenerateResponse | Response:
     """Continue a prompt. The same seed gives the same text, whoever else is being served."""
-    row = await to_thread.run_sync(_find, service, asked)
+    row = await to_thread.run_sync(checkpoint_to_use, service.database, asked.job_id, asked.checkpoint)
     seed = secrets.randbits(63) if asked.seed is None else asked.seed
     request = EngineRequest(
         folder=str(service.settings.data_dir / row.folder),
@@ -65,41 +59,13 @@ async def generate(service: Service, asked: GenerateRequest, connection: Request
     if asked.stream:
         items = service.generation.stream(request)
         # The first item decides the status: once the answer has begun, it is too late for a 503.
-        first = await _unless_gone(connection, anext(items))
+        first = await unless_gone(connection, anext(items))
         if first is None:
             await items.aclose()
-            return _CLIENT_IS_GONE
+            return CLIENT_IS_GONE
         return StreamingResponse(_events(row, seed, first, items), media_type="text/event-stream")
-    result = await _unless_gone(connection, service.generation.generate(request))
-    return _CLIENT_IS_GONE if result is None else views.generated(row, asked.prompt, seed, result)
-
-
-def _find(service: Context, asked: GenerateRequest) -> Checkpoint:
-    try:
-        return store.get_checkpoint(service.database, asked.job_id, asked.checkpoint)
-    except NotFound as error:
-        if error.code == "checkpoint_not_found" and not store.list_checkpoints(service.database, asked.job_id):
-            raise Conflict("no_checkpoint_yet", f"job {asked.job_id} has not recorded a checkpoint yet") from error
-        raise
-
-
-async def _unless_gone(connection: Request, work: Coroutine[None, None, T]) -> T | None:
-    """The result of `work`; None, and `work` cancelled, when the client goes away before."""
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_gone(connection))
-    try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        return working.result() if working.done() else None
-    finally:
-        working.cancel()
-        leaving.cancel()
-        await asyncio.wait({working, leaving})
-
-
-async def _gone(connection: Request) -> None:
-    """Return when the client has closed the connection."""
-    while (await connection.receive())["type"] != "http.disconnect":
-        pass
+    result = await unless_gone(connection, service.generation.generate(request))
+    return CLIENT_IS_GONE if result is None else views.generated(row, asked.prompt, seed, result)
 
 
 async def _events(

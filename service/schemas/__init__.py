@@ -40,6 +40,18 @@ from service.schemas.jobs import (
     SubmitRequest,
     TextInfo,
 )
+from service.schemas.openai import (
+    Completion,
+    CompletionChoice,
+    CompletionLogprobs,
+    CompletionRequest,
+    CompletionUsage,
+    Model,
+    ModelList,
+    OpenAIError,
+    OpenAIErrorDetail,
+    StreamOptions,
+)
 from service.schemas.system import Device, Health, Readiness, WorkerView
 
 __all__ = [
@@ -50,6 +62,11 @@ __all__ = [
     "CheckpointMetrics",
     "CheckpointView",
     "Choice",
+    "Completion",
+    "CompletionChoice",
+    "CompletionLogprobs",
+    "CompletionRequest",
+    "CompletionUsage",
     "Continuation",
     "Device",
     "Estimate",
@@ -64,7 +81,11 @@ __all__ = [
     "JobView",
     "Listing",
     "Metrics",
+    "Model",
+    "ModelList",
     "ModelSize",
+    "OpenAIError",
+    "OpenAIErrorDetail",
     "Page",
     "Parent",
     "Percent",
@@ -78,6 +99,7 @@ __all__ = [
     "Status",
     "StatusEvent",
     "StepSeries",
+    "StreamOptions",
     "SubmitRequest",
     "TextInfo",
     "Timing",

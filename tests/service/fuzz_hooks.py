@@ -29,6 +29,8 @@ def map_path_parameters(context: Any, path_parameters: dict[str, Any] | None) ->
         path_parameters["job_id"] = random.choice(JOBS)
     if path_parameters and "name" in path_parameters and _mostly():
         path_parameters["name"] = random.choice(["model.safetensors", "config.json"])
+    if path_parameters and "model" in path_parameters and _mostly():
+        path_parameters["model"] = random.choice([FINISHED, f"{FINISHED}@100"])
     return path_parameters
 
 
@@ -44,8 +46,11 @@ def map_body(context: Any, body: Any) -> Any:
         body["job_id"] = FINISHED
         if type(body.get("checkpoint", 0)) is int and body.get("checkpoint", 0) in (0, 25, 50, 75, 100):
             body["checkpoint"] = "latest"
-    if "prompt" in body and isinstance(body.get("max_new_tokens"), int) and body["max_new_tokens"] > 8:
-        body["max_new_tokens"] = 8
+    if isinstance(body.get("model"), str) and _mostly():
+        body["model"] = FINISHED
+    for limit in ("max_new_tokens", "max_tokens"):
+        if "prompt" in body and isinstance(body.get(limit), int) and body[limit] > 8:
+            body[limit] = 8
     return body
 
 

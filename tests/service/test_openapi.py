@@ -18,6 +18,7 @@ from tests.api import TEXT, Api, Serve
 from tests.service.routes.test_generate import tiny_files
 
 NOBODY = "0" * 32
+READ_ONLY = ("/generate", "/v1/completions")
 JSON = {"content-type": "application/json"}
 
 Reached = set[tuple[str, str, int]]
@@ -71,6 +72,9 @@ def valid_requests(queued: str, finished: str) -> list[tuple[str, str, Any]]:
         ("GET", f"/jobs/{finished}/checkpoints/0/reconstruction", None),
         ("GET", f"/jobs/{finished}/checkpoints/0/files/config.json", None),
         ("POST", "/generate", generate),
+        ("POST", "/v1/completions", {"model": finished, "prompt": "a", "max_tokens": 1}),
+        ("GET", "/v1/models", None),
+        ("GET", f"/v1/models/{finished}", None),
         ("GET", "/workers", None),
         ("GET", "/healthz", None),
         ("GET", "/readyz", None),
@@ -97,14 +101,14 @@ def test_every_documented_status_is_reached_and_no_other(serve: Serve, tmp_path:
     for error_code in (None, 13):
         with failing(api, error_code):
             for method, path, body in requests:
-                if error_code is None or (method != "GET" and path != "/generate"):
+                if error_code is None or (method != "GET" and path not in READ_ONLY):
                     send(method, path, json=body)
     for method, path, body in requests:
         if body is not None:
             send(method, path, content=b"{", headers=JSON)
             send(method, path, content=b" " * 2_000_000, headers=JSON)
             send(method, path, json={"nope": 1})
-        if "/jobs/" in path:
+        if "/jobs/" in path or "/models/" in path:
             send(method, path.replace(queued, NOBODY).replace(finished, NOBODY), json=body)
     for path in (
         f"/jobs/{queued}",
@@ -138,6 +142,8 @@ def test_every_documented_status_is_reached_and_no_other(serve: Serve, tmp_path:
     full = Explorer(serve(engine_max_waiting=0), list(made["paths"]))
     full_claim = full.api.running()
     full.send("POST", "/generate", json=request | {"job_id": full_claim.job_id})
+    send("POST", "/v1/completions", json={"model": NOBODY, "prompt": "a"})
+    full.send("POST", "/v1/completions", json={"model": full_claim.job_id, "prompt": "a"})
 
     documented = {
         (method, path, int(status))
@@ -154,12 +160,15 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return document(create_app(Settings(_env_file=None, data_dir=tmp_path_factory.mktemp("document"))))
 
 
-def test_every_error_is_a_problem(made: dict[str, Any]) -> None:
+def test_every_error_is_a_problem_or_openais(made: dict[str, Any]) -> None:
     for path, operations in made["paths"].items():
         for method, operation in operations.items():
             for status, answer in operation["responses"].items():
                 if int(status) >= 400:
-                    assert list(answer["content"]) == ["application/problem+json"], (method, path, status)
+                    kind = "application/json" if path.startswith("/v1/") else "application/problem+json"
+                    schema = "OpenAIError" if path.startswith("/v1/") else "Problem"
+                    wanted = {kind: {"schema": {"$ref": f"#/components/schemas/{schema}"}}}
+                    assert answer["content"] == wanted, (method, path, status)
 
 
 def test_every_reference_leads_somewhere(made: dict[str, Any]) -> None:

@@ -1,0 +1,197 @@
+"""The OpenAI shapes: programs written for OpenAI's completions work with recorded checkpoints as their models."""
+
+import re
+import secrets
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from typing import Annotated, Any
+from uuid import uuid4
+
+from anyio import to_thread
+from fastapi import APIRouter, Path, Request, Response
+from fastapi.responses import StreamingResponse
+from fastapi.sse import format_sse_event
+
+from service import addressing, problems, schemas
+from service.addressing import MODEL_ID_PATTERN, ModelRow, model_id
+from service.engine_messages import Chunk, EngineRequest
+from service.errors import Invalid, NotFound, ServiceError
+from service.generation import Summary
+from service.openai_choices import ChoiceWriter
+from service.openapi import openai_errors, ref
+from service.routes.leaving import CLIENT_IS_GONE, unless_gone
+from service.routes.parameters import Service
+from service.schemas import Completion, CompletionRequest, Model, ModelList
+from service.tables import Checkpoint
+
+router = APIRouter(prefix="/v1", tags=["openai"])
+
+MAX_TOKENS = 16
+"""What OpenAI's completions add unless told otherwise."""
+
+_HEADER_SAFE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_MAX_IGNORED = 20
+
+
+@router.post(
+    "/completions",
+    response_model=Completion,
+    responses={
+        200: {
+            "description": "The continuations; with `stream`, as chunks of the same shape, then `[DONE]`.",
+            "headers": {"X-Ignored": {"description": "Fields that had no effect.", "schema": {"type": "string"}}},
+            "content": {
+                "application/json": {"schema": ref(Completion)},
+                "text/event-stream": {"schema": {"type": "string"}},
+            },
+        },
+        **openai_errors(400, 404, 413, 422, 429, 503),
+    },
+)
+async def complete(service: Service, asked: CompletionRequest, connection: Request) -> Response:
+    """Continue a prompt, as OpenAI's legacy completions do."""
+    if asked.echo and asked.logprobs is not None:
+        raise Invalid(
+            "echo_with_logprobs",
+            "the prompt's own log-probabilities are not among logprobs here; POST /score tells them",
+            errors=[{"loc": ["body", "echo"], "msg": "not together with logprobs"}],
+        )
+    max_tokens = MAX_TOKENS if asked.max_tokens is None else asked.max_tokens
+    limit = service.settings.engine_max_new_tokens
+    if max_tokens > limit:
+        raise Invalid(
+            "max_tokens_too_large",
+            f"max_tokens is {max_tokens}; this server's limit is {limit}",
+            errors=[{"loc": ["body", "max_tokens"], "msg": "above the server's limit"}],
+        )
+    row = await to_thread.run_sync(addressing.find_model, service.database, asked.model)
+    request = EngineRequest(
+        folder=str(service.settings.data_dir / row.folder),
+        manifest_sha256=row.manifest_sha256,
+        prompt=asked.prompt,
+        max_new_tokens=max_tokens,
+        temperature=1.0 if asked.temperature is None else asked.temperature,
+        top_k=asked.top_k,
+        top_p=asked.top_p,
+        seed=secrets.randbits(63) if asked.seed is None else asked.seed,
+        n=1 if asked.n is None else asked.n,
+        stop=asked.stops,
+        logprobs=asked.logprobs,
+    )
+    answer = _Answer(row, asked, request.n)
+    headers = _ignored(asked)
+    items = service.generation.stream(request, in_chunks=bool(asked.stream))
+    if not asked.stream:
+        whole = await unless_gone(connection, answer.whole(items))
+        return CLIENT_IS_GONE if whole is None else _json(whole, headers)
+    # The first item decides the status: once the answer has begun, it is too late for a 503.
+    first = await unless_gone(connection, anext(items))
+    if first is None:
+        await items.aclose()
+        return CLIENT_IS_GONE
+    return StreamingResponse(_events(answer, first, items), headers=headers, media_type="text/event-stream")
+
+
+@router.get("/models", responses=openai_errors(503))
+def list_models(service: Service) -> ModelList:
+    """The recorded checkpoints, those of the newest jobs first, at most 1,000."""
+    rows = addressing.list_models(service.database)
+    return ModelList(data=[_model(row) for row in rows])
+
+
+@router.get("/models/{model}", responses=openai_errors(404, 503))
+def get_model(
+    service: Service,
+    model: Annotated[
+        str, Path(description="`JOB_ID@PERCENT`, or a job's id.", json_schema_extra={"pattern": MODEL_ID_PATTERN})
+    ],
+) -> Model:
+    """A recorded checkpoint; a job's id alone is its newest."""
+    row = addressing.find_model(service.database, model)
+    return _model(row)
+
+
+@router.post("/chat/completions", include_in_schema=False)
+def chat() -> None:
+    """Not here: these models continue texts, and were never taught to take turns."""
+    raise NotFound("no_chat", "these models continue a text and cannot chat: use POST /v1/completions")
+
+
+class _Answer:
+    """A completion on its way out, whole or in chunks."""
+
+    def __init__(self, row: Checkpoint, asked: CompletionRequest, n: int) -> None:
+        self._asked = asked
+        self._common: dict[str, Any] = {
+            "id": f"cmpl-{uuid4().hex}",
+            "created": int(time.time()),
+            "model": model_id(row.job_id, row.percent),
+            "system_fingerprint": f"fp_{row.manifest_sha256[:16]}",
+        }
+        prompt = asked.prompt if asked.echo else ""
+        self._writers = [ChoiceWriter(index, prompt) for index in range(n)]
+
+    async def whole(self, items: AsyncGenerator[Chunk | Summary]) -> Completion:
+        """All continuations, finished."""
+        usage = None
+        choices: dict[int, schemas.CompletionChoice] = {}
+        async with aclosing(items):
+            async for item in items:
+                if isinstance(item, Summary):
+                    usage = _usage(item)
+                else:
+                    # Not asked for in chunks, each continuation comes as one.
+                    choices[item.index] = self._writers[item.index].write(item)
+        return Completion(**self._common, choices=[choices[index] for index in sorted(choices)], usage=usage)
+
+    def chunk(self, item: Chunk | Summary) -> Completion | None:
+        """What a stream says of `item`."""
+        if isinstance(item, Chunk):
+            return Completion(**self._common, choices=[self._writers[item.index].write(item)], usage=None)
+        options = self._asked.stream_options
+        if options is None or not options.include_usage:
+            return None
+        return Completion(**self._common, choices=[], usage=_usage(item))
+
+
+async def _events(
+    answer: _Answer, first: Chunk | Summary, items: AsyncGenerator[Chunk | Summary]
+) -> AsyncIterator[bytes]:
+    """The stream on the wire. Closing it cancels the generation."""
+    async with aclosing(items):
+        try:
+            yield _event(answer.chunk(first))
+            async for item in items:
+                yield _event(answer.chunk(item))
+        except ServiceError as error:
+            told = problems.openai_error(problems.of_service_error(error))
+            yield format_sse_event(data_str=told.model_dump_json())
+            return
+    yield format_sse_event(data_str="[DONE]")
+
+
+def _event(completion: Completion | None) -> bytes:
+    return b"" if completion is None else format_sse_event(data_str=completion.model_dump_json())
+
+
+def _json(completion: Completion, headers: dict[str, str]) -> Response:
+    return Response(completion.model_dump_json(), headers=headers, media_type="application/json")
+
+
+def _ignored(asked: CompletionRequest) -> dict[str, str]:
+    """The header that names what had no effect; names that no header can hold are a `?` in it."""
+    names = [name if _HEADER_SAFE.fullmatch(name) else "?" for name in asked.ignored]
+    return {"X-Ignored": ", ".join(sorted(set(names))[:_MAX_IGNORED])} if names else {}
+
+
+def _usage(summary: Summary) -> schemas.CompletionUsage:
+    return schemas.CompletionUsage(
+        prompt_tokens=summary.prompt_tokens,
+        completion_tokens=summary.completion_tokens,
+        total_tokens=summary.prompt_tokens + summary.completion_tokens,
+    )
+
+
+def _model(row: Checkpoint | ModelRow) -> Model:
+    return Model(id=model_id(row.job_id, row.percent), created=int(row.created_at.timestamp()))
