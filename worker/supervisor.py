@@ -150,10 +150,10 @@ class Supervisor:
         return False
 
     def _keep_house(self) -> None:
-        """The worker's row, and a rescue round now and then."""
+        """The worker's row, a rescue round now and then, and a sweep of the files that no row refers to."""
         rescuer = queue.Rescuer(self._db, self._timing.rescue)
-        seen_due = rescue_due = time.monotonic()
-        while not self._stopped.wait(max(0.0, min(seen_due, rescue_due) - time.monotonic())):
+        seen_due = rescue_due = sweep_due = time.monotonic()
+        while not self._stopped.wait(max(0.0, min(seen_due, rescue_due, sweep_due) - time.monotonic())):
             now = time.monotonic()
             try:
                 if now >= seen_due:
@@ -163,8 +163,14 @@ class Supervisor:
                     rescue_due = now + self._timing.rescue
                     for job in rescuer.round():
                         log.warning("rescued", job=job.id, status=job.status, status_reason=job.status_reason)
+                if now >= sweep_due:
+                    sweep_due = now + self._timing.sweep
+                    for path in store.sweep_orphans(self._db, self._settings.data_dir):
+                        log.info("swept", path=path)
             except (DatabaseUnavailable, StorageFull) as error:
                 log.warning("database_out_of_reach", reason=str(error))
+            except OSError as error:  # the data folder; the worker's row and the rescue must go on
+                log.warning("cannot_sweep", reason=str(error))
 
     def _say_goodbye(self) -> None:
         try:

@@ -15,6 +15,9 @@ class Timing:
 
     heartbeat: float = 10.0
     rescue: float = 15.0
+    sweep: float = 3600.0
+    """Between two looks for files that no row refers to; they are removed a day after they were written."""
+
     record: float = 0.5
     """Between two commits of step figures."""
 

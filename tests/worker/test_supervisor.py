@@ -1,5 +1,6 @@
 """The supervisor, its slots and its attempts: real processes over real databases, with scripted trainers."""
 
+import os
 import signal
 import time
 from dataclasses import replace
@@ -180,3 +181,19 @@ def test_a_worker_drains_when_the_schema_moves_on(place: Workplace) -> None:
         session.connection().exec_driver_sql("UPDATE alembic_version SET version_num = 'newer'")
     place.finish(job)
     assert worker.wait(20) == 0
+
+
+@ONLY_SQLITE
+def test_a_worker_sweeps_what_has_had_no_row_for_a_day_and_leaves_its_jobs_alone(place: Workplace) -> None:
+    job = place.submit()
+    folders = place.settings.data_dir / "jobs"
+    old, new = folders / ("a" * 32), folders / ("b" * 32)
+    for folder in (old, new):
+        folder.mkdir(parents=True)
+    two_days_ago = time.time() - 2 * 86_400
+    os.utime(old, (two_days_ago, two_days_ago))
+    place.start_worker("succeed")
+    place.wait_until(lambda: not old.exists())
+    place.wait_for(job, "succeeded")
+    assert new.exists()
+    assert place.folder(job).exists()
