@@ -311,7 +311,9 @@ class Server:
         found = choice.continuation.logprobs[n]
 
         def named(token: int, logprob: float) -> TokenLogProb:
-            return TokenLogProb(token=token, text=running.loaded.tokenizer.decode([token]), logprob=logprob)
+            tokenizer = running.loaded.tokenizer
+            utf8 = tokenizer.token_bytes(token).hex()
+            return TokenLogProb(token=token, text=tokenizer.decode([token]), utf8=utf8, logprob=logprob)
 
         return LogProbs(
             chosen=named(choice.continuation.new[n], found.chosen),
