@@ -189,7 +189,9 @@ def test_the_example_environment_can_be_used_as_it_stands(tmp_path: Path, monkey
 
 def test_every_dependency_is_pinned_within_its_range() -> None:
     lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
-    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    pinned = [line for line in lines if not line.startswith("#")]
+    pins = dict(line.split("==") for line in pinned)
+    assert len(pins) == len(pinned), "a package is pinned twice"
     wanted = [Requirement(line) for line in PROJECT["dependencies"]]
     wanted += [Requirement(line) for extra in PROJECT["optional-dependencies"].values() for line in extra]
     seen: set[tuple[str, frozenset[str]]] = set()

@@ -73,12 +73,14 @@ def _served(script: str, folder: Path, environment: dict[str, str], port: int) -
         )
         try:
             while not _answers(port):
-                assert server.poll() is None, (log.seek(0), log.read())[1]
+                assert server.poll() is None, "it ended by itself"
                 time.sleep(0.1)
             yield
         finally:
             os.killpg(server.pid, signal.SIGINT)
             server.wait(timeout=60)
+            log.seek(0)
+            print(log.read())  # pytest shows it when the test failed
 
 
 def _answers(port: int) -> bool:
