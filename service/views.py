@@ -1,6 +1,7 @@
 """Rows as the answers of the HTTP contract. Knows no query and no route."""
 
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any, cast
 
 from nanomoe.config import ConfigWarning, JobConfig
@@ -16,7 +17,7 @@ def _config(stored: dict[str, Any]) -> JobConfig:
     return JobConfig.model_validate(stored, strict=False)
 
 
-def job(row: Job, *, queue_position: int | None = None) -> schemas.JobView:
+def job(row: Job, *, queue_position: int | None = None, estimated_start_at: datetime | None = None) -> schemas.JobView:
     """A job as `GET /jobs/{id}` answers it."""
     return schemas.JobView(
         id=row.id,
@@ -24,6 +25,7 @@ def job(row: Job, *, queue_position: int | None = None) -> schemas.JobView:
         tags=row.tags,
         status=cast(schemas.Status, row.status),
         queue_position=queue_position,
+        estimated_start_at=estimated_start_at,
         created_at=row.created_at,
         started_at=row.started_at,
         finished_at=row.finished_at,

@@ -14,6 +14,7 @@ from service.openapi import problems, ref
 from service.routes.parameters import JobId, Service, StrictQuery
 from service.routes.submit_body import DOCUMENTED, Submission
 from service.schemas import JobView
+from service.tables import Job
 
 router = APIRouter(tags=["jobs"])
 
@@ -88,7 +89,7 @@ def submit(
     )
     response.status_code = 201 if created else 200
     response.headers["Location"] = f"/jobs/{row.id}"
-    return views.job(row)
+    return _placed(service, row)
 
 
 def _parent(service: Context, request: schemas.SubmitRequest) -> JobConfig | None:
@@ -127,8 +128,15 @@ async def get_job(service: Service, job_id: JobId, query: Annotated[JobQuery, Qu
 
 
 def _look(service: Context, job_id: str) -> JobView:
-    row = store.get_job(service.database, job_id)
-    return views.job(row, queue_position=queue.queue_position(service.database, job_id))
+    return _placed(service, store.get_job(service.database, job_id))
+
+
+def _placed(service: Context, row: Job) -> JobView:
+    """The job with its place in the queue."""
+    if row.status != "queued":
+        return views.job(row)
+    position = queue.queue_position(service.database, row.id)
+    return views.job(row, queue_position=position, estimated_start_at=queue.estimated_start(service.database, row.id))
 
 
 @router.patch("/jobs/{job_id}", responses=problems(400, 404, 413, 422, 503, 507))

@@ -132,6 +132,10 @@ class JobView(View):
     queue_position: int | None = None
     """Jobs that will be claimed before this one, up to 1,000; null unless queued, and in lists."""
 
+    estimated_start_at: datetime | None = None
+    """When a worker will be free for it, by the recent speed of the running jobs; null unless queued and among the next
+    to be claimed, where that is not known, and in lists."""
+
     created_at: datetime
     """When it was submitted."""
 

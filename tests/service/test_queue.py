@@ -982,3 +982,25 @@ def test_ids_made_by_many_threads_are_unique_and_in_order() -> None:
         thread.join()
     assert all(mine == sorted(mine) for mine in made)
     assert len(set().union(*made)) == 8_000
+
+
+def test_the_start_is_estimated_for_as_many_as_there_are_slots(db: Database, clock: Clock) -> None:
+    worker = WorkerIdentity(slots=2)
+    first, second, third, fourth, fifth = (submit(db).id for _ in range(5))
+    assert queue.estimated_start(db, first) is None  # no worker is there
+    store.worker_started(db, worker)
+    assert queue.estimated_start(db, first) == clock.now
+    assert queue.estimated_start(db, third) is None  # nobody knows how long the first two take
+
+    claims = [queue.claim(db, worker, 600) for _ in range(2)]
+    assert queue.estimated_start(db, third) is None  # nor does one that runs say so yet
+    for claim, eta in zip(claims, (90.0, 30.0), strict=True):
+        assert claim is not None
+        queue.heartbeat(db, claim, {"eta_seconds": eta})
+    assert queue.estimated_start(db, third) == clock.now + timedelta(seconds=30)
+    assert queue.estimated_start(db, fourth) == clock.now + timedelta(seconds=90)
+    assert queue.estimated_start(db, fifth) is None
+    assert queue.estimated_start(db, second) is None  # it runs
+
+    clock.advance(61)
+    assert queue.estimated_start(db, third) is None  # the worker has not been seen

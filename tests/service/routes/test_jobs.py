@@ -462,3 +462,16 @@ def test_a_folder_with_a_tokenizer_may_be_named_when_the_server_says_where(serve
     tokenizer.save(folder)
     api = serve(tokenizer_dir=tmp_path / "tokenizers")
     assert api.submit(config={"tokenizer": "meu"})["text"]["n_tokens"] == len(tokenizer.encode(TEXT))
+
+
+def test_a_queued_job_says_when_a_worker_will_be_free_for_it(serve: Serve) -> None:
+    api = serve()
+    assert api.submit()["estimated_start_at"] is None  # there is no worker
+    store.worker_started(api.db, api.worker)
+    claim = api.running()
+    assert api.http.get(f"/jobs/{claim.job_id}").json()["estimated_start_at"] is None
+    waiting = api.submit(priority=1)  # before the first, which was paused
+    expected = datetime.fromisoformat(waiting["created_at"]) + timedelta(seconds=5)  # what the running one still needs
+    assert abs(datetime.fromisoformat(waiting["estimated_start_at"]) - expected) < timedelta(seconds=60)
+    assert api.http.get(f"/jobs/{waiting['id']}").json()["queue_position"] == 0
+    assert api.http.get("/jobs").json()["data"][0]["estimated_start_at"] is None
