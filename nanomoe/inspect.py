@@ -54,4 +54,5 @@ def _attention_weights(attention: CausalSelfAttention, x_BTC: Tensor) -> Tensor:
     q, k, _ = attention.c_attn(x_BTC).view(T, 3, attention.n_head, C // attention.n_head).permute(1, 2, 0, 3)
     scores_HTT = q @ k.mT / math.sqrt(q.shape[-1])
     future_TT = torch.ones(T, T, dtype=torch.bool, device=x_BTC.device).triu_(1)
-    return scores_HTT.masked_fill(future_TT, float("-inf")).softmax(-1)
+    weights_HTT: Tensor = scores_HTT.masked_fill(future_TT, float("-inf")).softmax(-1)
+    return weights_HTT
