@@ -11,7 +11,7 @@ import nanomoe
 from service import openapi, problems
 from service.context import open_context
 from service.guard import Guard, check_address
-from service.routes import checkpoints, docs, events, generate, jobs, metrics, openai, system
+from service.routes import checkpoints, docs, events, examine, generate, jobs, metrics, openai, system
 from service.settings import Settings
 
 _DESCRIPTION = """
@@ -48,7 +48,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(Guard, settings=settings)
     problems.install(app)
     app.add_exception_handler(events.NothingMore, events.nothing_more)
-    for part in (jobs, metrics, events, checkpoints, generate, openai, system, docs):
+    for part in (jobs, metrics, events, checkpoints, generate, examine, openai, system, docs):
         app.include_router(part.router)
     app.mount("/static", StaticFiles(directory=docs.STATIC))
     app.openapi = partial(openapi.document, app)  # type: ignore[method-assign]

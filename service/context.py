@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import dataclass
 
 import structlog
-from anyio import to_thread
+from anyio import CapacityLimiter, to_thread
 
 from service import migrate, store
 from service.database import Database, open_database
@@ -27,6 +27,8 @@ class Context:
     database: Database
     wakeups: Wakeups
     generation: Generation
+    comparing: CapacityLimiter
+    """One comparison of two long texts at a time: each takes memory and a core."""
 
 
 @asynccontextmanager
@@ -45,7 +47,7 @@ async def open_context(settings: Settings) -> AsyncIterator[Context]:
         rescuer = Rescuer(database, settings.rescue_seconds)
         rescuing = asyncio.create_task(_rescue_now_and_then(rescuer, settings.rescue_seconds))
         try:
-            yield Context(settings, database, wakeups, generation)
+            yield Context(settings, database, wakeups, generation, CapacityLimiter(1))
         finally:
             wakeups.close()
             rescuing.cancel()

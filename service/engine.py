@@ -1,9 +1,9 @@
 """The API's one child process: it keeps checkpoints loaded, and continues prompts from them for everybody at once.
 
 `python -m service.engine`, JSON lines on stdin and stdout (`service.engine_messages`), the log on stderr. The main
-thread generates; one thread reads requests, and another loads checkpoints, so that a new one does not stop the others'
-texts. The process ends when its parent does: by signal where the system has it, else at the end of stdin. Knows no job,
-no database and no HTTP.
+thread generates; one thread reads requests, another loads checkpoints, so that a new one does not stop the others'
+texts, and one scores and inspects. The process ends when its parent does: by signal where the system has it, else at
+the end of stdin. Knows no job, no database and no HTTP.
 """
 
 import ctypes
@@ -15,7 +15,7 @@ import time
 import traceback
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -36,17 +36,22 @@ from service.engine_messages import (
     Cancel,
     Chunk,
     Done,
+    Examined,
     Failed,
     FinishReason,
+    FromEngine,
     Generate,
     LogProbs,
+    Question,
     Ready,
+    Refused,
     Start,
     ToEngine,
     TokenLogProb,
     parse_to_engine,
     to_line,
 )
+from service.examiner import examine
 from service.text_stream import TextStream
 
 CHUNK_SECONDS = 0.02
@@ -102,6 +107,9 @@ class Server:
         self._lines: list[bytes] = []
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         """What the other threads have for the main one to do."""
+        self._examiner = ThreadPoolExecutor(1, thread_name_prefix="examiner")
+        self._questions: dict[int, Future[Examined | Refused | Failed]] = {}
+        """Being answered, or waiting for it."""
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self._cache: OrderedDict[str, Loaded] = OrderedDict()
         """By manifest sha256, the least recently used first."""
@@ -112,9 +120,13 @@ class Server:
 
     def receive(self, message: ToEngine) -> None:
         """Take a message from another thread."""
-        self._inbox.put(
-            lambda: self._cancel(message.id) if isinstance(message, Cancel) else self._queue.append(message)
-        )
+        match message:
+            case Cancel():
+                self._inbox.put(lambda: self._cancel(message.id))
+            case Generate():
+                self._inbox.put(lambda: self._queue.append(message))
+            case _:
+                self._inbox.put(lambda: self._ask(message))
 
     def serve(self) -> None:
         """Generate until the process ends."""
@@ -160,6 +172,9 @@ class Server:
         running = self._running.get(request_id)
         if running is not None:
             self._leave(running)
+        question = self._questions.pop(request_id, None)
+        if question is not None:
+            question.cancel()
 
     def _begin_what_fits(self) -> None:
         """Begin requests in the order of their arrival, but let none wait for another's checkpoint to load."""
@@ -191,6 +206,24 @@ class Server:
         loaded.n_users += 1
         self._running[message.id] = running
         self._say(Begun(id=message.id, at=time.monotonic()))
+
+    # Questions
+
+    def _ask(self, question: Question) -> None:
+        """Let the examiner's thread answer, after what it was asked before."""
+
+        def answer() -> Examined | Refused | Failed:
+            self._inbox.put(lambda: self._say(Begun(id=question.id, at=time.monotonic())))
+            return examine(question, self._device)
+
+        self._questions[question.id] = self._examiner.submit(answer)
+        self._questions[question.id].add_done_callback(
+            lambda done: self._inbox.put(lambda: self._tell(question.id, done))
+        )
+
+    def _tell(self, question_id: int, done: Future[Examined | Refused | Failed]) -> None:
+        if self._questions.pop(question_id, None) is not None:  # else nobody waits any more
+            self._say(done.result())
 
     # Checkpoints
 
@@ -350,7 +383,7 @@ class Server:
 
     # Answers
 
-    def _say(self, message: Ready | Begun | Chunk | Done | Failed) -> None:
+    def _say(self, message: FromEngine) -> None:
         self._lines.append(to_line(message))
 
     def _flush(self) -> None:

@@ -103,6 +103,30 @@ class Generate(Strict):
     request: EngineRequest
 
 
+class Score(Strict):
+    """How a checkpoint reads a text."""
+
+    type: Literal["score"] = "score"
+    id: int
+    folder: str
+    """Absolute path of the checkpoint."""
+
+    manifest_sha256: str
+    text: str
+
+
+class Inspect(Strict):
+    """What a checkpoint does with a prompt."""
+
+    type: Literal["inspect"] = "inspect"
+    id: int
+    folder: str
+    """Absolute path of the checkpoint."""
+
+    manifest_sha256: str
+    prompt: str
+
+
 class Cancel(Strict):
     """Nobody waits for a request any more. Nothing is answered."""
 
@@ -168,6 +192,76 @@ class Done(Strict):
     finished_at: float
 
 
+class ReadToken(Strict):
+    """A token of a text."""
+
+    token: int
+    text: str
+    """What it stands for; U+FFFD where it is part of a character."""
+
+    byte_offset: int
+    """Where it begins in the text, in bytes of UTF-8."""
+
+
+class Scored(Strict):
+    """The last line of a `Score`."""
+
+    type: Literal["scored"] = "scored"
+    id: int
+    tokens: tuple[ReadToken, ...]
+    losses: tuple[float | None, ...]
+    """Of every token but the first, in nats; None for what is not finite."""
+
+
+class NextToken(Strict):
+    """A token that may come next."""
+
+    token: int
+    text: str
+    """What it stands for; U+FFFD where it is part of a character."""
+
+    probability: float
+
+
+class LayerRouting(Strict):
+    """What the router of one mixture of experts says of each token."""
+
+    layer: int
+    probabilities: tuple[tuple[float, ...], ...]
+    """One row a token, one number an expert."""
+
+
+class Inspected(Strict):
+    """The last line of an `Inspect`."""
+
+    type: Literal["inspected"] = "inspected"
+    id: int
+    n_unread: int
+    """Oldest tokens of the prompt that do not fit into the context."""
+
+    tokens: tuple[ReadToken, ...]
+    """Those that were read."""
+
+    likeliest: tuple[NextToken, ...]
+    """Best first."""
+
+    attention: tuple[tuple[tuple[tuple[float, ...], ...], ...], ...]
+    """By layer, head and token: what the token takes from each token up to itself."""
+
+    routing: tuple[LayerRouting, ...]
+
+
+class Refused(Strict):
+    """The last line of a request that asks for what cannot be."""
+
+    type: Literal["refused"] = "refused"
+    id: int
+    code: str
+    """Stable and machine-readable."""
+
+    message: str
+
+
 class Failed(Strict):
     """The last line of a request that cannot be served."""
 
@@ -179,8 +273,10 @@ class Failed(Strict):
     message: str
 
 
-ToEngine = Generate | Cancel
-FromEngine = Ready | Begun | Chunk | Done | Failed
+Question = Score | Inspect
+Examined = Scored | Inspected
+ToEngine = Generate | Question | Cancel
+FromEngine = Ready | Begun | Chunk | Done | Examined | Refused | Failed
 
 _to_engine: TypeAdapter[ToEngine] = TypeAdapter(Annotated[ToEngine, Field(discriminator="type")])
 _from_engine: TypeAdapter[FromEngine] = TypeAdapter(Annotated[FromEngine, Field(discriminator="type")])

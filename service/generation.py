@@ -9,7 +9,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass
 
 import structlog
@@ -20,11 +20,18 @@ from service.engine_messages import (
     Chunk,
     Done,
     EngineRequest,
+    Examined,
     Failed,
     FinishReason,
     Generate,
+    Inspect,
+    Inspected,
     LogProbs,
+    Question,
     Ready,
+    Refused,
+    Score,
+    Scored,
     Start,
     ToEngine,
     parse_from_engine,
@@ -90,14 +97,19 @@ class EngineResult:
     summary: Summary
 
 
+Answer = Chunk | Done | Examined | ServiceError
+"""What happens to a request once it has begun."""
+
+
 class _Pending:
     """A request that was not answered in full yet."""
 
     def __init__(self) -> None:
         self.arrived_at = time.monotonic()
         self.begun_at: float | None = None
-        self.answers: asyncio.Queue[Chunk | Done | ServiceError | None] = asyncio.Queue()
+        self.answers: asyncio.Queue[Answer | None] = asyncio.Queue()
         """None: the request has begun."""
+        self.finished = False
 
 
 class Generation:
@@ -184,28 +196,60 @@ class Generation:
             Unavailable: the engine died or cannot start, the checkpoint is damaged, or a time limit was reached.
         """
         self._check(request)
-        self._last_id += 1
-        request_id = self._last_id
-        pending = self._pending[request_id] = _Pending()
-        finished = False
-        process: asyncio.subprocess.Process | None = None
-        try:
-            async with self._starting:
-                process = self._process or await self._start_engine()
-            await self._send(process, Generate(id=request_id, stream=in_chunks, request=request))
-            while not finished:
+        async with self._asking(lambda i: Generate(id=i, stream=in_chunks, request=request)) as pending:
+            while not pending.finished:
                 answer = await self._next_answer(pending)
                 if isinstance(answer, Chunk):
                     yield answer
                 elif isinstance(answer, Done):
-                    finished = True
+                    pending.finished = True
                     yield _summary(pending, answer)
-                elif answer is not None:
-                    finished = True
+                elif isinstance(answer, ServiceError):
+                    pending.finished = True
                     raise answer
+
+    async def score(self, folder: str, manifest_sha256: str, text: str) -> Scored:
+        """The loss of each token of a text under the checkpoint in `folder`. Raises as `stream` does."""
+        answer = await self._examine(lambda i: Score(id=i, folder=folder, manifest_sha256=manifest_sha256, text=text))
+        assert isinstance(answer, Scored)
+        return answer
+
+    async def inspect(self, folder: str, manifest_sha256: str, prompt: str) -> Inspected:
+        """What the checkpoint in `folder` does with a prompt. Raises as `stream` does."""
+        answer = await self._examine(
+            lambda i: Inspect(id=i, folder=folder, manifest_sha256=manifest_sha256, prompt=prompt)
+        )
+        assert isinstance(answer, Inspected)
+        return answer
+
+    async def _examine(self, question: Callable[[int], Question]) -> Examined:
+        self._check_room()
+        async with self._asking(question) as pending:
+            while True:
+                answer = await self._next_answer(pending)
+                if answer is None:
+                    continue  # it has begun
+                pending.finished = True
+                if isinstance(answer, ServiceError):
+                    raise answer
+                assert isinstance(answer, Examined), "a question is not answered with text"
+                return answer
+
+    @contextlib.asynccontextmanager
+    async def _asking(self, message: Callable[[int], ToEngine]) -> AsyncIterator[_Pending]:
+        """Send the engine a message with an id of its own; cancel it, unless it is finished when the block ends."""
+        self._last_id += 1
+        request_id = self._last_id
+        pending = self._pending[request_id] = _Pending()
+        process: asyncio.subprocess.Process | None = None
+        try:
+            async with self._starting:
+                process = self._process or await self._start_engine()
+            await self._send(process, message(request_id))
+            yield pending
         finally:
             del self._pending[request_id]
-            if not finished and process is not None:
+            if not pending.finished and process is not None:
                 await self._send(process, Cancel(id=request_id))
 
     # Admission
@@ -230,14 +274,17 @@ class Generation:
                 f"n is {request.n}; this server's limit is {settings.engine_max_running}",
                 errors=[{"loc": ["body", "n"], "msg": "above the server's limit"}],
             )
-        if self.n_waiting >= settings.engine_max_waiting:
+        self._check_room()
+
+    def _check_room(self) -> None:
+        if self.n_waiting >= self._settings.engine_max_waiting:
             raise TooManyRequests(
                 "generation_queue_full",
                 f"{self.n_waiting} generation requests are waiting already",
                 retry_after=_RETRY_SECONDS,
             )
 
-    async def _next_answer(self, pending: _Pending) -> Chunk | Done | ServiceError | None:
+    async def _next_answer(self, pending: _Pending) -> Answer | None:
         """The next thing that happens to a request; running out of time is one."""
         settings = self._settings
         begun = pending.begun_at is not None
@@ -307,6 +354,8 @@ class Generation:
             if isinstance(message, Begun):
                 pending.begun_at = message.at
                 pending.answers.put_nowait(None)
+            elif isinstance(message, Refused):
+                pending.answers.put_nowait(Invalid(message.code, message.message))
             elif isinstance(message, Failed):
                 pending.answers.put_nowait(Unavailable(message.code, message.message))
             else:

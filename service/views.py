@@ -1,15 +1,19 @@
 """Rows as the answers of the HTTP contract. Knows no query and no route."""
 
+import math
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, cast
 
 from nanomoe.config import ConfigWarning, JobConfig
 from service import schemas
-from service.engine_messages import Chunk, LogProbs
+from service.engine_messages import Chunk, Inspected, LogProbs, Scored
 from service.generation import EngineResult, Summary
 from service.submission import Assessment
 from service.tables import Checkpoint, Job, Worker
+
+_LARGEST_EXPONENT = 709
+"""exp() of more is no float."""
 
 
 def _config(stored: dict[str, Any]) -> JobConfig:
@@ -194,3 +198,32 @@ def generated(row: Checkpoint, prompt: str, seed: int, result: EngineResult) -> 
     ]
     end = generate_end(row, seed, result.summary)
     return schemas.GenerateResponse(**dict(end), prompt=prompt, choices=choices)
+
+
+def scored(row: Checkpoint, text: str, answer: Scored, copied: schemas.CopiedSpan | None) -> schemas.ScoreResponse:
+    """The answer to `POST /score`."""
+    known = [loss for loss in answer.losses if loss is not None]
+    total = math.fsum(known) if len(known) == len(answer.losses) else None
+    mean = None if total is None else total / len(known)
+    n_bytes = len(text.encode()) - answer.tokens[1].byte_offset
+    return schemas.ScoreResponse(
+        job_id=row.job_id,
+        checkpoint=row.percent,
+        n_tokens=len(answer.tokens),
+        loss=mean,
+        total_loss=total,
+        perplexity=math.exp(mean) if mean is not None and mean < _LARGEST_EXPONENT else None,
+        bits_per_byte=None if total is None else total / math.log(2) / n_bytes,
+        tokens=[
+            schemas.ScoredToken(loss=loss, **token.model_dump())
+            for token, loss in zip(answer.tokens, (None, *answer.losses), strict=True)
+        ],
+        copied=copied,
+    )
+
+
+def inspected(row: Checkpoint, answer: Inspected) -> schemas.InspectResponse:
+    """The answer to `POST /inspect`."""
+    return schemas.InspectResponse(
+        job_id=row.job_id, checkpoint=row.percent, **answer.model_dump(exclude={"type", "id"})
+    )

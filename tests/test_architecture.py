@@ -57,7 +57,7 @@ def forbidden(module: str, name: str) -> bool:
         )
     if _within(module, *SHARED_WITH_WORKER):
         return _within(name, "worker", "torch", "fastapi", "starlette")
-    if module == "service.engine" or _within(module, "service.cli"):
+    if module in ("service.engine", "service.examiner") or _within(module, "service.cli"):
         return _within(name, "worker", "fastapi", "starlette")
     return _within(name, "worker", "torch")
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from nanomoe import __version__
-from service.cli import jobs, knobs, local, serve, text, upkeep
+from service.cli import examine, jobs, knobs, local, serve, text, upkeep
 from service.cli.mistakes import Mistake
 from service.cli.processes import ChildFailed
 from service.client import ClientError, Problem, Unavailable, UnexpectedAnswer, Unreachable
@@ -26,7 +26,7 @@ app = typer.Typer(
 for panel, commands in {
     "Service": (serve.serve, serve.demo, jobs.workers, upkeep.backup, upkeep.fsck),
     "Jobs": (jobs.submit, jobs.watch, jobs.jobs, jobs.metrics, jobs.cancel, jobs.pause, jobs.resume, jobs.delete),
-    "Models": (jobs.generate, local.explain, local.export),
+    "Models": (jobs.generate, examine.score, examine.inspect, local.explain, local.export),
     "Without a service": (local.train, knobs.knobs),
 }.items():
     for command in commands:

@@ -202,6 +202,42 @@ def _table(*columns: str) -> Table:
     return table
 
 
+# What a prompt makes a model do
+
+
+def next_tokens_table(tokens: Iterable[schemas.NextTokenView]) -> Table:
+    """The likeliest next tokens."""
+    table = _table("next", ">id", ">probability")
+    for token in tokens:
+        table.add_row(repr(token.text), str(token.token), number(token.probability, 4))
+    return table
+
+
+_N_SHOWN = 3
+
+
+def attention_table(answer: schemas.InspectResponse) -> Table:
+    """What the last token attends to most, in each head."""
+    last = len(answer.tokens) - 1
+    table = _table("layer", ">head", f"{answer.tokens[last].text!r} attends to")
+    for layer, heads in enumerate(answer.attention):
+        for head, rows in enumerate(heads):
+            most = sorted(range(last + 1), key=lambda t: -rows[last][t])[:_N_SHOWN]
+            seen = ", ".join(f"{answer.tokens[t].text!r} {number(rows[last][t], 2)}" for t in most)
+            table.add_row("" if head else str(layer), str(head), seen)
+    return table
+
+
+def router_table(answer: schemas.InspectResponse) -> Table:
+    """The likeliest experts of the last token, in each layer that has some."""
+    table = _table("layer", f"experts of {answer.tokens[-1].text!r}")
+    for layer in answer.routing:
+        of_last = layer.probabilities[-1]
+        most = sorted(range(len(of_last)), key=lambda expert: -of_last[expert])[:_N_SHOWN]
+        table.add_row(str(layer.layer), ", ".join(f"{expert}: {number(of_last[expert], 2)}" for expert in most))
+    return table
+
+
 # A token's routing
 
 

@@ -156,6 +156,8 @@ class AsyncJobHandle:
     checkpoints = _of_job(calls.checkpoints)
     checkpoint = _of_job(calls.checkpoint)
     reconstruction = _of_job(calls.reconstruction)
+    score = _of_job(calls.score)
+    inspect = _of_job(calls.inspect)
 
     @overload
     def generate(

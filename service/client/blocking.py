@@ -158,6 +158,8 @@ class JobHandle:
     checkpoints = _of_job(calls.checkpoints)
     checkpoint = _of_job(calls.checkpoint)
     reconstruction = _of_job(calls.reconstruction)
+    score = _of_job(calls.score)
+    inspect = _of_job(calls.inspect)
 
     @overload
     def generate(

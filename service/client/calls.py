@@ -208,6 +208,18 @@ def generate_stream(job_id: str, /, prompt: str, checkpoint: Which = "latest", *
     return Call("POST", "/generate", _bytes, body=body, repeatable=False, read_seconds=GENERATE_SECONDS)
 
 
+def score(job_id: str, /, text: str, checkpoint: Which = "latest") -> Call[schemas.ScoreResponse]:
+    """The loss of each token of `text` under a checkpoint, and the longest span copied from the training text."""
+    body = {"job_id": job_id, "checkpoint": checkpoint, "text": text}
+    return Call("POST", "/score", _model(schemas.ScoreResponse), body=body, read_seconds=GENERATE_SECONDS)
+
+
+def inspect(job_id: str, /, prompt: str, checkpoint: Which = "latest") -> Call[schemas.InspectResponse]:
+    """What `prompt` makes a checkpoint do: likeliest next tokens, attention, router probabilities."""
+    body = {"job_id": job_id, "checkpoint": checkpoint, "prompt": prompt}
+    return Call("POST", "/inspect", _model(schemas.InspectResponse), body=body, read_seconds=GENERATE_SECONDS)
+
+
 def workers() -> Call[list[schemas.WorkerView]]:
     """The workers, as they last reported themselves."""
     read = _model(schemas.Listing[schemas.WorkerView])

@@ -24,7 +24,7 @@ CONFIG = """
 negative_data_rejection = { expected-statuses = ["400", "403", "404", "405", "409", "413", "415", "422", "429", "503"] }
 
 [[operations]]
-include-name = ["POST /jobs", "POST /generate", "POST /v1/completions"]
+include-name = ["POST /jobs", "POST /generate", "POST /score", "POST /inspect", "POST /v1/completions"]
 checks = { positive_data_acceptance = { expected-statuses = ["2xx", "404", "409", "413", "422", "429", "503"] } }
 """
 

@@ -18,7 +18,7 @@ from tests.api import TEXT, Api, Serve
 from tests.service.routes.test_generate import tiny_files
 
 NOBODY = "0" * 32
-READ_ONLY = ("/generate", "/v1/completions")
+READ_ONLY = ("/generate", "/score", "/inspect", "/v1/completions")
 JSON = {"content-type": "application/json"}
 
 Reached = set[tuple[str, str, int]]
@@ -72,6 +72,8 @@ def valid_requests(queued: str, finished: str) -> list[tuple[str, str, Any]]:
         ("GET", f"/jobs/{finished}/checkpoints/0/reconstruction", None),
         ("GET", f"/jobs/{finished}/checkpoints/0/files/config.json", None),
         ("POST", "/generate", generate),
+        ("POST", "/score", {"job_id": finished, "text": "ab"}),
+        ("POST", "/inspect", {"job_id": finished, "prompt": "a"}),
         ("POST", "/v1/completions", {"model": finished, "prompt": "a", "max_tokens": 1}),
         ("GET", "/v1/models", None),
         ("GET", f"/v1/models/{finished}", None),
@@ -135,13 +137,17 @@ def test_every_documented_status_is_reached_and_no_other(serve: Serve, tmp_path:
     send("POST", "/jobs", json={"text": TEXT}, params={"dry_run": True})
     for _ in range(3):
         send("POST", "/jobs", json={"text": TEXT})
-    request = {"job_id": NOBODY, "prompt": "a"}
-    send("POST", "/generate", json=request)
+    requests_to_models: list[tuple[str, dict[str, Any]]] = [
+        ("/generate", {"prompt": "a"}),
+        ("/score", {"text": "ab"}),
+        ("/inspect", {"prompt": "a"}),
+    ]
     (waiting,) = api.http.get("/jobs", params={"status": "queued", "limit": 1}).json()["data"]
-    send("POST", "/generate", json=request | {"job_id": waiting["id"]})
     full = Explorer(serve(engine_max_waiting=0), list(made["paths"]))
     full_claim = full.api.running()
-    full.send("POST", "/generate", json=request | {"job_id": full_claim.job_id})
+    for path, request in requests_to_models:
+        for asker, job_id in ((explorer, NOBODY), (explorer, waiting["id"]), (full, full_claim.job_id)):
+            asker.send("POST", path, json=request | {"job_id": job_id})
     send("POST", "/v1/completions", json={"model": NOBODY, "prompt": "a"})
     full.send("POST", "/v1/completions", json={"model": full_claim.job_id, "prompt": "a"})
 

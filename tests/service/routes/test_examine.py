@@ -1,0 +1,137 @@
+"""`/score` and `/inspect` through a real server, its engine process, the clients and the command line."""
+
+import asyncio
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nanomoe.inspect import inspect
+from nanomoe.model import GPT
+from nanomoe.score import losses_of_tokens
+from service import queue
+from service.client import AsyncClient, Client
+from tests.api import TEXT, Api
+from tests.service.tiny_checkpoint import TinyCheckpoint, write_tiny_checkpoint
+
+SCORED = "Ontem o gato dorme no sofá. 🐈"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoint:
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint", use_moe=True, n_experts=4)
+
+
+@pytest.fixture(scope="module")
+def job_id(api: Api, tiny: TinyCheckpoint) -> str:
+    """A job that trained on `TEXT`, with a random mixture of experts at 25 percent."""
+    claim = api.claim(api.submit()["id"])
+    files = {path.name: path.read_bytes() for path in tiny.folder.iterdir() if path.name != "manifest.json"}
+    api.record_checkpoint(claim, 25, 125, files)
+    queue.finish(api.db, claim, "succeeded")
+    return claim.job_id
+
+
+@pytest.fixture(scope="module")
+def model(tiny: TinyCheckpoint) -> GPT:
+    built = GPT.build(tiny.config, tiny.tokenizer.vocab_size)
+    built.load_state_dict(tiny.weights)
+    return built
+
+
+def test_a_text_is_scored_as_the_model_scores_it(api: Api, job_id: str, model: GPT, tiny: TinyCheckpoint) -> None:
+    answer = api.http.post("/score", json={"job_id": job_id, "text": SCORED}).json()
+    tokens = tiny.tokenizer.encode(SCORED)
+    losses = losses_of_tokens(model, tokens)
+    assert (answer["job_id"], answer["checkpoint"], answer["n_tokens"]) == (job_id, 25, len(tokens))
+    assert [one["token"] for one in answer["tokens"]] == tokens
+    assert [one["byte_offset"] for one in answer["tokens"]] == list(range(len(tokens)))
+    assert answer["tokens"][0]["loss"] is None
+    assert [one["loss"] for one in answer["tokens"][1:]] == pytest.approx(losses, rel=1e-4)
+    total = sum(losses)
+    assert answer["total_loss"] == pytest.approx(total, rel=1e-5)
+    assert answer["loss"] == pytest.approx(total / len(losses), rel=1e-5)
+    assert answer["perplexity"] == pytest.approx(math.exp(total / len(losses)), rel=1e-4)
+    assert answer["bits_per_byte"] == pytest.approx(total / math.log(2) / (len(SCORED.encode()) - 1), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("text", "span"),
+    [
+        (SCORED, " gato dorme no sofá"),
+        (TEXT, TEXT),
+        ("🐈🐈", "🐈"),
+        ("éé", None),  # shares a byte with í, but no character
+        ("zz", None),
+    ],
+)
+def test_the_longest_copied_span_is_told_in_whole_characters(
+    api: Api, job_id: str, text: str, span: str | None
+) -> None:
+    copied = api.http.post("/score", json={"job_id": job_id, "text": text}).json()["copied"]
+    if span is None:
+        assert copied is None
+        return
+    assert span in copied["text"]
+    n_bytes = len(copied["text"].encode())
+    assert copied["n_bytes"] == n_bytes
+    for place, whole in (("start", text), ("training_start", TEXT)):
+        assert whole.encode()[copied[place] :][:n_bytes].decode() == copied["text"]
+
+
+def test_a_prompt_is_inspected_as_the_model_reads_it(api: Api, job_id: str, model: GPT, tiny: TinyCheckpoint) -> None:
+    answer = api.http.post("/inspect", json={"job_id": job_id, "prompt": "Era uma"}).json()
+    found = inspect(model, tiny.tokenizer.encode("Era uma"))
+    assert "".join(one["text"] for one in answer["tokens"]) == "Era uma"
+    likeliest = found.probabilities_V.topk(10)
+    assert [one["token"] for one in answer["likeliest"]] == likeliest.indices.tolist()
+    assert [one["probability"] for one in answer["likeliest"]] == pytest.approx(likeliest.values.tolist(), rel=1e-4)
+    assert [len(layer) for layer in answer["attention"]] == [2, 2]
+    for layer, heads in enumerate(answer["attention"]):
+        for head, rows in enumerate(heads):
+            for t, row in enumerate(rows):
+                assert row == pytest.approx(found.attention_LHTT[layer, head, t, : t + 1].tolist(), abs=2e-6)
+    assert [layer["layer"] for layer in answer["routing"]] == list(found.routing)
+    for layer in answer["routing"]:
+        torch.testing.assert_close(
+            torch.tensor(layer["probabilities"]), found.routing[layer["layer"]], rtol=0, atol=2e-6
+        )
+    assert answer["n_unread"] == 0
+    long = api.http.post("/inspect", json={"job_id": job_id, "prompt": "a" * 50}).json()
+    assert (long["n_unread"], len(long["tokens"]), long["tokens"][0]["byte_offset"]) == (18, 32, 18)
+
+
+def test_what_cannot_be_examined_is_told(api: Api, job_id: str, tmp_path: Path) -> None:
+    one = api.http.post("/score", json={"job_id": job_id, "text": "a"})
+    assert (one.status_code, one.json()["code"]) == (422, "text_too_short")
+    wide = write_tiny_checkpoint(tmp_path / "wide", block_size=1024, n_head=2)
+    claim = api.claim(api.submit()["id"])
+    files = {path.name: path.read_bytes() for path in wide.folder.iterdir() if path.name != "manifest.json"}
+    api.record_checkpoint(claim, 0, 0, files)
+    large = api.http.post("/inspect", json={"job_id": claim.job_id, "prompt": "a" * 1000})
+    assert (large.status_code, large.json()["code"]) == (422, "inspection_too_large")
+    assert "2,002,000" in large.json()["detail"]
+
+
+def test_a_damaged_checkpoint_is_told(api: Api, job_id: str, tmp_path: Path) -> None:
+    claim = api.claim(api.submit()["id"])
+    api.record_checkpoint(claim, 0, 0, {"config.json": b"{}", "model.safetensors": b"no weights"})
+    answer = api.http.post("/inspect", json={"job_id": claim.job_id, "prompt": "a"})
+    assert (answer.status_code, answer.json()["code"]) == (503, "checkpoint_unreadable")
+    for path in api.context.settings.data_dir.glob(f"jobs/{claim.job_id}/*/config.json"):
+        path.write_bytes(b"[]")
+    answer = api.http.post("/score", json={"job_id": claim.job_id, "text": "abc"})
+    assert (answer.status_code, answer.json()["code"]) == (503, "checkpoint_damaged")
+
+
+def test_both_clients_ask_the_same(api: Api, job_id: str) -> None:
+    async def ask() -> tuple[Any, Any]:
+        async with AsyncClient(api.url) as client:
+            job = await client.job(job_id)
+            return await job.score(SCORED, 25), await job.inspect("Era")
+
+    with Client(api.url) as client:
+        job = client.job(job_id)
+        assert asyncio.run(ask()) == (job.score(SCORED, 25), job.inspect("Era"))
