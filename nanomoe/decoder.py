@@ -65,6 +65,10 @@ def _linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     return torch.mm(x, w) if b is None else torch.addmm(b, x, w)
 
 
+def _norm(x: Tensor, weights: tuple[Tensor, Tensor | None]) -> Tensor:
+    return torch.layer_norm(x, weights[0].shape, *weights, 1e-5)
+
+
 class Decoder:
     """One checkpoint's weights in float32, and a cache of `n_rows` sequences, rows 0 to n_rows - 1."""
 
@@ -91,6 +95,7 @@ class Decoder:
         self._seen = torch.zeros((), device=self.device)
         self._unseen = torch.full((), -math.inf, device=self.device)
         self.n_rows = 0
+        self._kept_views: list[tuple[Tensor, Tensor, Tensor]] = []
         self._cache: list[Tensor] = []
         """Per layer (R * H, B, 2 D): keys and values side by side."""
         self.reserve(n_rows)
@@ -149,6 +154,7 @@ class Decoder:
         for new, old in zip(grown, self._cache, strict=False):
             new[: len(old)] = old
         self._cache, self.n_rows = grown, n_rows
+        self._viewed: tuple[int, int] | None = None
         self._first_slot_RH = torch.arange(n_rows * H, device=self.device).view(n_rows, H) * B
 
     def move(self, source: int, target: int) -> None:
@@ -180,17 +186,30 @@ class Decoder:
             mask = mask.repeat_interleave(H, 0)  # (N * H, 1, L)
         slots = (self._first_slot_RH[:N] + positions_N[:, None]).flatten()  # (N * H,)
         scale = 1 / math.sqrt(D)
-        x_NC = F.embedding(tokens_N, self.wte_VC) + F.embedding(positions_N, self._wpe_BC)
+        x_NC = torch.embedding(self.wte_VC, tokens_N) + torch.embedding(self._wpe_BC, positions_N)
         wanted: list[Tensor] = []
-        for layer, cache in zip(self._layers, self._cache, strict=True):
-            qkv = _linear(F.layer_norm(x_NC, (C,), *layer.ln_1, 1e-5), *layer.attn).view(N * H, 3 * D)
-            cache.view(-1, 2 * D).index_copy_(0, slots, qkv[:, D:])
-            cached = cache[: N * H, :length]
-            scores = torch.baddbmm(mask, qkv[:, None, :D], cached[..., :D].transpose(1, 2), alpha=scale)
-            attended_NC = torch.bmm(scores.softmax(-1), cached[..., D:]).view(N, C)
+        for layer, (all_slots, keys, values) in zip(self._layers, self._views(N, length), strict=True):
+            qkv = _linear(_norm(x_NC, layer.ln_1), *layer.attn).view(N * H, 3 * D)
+            queries, new = qkv[:, None, :D], qkv[:, D:]
+            all_slots.index_copy_(0, slots, new)
+            scores = torch.baddbmm(mask, queries, keys, alpha=scale)  # (N * H, 1, L)
+            attended_NC = torch.bmm(scores.softmax(-1), values).view(N, C)
             x_NC += _linear(attended_NC, *layer.attn_out)
-            x_NC += self._mlp(layer, F.layer_norm(x_NC, (C,), *layer.ln_2, 1e-5), wanted)
-        return F.layer_norm(x_NC, (C,), *self._ln_f, 1e-5), self._certain(wanted, N)
+            x_NC += self._mlp(layer, _norm(x_NC, layer.ln_2), wanted)
+        return _norm(x_NC, self._ln_f), self._certain(wanted, N)
+
+    def _views(self, n_rows: int, length: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Per layer: all slots (R * H * B, 2 D), and of the first rows the keys (N * H, D, L) and values (N * H, L, D).
+
+        Kept for the next step, which is nearly always of the same shape: making them costs as much as using them.
+        """
+        if self._viewed != (n_rows, length):
+            D = self._head_dim
+            self._viewed, self._kept_views = (n_rows, length), []
+            for cache in self._cache:
+                cached = cache[: n_rows * self.config.n_head, :length]
+                self._kept_views.append((cache.view(-1, 2 * D), cached[..., :D].transpose(1, 2), cached[..., D:]))
+        return self._kept_views
 
     # Whole windows
 
@@ -233,7 +252,7 @@ class Decoder:
         x_NTC = F.embedding(tokens_NT, self.wte_VC).to(dtype) + self._wpe_BC[:T].to(dtype)
         wanted: list[Tensor] = []
         for layer, cache in zip(self._layers, self._cache, strict=True):
-            normed = F.layer_norm(x_NTC, (C,), *_cast(layer.ln_1, dtype), 1e-5).view(-1, C)
+            normed = _norm(x_NTC, _cast(layer.ln_1, dtype)).view(-1, C)
             qkv_NHTD = _linear(normed, *_cast(layer.attn, dtype)).view(N, T, H, 3 * D).transpose(1, 2)
             for n, row in enumerate(rows or ()):
                 cache[row * H : (row + 1) * H, : len(windows[n])] = qkv_NHTD[n, :, : len(windows[n]), D:]
@@ -241,9 +260,9 @@ class Decoder:
             attended_NHTD = F.scaled_dot_product_attention(q, k, v, is_causal=True)
             attended = attended_NHTD.transpose(1, 2).reshape(-1, C)
             x_NTC = x_NTC + _linear(attended, *_cast(layer.attn_out, dtype)).view(N, T, C)
-            normed = F.layer_norm(x_NTC, (C,), *_cast(layer.ln_2, dtype), 1e-5).view(-1, C)
+            normed = _norm(x_NTC, _cast(layer.ln_2, dtype)).view(-1, C)
             x_NTC = x_NTC + self._mlp(layer, normed, wanted).view(N, T, C)
-        return F.layer_norm(x_NTC, (C,), *_cast(self._ln_f, dtype), 1e-5), wanted
+        return _norm(x_NTC, _cast(self._ln_f, dtype)), wanted
 
     # MLPs and experts
 

@@ -2,9 +2,9 @@
 
 The output layer is most of the cost of a token: V rows of C numbers. `likeliest` reads them as 8-bit integers, a
 quarter of the bytes, takes a short list, and computes the logits of those few in float32; `rough` gives the 8-bit
-logits of all. Rounding to 8 bits moves a logit by at most |x - x'| |w| + |x'| |w - w'| (Cauchy-Schwarz), so a list whose
-end lies further below than that misses nobody, and says so. Where a machine gets 8-bit products wrong (some saturate),
-or is slower with them, all is float32.
+logits of all. Rounding to 8 bits moves a logit by at most |x - x'| |w| + |x'| |w - w'| (Cauchy-Schwarz), so a list
+whose end lies further below than that misses nobody, and says so. Where a machine gets 8-bit products wrong (some
+saturate), or is slower with them, all is float32.
 
 Shape letters: N rows, S candidates, V vocabulary, C channels. Knows no sampling.
 """
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 _BLOCK = 64
 """Logits whose maximum is taken first when the largest are sought."""
@@ -102,29 +103,30 @@ class OutputLayer:
 
     def likeliest(self, x_NC: Tensor, count: int, errors: list[float]) -> Candidates:
         """At least the `count` likeliest tokens of each row, if its list is complete. `errors`: those of `errors()`."""
+        V = len(self._wte_VC)
         if self._ints is None:
-            rough_NV, units_N, bounds = self.logits(x_NC), None, [0.0] * len(x_NC)
+            rough_NV, units_N, bounds = self.logits(x_NC), x_NC.new_ones(len(x_NC)), [0.0] * len(x_NC)
         else:
             rough_NV, units_N = self._ints.logits(x_NC)
             bounds = self._ints.errors(x_NC)
-        size = 2 * count + 14
+        slack_N = x_NC.new_tensor([bound + 4 * error for bound, error in zip(bounds, errors, strict=True)])
+        size = min(2 * count + 14, V)
         while True:
-            size = min(size, len(self._wte_VC))
             rough_NS, ids_NS = _largest(rough_NV, size)
-            ends_N = rough_NS[:, -1]
-            if units_N is None:
+            if self._ints is None:
                 logits_NS = rough_NS
             else:
-                logits_NS = torch.bmm(self._wte_VC[ids_NS], x_NC[:, :, None])[..., 0]
-                ends_N = ends_N * units_N
-            least_N = logits_NS.amax(-1) if count == 1 else logits_NS.topk(min(count, size)).values[:, -1]
-            rows = zip(ends_N.tolist(), bounds, least_N.tolist(), errors, strict=True)
-            complete = [
-                size == len(self._wte_VC) or end + bound < least - 4 * error for end, bound, least, error in rows
-            ]
-            if all(complete) or size >= _LONGEST_LIST:
-                return Candidates(ids_NS, logits_NS, complete)
-            size *= 4
+                logits_NS = torch.bmm(F.embedding(ids_NS, self._wte_VC), x_NC[:, :, None])[..., 0]
+            last_N = logits_NS.amax(1) if count == 1 else logits_NS.topk(min(count, size)).values[:, -1]
+            least_N = (last_N - slack_N) / units_N  # below it, a rough logit cannot be one of the `count` likeliest
+            complete: list[bool] = (rough_NS[:, -1] < least_N).tolist() if size < V else [True] * len(x_NC)
+            if all(complete):
+                break
+            wanted = int((rough_NV >= least_N[:, None]).sum(1).max()) + 1
+            if wanted > _LONGEST_LIST:
+                break
+            size = min(wanted, V)
+        return Candidates(ids_NS, logits_NS, complete)
 
 
 class _Int8:
