@@ -275,7 +275,8 @@ def _warm_up() -> None:
     from nanomoe.tokenizer import BUNDLED, load_tokenizer
     from nanomoe.train import train
 
-    load_tokenizer(BUNDLED).encode("Era uma vez")
+    bundled = load_tokenizer(BUNDLED)  # stays loaded
+    assert bundled.vocab_size > len(bundled.encode("Era uma vez"))
     config = JobConfig(tokenizer="bytes", block_size=4, n_layer=2, n_head=1, n_embd=4, use_moe=True, epochs=1)
     tokenizer = load_tokenizer(config.tokenizer)
     tokens = tokenizer.encode("warm up")
