@@ -12,6 +12,7 @@ from service import migrate, store
 from service.database import Database, open_database
 from service.errors import ServiceError
 from service.generation import Generation
+from service.instruments import expose
 from service.queue import Rescuer
 from service.settings import Settings
 from service.wakeups import Wakeups
@@ -43,6 +44,7 @@ async def open_context(settings: Settings) -> AsyncIterator[Context]:
     with closing(database):
         wakeups = Wakeups(database)
         generation = Generation(settings)
+        expose(generation.instruments, database)
         await generation.start()
         rescuer = Rescuer(database, settings.rescue_seconds)
         rescuing = asyncio.create_task(_rescue_now_and_then(rescuer, settings.rescue_seconds))

@@ -365,6 +365,8 @@ class Server:
                 numerics=running.loaded.engine.numerics,
                 first_token_at=running.first_token_at,
                 finished_at=now,
+                n_cached=len(self._cache),
+                cache_bytes=sum(loaded.engine.n_bytes for loaded in self._cache.values()),
             )
         )
         self._leave(running)

@@ -190,6 +190,11 @@ class Done(Strict):
 
     first_token_at: float
     finished_at: float
+    n_cached: int
+    """Checkpoints that the engine keeps loaded."""
+
+    cache_bytes: int
+    """Their bytes."""
 
 
 class ReadToken(Strict):

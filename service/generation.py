@@ -38,6 +38,7 @@ from service.engine_messages import (
     to_line,
 )
 from service.errors import Invalid, ServiceError, TooManyRequests, Unavailable
+from service.instruments import GenerationInstruments
 from service.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -110,12 +111,22 @@ class _Pending:
         self.answers: asyncio.Queue[Answer | None] = asyncio.Queue()
         """None: the request has begun."""
         self.finished = False
+        """Whether the engine has nothing more to say of it."""
+        self.failed = False
+
+    @property
+    def outcome(self) -> str:
+        """How it ended, for who counts: `cancelled` is a client that left."""
+        return "failed" if self.failed else "finished" if self.finished else "cancelled"
 
 
 class Generation:
     """Continues prompts, in the engine process. One for an API; its methods belong to the API's event loop."""
 
     def __init__(self, settings: Settings) -> None:
+        self.instruments = GenerationInstruments()
+        self.instruments.waiting.set_function(lambda: self.n_waiting)
+        self.instruments.running.set_function(lambda: self.n_running)
         self._settings = settings
         self._pending: dict[int, _Pending] = {}
         self._last_id = 0
@@ -203,7 +214,9 @@ class Generation:
                     yield answer
                 elif isinstance(answer, Done):
                     pending.finished = True
-                    yield _summary(pending, answer)
+                    summary = _summary(pending, answer)
+                    self._count(summary, answer)
+                    yield summary
                 elif isinstance(answer, ServiceError):
                     pending.finished = True
                     raise answer
@@ -235,6 +248,13 @@ class Generation:
                 assert isinstance(answer, Examined), "a question is not answered with text"
                 return answer
 
+    def _count(self, summary: Summary, done: Done) -> None:
+        self.instruments.tokens.labels("prompt").inc(summary.prompt_tokens)
+        self.instruments.tokens.labels("completion").inc(summary.completion_tokens)
+        self.instruments.first_token_seconds.observe(summary.timing.first_token_seconds)
+        self.instruments.cached.set(done.n_cached)
+        self.instruments.cache_bytes.set(done.cache_bytes)
+
     @contextlib.asynccontextmanager
     async def _asking(self, message: Callable[[int], ToEngine]) -> AsyncIterator[_Pending]:
         """Send the engine a message with an id of its own; cancel it, unless it is finished when the block ends."""
@@ -247,8 +267,12 @@ class Generation:
                 process = self._process or await self._start_engine()
             await self._send(process, message(request_id))
             yield pending
+        except ServiceError:
+            pending.failed = True
+            raise
         finally:
             del self._pending[request_id]
+            self.instruments.requests.labels(pending.outcome).inc()
             if not pending.finished and process is not None:
                 await self._send(process, Cancel(id=request_id))
 
@@ -372,6 +396,8 @@ class Generation:
             self._failures += 1
             self._start_not_before = time.monotonic() + min(2.0**self._failures, _MOST_SECONDS_BETWEEN_STARTS)
         self._process = None
+        self.instruments.cached.set(0)
+        self.instruments.cache_bytes.set(0)
         for pending in self._pending.values():
             pending.answers.put_nowait(error)
 

@@ -9,7 +9,7 @@ import platform
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,6 +63,7 @@ __all__ = [
     "get_checkpoint",
     "get_job",
     "get_text",
+    "is_alive",
     "job_folder",
     "join_installation",
     "list_checkpoints",
@@ -70,6 +71,7 @@ __all__ = [
     "list_jobs",
     "list_workers",
     "new_id",
+    "next_queued_at",
     "open_database",
     "relabel",
     "series",
@@ -83,6 +85,9 @@ __all__ = [
 
 WORKER_KEPT = timedelta(days=1)
 """How long a worker that is no longer seen stays in the list."""
+
+WORKER_LATELY = timedelta(minutes=2)
+"""How long after it was last seen a worker is taken to be alive."""
 
 
 # Where files lie, relative to the data folder
@@ -165,6 +170,13 @@ def count_jobs(db: Database) -> dict[str, int]:
             session.execute(sa.select(table(Job).c.status, sa.func.count()).group_by(table(Job).c.status)).all()
         )
     return {status: counts.get(status, 0) for status in STATUSES}
+
+
+def next_queued_at(db: Database) -> datetime | None:
+    """The earliest `run_at` of a queued job; None when none waits."""
+    jobs = table(Job)
+    with db.read() as session:
+        return session.execute(sa.select(sa.func.min(jobs.c.run_at)).where(jobs.c.status == "queued")).scalar()
 
 
 def get_text(db: Database, sha256: str) -> bytes:
@@ -286,6 +298,11 @@ def worker_stopped(db: Database, worker_id: str) -> None:
     workers = table(Worker)
     with db.write() as session:
         session.execute(sa.update(workers).where(workers.c.id == worker_id).values(stopped_at=db.now))
+
+
+def is_alive(worker: Worker, now: datetime) -> bool:
+    """Whether a worker was seen lately and has not stopped."""
+    return worker.stopped_at is None and now - worker.last_seen_at < WORKER_LATELY
 
 
 def list_workers(db: Database) -> list[tuple[Worker, list[Job]]]:

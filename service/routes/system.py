@@ -1,8 +1,7 @@
 """The service itself: its workers, whether it lives, whether it can serve."""
 
-from datetime import timedelta
-
-from fastapi import APIRouter
+from fastapi import APIRouter, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 import nanomoe
 from service import schemas, store, views
@@ -10,8 +9,6 @@ from service.openapi import problems
 from service.routes.parameters import Service
 
 router = APIRouter(tags=["service"])
-
-_LATELY = timedelta(minutes=2)
 
 
 @router.get("/workers", responses=problems(503))
@@ -32,7 +29,17 @@ def get_readiness(service: Service) -> schemas.Readiness:
     service.database.check_revision()
     now = service.database.time()
     workers = store.list_workers(service.database)
-    alive = [row for row, _ in workers if row.stopped_at is None and now - row.last_seen_at < _LATELY]
+    alive = [row for row, _ in workers if store.is_alive(row, now)]
     return schemas.Readiness(
         database=service.database.engine.dialect.name, revision=store.REVISION, n_workers=len(alive)
     )
+
+
+@router.get(
+    "/metrics",
+    response_class=Response,
+    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **problems(503)},
+)
+def get_metrics(service: Service) -> Response:
+    """What a Prometheus server scrapes: jobs, queue, workers, training speed, generation."""
+    return Response(generate_latest(service.generation.instruments.registry), media_type=CONTENT_TYPE_LATEST)

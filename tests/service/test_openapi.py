@@ -80,6 +80,7 @@ def valid_requests(queued: str, finished: str) -> list[tuple[str, str, Any]]:
         ("GET", "/workers", None),
         ("GET", "/healthz", None),
         ("GET", "/readyz", None),
+        ("GET", "/metrics", None),
         ("POST", f"/jobs/{queued}/pause", None),
         ("POST", f"/jobs/{queued}/resume", None),
         ("POST", f"/jobs/{queued}/cancel", None),
