@@ -634,6 +634,9 @@ def _leave(db: Database, session: Session, job_id: str, status: str, **values: A
         .returning(Job)
     )
     job = session.scalars(statement, execution_options=_AS_READ).one()
+    if status in TERMINAL:  # nobody resumes it: without a row, its snapshot's files are swept
+        snapshots = table(Snapshot)
+        session.execute(sa.delete(snapshots).where(snapshots.c.job_id == job_id))
     _log_status(db, session, job)
     return job
 

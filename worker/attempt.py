@@ -224,6 +224,8 @@ class Attempt:
             self._log.warning("lease_lost", reason=str(error))
             return
         if job is not None:
+            if job.status in store.TERMINAL:
+                self._recorder.drop_snapshot()
             self._log.info("attempt_ended", status=job.status, status_reason=job.status_reason, error=job.error)
 
     def _transition(self) -> Callable[[], Job]:

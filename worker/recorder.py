@@ -164,6 +164,11 @@ class Recorder:
         if before is not None:
             shutil.rmtree(self._data_dir / before, ignore_errors=True)
 
+    def drop_snapshot(self) -> None:
+        """Remove the files of a job's snapshot once its end is recorded: nobody resumes it."""
+        if self.snapshot_folder is not None:
+            shutil.rmtree(self._data_dir / self.snapshot_folder, ignore_errors=True)
+
     def _relative(self, folder: str) -> str:
         return f"{store.job_folder(self._claim.job_id)}/{folder}"
 

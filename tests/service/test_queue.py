@@ -434,6 +434,13 @@ def test_a_job_has_one_snapshot_the_newest(db: Database, worker: WorkerIdentity)
     assert (found.step, found.folder) == (20, "s20")
 
 
+def test_an_ended_job_has_no_snapshot(db: Database, worker: WorkerIdentity) -> None:
+    held = running(db, worker)
+    queue.record_snapshot(db, held, step=1, folder="s1", manifest_sha256="m")
+    queue.finish(db, held, "succeeded")
+    assert store.find_snapshot(db, held.job_id) is None
+
+
 def test_rewinding_forgets_the_steps_past_the_snapshot(db: Database, worker: WorkerIdentity) -> None:
     held = running(db, worker)
     queue.record_steps(db, held, STEPS)
