@@ -1,6 +1,7 @@
 """`nanomoe backup` and `nanomoe fsck`: looking after the database and the data folder of this machine.
 
-They open both themselves, so they need no service, and do not disturb one that runs.
+They open both themselves, so they need no service, and do not disturb one that runs. What opens a database is imported
+only when one of them runs: the other commands start without it.
 """
 
 import shlex
@@ -9,22 +10,22 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
-from sqlalchemy.engine import make_url
 
 from service.cli import text
 from service.cli.jobs import FAILED
 from service.cli.mistakes import Mistake
 from service.cli.options import settings
 from service.cli.output import Json, print_json
-from service.database import Database, open_database
 from service.errors import ServiceError, StartRefused
-from service.maintenance import Report, check
-from service.orphans import sweep_orphans
 from service.settings import Settings
+
+if TYPE_CHECKING:
+    from service.database import Database
+    from service.maintenance import Report
 
 
 def backup(
@@ -46,6 +47,8 @@ def backup(
 
 def _pg_dump(database_url: str, file: Path) -> str:
     """The command that copies a PostgreSQL database, without the password: pg_dump asks for it, or reads ~/.pgpass."""
+    from sqlalchemy.engine import make_url
+
     url = make_url(database_url)._replace(drivername="postgresql", password=None)
     return shlex.join(["pg_dump", "--format=custom", f"--file={file}", f"--dbname={url.render_as_string()}"])
 
@@ -60,6 +63,9 @@ def fsck(
 
     Exit code 0: all is as it was recorded; 1: something is missing or damaged.
     """
+    from service.maintenance import check
+    from service.orphans import sweep_orphans
+
     here = settings()
     with _opened(here) as database:
         report = check(database, here.data_dir)
@@ -75,8 +81,12 @@ def fsck(
 
 
 @contextmanager
-def _opened(here: Settings) -> Iterator[Database]:
+def _opened(here: Settings) -> "Iterator[Database]":
     """The database, which must be there already; what it cannot do is one line and exit code 2."""
+    from sqlalchemy.engine import make_url
+
+    from service.database import open_database
+
     if here.database_url.startswith("sqlite:"):
         file = Path(make_url(here.database_url).database or "")
         if not file.is_file():
@@ -93,7 +103,7 @@ def _opened(here: Settings) -> Iterator[Database]:
         raise Mistake(f"{error.code}: {error.detail}") from None
 
 
-def _show(report: Report, swept: list[str] | None) -> None:
+def _show(report: "Report", swept: list[str] | None) -> None:
     console = text.console()
     for fault in report.faults:
         job = f"job {fault.job_id}: " if fault.job_id is not None else ""

@@ -210,7 +210,7 @@ def orphans(script: Script) -> None:
 
 def deaf_child(script: Script, **options: Any) -> None:
     """A process that only SIGKILL ends, and holds what it inherited."""
-    code = "import signal,sys,time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(600)"
+    code = "import signal,sys,time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(60)"
     child = subprocess.Popen([sys.executable, "-S", "-c", code], stdout=subprocess.PIPE, **options)
     assert child.stdout is not None
     child.stdout.readline()
