@@ -6,6 +6,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import pytest
 from hypothesis import settings
 
 pytest_plugins = ("tests.api", "tests.databases", "tests.races", "tests.skips")
@@ -13,3 +14,10 @@ pytest_plugins = ("tests.api", "tests.databases", "tests.races", "tests.skips")
 # No deadline: a shared machine stalls now and then. In CI the examples are the same every time.
 settings.register_profile("project", deadline=None, derandomize="CI" in os.environ, print_blob=True)
 settings.load_profile("project")
+
+_LONGEST_FIRST = ("test_readme.py", "test_exact_resume.py", "test_reference_run.py", "test_soak.py", "test_fuzz.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the tests that take a minute or more: at the end one of them would run alone."""
+    items.sort(key=lambda item: item.path.name not in _LONGEST_FIRST)
