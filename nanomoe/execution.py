@@ -43,6 +43,9 @@ class Execution(Strict):
     expert_path: ExpertPath | None
     """How experts are computed; null without a mixture of experts."""
 
+    expert_path_reason: str | None = None
+    """Why this path, in words; it decides nothing."""
+
     deterministic: bool
     """Whether every operator must be deterministic: always so on a CPU."""
 
@@ -64,11 +67,12 @@ class Execution(Strict):
         if precision == "auto":
             precision = "bfloat16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
         expert_path: ExpertPath | None = None
+        reason: str | None = None
         if config.use_moe:
             windows = min(config.batch_size, n_windows(n_tokens, config.block_size))
             rows = windows * min(n_tokens, config.block_size)
             dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-            expert_path, _ = choose_expert_path(config, rows, chosen, dtype)
+            expert_path, reason = choose_expert_path(config, rows, chosen, dtype)
         return cls(
             device="cuda" if on_gpu else "cpu",
             device_name=torch.cuda.get_device_name(chosen) if on_gpu else "cpu",
@@ -77,6 +81,7 @@ class Execution(Strict):
             instruction_set=torch.backends.cpu.get_cpu_capability(),
             path="eager",
             expert_path=expert_path,
+            expert_path_reason=reason,
             deterministic=config.deterministic or not on_gpu,
             torch_version=torch.__version__,
         )
@@ -91,7 +96,8 @@ class Execution(Strict):
 
     def differences(self, other: Self) -> list[str]:
         """The fields in which `other` would compute otherwise, as `field: this -> other`."""
-        mine, theirs = self.model_dump(), other.model_dump()
+        words = {"expert_path_reason"}
+        mine, theirs = self.model_dump(exclude=words), other.model_dump(exclude=words)
         return [f"{field}: {mine[field]} -> {theirs[field]}" for field in mine if mine[field] != theirs[field]]
 
 

@@ -28,6 +28,7 @@ class Sizes:
     n_params: int | None = None
     n_active_params: int | None = None
     training_bytes: int | None = None
+    flops_per_token: int | None = None
 
     @classmethod
     def of(cls, config: JobConfig, vocab_size: int, n_tokens: int) -> Self:
@@ -35,6 +36,7 @@ class Sizes:
             size.n_params(config, vocab_size),
             size.n_active_params(config, vocab_size),
             size.training_bytes(config, vocab_size, n_tokens),
+            size.flops_per_token(config, vocab_size, min(n_tokens, config.block_size)),
         )
 
 

@@ -73,6 +73,7 @@ def estimate(found: Assessment) -> schemas.Estimate:
         text=schemas.TextInfo(sha256=found.text_sha256, n_bytes=found.n_bytes, n_tokens=found.n_tokens),
         model=schemas.ModelSize(n_params=sizes.n_params, n_active_params=sizes.n_active_params),
         training_bytes=sizes.training_bytes,
+        flops_per_token=sizes.flops_per_token,
         steps_per_epoch=None if plan is None else plan.steps_per_epoch,
         total_steps=None if plan is None else plan.total_steps,
         quarters={} if plan is None else {percent: step for step, percent in plan.quarters.items()},

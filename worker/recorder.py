@@ -111,6 +111,7 @@ class Recorder:
     def _begin(self, prepared: Prepared) -> None:
         """Record what was decided, and make the step series end where training goes on."""
         db, claim = self._db, self._claim
+        log.info("prepared", job=claim.job_id, **prepared.execution)
         self.write(
             lambda: queue.record_prepared(
                 db,

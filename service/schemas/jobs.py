@@ -202,6 +202,9 @@ class Estimate(View):
     training_bytes: int | None
     """Memory for weights, gradients, optimizer and activations."""
 
+    flops_per_token: int | None
+    """Floating-point operations of training on one token, of the experts only those that it goes to."""
+
     steps_per_epoch: int | None
     """Optimizer steps of one pass over the text."""
 
