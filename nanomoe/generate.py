@@ -24,7 +24,7 @@ from nanomoe.config import ModelConfig
 from nanomoe.decoder import Decoder
 from nanomoe.model import GPT
 from nanomoe.output_layer import OutputLayer
-from nanomoe.sampling import TIE, Floats, Ids, NoiseStream, Sampling, choose
+from nanomoe.sampling import Floats, Ids, NoiseStream, Sampling, choose
 
 _PREFILL_TOKENS = 4096
 """Tokens of windows that are computed together: more would only delay everybody's next token."""
@@ -252,7 +252,8 @@ class _Choosing:
         self._requests = [continuation.request for continuation in group]
         self._noises = [None if continuation.noise is None else continuation.noise.draw() for continuation in group]
         self._errors = output.errors(hidden_NC)
-        self._candidates: dict[int, Tensor] = {}
+        self._candidates: dict[int, Ids] = {}
+        """The tokens that can be meant, of those sequences for which they are few."""
         self.tokens: list[int | None] = [None] * len(group)
         """Of each sequence; None where float32 does not decide."""
         self.logits: dict[int, Floats] = {}
@@ -269,41 +270,33 @@ class _Choosing:
                 few.append(n)
             else:
                 all_.append(n)
-        undecided = self._among_candidates(greedy, 1)
-        undecided += self._among_candidates(few, max((self._requests[n].sampling.top_k or 0 for n in few), default=0))
-        self._among_all(sorted(all_ + undecided))
+        self._likeliest(greedy)
+        self._among_candidates(few)
+        self._among_all(all_ + [n for n in greedy + few if self.tokens[n] is None and n not in self._candidates])
 
     def _rows(self, chosen: list[int]) -> tuple[Tensor, list[float]]:
-        every = len(chosen) == len(self._requests)
+        every = chosen == list(range(len(self._requests)))
         return self._hidden_NC if every else self._hidden_NC[chosen], [self._errors[n] for n in chosen]
 
-    def _among_candidates(self, chosen: list[int], count: int) -> list[int]:
-        """Choose among the `count` likeliest tokens; returns the sequences for which these could not be told."""
+    def _likeliest(self, chosen: list[int]) -> None:
+        if chosen:
+            for n, token in zip(chosen, self._output.likeliest(*self._rows(chosen)), strict=True):
+                self.tokens[n] = token
+
+    def _among_candidates(self, chosen: list[int]) -> None:
+        """Choose among the likeliest tokens of each sequence, where these are few."""
         if not chosen:
-            return []
+            return
         hidden_NC, errors = self._rows(chosen)
-        found = self._output.likeliest(hidden_NC, count, errors)
-        if count == 1 and found.ids.shape[1] > 1:
-            # The same as `choose`, for all at once.
-            best_N2, at_N2 = found.logits.topk(2)
-            likeliest = found.ids.gather(1, at_N2[:, :1])[:, 0].tolist()
-            for n, token, (best, second), error in zip(chosen, likeliest, best_N2.tolist(), errors, strict=True):
-                self.tokens[n] = token if best - second > max(2 * error, TIE) else None
-        else:
-            ids_NS, logits_NS = found.ids.cpu().numpy(), found.logits.cpu().numpy()
-            for i, n in enumerate(chosen):
-                self.tokens[n] = self._choose(n, logits_NS[i], errors[i], ids_NS[i])
-        incomplete = []
-        for i, n in enumerate(chosen):
-            if found.complete[i]:
-                self._candidates[n] = found.ids[i]
-            else:
-                self.tokens[n] = None
-                incomplete.append(n)
-        return incomplete
+        counts = [self._requests[n].sampling.top_k or 1 for n in chosen]
+        found = self._output.candidates(hidden_NC, counts, errors)
+        for n, candidates, error in zip(chosen, found, errors, strict=True):
+            if candidates is not None:
+                self._candidates[n] = candidates.ids
+                self.tokens[n] = self._choose(n, candidates.logits, error, candidates.ids)
 
     def _among_all(self, chosen: list[int]) -> None:
-        """Choose among all tokens: by rough logits where that decides and nobody asks for probabilities."""
+        """Choose among all tokens: by rough logits where these decide and nobody asks for probabilities."""
         rough = [n for n in chosen if self._requests[n].logprobs is None]
         if rough:
             hidden_NC, errors = self._rows(rough)
@@ -326,11 +319,12 @@ class _Choosing:
 
     def decide_exactly(self, n: int, exact_C: Tensor, *, trust_candidates: bool) -> int:
         """The token by the float64 hidden state. `trust_candidates`: whether the rounded one was within its error."""
-        ids_S = self._candidates.get(n) if trust_candidates else None
+        ids = self._candidates.get(n) if trust_candidates else None
+        ids_S = None if ids is None else torch.from_numpy(ids).to(exact_C.device)
         logits = self._output.exact(exact_C, ids_S).cpu().numpy()
-        token = self._choose(n, logits, 0.0, None if ids_S is None else ids_S.cpu().numpy())
+        token = self._choose(n, logits, 0.0, ids)
         assert token is not None, "exact logits decide"
-        if ids_S is None:
+        if ids is None:
             self.logits[n] = logits
         return token
 

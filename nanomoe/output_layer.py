@@ -1,24 +1,30 @@
 """From hidden states to logits, reading as little of the embedding as an exact answer needs.
 
-The output layer is most of the cost of a token: V rows of C numbers. `likeliest` reads them as 8-bit integers, a
-quarter of the bytes, takes a short list, and computes the logits of those few in float32; `rough` gives the 8-bit
-logits of all. Rounding to 8 bits moves a logit by at most |x - x'| |w| + |x'| |w - w'| (Cauchy-Schwarz), so a list
-whose end lies further below than that misses nobody, and says so. Where a machine gets 8-bit products wrong (some
-saturate), or is slower with them, all is float32.
+The output layer is most of the cost of a token: V rows of C numbers. `likeliest` and `candidates` read them as 8-bit
+integers, a quarter of the bytes, take a short list, and compute the logits of those few in float32; `rough` gives the
+8-bit logits of all. Rounding to 8 bits moves a logit by at most |x - x'| |w| + |x'| |w - w'| (Cauchy-Schwarz), so a
+list whose end lies further below than that misses nobody. Where a machine gets 8-bit products wrong (some saturate), or
+is slower with them, all is float32.
 
-Shape letters: N rows, S candidates, V vocabulary, C channels. Knows no sampling.
+Shape letters: N rows, S candidates, V vocabulary, C channels. Knows no temperature and no noise.
 """
 
 import math
 import time
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_BLOCK = 64
+from nanomoe.sampling import TIE, Floats, Ids
+
+_BLOCK = 32
 """Logits whose maximum is taken first when the largest are sought."""
+
+_SHORT_LIST = 16
+"""Tokens whose float32 logits decide which is the likeliest."""
 
 _SMALL_BYTES = 4 * 2**20
 """Float32 embeddings of at most this size stay in a core's cache, and a short list gains nothing. Assumed."""
@@ -36,16 +42,13 @@ _LEAST = 1e-30
 
 @dataclass(frozen=True)
 class Candidates:
-    """The likeliest tokens of each row."""
+    """Tokens among which the likeliest ones of a row are."""
 
-    ids: Tensor
-    """(N, S) int64."""
+    ids: Ids
+    """(S,), rising."""
 
-    logits: Tensor
-    """(N, S) float32."""
-
-    complete: list[bool]
-    """For each row, whether no token outside of the list can be among the `count` likeliest, or equal to them."""
+    logits: Floats
+    """(S,) float32."""
 
 
 class OutputLayer:
@@ -101,32 +104,47 @@ class OutputLayer:
         bounds = [bound + error for bound, error in zip(self._ints.errors(x_NC), errors, strict=True)]
         return (logits_NV * units_N[:, None])[:, : len(self._wte_VC)], bounds
 
-    def likeliest(self, x_NC: Tensor, count: int, errors: list[float]) -> Candidates:
-        """At least the `count` likeliest tokens of each row, if its list is complete. `errors`: those of `errors()`."""
-        V = len(self._wte_VC)
+    def likeliest(self, x_NC: Tensor, errors: list[float]) -> list[int | None]:
+        """The likeliest token of each row; None where another one is so close that float32 cannot tell. `errors`:
+        those of `errors()`."""
         if self._ints is None:
-            rough_NV, units_N, bounds = self.logits(x_NC), x_NC.new_ones(len(x_NC)), [0.0] * len(x_NC)
+            logits_NS, ids_NS = self.logits(x_NC).topk(min(2, len(self._wte_VC)))
+            missed = [-math.inf] * len(x_NC)  # the largest logit that a token outside of the list can have
         else:
             rough_NV, units_N = self._ints.logits(x_NC)
-            bounds = self._ints.errors(x_NC)
-        slack_N = x_NC.new_tensor([bound + 4 * error for bound, error in zip(bounds, errors, strict=True)])
-        size = min(2 * count + 14, V)
-        while True:
-            rough_NS, ids_NS = _largest(rough_NV, size)
-            if self._ints is None:
-                logits_NS = rough_NS
+            rough_NS, ids_NS = _largest(rough_NV, _SHORT_LIST)
+            logits_NS = torch.bmm(F.embedding(ids_NS, self._wte_VC), x_NC[:, :, None])[..., 0]
+            ends = (rough_NS[:, -1] * units_N).tolist()
+            missed = [end + bound for end, bound in zip(ends, self._ints.errors(x_NC), strict=True)]
+        best_N2, at_N2 = logits_NS.topk(min(2, logits_NS.shape[1]))
+        ids = ids_NS.gather(1, at_N2[:, :1])[:, 0].tolist()
+        return [
+            token if best - max([*rivals, end]) > max(2 * error, TIE) else None
+            for token, (best, *rivals), end, error in zip(ids, best_N2.tolist(), missed, errors, strict=True)
+        ]
+
+    def candidates(self, x_NC: Tensor, counts: list[int], errors: list[float]) -> list[Candidates | None]:
+        """For each row, all tokens that may be among its `count` likeliest or equal to them; None where they are too
+        many to be worth a list. `errors`: those of `errors()`."""
+        if self._ints is None:
+            rough_NV, units, bounds = self.logits(x_NC), [1.0] * len(x_NC), [0.0] * len(x_NC)
+        else:
+            rough_NV, units_N = self._ints.logits(x_NC)
+            units, bounds = units_N.tolist(), self._ints.errors(x_NC)
+        enough_NS = _lower_bounds(rough_NV, max(counts)).tolist()
+        rough = rough_NV.cpu().numpy()
+        found: list[Candidates | None] = []
+        for n, count in enumerate(counts):
+            slack = 2 * bounds[n] + 4 * errors[n]
+            ids = np.flatnonzero(rough[n] >= enough_NS[n][min(count, len(enough_NS[n])) - 1] - slack / units[n])
+            if len(ids) > _LONGEST_LIST:
+                found.append(None)
+            elif self._ints is None:
+                found.append(Candidates(ids, rough[n, ids]))
             else:
-                logits_NS = torch.bmm(F.embedding(ids_NS, self._wte_VC), x_NC[:, :, None])[..., 0]
-            last_N = logits_NS.amax(1) if count == 1 else logits_NS.topk(min(count, size)).values[:, -1]
-            least_N = (last_N - slack_N) / units_N  # below it, a rough logit cannot be one of the `count` likeliest
-            complete: list[bool] = (rough_NS[:, -1] < least_N).tolist() if size < V else [True] * len(x_NC)
-            if all(complete):
-                break
-            wanted = int((rough_NV >= least_N[:, None]).sum(1).max()) + 1
-            if wanted > _LONGEST_LIST:
-                break
-            size = min(wanted, V)
-        return Candidates(ids_NS, logits_NS, complete)
+                rows_SC = F.embedding(torch.from_numpy(ids), self._wte_VC)
+                found.append(Candidates(ids, torch.mv(rows_SC, x_NC[n]).numpy()))
+        return found
 
 
 class _Int8:
@@ -178,13 +196,22 @@ class _Int8:
 def _largest(logits_NV: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """The `size` largest of each row, and where they are. They lie in the `size` blocks of the largest maxima."""
     N, V = logits_NV.shape
-    if V % _BLOCK or 4 * _BLOCK * size > V:
+    size = min(size, V)
+    if size * _BLOCK > V:
         values, ids = logits_NV.topk(size)
         return values, ids
     blocks = logits_NV.view(N, -1, _BLOCK)
     chosen_NS = blocks.amax(-1).topk(size).indices
     values_NS, at_NS = blocks.gather(1, chosen_NS[..., None].expand(-1, -1, _BLOCK)).flatten(1).topk(size)
     return values_NS, chosen_NS.gather(1, at_NS // _BLOCK) * _BLOCK + at_NS % _BLOCK
+
+
+def _lower_bounds(logits_NV: Tensor, count: int) -> Tensor:
+    """(N, at most `count`), falling: the n-th is at most the n-th largest logit of its row. Block maxima, if enough."""
+    N, V = logits_NV.shape
+    if V % _BLOCK == 0 and count * _BLOCK <= V:
+        return logits_NV.view(N, -1, _BLOCK).amax(-1).topk(count).values
+    return logits_NV.topk(min(count, V)).values
 
 
 def _seconds(work: object, x_NC: Tensor) -> float:
