@@ -123,9 +123,10 @@ def test_a_full_disk_pauses_the_job_which_loses_nothing(place: Workplace, undist
 
 @ONLY_SQLITE
 def test_a_paused_job_ends_with_the_same_bytes(place: Workplace, undisturbed: dict[str, Undisturbed]) -> None:
-    place.start_worker()
+    # The commit of the first quarter waits for the request, and training waits for the commit.
+    place.start_worker(program=hooked({1: {"hold": "f1-25/renamed"}}))
     job = place.submit(TEXT, **DENSE)
-    place.wait_until(lambda: len(store.list_checkpoints(place.db, job.id)) >= 2)
+    place.wait_until(lambda: store.list_checkpoints(place.db, job.id))
     queue.request_pause(place.db, job.id)
     place.wait_for(job, "paused")
     assert store.find_snapshot(place.db, job.id) is not None
