@@ -165,7 +165,6 @@ class Decoder:
 
     # One token for each cached sequence
 
-    @torch.inference_mode()
     def step(self, tokens: Sequence[int], positions: Sequence[int]) -> tuple[Tensor, list[bool]]:
         """Append one token to each of the cached rows 0 to N - 1.
 
@@ -213,7 +212,6 @@ class Decoder:
 
     # Whole windows
 
-    @torch.inference_mode()
     def prefill(self, windows: Sequence[Sequence[int]], rows: Sequence[int] | None = None) -> tuple[Tensor, list[bool]]:
         """Run windows of at most block_size tokens, each from position 0.
 
@@ -233,7 +231,6 @@ class Decoder:
         last_N = torch.tensor([len(window) - 1 for window in windows], device=self.device)
         return hidden_NTC[torch.arange(N, device=self.device), last_N], certain
 
-    @torch.inference_mode()
     def exact(self, window: Sequence[int], row: int | None = None) -> Tensor:
         """The hidden state (C,) of a window's last token in float64, computed alone: a function of the window only.
 

@@ -165,6 +165,7 @@ class Engine:
             self._waiting.remove(continuation)
         self._settle()
 
+    @torch.inference_mode()
     def step(self) -> list[Continuation]:
         """Add one token to every running sequence, after letting waiting ones join. Returns those that got one."""
         joining = self._joining()
