@@ -158,6 +158,7 @@ class Engine:
         self._waiting.append(continuation)
         return continuation
 
+    @torch.inference_mode()
     def cancel(self, continuation: Continuation) -> None:
         """Take a sequence out, whether it runs, waits or has finished; its slot is free at once."""
         continuation.finished = True
