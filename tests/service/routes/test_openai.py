@@ -67,7 +67,7 @@ def test_a_stream_adds_up_to_the_plain_answer(client: OpenAI, job_id: str, echo:
     request: dict[str, Any] = {"model": job_id, "prompt": "É uma", "max_tokens": 60, "n": 2, "seed": 3, "echo": echo}
     plain = client.completions.create(**request)
     chunks = list(client.completions.create(**request, stream=True))
-    assert len(chunks) > 4
+    assert len(chunks) > 2
     assert len({chunk.id for chunk in chunks}) == 1
     assert all(chunk.usage is None for chunk in chunks)
     for choice in plain.choices:
