@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import structlog
 
@@ -348,7 +349,7 @@ class Generation:
         self._listening = asyncio.create_task(self._listen(process))
         # Now, while the process has one thread: those that it starts inherit the priority.
         with contextlib.suppress(ProcessLookupError):  # it has died already, which is noticed where it is read
-            os.setpriority(os.PRIO_PROCESS, process.pid, settings.engine_nice)
+            _yield_cpu(process.pid, settings.engine_nice)
         start = Start(
             parent=os.getpid(),
             device=settings.engine_device,
@@ -400,6 +401,20 @@ class Generation:
         self.instruments.cache_bytes.set(0)
         for pending in self._pending.values():
             pending.answers.put_nowait(error)
+
+
+def _yield_cpu(pid: int, niceness: int) -> None:
+    """Let a process that leads its session run behind others.
+
+    Where Linux groups processes by session, a priority counts only within the session, and the session has its own.
+    """
+    os.setpriority(os.PRIO_PROCESS, pid, niceness)
+    session = Path(f"/proc/{pid}/autogroup")
+    if session.exists():
+        try:
+            session.write_text(str(niceness))
+        except OSError as error:  # the kernel allows one such change in a tenth of a second
+            log.warning("generation_engine_not_niced", reason=str(error))
 
 
 def _summary(pending: _Pending, done: Done) -> Summary:

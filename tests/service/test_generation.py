@@ -241,3 +241,5 @@ def test_the_engine_yields_the_cpu(run: Run, generation: Generation, tiny: TinyC
     assert generation._process is not None
     threads = Path(f"/proc/{generation._process.pid}/task")
     assert {os.getpriority(os.PRIO_PROCESS, int(thread.name)) for thread in threads.iterdir()} == {10}
+    session = Path(f"/proc/{generation._process.pid}/autogroup")
+    assert not session.exists() or session.read_text().endswith(" nice 10\n")
