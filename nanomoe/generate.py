@@ -15,6 +15,7 @@ Knows no tokenizer, no HTTP and no clock.
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from nanomoe.config import ModelConfig
 from nanomoe.decoder import Decoder
 from nanomoe.model import GPT
 from nanomoe.output_layer import OutputLayer
-from nanomoe.sampling import Floats, Ids, NoiseStream, Sampling, choose
+from nanomoe.sampling import Floats, Ids, NoiseStream, Sampling, choose, choose_among_blocks
 
 _PREFILL_TOKENS = 4096
 """Tokens of windows that are computed together: more would only delay everybody's next token."""
@@ -299,18 +300,31 @@ class _Choosing:
 
     def _among_all(self, chosen: list[int]) -> None:
         """Choose among all tokens: by rough logits where these decide and nobody asks for probabilities."""
-        rough = [n for n in chosen if self._requests[n].logprobs is None]
-        if rough:
-            hidden_NC, errors = self._rows(rough)
-            found = self._output.rough(hidden_NC, errors)
-            if found is not None:
-                self._choose_each(rough, found[0].numpy(), found[1])
+        self._roughly([n for n in chosen if self._requests[n].logprobs is None])
         chosen = [n for n in chosen if self.tokens[n] is None]
         if chosen:
             hidden_NC, errors = self._rows(chosen)
             logits_NV = self._output.logits(hidden_NC).cpu().numpy()
             self._choose_each(chosen, logits_NV, errors)
             self.logits.update(zip(chosen, logits_NV, strict=True))
+
+    def _roughly(self, chosen: list[int]) -> None:
+        """Choose among all tokens by 8-bit logits, where these are to be had and decide."""
+        if not chosen:
+            return
+        hidden_NC, errors = self._rows(chosen)
+        rough = self._output.rough(hidden_NC)
+        if rough is None:
+            return
+        for i, n in enumerate(chosen):
+            sampling, noise = self._requests[n].sampling, self._noises[n]
+            unit, bound, error = rough.units[i], rough.bounds[i] + errors[i], errors[i]
+            if sampling.allows_all and noise is not None:
+                self.tokens[n] = choose_among_blocks(
+                    rough.logits[i], unit, bound, partial(rough.block, i), error, sampling.temperature, noise
+                )
+            else:
+                self.tokens[n] = self._choose(n, rough.logits[i] * unit, bound)
 
     def _choose_each(self, chosen: list[int], logits_NV: Floats, errors: list[float]) -> None:
         for i, n in enumerate(chosen):

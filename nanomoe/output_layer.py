@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nanomoe.sampling import TIE, Floats, Ids
+from nanomoe.sampling import BLOCK, TIE, Floats, Ids
 
 _BLOCK = 32
 """Logits whose maximum is taken first when the largest are sought: every (V / 32)-th, which vectorises."""
@@ -48,6 +48,27 @@ class Candidates:
 
     logits: Floats
     """(S,) float32."""
+
+
+@dataclass(frozen=True)
+class Rough:
+    """Logits of all tokens from 8-bit products, valid until the next ones are computed."""
+
+    logits: Floats
+    """(N, V), each row in units of its own."""
+
+    units: list[float]
+    """Of each row."""
+
+    bounds: list[float]
+    """On the error of each row's logits, given its hidden state."""
+
+    _x_NC: Tensor
+    _wte_VC: Tensor
+
+    def block(self, n: int, block: int) -> Floats:
+        """The float32 logits of row n for the tokens of one block of `sampling.BLOCK` ids."""
+        return torch.mv(self._wte_VC[block * BLOCK : (block + 1) * BLOCK], self._x_NC[n]).numpy()
 
 
 class OutputLayer:
@@ -82,7 +103,7 @@ class OutputLayer:
     def errors(self, x_NC: Tensor) -> list[float]:
         """For each row, a bound on the error of any float32 logit."""
         largest = self._largest_norm
-        return [largest * (self._hidden_error + self._relative_rounding * norm) for norm in x_NC.norm(dim=1).tolist()]
+        return [largest * (self._hidden_error + self._relative_rounding * norm) for norm in _norms(x_NC)]
 
     def logits(self, x_NC: Tensor) -> Tensor:
         """(N, V), float32."""
@@ -93,15 +114,14 @@ class OutputLayer:
         wte_SC = self._wte_VC if ids_S is None else self._wte_VC[ids_S]
         return torch.cat([part_SC.double() @ x_C for part_SC in torch.split(wte_SC, _EXACT_ROWS)])
 
-    def rough(self, x_NC: Tensor, errors: list[float]) -> tuple[Tensor, list[float]] | None:
-        """(N, V) logits from 8-bit products, and a bound on the error of each row's; None where they gain nothing.
-
-        `errors`: those of `errors()`."""
+    def rough(self, x_NC: Tensor) -> Rough | None:
+        """The logits of all tokens from 8-bit products; None where these gain nothing."""
         if self._ints is None:
             return None
         logits_NV, units_N = self._ints.logits(x_NC)
-        bounds = [bound + error for bound, error in zip(self._ints.errors(x_NC), errors, strict=True)]
-        return (logits_NV * units_N[:, None])[:, : len(self._wte_VC)], bounds
+        return Rough(
+            logits_NV[:, : len(self._wte_VC)].numpy(), units_N.tolist(), self._ints.errors(x_NC), x_NC, self._wte_VC
+        )
 
     def likeliest(self, x_NC: Tensor, errors: list[float]) -> list[int | None]:
         """The likeliest token of each row; None where another one is so close that float32 cannot tell. `errors`:
@@ -193,10 +213,15 @@ class _Int8:
     def errors(self, x_NC: Tensor) -> list[float]:
         """For each row, a bound on the error of any of its logits."""
         bounds = []
-        for norm, largest in zip(x_NC.norm(dim=1).tolist(), x_NC.abs().amax(1).tolist(), strict=True):
+        for norm, largest in zip(_norms(x_NC), x_NC.abs().amax(1).tolist(), strict=True):
             rounding = largest / 127 * math.sqrt(self._n_embd) / 2
             bounds.append(1.001 * (rounding * self._largest_norm + (norm + rounding) * self._largest_error))
         return bounds
+
+
+def _norms(x_NC: Tensor) -> list[float]:
+    norms: list[float] = torch.linalg.vector_norm(x_NC, dim=1).tolist()
+    return norms
 
 
 def _largest(logits_NV: Tensor, size: int) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ and the seed, and not on the shapes of the products that happened to be computed
 of other sequences being served. Knows no model.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,9 @@ BLOCK = 256
 
 TIE = 1e-9
 """Logits that differ by less count as equal: float64 sums in another order differ by about 1e-14."""
+
+_MOST_CONTENDERS = 16
+"""Blocks that are worth refining one by one."""
 
 _NUCLEUS = 1024
 """Tokens that are sorted first when the likeliest that hold `top_p` are sought."""
@@ -53,6 +57,11 @@ class Sampling:
     def greedy(self) -> bool:
         """Whether no noise is used."""
         return self.temperature == 0 or self.top_k == 1
+
+    @property
+    def allows_all(self) -> bool:
+        """Whether every token may be drawn."""
+        return not self.greedy and self.top_k is None and not self.cuts_by_mass
 
     @property
     def cuts_by_mass(self) -> bool:
@@ -121,12 +130,53 @@ def choose(
             members = members[possible[members]]
         token_ids = members if ids is None else ids[members]
         perturbed = scaled[members] + noise.places[token_ids % BLOCK]
-        best = int(perturbed.argmax())
-        if slack:
-            runner_up = np.delete(perturbed, best).max(initial=-np.inf)
-            if (sure is not None and not sure[members[best]]) or not perturbed[best] - runner_up > 2 * slack:
-                return None
+        best = int(perturbed.argmax()) if not slack else _clear_maximum(perturbed, slack)
+        if best is None or (slack and sure is not None and not sure[members[best]]):
+            return None
     return int(token_ids[best])
+
+
+def choose_among_blocks(
+    rough: Floats,
+    unit: float,
+    bound: float,
+    refine: Callable[[int], Floats],
+    error: float,
+    temperature: float,
+    noise: Noise,
+) -> int | None:
+    """As `choose` without top_k and top_p, at the price of few exact logits: rough ones tell which blocks are in
+    question, and only these are refined. None where that does not decide.
+
+    Args:
+        rough: (V,) logits in units of `unit`, each wrong by at most `bound`, which is in logits.
+        refine: gives the logits of a block's tokens, each wrong by at most `error`.
+        temperature: above 0.
+    """
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        scaled = rough * (unit / temperature)
+        largest = scaled.max()
+        scaled -= largest
+        masses = _block_masses(np.exp(scaled, out=scaled), None, None, len(noise.blocks))
+        scores = np.log(masses) + noise.blocks
+        contenders = np.flatnonzero(scores >= scores.max() - 2 * (bound / temperature + _FLOAT32_ROUNDING))
+        if not 0 < len(contenders) <= _MOST_CONTENDERS:
+            return None
+        slack = error / temperature + _FLOAT32_ROUNDING
+        refined = [refine(int(block)) / temperature - largest for block in contenders]
+        refined_scores = [np.log(np.exp(block).sum()) for block in refined] + noise.blocks[contenders]
+        best = _clear_maximum(refined_scores, slack)
+        if best is None:
+            return None
+        token = _clear_maximum(refined[best] + noise.places[: len(refined[best])], slack)
+        return None if token is None else int(contenders[best]) * BLOCK + token
+
+
+def _clear_maximum(scores: Floats, slack: float) -> int | None:
+    """Where the largest of scores is that may each be wrong by `slack`; None if that could be elsewhere."""
+    best = int(scores.argmax())
+    runner_up = np.delete(scores, best).max(initial=-np.inf)
+    return best if scores[best] - runner_up > 2 * slack else None
 
 
 def _block_masses(weights: Floats, allowed: Mask | None, ids: Ids | None, n_blocks: int) -> Floats:

@@ -1,9 +1,11 @@
+from functools import partial
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanomoe.sampling import BLOCK, NoiseStream, Sampling, choose
+from nanomoe.sampling import BLOCK, NoiseStream, Sampling, choose, choose_among_blocks
 
 SAMPLINGS = [
     Sampling(0),
@@ -87,6 +89,41 @@ def test_what_is_certain_of_rounded_logits_is_true_of_the_exact_ones(
     rounded = (exact + rounding).astype(np.float32)
     certain = choose(rounded, sampling, noise, error=error + 1e-6)
     assert certain in (None, choose(exact, sampling, noise))
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    temperature=st.sampled_from([1e-300, 0.3, 1.0, 20.0]),
+    bound=st.sampled_from([1e-3, 0.05, 1.0]),
+    vocab_size=st.sampled_from([1, 256, 257, 5000]),
+)
+def test_refining_a_few_blocks_of_rough_logits_gives_the_token_of_the_exact_ones(
+    seed: int, temperature: float, bound: float, vocab_size: int
+) -> None:
+    exact = _logits(vocab_size, seed)
+    noise = NoiseStream(seed, 0, vocab_size).draw()
+    chance = np.random.default_rng(seed + 1)
+    rough = exact + chance.uniform(-bound, bound, vocab_size)
+    better = (exact + chance.uniform(-1e-4, 1e-4, vocab_size)).astype(np.float32)
+
+    def refine(block: int) -> np.ndarray:
+        return better[block * BLOCK : (block + 1) * BLOCK]
+
+    certain = choose_among_blocks(
+        (rough / 0.02).astype(np.float32), 0.02, bound + 1e-5, refine, 1.01e-4, temperature, noise
+    )
+    assert certain in (None, choose(exact, Sampling(temperature), noise))
+
+
+def test_refining_nearly_always_decides() -> None:
+    undecided = 0
+    noise = NoiseStream(0, 0, 50_000)
+    for seed in range(50):
+        exact = _logits(50_000, seed).astype(np.float32)
+        rough = exact + np.float32(0.04) * np.sin(np.arange(50_000), dtype=np.float32)
+        refine = partial(lambda logits, block: logits[block * BLOCK : (block + 1) * BLOCK], exact)
+        undecided += choose_among_blocks(rough, 1.0, 0.041, refine, 1e-5, 1.0, noise.draw()) is None
+    assert undecided <= 2
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
