@@ -1,6 +1,7 @@
 """What an execution is: everything beside the config and the text that decides the bits of a result.
 
 Decided at a job's first start, kept with it, and used again by every later attempt; equal executions give equal bytes.
+Only the micro-batch changes later, when the memory does not hold it.
 """
 
 import os
@@ -49,6 +50,9 @@ class Execution(Strict):
     deterministic: bool
     """Whether every operator must be deterministic: always so on a CPU."""
 
+    micro_batch: int
+    """Windows computed together: the config's batch_size, or fewer once memory has run out."""
+
     torch_version: str
     """The library that computed it."""
 
@@ -83,6 +87,7 @@ class Execution(Strict):
             expert_path=expert_path,
             expert_path_reason=reason,
             deterministic=config.deterministic or not on_gpu,
+            micro_batch=config.batch_size,
             torch_version=torch.__version__,
         )
 

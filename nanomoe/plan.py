@@ -17,6 +17,12 @@ class TextTooShort(ValueError):
     code = "text_too_short"
 
 
+class OutOfMemory(RuntimeError):
+    """A step does not fit the memory, however it is cut."""
+
+    code = "out_of_memory"
+
+
 def n_windows(n_tokens: int, block_size: int) -> int:
     """Windows that cover a text: one if it fits the context, else ceil((N - 1) / B)."""
     return 1 if n_tokens <= block_size else -(-(n_tokens - 1) // block_size)
@@ -56,6 +62,23 @@ class Plan:
         if config.max_steps is not None:
             total = min(total, config.max_steps)
         return cls(n_train, held_out, windows, steps_per_epoch, total)
+
+    def halved(self, micro_batch: int, config: JobConfig) -> int:
+        """Windows computed together after `micro_batch` of them did not fit the memory. A step still trains on the same
+        windows, in more parts.
+
+        Raises:
+            OutOfMemory: there is one window only, or a smaller micro-batch would train on something else.
+        """
+        size = min(micro_batch, self.n_windows)
+        if size == 1:
+            raise OutOfMemory(f"not even one window of {min(self.n_train_tokens, config.block_size)} tokens fits")
+        if config.capacity_factor is not None:
+            raise OutOfMemory(
+                f"a micro-batch of {size} windows does not fit, and with capacity_factor a smaller one would drop "
+                "other tokens"
+            )
+        return -(-size // 2)
 
     @property
     def quarters(self) -> dict[int, int]:

@@ -26,16 +26,10 @@ from nanomoe.evaluate import Choices, Evaluation, evaluate, evaluate_loss
 from nanomoe.execution import Execution
 from nanomoe.model import GPT, token_losses
 from nanomoe.optim import build_optimizer, learning_rate
-from nanomoe.plan import Plan
+from nanomoe.plan import OutOfMemory, Plan
 from nanomoe.tokenizer import Tokenizer
 
 Weights = Mapping[str, Tensor]
-
-
-class OutOfMemory(RuntimeError):
-    """A step does not fit the memory, however it is cut."""
-
-    code = "out_of_memory"
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
@@ -70,6 +64,8 @@ class Warned:
 
     code: str
     message: str
+    micro_batch: int | None = None
+    """Where the code is `micro_batch_halved`: windows computed together from here on."""
 
 
 @dataclass
@@ -77,7 +73,7 @@ class _Progress:
     """What has been counted: all of a run's state beside weights and optimizer."""
 
     micro_batch: int
-    """Windows computed together: the config's batch_size, until memory runs out."""
+    """Windows computed together: what the execution says, until memory runs out."""
     step: int = 0
     train_loss: float | None = None
     """Of the last step."""
@@ -128,7 +124,7 @@ class Run:
         self.warnings: list[Warned] = []
         """What the steps so far gave rise to; whoever reads them clears them."""
         self.progress = _Progress(
-            config.batch_size,
+            execution.micro_batch,
             dropped={layer: torch.zeros((), dtype=torch.int64, device=device) for layer in config.moe_layers},
         )
         if resume is not None:
@@ -186,14 +182,11 @@ class Run:
 
     def _halve_micro_batch(self, error: RuntimeError) -> None:
         size = min(self.progress.micro_batch, self.plan.n_windows)
-        if size == 1:
-            raise OutOfMemory(f"not even one window of {self.windows.length} tokens fits: {error}") from error
-        if self.config.capacity_factor is not None:
-            raise OutOfMemory(
-                f"a micro-batch of {size} windows does not fit, and with capacity_factor a smaller one would drop "
-                f"other tokens: {error}"
-            ) from error
-        self.progress.micro_batch = -(-size // 2)
+        try:
+            half = self.plan.halved(size, self.config)
+        except OutOfMemory as refusal:
+            raise OutOfMemory(f"{refusal}: {error}") from error
+        self.progress.micro_batch = half
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -201,7 +194,8 @@ class Run:
             Warned(
                 "micro_batch_halved",
                 f"at step {self.progress.step + 1} a micro-batch of {size} windows did not fit the memory; from there "
-                f"on it has {self.progress.micro_batch}: a step trains on the same windows in more parts",
+                f"on it has {half}: a step trains on the same windows in more parts",
+                half,
             ),
             Warned("resume_not_exact", "sums over smaller micro-batches are rounded otherwise"),
         ]
@@ -299,6 +293,8 @@ class Run:
         state = json.loads(files[checkpoint.RESUME_STATE])
         tensors = load_tensors(files[checkpoint.RESUME_TENSORS])
         progress = self.progress
+        # An attempt that went on from here may have run out of memory since.
+        state["micro_batch"] = min(state["micro_batch"], progress.micro_batch)
         for name, value in state.items():
             setattr(progress, name, value)
         for layer, dropped in progress.dropped.items():

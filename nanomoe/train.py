@@ -14,7 +14,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from nanomoe.run import OutOfMemory, Recorded, Run, Snapshot, Warned
+from nanomoe.plan import OutOfMemory
+from nanomoe.run import Recorded, Run, Snapshot, Warned
 
 __all__ = [
     "Control",

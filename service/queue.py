@@ -1,7 +1,8 @@
 """The job queue: every transition of a job's status, each one short transaction. No other file changes a status.
 
     queued -> running -> succeeded | failed | cancelled        queued -> paused | cancelled
-    running -> queued (lease lost, drained, crashed)           running -> paused
+    running -> queued (lease lost, drained, crashed,           running -> paused
+                       out of memory)
     paused -> queued | cancelled                               terminal is terminal
 
 A claim raises the job's fence, and every later write of its owner begins by checking that fence in the same
@@ -279,6 +280,15 @@ def record_prepared(
         return owned.intents
 
 
+def record_micro_batch(db: Database, claim: Claim, micro_batch: int) -> Intents:
+    """Running stays running: the memory holds no more windows at once, which every later attempt is to know. Raises
+    LeaseLost."""
+    with db.write() as session:
+        owned = _own(db, session, claim)
+        _set_micro_batch(session, claim.job_id, micro_batch)
+        return owned.intents
+
+
 def record_steps(db: Database, claim: Claim, steps: Columns, progress: Mapping[str, Any] | None = None) -> Intents:
     """Running stays running: a batch of the step series, by column. Raises LeaseLost."""
     with db.write() as session:
@@ -391,6 +401,27 @@ def release(db: Database, claim: Claim, *, crash: str | None = None, pause_reaso
     with db.write() as session:
         _own(db, session, claim)
         return _give_up(db, session, load_job(session, claim.job_id), crash, pause_reason)
+
+
+def release_smaller(
+    db: Database, claim: Claim, *, micro_batch: int, reason: str, warnings: Sequence[Mapping[str, str]]
+) -> Job:
+    """From running to queued, when the system killed the trainer because memory ran out: the next attempt computes
+    fewer windows together. No crash is counted: each such end leaves less to halve. To paused or cancelled, when that
+    is asked for. `reason`: for the job that waits; `warnings`: `{"code", "message"}` each. The trainer must be dead.
+    Raises LeaseLost."""
+    with db.write() as session:
+        seq = _own(db, session, claim, n_events=len(warnings)).event_seq - len(warnings)
+        _set_micro_batch(session, claim.job_id, micro_batch)
+        for number, warning in enumerate(warnings, 1):
+            _log(db, session, claim.job_id, seq + number, "warning", warning)
+        return _give_up(db, session, load_job(session, claim.job_id), None, None, interrupted=reason)
+
+
+def _set_micro_batch(session: Session, job_id: str, micro_batch: int) -> None:
+    execution = session.execute(sa.select(jobs.c.execution).where(jobs.c.id == job_id)).scalar_one()
+    changed = {**execution, "micro_batch": micro_batch}
+    session.execute(sa.update(jobs).where(jobs.c.id == job_id).values(execution=changed))
 
 
 @dataclass(frozen=True)
@@ -595,8 +626,17 @@ def rescue(db: Database) -> list[Job]:
         ]
 
 
-def _give_up(db: Database, session: Session, job: Job, crash: str | None, pause_reason: str | None) -> Job:
-    """The end of an attempt that did not finish: the one rule for an owner that lets go and for a rescuer."""
+def _give_up(
+    db: Database,
+    session: Session,
+    job: Job,
+    crash: str | None,
+    pause_reason: str | None,
+    *,
+    interrupted: str = "interrupted, goes on when a worker is free",
+) -> Job:
+    """The end of an attempt that did not finish: the one rule for an owner that lets go and for a rescuer.
+    `interrupted`: why the job waits, if it waits for nothing but a worker."""
     crashes = job.crashes + (crash is not None)
     if job.cancel_requested_at is not None:
         return _leave(db, session, job.id, "cancelled", crashes=crashes)
@@ -615,7 +655,7 @@ def _give_up(db: Database, session: Session, job: Job, crash: str | None, pause_
         return _leave(
             db, session, job.id, "queued", crashes=crashes, status_reason=reason, run_at=db.after(wait.total_seconds())
         )  # fmt: skip
-    return _leave(db, session, job.id, "queued", status_reason="interrupted, goes on when a worker is free")
+    return _leave(db, session, job.id, "queued", status_reason=interrupted)
 
 
 def _leave(db: Database, session: Session, job_id: str, status: str, **values: Any) -> Job:

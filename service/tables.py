@@ -170,7 +170,7 @@ class Job(Row, table=True):
     """The complete JobConfig."""
 
     execution: dict[str, Any] | None = Field(default=None, sa_column=_json(nullable=True))
-    """Decided at the first start, used by every later attempt."""
+    """Decided at the first start, used by every later attempt; its micro-batch shrinks when memory runs out."""
 
     progress: dict[str, Any] = Field(default_factory=dict, sa_column=_json())
     text_sha256: str = Field(foreign_key="texts.sha256")

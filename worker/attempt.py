@@ -13,6 +13,8 @@ from queue import Empty
 
 import structlog
 
+from nanomoe.config import JobConfig
+from nanomoe.plan import OutOfMemory, Plan
 from service import queue, store
 from service.errors import DatabaseUnavailable, LeaseLost, StorageFull
 from service.queue import Intents
@@ -247,16 +249,44 @@ class Attempt:
             return lambda: queue.release(db, claim, pause_reason="the disk is full")
         if self._crash is None and self._stopping is not None:
             return lambda: queue.release(db, claim)  # it was killed because it did not obey in time
-        if self._trainer.exit_status == -signal.SIGKILL and oom_kills() > self._oom_kills:
-            config = self._job.config
-            message = (
-                "the system killed the trainer because memory ran out, "
-                f"with batch_size {config['batch_size']} and block_size {config['block_size']}"
-            )
-            return lambda: queue.finish(db, claim, "failed", error={"code": "out_of_memory", "message": message})
+        killed = self._crash is None and self._trainer.exit_status == -signal.SIGKILL
+        if killed and oom_kills() > self._oom_kills:
+            return self._transition_out_of_memory()
         crash = self._crash or _describe(self._trainer.exit_status)
         self._log.error("trainer_crashed", crash=crash)
         return lambda: queue.release(db, claim, crash=crash)
+
+    def _transition_out_of_memory(self) -> Callable[[], Job]:
+        """The system's killing is like a refusal that torch itself sees: the micro-batch is halved where it can be."""
+        db, claim, prepared = self._db, self._claim, self._recorder.prepared
+        config = JobConfig.model_validate(self._job.config)
+        try:
+            if prepared is None:
+                raise OutOfMemory("not even the model and its text fit")
+            plan = Plan.of(config, prepared.n_tokens)
+            size = min(self._recorder.micro_batch, plan.n_windows)
+            half = plan.halved(size, config)
+        except OutOfMemory as refusal:
+            figures = f"batch_size {config.batch_size}, block_size {config.block_size}, n_params {self._job.n_params}"
+            message = f"the system killed the trainer because memory ran out: {refusal} ({figures})"
+            error = {"code": refusal.code, "message": message}
+            return lambda: queue.finish(db, claim, "failed", error=error)
+        step = self._recorder.progress["step"]
+        self._log.warning("trainer_out_of_memory", step=step, micro_batch=size)
+        halved = (
+            f"after step {step}, with micro-batches of {size} windows, the system killed the trainer because memory "
+            f"ran out; from now on they have {half}: a step trains on the same windows in more parts"
+        )
+        return lambda: queue.release_smaller(
+            db,
+            claim,
+            micro_batch=half,
+            reason=f"memory ran out, goes on with micro-batches of {half} windows",
+            warnings=[
+                {"code": "micro_batch_halved", "message": halved},
+                {"code": "resume_not_exact", "message": "sums over smaller micro-batches are rounded otherwise"},
+            ],
+        )
 
 
 def _describe(exit_status: int) -> str:

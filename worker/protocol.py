@@ -155,6 +155,8 @@ class Warned(Strict):
     type: Literal["warning"] = "warning"
     code: str
     message: str
+    micro_batch: int | None = None
+    """Windows computed together from here on, where that is the warning."""
 
 
 class Failure(Strict):

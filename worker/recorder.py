@@ -40,6 +40,10 @@ class Recorder:
         self._timing = timing
         self._on_intents = on_intents
         self.progress: dict[str, Any] = dict(lease.claim.job.progress)
+        self.prepared: Prepared | None = None
+        """What this attempt's trainer decided."""
+        self.micro_batch = 0
+        """Windows that it computes together, once it has decided."""
         self.snapshot_folder: str | None = None
         """Of the recorded snapshot, relative to the data folder."""
         self._steps: dict[str, list[Any]] = {}
@@ -103,6 +107,8 @@ class Recorder:
             case SnapshotWritten():
                 self._replace_snapshot(message)
             case Warned():
+                if message.micro_batch is not None:
+                    self._keep_micro_batch(message.micro_batch)
                 warning = {"code": message.code, "message": message.message}
                 self.write(lambda: queue.record_event(self._db, self._claim, "warning", warning))
             case _:
@@ -112,6 +118,7 @@ class Recorder:
         """Record what was decided, and make the step series end where training goes on."""
         db, claim = self._db, self._claim
         log.info("prepared", job=claim.job_id, **prepared.execution)
+        self.prepared, self.micro_batch = prepared, prepared.execution["micro_batch"]
         self.write(
             lambda: queue.record_prepared(
                 db,
@@ -135,6 +142,11 @@ class Recorder:
             "percent": _percent(step, prepared.total_steps),
         }
         self.write(lambda: queue.heartbeat(db, claim, self.progress))
+
+    def _keep_micro_batch(self, micro_batch: int) -> None:
+        """A later attempt need not run out of memory again to learn it."""
+        self.micro_batch = micro_batch
+        self.write(lambda: queue.record_micro_batch(self._db, self._claim, micro_batch))
 
     def _add_checkpoint(self, message: CheckpointWritten) -> None:
         log.info("checkpoint", job=self._claim.job_id, percent=message.percent, step=message.step)

@@ -220,8 +220,8 @@ def _prepare(start: Start, wire: Wire) -> "Run":
 def _keep(first: "Execution", now: "Execution") -> "Execution":
     """What was decided at the job's first start, as far as this machine can do it too."""
     if first.device != now.device:
-        return now
-    choices = ("precision", "n_threads", "path", "expert_path", "expert_path_reason", "deterministic")
+        return now.model_copy(update={"micro_batch": first.micro_batch})
+    choices = ("precision", "n_threads", "path", "expert_path", "expert_path_reason", "deterministic", "micro_batch")
     return now.model_copy(update={name: getattr(first, name) for name in choices})
 
 

@@ -158,7 +158,7 @@ class JobView(View):
     """Not to be claimed before this time."""
 
     execution: dict[str, JsonValue] | None
-    """Device, precision, threads and paths, fixed at the first start."""
+    """Device, precision, threads and paths, fixed at the first start; `micro_batch` shrinks when memory runs out."""
 
     progress: Progress
     """How far it has come."""

@@ -133,3 +133,27 @@ def test_a_paused_job_ends_with_the_same_bytes(place: Workplace, undisturbed: di
     queue.resume(place.db, job.id)
     assert place.wait_for(job, "succeeded").attempt == 2
     assert_equal(place, job, undisturbed["dense"])
+
+
+@ONLY_SQLITE
+@pytest.mark.parametrize(
+    "hooks",
+    [{1: {"line": 3, "starved": True}}, {1: {"fits": 3, "line": 7}, 2: {"fits": 3}}],
+    ids=["killed", "refused by torch and then killed"],
+)
+def test_a_job_whose_micro_batch_was_halved_trains_on_the_same_windows(
+    place: Workplace, hooks: dict[int, dict[str, Any]]
+) -> None:
+    place.start_worker(program=hooked(hooks))
+    job = place.submit(TEXT, **DENSE | {"batch_size": 4})
+    done = place.wait_for(job, "succeeded", "failed", timeout=100)
+    assert (done.status, done.attempt, done.execution["micro_batch"]) == ("succeeded", 2, 2)
+    expected = train_undisturbed(JobConfig(**DENSE | {"batch_size": 2, "gradient_accumulation_steps": 2}))
+    weights = {
+        row.percent: {file["name"]: file["sha256"] for file in row.files}[checkpoint.WEIGHTS]
+        for row in store.list_checkpoints(place.db, job.id)
+    }
+    assert weights == {percent: files[checkpoint.WEIGHTS] for percent, files in expected.files.items()}
+    assert [tuple(row) for row in store.steps_after(place.db, job.id, 0, 100_000)] == expected.steps
+    codes = [event["code"] for event in place.events(job, "warning")]
+    assert (codes.count("micro_batch_halved"), codes.count("resume_not_exact")) == (1, 1)

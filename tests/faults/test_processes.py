@@ -6,6 +6,7 @@ Real workers over real databases. Each protection is also taken away once, to sh
 import signal
 import time
 from dataclasses import replace
+from typing import Any
 
 import psutil
 import pytest
@@ -99,6 +100,46 @@ def test_a_damaged_snapshot_is_not_trusted_and_training_starts_again(place: Work
     codes = [event["code"] for event in place.events(job, "warning")]
     assert "snapshot_damaged" in codes
     assert {"code": "resumed", "message": "attempt 2 goes on from step 0"} in place.events(job, "warning")
+
+
+# Memory runs out
+
+
+@EITHER
+def test_a_trainer_killed_for_want_of_memory_goes_on_with_smaller_micro_batches(place: Workplace) -> None:
+    job = place.submit(batch_size=8, block_size=2)  # 5 windows
+    place.start_worker("starve")
+    place.wait_until(lambda: place.job(job).fence == 3)
+    place.finish(job)
+    done = place.wait_for(job, "succeeded")
+    assert (done.attempt, done.crashes) == (3, 0)
+    assert done.execution == {"device": "cpu", "micro_batch": 2}
+    told = [event["message"] for event in place.events(job, "warning") if event["code"] == "micro_batch_halved"]
+    assert ["of 5 windows" in told[0], "of 3 windows" in told[1], len(told)] == [True, True, 2]
+    assert [event["code"] for event in place.events(job, "warning")].count("resume_not_exact") == 2
+    reasons = [data["status_reason"] for data in place.events(job, "status") if data["status"] == "queued"]
+    assert reasons[1:] == [f"memory ran out, goes on with micro-batches of {n} windows" for n in (3, 2)]
+
+
+@ONLY_SQLITE
+@pytest.mark.parametrize(
+    ("script", "config", "attempts", "said"),
+    [
+        ("starve_always", {"batch_size": 2}, 2, "not even one window of 2 tokens"),
+        ("starve_always", {"batch_size": 2, "use_moe": True, "capacity_factor": 1.0}, 1, "capacity_factor"),
+        ("starve_at_the_start", {"batch_size": 2}, 1, "not even the model"),
+    ],
+)
+def test_a_job_that_no_memory_holds_fails_with_its_figures(
+    place: Workplace, script: str, config: dict[str, Any], attempts: int, said: str
+) -> None:
+    job = place.submit(block_size=2, **config)
+    place.start_worker(script)
+    failed = place.wait_for(job, "failed")
+    assert failed.error is not None
+    assert (failed.error["code"], failed.attempt, failed.crashes) == ("out_of_memory", attempts, 0)
+    assert said in failed.error["message"]
+    assert "batch_size 2, block_size 2" in failed.error["message"]
 
 
 # Grandchildren

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanomoe.config import JobConfig
-from nanomoe.plan import PERCENTS, Plan, TextTooShort
+from nanomoe.plan import PERCENTS, OutOfMemory, Plan, TextTooShort
 
 
 def test_the_reference_run_records_its_quarters_at_125_250_375_and_500() -> None:
@@ -34,6 +34,22 @@ def test_at_least_two_tokens_are_held_out_and_at_least_two_are_trained_on() -> N
         Plan.of(JobConfig(val_fraction=0.1), 3)
     with pytest.raises(TextTooShort, match="the text has 1"):
         Plan.of(JobConfig(), 1)
+
+
+def test_a_micro_batch_is_halved_down_to_one_window() -> None:
+    config = JobConfig(batch_size=64, block_size=32)
+    plan = Plan.of(config, 200)  # 7 windows
+    assert [plan.halved(size, config) for size in (64, 7, 4, 3, 2)] == [4, 4, 2, 2, 1]
+    with pytest.raises(OutOfMemory, match="not even one window of 32 tokens"):
+        plan.halved(1, config)
+    with pytest.raises(OutOfMemory, match="not even one window of 20 tokens"):
+        Plan.of(config, 20).halved(64, config)
+
+
+def test_a_capacity_that_is_shared_by_a_micro_batch_forbids_to_halve_it() -> None:
+    config = JobConfig(batch_size=4, block_size=32, use_moe=True, capacity_factor=1.0)
+    with pytest.raises(OutOfMemory, match="capacity_factor"):
+        Plan.of(config, 200).halved(4, config)
 
 
 @given(st.integers(1, 40), st.integers(2, 5000), st.integers(1, 64), st.integers(1, 5), st.integers(1, 5))

@@ -9,7 +9,8 @@ from nanomoe.config import JobConfig
 from nanomoe.dropout import Dropout
 from nanomoe.execution import Execution
 from nanomoe.model import token_losses
-from nanomoe.run import OutOfMemory, Recorded, Run, Snapshot, Warned
+from nanomoe.plan import OutOfMemory
+from nanomoe.run import Recorded, Run, Snapshot, Warned
 from nanomoe.tokenizer import load_tokenizer
 from nanomoe.train import Happened, LossNotFinite, Steps, Stopped, StopReason, Undisturbed, train
 

@@ -21,6 +21,7 @@ from tests.databases import Clock
 from tests.races import Races, at_once
 
 LEASE = 60.0
+EXECUTION = {"device": "cpu", "micro_batch": 8}
 STEPS = {"step": [1, 2], "train_loss": [9.0, 8.0], "lr": [1e-4, 1e-4], "grad_norm": [1.0, 2.0]}
 CHECKPOINT = {"step": 0, "epoch": 0.0, "folder": "f", "manifest_sha256": "m", "files": [], "metrics": {"loss": 9.0}}
 
@@ -308,20 +309,32 @@ def plans_of(db: Database, call: Callable[[], object]) -> list[str]:
 # The owner's writes
 
 
+def prepare(db: Database, held: Claim) -> None:
+    model = {"n_params": 1, "n_active_params": 1}
+    queue.record_prepared(db, held, execution=EXECUTION, n_tokens=9, total_steps=4, model=model)
+
+
+def out_of_memory(db: Database, held: Claim) -> Job:
+    prepare(db, held)
+    return queue.release_smaller(
+        db, held, micro_batch=4, reason="memory ran out", warnings=[{"code": "a"}, {"code": "b"}]
+    )
+
+
 OWNERS_WRITES: dict[str, Callable[[Database, Claim], object]] = {
     "heartbeat": lambda db, claim: queue.heartbeat(db, claim, {"step": 7}),
-    "prepared": lambda db, claim: queue.record_prepared(
-        db, claim, execution={"device": "cpu"}, n_tokens=9, total_steps=4, model={"n_params": 1, "n_active_params": 1}
-    ),
+    "prepared": lambda db, claim: prepare(db, claim),
     "steps": lambda db, claim: queue.record_steps(db, claim, STEPS, {"step": 2}),
     "checkpoint": lambda db, claim: queue.record_checkpoint(db, claim, percent=0, **CHECKPOINT),
     "snapshot": lambda db, claim: queue.record_snapshot(db, claim, step=1, folder="s", manifest_sha256="m"),
     "event": lambda db, claim: queue.record_event(db, claim, "warning", {"code": "w", "message": "m"}),
+    "micro-batch": lambda db, claim: (prepare(db, claim), queue.record_micro_batch(db, claim, 2)),
     "rewind": lambda db, claim: queue.rewind(db, claim, 0),
     "finish": lambda db, claim: queue.finish(db, claim, "succeeded"),
     "failure": lambda db, claim: queue.finish(db, claim, "failed", error={"code": "e", "message": "m"}),
     "release": lambda db, claim: queue.release(db, claim),
     "crash": lambda db, claim: queue.release(db, claim, crash="signal 9"),
+    "out of memory": out_of_memory,
     "pause": lambda db, claim: queue.release(db, claim, pause_reason="the disk is full"),
 }
 every_write = pytest.mark.parametrize("write", OWNERS_WRITES.values(), ids=OWNERS_WRITES)
@@ -415,6 +428,28 @@ def test_what_the_first_start_decided_stays(db: Database, worker: WorkerIdentity
     assert job.execution == {"device": "cpu"}
     assert (job.n_tokens, job.total_steps, job.n_params, job.n_active_params) == (9, 4, 5, 3)
     assert job.warnings == [{"code": "known", "message": "from the config"}, {"code": "new", "message": "m"}]
+
+
+def test_what_the_memory_does_not_hold_is_known_to_every_later_attempt(db: Database, worker: WorkerIdentity) -> None:
+    held = running(db, worker)
+    prepare(db, held)
+    queue.record_micro_batch(db, held, 6)
+    job = out_of_memory(db, held)
+    assert (job.status, job.status_reason, job.crashes) == ("queued", "memory ran out", 0)
+    assert [event.data["code"] for event in store.events_after(db, job.id, 0) if event.kind == "warning"] == ["a", "b"]
+    again = claim(db, worker)
+    assert again.job.execution == {"device": "cpu", "micro_batch": 4}
+    prepare(db, again)
+    assert store.get_job(db, job.id).execution == {"device": "cpu", "micro_batch": 4}
+
+
+@pytest.mark.parametrize(("ask", "status"), [(queue.request_cancel, "cancelled"), (queue.request_pause, "paused")])
+def test_a_job_that_ran_out_of_memory_obeys_what_was_asked_of_its_owner(
+    db: Database, worker: WorkerIdentity, ask: Callable[[Database, str], Job], status: str
+) -> None:
+    held = running(db, worker)
+    ask(db, held.job_id)
+    assert out_of_memory(db, held).status == status
 
 
 def test_a_checkpoint_written_again_replaces_its_row(db: Database, worker: WorkerIdentity) -> None:

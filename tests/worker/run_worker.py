@@ -14,9 +14,11 @@ from typing import Any
 from service import queue
 from service.settings import Settings
 from service.store import open_database
+from worker import attempt
 from worker.__main__ import configure_logging
 from worker.devices import find_devices
 from worker.lock import SlotLock
+from worker.memory import oom_kills
 from worker.process import TrainerProcess
 from worker.slot import Slot
 from worker.supervisor import TRAINER, Supervisor
@@ -54,7 +56,8 @@ def _reap_the_trainer_alone(self: TrainerProcess, timeout: float) -> bool:
 
 def run(spec: dict[str, Any]) -> None:
     """The whole life of a worker process. `spec`: `settings`, `timing`, `device`, `slots`, `command`,
-    `max_crashes`, `backoff_seconds`, and `without`: protections that are taken away, to show that they are needed."""
+    `max_crashes`, `backoff_seconds`, and `without`: protections that are taken away, to show that they are needed.
+    What the kernel has killed for want of memory is read from `memory.events` in the data folder."""
     os.chdir(spec["folder"])
     sys.exit(_run(spec))
 
@@ -64,6 +67,7 @@ def _run(spec: dict[str, Any]) -> int:
     settings = Settings(_env_file=None, **spec["settings"])
     queue.MAX_CRASHES = spec["max_crashes"]
     queue.BACKOFF = timedelta(seconds=spec["backoff_seconds"])
+    attempt.oom_kills = lambda: oom_kills(settings.data_dir / "memory.events")
     for protection in spec["without"]:
         take_away(protection)
     with closing(open_database(settings)) as db:

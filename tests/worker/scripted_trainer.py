@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from nanomoe import checkpoint
 from worker.guard import Supervision, die_with_parent
+from worker.memory import oom_kills
 from worker.protocol import (
     CheckpointWritten,
     Done,
@@ -51,10 +52,14 @@ class Script:
     def attempt(self) -> int:
         return self.start.fence
 
+    @property
+    def execution(self) -> dict[str, Any]:
+        return self.start.execution or {"device": "cpu", "micro_batch": self.start.config.batch_size}
+
     def prepared(self) -> None:
         say(
             Prepared(
-                execution={"device": "cpu"},
+                execution=self.execution,
                 n_tokens=10,
                 total_steps=TOTAL,
                 n_params=1,
@@ -183,6 +188,33 @@ def die_once(script: Script) -> None:
     script.work()
 
 
+def starve(script: Script) -> None:
+    """Is killed for want of memory at some step, as long as it computes more than two windows together."""
+    if script.execution["micro_batch"] > 2:
+        script.prepared()
+        script.steps(3)
+        run_out_of_memory(script.folder)
+    script.work()
+
+
+def starve_always(script: Script) -> None:
+    script.prepared()
+    run_out_of_memory(script.folder)
+
+
+def starve_at_the_start(script: Script) -> None:
+    run_out_of_memory(script.folder)
+
+
+def run_out_of_memory(folder: Path) -> NoReturn:
+    """Die as one whom the kernel kills for want of memory. `folder` is the job's."""
+    events = folder.parent.parent / "memory.events"
+    before = oom_kills(events)
+    events.write_text(f"oom_kill {before + 1}\n")
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("killed")
+
+
 def silent(script: Script) -> None:
     """A step that never ends, at the first attempt."""
     if script.attempt == 1:
@@ -220,7 +252,10 @@ def deaf_child(script: Script, **options: Any) -> None:
 
 SCRIPTS: dict[str, Callable[[Script], None]] = {
     script.__name__: script
-    for script in (work, succeed, fail, disk_full, deaf, die, die_once, silent, garbled, orphans)
+    for script in (
+        *(work, succeed, fail, disk_full, deaf, die, die_once, silent, garbled, orphans),
+        *(starve, starve_always, starve_at_the_start),
+    )
 }
 
 

@@ -65,6 +65,7 @@ FROM_TRAINER: list[FromTrainer] = [
     ),
     SnapshotWritten(step=125, folder="f1-s125", manifest_sha256="d" * 64),
     Warned(code="dead_expert", message="expert 3 of layer 1"),
+    Warned(code="micro_batch_halved", message="4 windows did not fit", micro_batch=2),
     Done(outcome="failed", error=Failure(code="loss_not_finite", message="at step 3")),
 ]
 

@@ -7,9 +7,12 @@ from dataclasses import replace
 
 import pytest
 
+from nanomoe.config import JobConfig
 from service import queue, store
 from tests.databases import EITHER, ONLY_SQLITE
 from tests.worker.workplace import QUICK, Workplace, is_alive
+
+EXECUTION = {"device": "cpu", "micro_batch": JobConfig().batch_size}
 
 
 @EITHER
@@ -20,7 +23,7 @@ def test_a_job_is_trained_to_its_end_and_all_that_was_said_is_recorded(place: Wo
     place.finish(job)
     done = place.wait_for(job, "succeeded")
     assert place.statuses(job) == ["queued", "running", "succeeded"]
-    assert (done.attempt, done.crashes, done.total_steps, done.execution) == (1, 0, 100, {"device": "cpu"})
+    assert (done.attempt, done.crashes, done.total_steps, done.execution) == (1, 0, 100, EXECUTION)
     assert done.progress["step"] == 100
     assert done.progress["percent"] == 100
     assert [(row.percent, row.folder) for row in store.list_checkpoints(place.db, job.id)] == [
