@@ -1,6 +1,7 @@
-"""What holds for every test: one torch thread, no model hub, reproducible examples, shared fixtures."""
+"""What holds for every test: one torch thread, no model hub, Ctrl-C, reproducible examples, shared fixtures."""
 
 import os
+import signal
 
 # Before any test imports torch or transformers; the processes that tests start inherit them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -8,6 +9,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 from hypothesis import settings
+
+# A shell that starts the suite in the background has it ignore Ctrl-C, and so would every process that a test starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 pytest_plugins = ("tests.api", "tests.databases", "tests.races", "tests.skips")
 
