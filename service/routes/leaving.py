@@ -1,4 +1,4 @@
-"""A client that goes away takes its work with it: what nobody will read is not computed."""
+"""A client that goes away takes its work with it: what nobody will read is not computed, and is no fault of ours."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -10,6 +10,11 @@ T = TypeVar("T")
 
 CLIENT_IS_GONE = Response(status_code=499)
 """Nobody reads it; the number is what web servers write into their logs."""
+
+
+async def left_while_sending(request: Request, error: Exception) -> Response:
+    """The answer to a request whose body never came to its end."""
+    return CLIENT_IS_GONE
 
 
 async def unless_gone(connection: Request, work: Coroutine[None, None, T]) -> T | None:

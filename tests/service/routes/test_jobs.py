@@ -1,5 +1,6 @@
 """Submitting, listing, waiting for, changing and deleting jobs, through a real server."""
 
+import asyncio
 import hashlib
 import json
 import threading
@@ -10,6 +11,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+from structlog.testing import capture_logs
 
 from nanomoe.tokenizer import load_tokenizer
 from service import queue, store
@@ -475,3 +477,27 @@ def test_a_queued_job_says_when_a_worker_will_be_free_for_it(serve: Serve) -> No
     assert abs(datetime.fromisoformat(waiting["estimated_start_at"]) - expected) < timedelta(seconds=60)
     assert api.http.get(f"/jobs/{waiting['id']}").json()["queue_position"] == 0
     assert api.http.get("/jobs").json()["data"][0]["estimated_start_at"] is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "sent"), [("application/json", b'{"te'), ("multipart/form-data; boundary=x", b"--x\r\nCon")]
+)
+def test_a_client_that_leaves_while_it_sends_its_text_is_no_error(api: Api, kind: str, sent: bytes) -> None:
+    heard = iter([{"type": "http.request", "body": sent, "more_body": True}, {"type": "http.disconnect"}])
+    said: list[Any] = []
+
+    async def receive() -> Any:
+        return next(heard)
+
+    async def send(message: Any) -> None:
+        said.append(message)
+
+    headers = {"host": "localhost", "content-type": kind, "content-length": "100"}
+    scope = {
+        "type": "http", "method": "POST", "path": "/jobs", "query_string": b"",
+        "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
+    }  # fmt: skip
+    with capture_logs() as logged:
+        asyncio.run_coroutine_threadsafe(api.server.config.app(scope, receive, send), api.loop).result(30)
+    assert said[0]["status"] == 499
+    assert logged == []
