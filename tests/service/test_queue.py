@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
+from sqlmodel import Session
 
 from service import queue, store
 from service.database import Database
 from service.errors import Conflict, Invalid, LeaseLost, NotFound, SchemaMismatch, TooManyRequests
 from service.queue import Claim, Intents, NewJob
 from service.store import Job, WorkerIdentity
-from service.tables import table
-from tests.databases import Clock
+from service.tables import Checkpoint, table
+from tests.databases import ONLY_POSTGRESQL, Clock
 from tests.races import Races, at_once
 
 LEASE = 60.0
@@ -127,6 +128,19 @@ def test_a_submit_waits_for_the_commit_of_another_with_its_key(db: Database, rac
     assert second.result() == (job, False)
 
 
+@ONLY_POSTGRESQL  # SQLite has one writer, which looks before it inserts
+def test_without_the_unique_index_one_key_makes_two_jobs(db: Database, races: Races) -> None:
+    with db.write() as session:
+        session.execute(sa.text("DROP INDEX ix_jobs_idempotency"))
+    new = NewJob(text="a b", config={}, idempotency_key="k")
+    held = races.hold(queue.submit, db, new)
+    other = races.start(queue.submit, db, new)
+    held.let_go()
+    _, created = other.result()
+    assert created
+    assert store.count_jobs(db)["queued"] == 2
+
+
 def test_a_full_queue_takes_no_more(db: Database) -> None:
     for _ in range(3):
         submit(db)
@@ -216,6 +230,26 @@ def test_the_last_job_is_claimed_by_one_of_two(db: Database, worker: WorkerIdent
     assert claim_id(held.let_go()) == job.id
     assert other.result() is None
     assert store.get_job(db, job.id).fence == 1
+
+
+@ONLY_POSTGRESQL  # SQLite has one writer: see the deferred transaction in test_database.py
+def test_without_the_row_lock_and_the_status_check_two_workers_claim_one_job(
+    db: Database, worker: WorkerIdentity, races: Races
+) -> None:
+    job = submit(db)
+
+    @sa.event.listens_for(db.engine, "before_cursor_execute", retval=True)
+    def _take_away(*arguments: Any) -> tuple[str, Any]:
+        statement, parameters = arguments[2:4]
+        if statement.startswith("UPDATE jobs SET status"):
+            assert " FOR UPDATE SKIP LOCKED) AND jobs.status = 'queued'" in statement
+            statement = statement.replace(" FOR UPDATE SKIP LOCKED) AND jobs.status = 'queued'", ")")
+        return statement, parameters
+
+    held = races.hold(queue.claim, db, worker, LEASE)
+    other = races.start(queue.claim, db, worker, LEASE)
+    assert claim_id(held.let_go()) == claim_id(other.result()) == job.id
+    assert store.get_job(db, job.id).attempt == 2
 
 
 def test_eight_workers_claim_every_job_once(db: Database, worker: WorkerIdentity) -> None:
@@ -812,6 +846,33 @@ def test_a_poison_job_is_given_up_after_three_crashes(db: Database, clock: Clock
     assert "signal 11" in job.error["message"]
 
 
+def test_without_the_count_of_crashes_a_poison_job_goes_on_for_ever(
+    db: Database, clock: Clock, worker: WorkerIdentity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(queue, "MAX_CRASHES", float("inf"))
+    submit(db)
+    for attempt in range(1, 21):
+        held = claim(db, worker)
+        assert held.job.attempt == attempt
+        assert queue.release(db, held, crash="signal 9").status == "queued"
+        clock.advance(queue.MAX_BACKOFF.total_seconds())
+
+
+def test_without_telling_a_new_checkpoint_from_one_written_again_a_poison_job_goes_on_for_ever(
+    db: Database, clock: Clock, worker: WorkerIdentity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job that always dies just after its first checkpoint."""
+    get = Session.get
+    monkeypatch.setattr(Session, "get", lambda self, row, key: None if row is Checkpoint else get(self, row, key))
+    submit(db)
+    for attempt in range(1, 2 * queue.MAX_CRASHES):
+        held = claim(db, worker)
+        assert held.job.attempt == attempt
+        queue.record_checkpoint(db, held, percent=0, **CHECKPOINT)
+        assert queue.release(db, held, crash="signal 9").status == "queued"
+        clock.advance(queue.MAX_BACKOFF.total_seconds())
+
+
 def test_the_wait_after_a_crash_doubles_up_to_a_quarter_of_an_hour(
     db: Database, clock: Clock, worker: WorkerIdentity, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -903,6 +964,47 @@ def test_a_rescuer_skips_a_round_when_the_clock_was_set_back(
     queue.heartbeat(db, held)
     clock.advance(15)
     assert rescuer.round() == []
+
+
+def live_through_a_jump(db: Database, clock: Clock, worker: WorkerIdentity, jump: float, phase: int) -> Claim:
+    """A minute of a job whose owner keeps it alive, of which two rescuers see a jump of the clock after `phase`."""
+    held = running(db, worker)
+    rescuers = [queue.Rescuer(db, 15), queue.Rescuer(db, 15)]
+    for second in range(60):
+        if second == 20 + phase:
+            clock.advance(jump)
+        if second % 10 == 0:
+            try:
+                queue.heartbeat(db, held)
+                store.worker_seen(db, worker.id)
+            except LeaseLost:
+                break
+        for offset, rescuer in enumerate(rescuers):
+            if second % 15 == 7 * offset:
+                rescuer.round()
+        clock.advance(1)
+    return held
+
+
+@pytest.mark.parametrize("jump", [30, 3600, -70, -1e9])
+def test_a_clock_that_jumps_takes_no_job_from_an_owner_who_lives(
+    db: Database, clock: Clock, worker: WorkerIdentity, jump: float
+) -> None:
+    for phase in (1, 8):
+        held = live_through_a_jump(db, clock, worker, jump, phase)
+        job = store.get_job(db, held.job_id)
+        assert (job.status, job.fence, job.crashes) == ("running", 1, 0), f"after {phase} s"
+        queue.finish(db, held, "succeeded")
+
+
+@pytest.mark.parametrize("jump", [3600, -3600])
+def test_without_the_skipped_round_a_clock_that_jumps_takes_a_job_from_its_owner(
+    db: Database, clock: Clock, worker: WorkerIdentity, monkeypatch: pytest.MonkeyPatch, jump: float
+) -> None:
+    monkeypatch.setattr(queue.Rescuer, "round", lambda self: queue.rescue(db))
+    job = store.get_job(db, live_through_a_jump(db, clock, worker, jump, 7).job_id)
+    assert (job.status, job.fence) == ("queued", 1)
+    assert job.crashes == (jump > 0)  # a worker that was last seen an hour ago looks gone, too
 
 
 # Deleting
