@@ -1002,7 +1002,7 @@ def test_without_the_skipped_round_a_clock_that_jumps_takes_a_job_from_its_owner
     db: Database, clock: Clock, worker: WorkerIdentity, monkeypatch: pytest.MonkeyPatch, jump: float
 ) -> None:
     monkeypatch.setattr(queue.Rescuer, "round", lambda self: queue.rescue(db))
-    job = store.get_job(db, live_through_a_jump(db, clock, worker, jump, 7).job_id)
+    job = store.get_job(db, live_through_a_jump(db, clock, worker, jump, 1).job_id)
     assert (job.status, job.fence) == ("queued", 1)
     assert job.crashes == (jump > 0)  # a worker that was last seen an hour ago looks gone, too
 
