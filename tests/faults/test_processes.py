@@ -15,21 +15,11 @@ from nanomoe import checkpoint
 from service import queue, store
 from service.store import Job
 from tests.databases import EITHER, ONLY_SQLITE
-from tests.worker.workplace import QUICK, SHORT_LEASE, Workplace, is_alive
+from tests.worker.workplace import QUICK, SHORT_LEASE, Workplace, ended_within, is_alive
 
 
 def _is_whole(steps: list[int]) -> bool:
     return bool(steps) and steps == list(range(1, len(steps) + 1))
-
-
-def ended_within(seconds: float, process: psutil.Process) -> bool:
-    """Whether it ends; a zombie has ended, whoever may reap it."""
-    give_up = time.monotonic() + seconds
-    while is_alive(process.pid):
-        if time.monotonic() > give_up:
-            return False
-        time.sleep(0.005)
-    return True
 
 
 # A trainer dies
@@ -276,47 +266,17 @@ def test_without_the_slot_lock_two_trainers_share_a_device(place: Workplace) -> 
 # The database is out of reach
 
 
-def _lock_the_database(place: Workplace) -> object:
-    """A second process's write lock, for as long as the connection lives."""
-    connection = place.db.engine.raw_connection()
-    connection.driver_connection.execute("BEGIN IMMEDIATE")  # type: ignore[union-attr]
-    return connection
-
-
-def _unlock(connection: object) -> None:
-    connection.driver_connection.execute("ROLLBACK")  # type: ignore[attr-defined]
-    connection.close()  # type: ignore[attr-defined]
-
-
-@ONLY_SQLITE
-def test_a_lock_held_for_less_than_the_lease_costs_nothing(place: Workplace) -> None:
-    job = place.submit()
-    place.start_worker("work", timing=SHORT_LEASE)
-    place.wait_for_step(job)
-    held = _lock_the_database(place)
-    time.sleep(1)  # less than three quarters of the lease: the fault itself
-    _unlock(held)
-    place.wait_for_step(job, place.job(job).progress["step"] + 20)
-    place.finish(job)
-    done = place.wait_for(job, "succeeded")
-    assert (done.attempt, done.crashes) == (1, 0)
-    assert _is_whole(place.recorded_steps(job)[:-1])
-
-
 @ONLY_SQLITE
 def test_a_worker_that_cannot_reach_the_database_ends_its_trainer_before_the_lease_ends(place: Workplace) -> None:
     job = place.submit()
     place.start_worker("work", timing=SHORT_LEASE)
     place.wait_for_step(job)
     trainer = place.trainer(job)
-    held = _lock_the_database(place)
-    try:
+    with place.write_lock_held():
         lease_until = place.job(job).lease_until
         assert lease_until is not None
         assert ended_within(30, trainer)
         assert place.db.time() < lease_until
-    finally:
-        _unlock(held)
     place.wait_until(lambda: place.job(job).fence == 2)
     assert place.job(job).crashes == 0
     place.finish(job)
@@ -329,14 +289,11 @@ def test_without_the_guard_a_trainer_outlives_its_lease(place: Workplace) -> Non
     place.start_worker("work", without=("the guard",), timing=SHORT_LEASE)
     place.wait_for_step(job)
     trainer = place.trainer(job)
-    held = _lock_the_database(place)
-    try:
+    with place.write_lock_held():
         lease_until = place.job(job).lease_until
         assert lease_until is not None
         place.wait_until(lambda: place.db.time() > lease_until)
         assert is_alive(trainer.pid)
-    finally:
-        _unlock(held)
 
 
 # Many at once

@@ -1,15 +1,21 @@
 """The real trainer, which dies or fails at the points that a test names.
 
-`python hooked_trainer.py HOOKS --parent PID --until TIME`, HOOKS being JSON: `{ATTEMPT: {"line": N}}` kills the process
-before its Nth line, `{"point": "f1-50/renamed"}` at that point of the commit of a folder, `{"full": "f1-50/..."}` lets
-the disk be full there, and `{"hold": "f1-50/..."}` goes on only when the trainer has been asked to stop. With
-`"starved": true` it is killed as the kernel does for want of memory; with `"fits": N` torch finds none for more than N
-windows.
+`python hooked_trainer.py HOOKS --parent PID --until TIME`, HOOKS being JSON, `{ATTEMPT: HOOK}`. A point is one of the
+commit of a folder, for example `f1-50/renamed`. A hook may have:
+
+`"line": N`, to be killed before its Nth line; with `"starved": true` as the kernel does it for want of memory;
+`"point": POINT`, to be killed there;
+`"full": POINT`, to find the disk full there, and `"limit": POINT`, to find that the kernel takes no file any more;
+`"hold": POINT`, to go on only when asked to stop, and `"wait": POINT`, when the file `go` is in the job's folder;
+`"told first": NAME`, to tell of a folder, and to be killed, before it is written;
+`"fits": N`, to let torch find no memory for more than N windows at once.
 """
 
 import errno
 import json
 import os
+import resource
+import shutil
 import signal
 import sys
 import time
@@ -23,7 +29,7 @@ from nanomoe.run import Run
 from tests.worker.scripted_trainer import run_out_of_memory
 from worker import trainer
 from worker.guard import Supervision
-from worker.protocol import Done, FromTrainer, Start
+from worker.protocol import CheckpointWritten, Done, FromTrainer, Start
 
 hooks: dict[str, dict[str, Any]] = json.loads(sys.argv.pop(1))
 hook: dict[str, Any] = {}
@@ -39,6 +45,7 @@ def run_job(start: Start, wire: trainer.Wire, supervision: Supervision) -> Done:
     global job_folder
     hook.update(hooks.get(str(start.fence), {}))
     job_folder = Path(start.folder)
+    (job_folder / f"pid.{start.fence}").write_text(str(os.getpid()))
     if "fits" in hook:
         Run._backward = backward  # type: ignore[method-assign]
     supervised.append(supervision)
@@ -60,11 +67,17 @@ def say(self: trainer.Wire, message: FromTrainer) -> None:
                 run_out_of_memory(job_folder)
             os.kill(os.getpid(), signal.SIGKILL)
     _say(self, message)
+    if isinstance(message, CheckpointWritten) and message.folder == hook.get("told first"):
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def write(target: Path, files: Any) -> Any:
     global folder
     folder = target.name
+    if hook.get("told first") == folder:
+        manifest, sha256 = _write(target, files)
+        shutil.rmtree(target)
+        return manifest, sha256
     return _write(target, files)
 
 
@@ -73,6 +86,11 @@ def reached(point: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     if hook.get("full") == f"{folder}/{point}":
         raise OSError(errno.ENOSPC, "No space left on device")
+    if hook.get("limit") == f"{folder}/{point}":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1, 1))
+    if hook.get("wait") == f"{folder}/{point}":
+        while not (job_folder / "go").exists():
+            time.sleep(0.01)
     if hook.get("hold") == f"{folder}/{point}":
         while supervised[0].stop is None:
             time.sleep(0.01)

@@ -6,7 +6,7 @@ import sqlite3
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -156,7 +156,7 @@ class Workplace:
         return self.settings.data_dir / store.job_folder(job.id)
 
     def trainer(self, job: Job, attempt: int = 1) -> psutil.Process:
-        """The process of a scripted trainer, once it has started on the job."""
+        """The process of a scripted or hooked trainer, once it has started on the job."""
         path = self.folder(job) / f"pid.{attempt}"
         return psutil.Process(int(self.wait_until(lambda: path.exists() and path.read_text())))
 
@@ -195,6 +195,17 @@ class Workplace:
                 return False
             return True
 
+    @contextmanager
+    def write_lock_held(self) -> Iterator[None]:
+        """No other process can write to SQLite's file, though all can read it."""
+        connection: Any = self.db.engine.raw_connection()
+        connection.driver_connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        finally:
+            connection.driver_connection.execute("ROLLBACK")
+            connection.close()
+
     def end(self) -> None:
         """Kill what was started, stopped or not."""
         processes = []
@@ -218,6 +229,16 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+def ended_within(seconds: float, process: psutil.Process) -> bool:
+    """Whether it ends; a zombie has ended, whoever may reap it."""
+    give_up = time.monotonic() + seconds
+    while is_alive(process.pid):
+        if time.monotonic() > give_up:
+            return False
+        time.sleep(0.005)
+    return True
+
+
 @pytest.fixture
 def place(db: Database, settings: Settings) -> Iterator[Workplace]:
     """A workplace on each database."""
@@ -226,4 +247,4 @@ def place(db: Database, settings: Settings) -> Iterator[Workplace]:
     workplace.end()
 
 
-__all__ = ["QUICK", "SHORT_LEASE", "Workplace", "is_alive", "place"]
+__all__ = ["QUICK", "SHORT_LEASE", "Workplace", "ended_within", "is_alive", "place"]

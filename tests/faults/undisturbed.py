@@ -1,0 +1,83 @@
+"""What a job must end with, however it was disturbed: every byte that the library itself makes of its config, with no
+worker, no queue and no interruption.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from nanomoe import checkpoint
+from nanomoe.config import JobConfig
+from service import store
+from service.store import Job
+from tests.worker.workplace import HERE, Workplace
+
+TEXT = "O rato roeu a roupa do rei de Roma; a rainha, com raiva, resolveu remendar a roupa do rei. " * 2
+DENSE: dict[str, Any] = {
+    "tokenizer": "bytes", "block_size": 32, "n_layer": 1, "n_head": 2, "n_embd": 16, "batch_size": 2, "epochs": 40,
+    "lr": 3e-3, "lr_schedule": "cosine", "warmup_steps": 5, "val_fraction": 0.1, "cont_max_new_tokens": 5,
+}  # fmt: skip
+MOE: dict[str, Any] = DENSE | {
+    "n_layer": 2, "use_moe": True, "n_experts": 4, "router_noise": True, "router_bias_update_rate": 0.01,
+    "capacity_factor": 1.0, "gradient_accumulation_steps": 2,
+}  # fmt: skip
+CONFIGS = {"dense": DENSE, "moe": MOE}
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    """What a training run leaves."""
+
+    files: dict[int, dict[str, str]]
+    """{percent: {name: sha256}}."""
+    metrics: dict[int, dict[str, Any]]
+    steps: list[tuple[int, float, float, float]]
+
+
+@cache
+def undisturbed(name: str) -> Undisturbed:
+    """Of one of CONFIGS."""
+    return train_undisturbed(JobConfig(**CONFIGS[name]))
+
+
+def train_undisturbed(config: JobConfig) -> Undisturbed:
+    import torch
+
+    from nanomoe.execution import Execution
+    from nanomoe.tokenizer import load_tokenizer
+    from nanomoe.train import Recorded, Run, Steps, train
+
+    tokenizer = load_tokenizer(config.tokenizer)
+    tokens = tokenizer.encode(TEXT)
+    execution = Execution.decide(config, "cpu", n_tokens=len(tokens))
+    found = Undisturbed({}, {}, [])
+    for happened in train(Run(config, tokens, tokenizer, execution, device=torch.device("cpu"))):
+        if isinstance(happened, Recorded):
+            found.files[happened.percent] = {
+                name: hashlib.sha256(content).hexdigest() for name, content in happened.files.items()
+            }
+            found.metrics[happened.percent] = happened.metrics
+        elif isinstance(happened, Steps):
+            found.steps.extend(zip(happened.step, happened.train_loss, happened.lr, happened.grad_norm, strict=True))
+    return found
+
+
+def assert_undisturbed(place: Workplace, job: Job, expected: Undisturbed) -> None:
+    """Every byte of every checkpoint, every metric and every step."""
+    rows = store.list_checkpoints(place.db, job.id)
+    assert [row.percent for row in rows] == [0, 25, 50, 75, 100]
+    for row in rows:
+        files = {file["name"]: file["sha256"] for file in row.files}
+        assert files == expected.files[row.percent], f"at {row.percent} %"
+        checkpoint.verify(place.settings.data_dir / row.folder, row.manifest_sha256)
+        metrics = {name: value for name, value in row.metrics.items() if name != "tok_per_sec"}
+        assert metrics == json.loads(json.dumps(expected.metrics[row.percent]))
+    steps = [tuple(row) for row in store.steps_after(place.db, job.id, 0, 100_000)]
+    assert steps == expected.steps
+
+
+def hooked(hooks: dict[int, dict[str, Any]]) -> list[str]:
+    """The program of a real trainer with these hooks, by attempt."""
+    return [str(HERE / "hooked_trainer.py"), json.dumps(hooks)]
