@@ -8,6 +8,7 @@ complaint. Nothing here is ever unpickled, and no file holds a wall-clock value:
 Knows no torch until weights are read; the service lists and serves checkpoints with it.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -99,6 +100,11 @@ def write(folder: Path, files: Mapping[str, bytes]) -> tuple[Manifest, str]:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
     return manifest, hashlib.sha256(manifest_bytes).hexdigest()
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether the disk, a quota, or a limit on the size of files refused to take more."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def _write_flushed(path: Path, content: bytes) -> None:

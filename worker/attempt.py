@@ -4,7 +4,6 @@ says, passes on what the user wishes, and ends the trainer when it must.
 Knows no HTTP and no torch. A lost lease ends the attempt at once, and it writes nothing more.
 """
 
-import errno
 import signal
 import threading
 import time
@@ -13,6 +12,7 @@ from queue import Empty
 
 import structlog
 
+from nanomoe.checkpoint import is_disk_full
 from nanomoe.config import JobConfig
 from nanomoe.plan import OutOfMemory, Plan
 from service import queue, store
@@ -97,7 +97,7 @@ class Attempt:
             self._done = Done(outcome="failed", error=Failure(code=error.code, message=str(error)))
         except Exception as error:
             # Whatever it is, the trainer must not outlive it, and the next job must not suffer from it.
-            self._disk_full = isinstance(error, StorageFull) or getattr(error, "errno", None) == errno.ENOSPC
+            self._disk_full = isinstance(error, StorageFull) or is_disk_full(error)
             self._crash = f"the supervisor failed: {error!r}"
             self._log.exception("attempt_failed")
         self._bury()

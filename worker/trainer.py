@@ -5,7 +5,6 @@ started before there is a job, imports torch, touches no GPU and waits. One proc
 """
 
 import argparse
-import errno
 import faulthandler
 import os
 import signal
@@ -239,7 +238,9 @@ def _explain(error: Exception) -> Failure | None:
     """What the job failed of, for an error that comes again whoever tries; None for any other."""
     import torch
 
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    from nanomoe import checkpoint
+
+    if checkpoint.is_disk_full(error):
         return Failure(code="disk_full", message=f"the disk is full: {error}")
     if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
         return Failure(code="out_of_memory", message=str(error))

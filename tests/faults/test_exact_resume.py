@@ -37,19 +37,6 @@ def test_death_at_every_point_of_a_commit_loses_nothing(place: Workplace) -> Non
 
 
 @ONLY_SQLITE
-def test_a_full_disk_pauses_the_job_which_loses_nothing(place: Workplace) -> None:
-    place.start_worker(program=hooked({1: {"full": "f1-75/wrote config.json"}}))
-    job = place.submit(TEXT, **DENSE)
-    paused = place.wait_for(job, "paused", "succeeded", "failed", timeout=100)
-    assert paused.status == "paused"
-    assert "disk is full" in (paused.status_reason or "")
-    assert [row.percent for row in store.list_checkpoints(place.db, job.id)] == [0, 25, 50]
-    queue.resume(place.db, job.id)
-    place.wait_for(job, "succeeded", timeout=100)
-    assert_undisturbed(place, job, undisturbed("dense"))
-
-
-@ONLY_SQLITE
 def test_a_paused_job_ends_with_the_same_bytes(place: Workplace) -> None:
     # The commit of the first quarter waits for the request, and training waits for the commit.
     place.start_worker(program=hooked({1: {"hold": "f1-25/renamed"}}))

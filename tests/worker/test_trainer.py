@@ -87,5 +87,6 @@ def test_an_error_that_would_come_again_fails_the_job_and_any_other_is_a_crash()
     assert code(torch.OutOfMemoryError("CUDA out of memory")) == "out_of_memory"
     assert code(TokenizerError("tokenizer_not_found", "no such name")) == "tokenizer_not_found"
     assert code(OSError(errno.ENOSPC, "No space left on device")) == "disk_full"
+    assert code(OSError(errno.EFBIG, "File too large")) == "disk_full"
     assert code(OSError(errno.EIO, "Input/output error")) is None
     assert code(RuntimeError("a bug")) is None
