@@ -37,6 +37,16 @@ def test_death_at_every_point_of_a_commit_loses_nothing(place: Workplace) -> Non
 
 
 @ONLY_SQLITE
+def test_a_row_that_came_before_its_files_would_vouch_for_what_is_not_there(place: Workplace) -> None:
+    place.start_worker(program=hooked({1: {"told first": "f1-25"}}), backoff_seconds=600)
+    job = place.submit(TEXT, **DENSE)
+    place.wait_until(lambda: place.job(job).crashes)
+    row = store.get_checkpoint(place.db, job.id, 25)
+    with pytest.raises(checkpoint.CheckpointDamaged):
+        checkpoint.verify(place.settings.data_dir / row.folder, row.manifest_sha256)
+
+
+@ONLY_SQLITE
 def test_a_paused_job_ends_with_the_same_bytes(place: Workplace) -> None:
     # The commit of the first quarter waits for the request, and training waits for the commit.
     place.start_worker(program=hooked({1: {"hold": "f1-25/renamed"}}))

@@ -4,6 +4,7 @@ Real workers over real databases. Each protection is also taken away once, to sh
 """
 
 import signal
+import sys
 import time
 from dataclasses import replace
 from typing import Any
@@ -15,7 +16,8 @@ from nanomoe import checkpoint
 from service import queue, store
 from service.store import Job
 from tests.databases import EITHER, ONLY_SQLITE
-from tests.worker.workplace import QUICK, SHORT_LEASE, Workplace, ended_within, is_alive
+from tests.worker.scripted_trainer import TIES
+from tests.worker.workplace import HERE, QUICK, SHORT_LEASE, Workplace, ended_within, is_alive
 
 
 def _is_whole(steps: list[int]) -> bool:
@@ -181,6 +183,22 @@ def test_killing_the_supervisor_kills_its_trainer_within_a_second(place: Workpla
     worker.signal(signal.SIGKILL)
     worker.wait()
     assert ended_within(1, trainer)
+
+
+@ONLY_SQLITE
+@pytest.mark.skipif(sys.platform != "linux", reason="the ties are taken away by what only Linux has")
+def test_without_its_ties_a_trainer_outlives_its_supervisor_and_the_lease(place: Workplace) -> None:
+    untied = [option for tie in TIES for option in ("--without", tie)]
+    job = place.submit()
+    worker = place.start_worker(program=[str(HERE / "scripted_trainer.py"), "silent", *untied], timing=SHORT_LEASE)
+    place.wait_for_step(job)
+    trainer = place.trainer(job)
+    worker.signal(signal.SIGKILL)
+    worker.wait()
+    place.wait_until(lambda: queue.rescue(place.db))
+    assert place.job(job).status == "queued"
+    assert is_alive(trainer.pid)  # while the job may be claimed on another device
+    trainer.kill()
 
 
 @EITHER

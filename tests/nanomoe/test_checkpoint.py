@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,45 @@ def test_death_before_the_rename_leaves_no_folder_and_the_next_attempt_succeeds(
     monkeypatch.undo()
     _, sha256 = checkpoint.write(tmp_path / "c", FILES)
     checkpoint.verify(tmp_path / "c", sha256)
+
+
+def test_without_the_other_name_death_leaves_a_folder_that_looks_whole_and_bars_the_next_attempt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(_: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "reached", die)
+    monkeypatch.setattr(Path, "with_name", lambda self, name: self)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.write(tmp_path / "c", FILES)
+    monkeypatch.undo()
+    assert [path.name for path in (tmp_path / "c").iterdir()] == ["a.txt"]
+    with pytest.raises(FileExistsError):
+        checkpoint.write(tmp_path / "c", FILES)
+
+
+@pytest.mark.parametrize("protected", [True, False], ids=["flushed", "without flushing"])
+def test_after_a_power_cut_there_is_what_was_flushed_and_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, protected: bool
+) -> None:
+    on_disk: set[int] = set()
+
+    def flush(descriptor: int) -> None:
+        if protected:
+            on_disk.add(os.fstat(descriptor).st_ino)
+
+    monkeypatch.setattr("os.fsync", flush)
+    _, sha256 = checkpoint.write(tmp_path / "c", FILES)
+    for path in (tmp_path / "c").iterdir():
+        if path.stat().st_ino not in on_disk:
+            path.write_bytes(b"")  # how a journalling file system brings back a file that was renamed too early
+    if protected:
+        checkpoint.verify(tmp_path / "c", sha256)
+        assert {(tmp_path / "c").stat().st_ino, tmp_path.stat().st_ino} <= on_disk
+    else:
+        with pytest.raises(CheckpointDamaged):
+            checkpoint.verify(tmp_path / "c", sha256)
 
 
 def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -127,6 +128,22 @@ def test_a_step_equals_the_plain_formula() -> None:
         # At the first step the bias-corrected moments are the gradient and its square.
         decayed = weights[name] * (1 - lr * 0.1) if p.dim() >= 2 else weights[name]
         torch.testing.assert_close(p.detach(), decayed - lr * g / (g.abs() + 1e-8), rtol=1e-4, atol=1e-6)
+
+
+def test_without_the_manifest_a_run_goes_on_from_a_flipped_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped = start({})
+    snapshot = next(event for event in train(stopped, StopAt(stopped, 2)) if isinstance(event, Snapshot))
+    _, sha256 = checkpoint.write(tmp_path / "s", snapshot.files)
+    weights = tmp_path / "s" / checkpoint.WEIGHTS
+    content = bytearray(weights.read_bytes())
+    content[-2] ^= 0x40  # of the last weight's mantissa
+    weights.write_bytes(content)
+    with pytest.raises(checkpoint.CheckpointDamaged):
+        checkpoint.read_all(tmp_path / "s", sha256)
+    monkeypatch.setattr(checkpoint, "read_file", lambda folder, entry: (folder / entry.name).read_bytes())
+    resumed = start({}, resume=checkpoint.read_all(tmp_path / "s", sha256))
+    undisturbed = start({}, resume=snapshot.files)
+    assert list(train(resumed))[-1] != list(train(undisturbed))[-1]
 
 
 def test_training_ends_early_once_the_evaluation_perplexity_is_low_enough() -> None:

@@ -1,7 +1,8 @@
 """A trainer without a model: it has the real tie to its supervisor and follows a script, for tests of the worker.
 
 `python scripted_trainer.py SCRIPT --parent PID --until TIME`. What a script does may depend on the attempt, which is
-the fence of the start message. Files in the job's folder are how a test and a script wait for each other.
+the fence of the start message. With `--without TIE` one of its ties to its supervisor is taken away. Files in the job's
+folder are how a test and a script wait for each other.
 """
 
 import argparse
@@ -10,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,6 +19,7 @@ from nanomoe import checkpoint
 from worker.guard import Supervision, die_with_parent
 from worker.memory import oom_kills
 from worker.protocol import (
+    Beat,
     CheckpointWritten,
     Done,
     Failure,
@@ -28,6 +30,7 @@ from worker.protocol import (
     Start,
     Steps,
     encode,
+    parse_to_trainer,
 )
 
 TOTAL = 100
@@ -258,14 +261,36 @@ SCRIPTS: dict[str, Callable[[Script], None]] = {
     )
 }
 
+TIES = ("signal", "pipe", "deadline")
+
+
+class Patient(Supervision):
+    """Is given for ever."""
+
+    def __init__(self, until: float) -> None:
+        super().__init__(until + 3600)
+
+    def _obey(self, line: bytes) -> None:
+        if not isinstance(parse_to_trainer(line), Beat):
+            super()._obey(line)
+
+
+def tie(parent: int, until: float, without: Sequence[str]) -> Supervision:
+    """What a real trainer begins with."""
+    if "signal" not in without:
+        die_with_parent(parent)
+    if "pipe" in without:
+        os.open("/proc/self/fd/0", os.O_WRONLY)  # it does not end while there is somebody who could write
+    return (Patient if "deadline" in without else Supervision)(until)
+
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("script", choices=SCRIPTS)
     parser.add_argument("--parent", type=int, required=True)
     parser.add_argument("--until", type=float, required=True)
+    parser.add_argument("--without", choices=TIES, action="append", default=[])
     options = parser.parse_args()
-    die_with_parent(options.parent)
-    supervision = Supervision(options.until)
+    supervision = tie(options.parent, options.until, options.without)
     signal.signal(signal.SIGTERM, lambda *_: supervision.terminated())
     SCRIPTS[options.script](Script(supervision))

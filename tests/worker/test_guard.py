@@ -7,8 +7,11 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
+from tests.worker.scripted_trainer import TIES
+from tests.worker.workplace import ended_within
 from worker.protocol import Beat, Stop, encode
 
 ROOT = Path(__file__).parents[2]
@@ -97,3 +100,30 @@ def test_a_trainer_that_hears_something_else_than_the_protocol_ends() -> None:
 
 def test_a_trainer_whose_parent_is_already_gone_ends_at_once() -> None:
     assert end(tied(parent=1 if os.getpid() != 1 else 2)) == -signal.SIGKILL
+
+
+SUPERVISOR = """
+import os, subprocess, sys
+trainer = subprocess.Popen(
+    [*sys.argv[1:], "--parent", str(os.getpid())], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+)
+trainer.stdout.readline()
+print(trainer.pid, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has the parent-death signal")
+@pytest.mark.parametrize("left", TIES)
+def test_each_tie_alone_ends_the_trainer_of_a_killed_supervisor(left: str) -> None:
+    trainer = [sys.executable, "-m", "tests.worker.scripted_trainer", "work", "--until", str(time.monotonic() + 5)]
+    for taken in TIES:
+        trainer += ["--without", taken] if taken != left else []
+    supervisor = subprocess.Popen(
+        [sys.executable, "-c", SUPERVISOR, *trainer], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
+    )
+    assert supervisor.stdout is not None
+    orphan = psutil.Process(int(supervisor.stdout.readline()))
+    supervisor.kill()
+    assert end(supervisor) == -signal.SIGKILL
+    assert ended_within(30, orphan)
