@@ -1073,6 +1073,23 @@ def test_a_submit_that_meets_a_delete_of_the_same_text_stores_it_anew(db: Databa
     assert store.get_text(db, submitting.result().text_sha256)
 
 
+@ONLY_POSTGRESQL  # SQLite has one writer
+def test_without_its_lock_the_text_of_a_new_job_is_deleted_before_the_commit(db: Database, races: Races) -> None:
+    job = submit(db)
+    queue.request_cancel(db, job.id)
+
+    @sa.event.listens_for(db.engine, "before_cursor_execute", retval=True)
+    def _take_away(*arguments: Any) -> tuple[str, Any]:
+        statement, parameters = arguments[2:4]
+        return statement.replace(" FOR KEY SHARE", ""), parameters
+
+    deleting = races.hold(queue.delete, db, job.id)
+    submitting = races.start(submit, db)
+    deleting.let_go()
+    with pytest.raises(IntegrityError):
+        submitting.result()
+
+
 def test_a_submit_that_meets_a_delete_of_its_parent_finds_none(db: Database, races: Races) -> None:
     parent = submit(db)
     queue.request_cancel(db, parent.id)

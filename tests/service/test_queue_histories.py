@@ -35,6 +35,14 @@ MAY_BECOME = {
     "failed": set(),
     "cancelled": set(),
 }
+
+
+def out_of_memory(db: Database, claim: Claim) -> Job:
+    decided = {"execution": {"micro_batch": 4}, "model": {"n_params": 1, "n_active_params": 1}}
+    queue.record_prepared(db, claim, n_tokens=9, total_steps=4, **decided)
+    return queue.release_smaller(db, claim, micro_batch=2, reason="memory ran out", warnings=[{"code": "w"}])
+
+
 OWNERS_WRITES: dict[str, Any] = {
     "heartbeat": lambda db, claim: queue.heartbeat(db, claim, {"step": 1}),
     "steps": lambda db, claim: queue.record_steps(
@@ -51,6 +59,7 @@ OWNERS_WRITES: dict[str, Any] = {
     "fail": lambda db, claim: queue.finish(db, claim, "failed", error={"code": "e", "message": "m"}),
     "drain": lambda db, claim: queue.release(db, claim),
     "crash": lambda db, claim: queue.release(db, claim, crash="signal 9"),
+    "out of memory": out_of_memory,
     "pause": lambda db, claim: queue.release(db, claim, pause_reason="the disk is full"),
 }
 
