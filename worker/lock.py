@@ -34,7 +34,8 @@ class SlotLock:
     def acquire(self) -> bool:
         """Take the lock, for this process and for whoever inherited the descriptor; False when a job still holds it.
 
-        What a dead supervisor of this machine left running is killed here, so that a later try succeeds.
+        What a dead supervisor of this machine left running is killed here, so that a later try succeeds. Raises OSError
+        when the disk is full, and takes nothing then.
         """
         try:
             fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -42,8 +43,13 @@ class SlotLock:
             self._kill_what_a_dead_supervisor_left()
             return False
         owner = _supervisor(os.getpid()) | {"trainer": self._token}
-        os.ftruncate(self.descriptor, 0)
-        os.pwrite(self.descriptor, json.dumps(owner).encode(), 0)
+        content = json.dumps(owner).encode()
+        try:
+            os.pwrite(self.descriptor, content, 0)
+            os.ftruncate(self.descriptor, len(content))  # not before: on a full disk the room might be gone
+        except OSError:
+            self.release()
+            raise
         return True
 
     def release(self) -> None:

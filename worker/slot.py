@@ -110,13 +110,21 @@ class Slot:
                 self._wants_trainer = True
                 return None
             # The lock comes first: with it, nothing of an earlier job is left on this device, whoever ran it.
-            if trainer.lock.acquire():
+            if self._acquire(trainer):
                 lease = self._claim()
                 if lease is not None:
                     return lease
                 trainer.lock.release()
             self._changed.wait(self._timing.retry)
         return None
+
+    def _acquire(self, trainer: TrainerProcess) -> bool:
+        try:
+            return trainer.lock.acquire()
+        except OSError as error:
+            # The disk is full, for example: what runs in other slots must not suffer from it.
+            log.error("cannot_lock", slot=self.name, error=str(error))
+            return False
 
     def _claim(self) -> Lease | None:
         began = time.monotonic()

@@ -187,7 +187,8 @@ def _prepare(start: Start, wire: Wire) -> "Run":
     execution = Execution.decide(config, start.device, n_tokens=len(tokens))
     differences: list[str] = []
     if start.execution is not None:
-        first = Execution.model_validate(start.execution)
+        # A job that began before the micro-batch was part of it had the config's.
+        first = Execution.model_validate({"micro_batch": config.batch_size} | start.execution)
         execution = _keep(first, execution)
         differences = first.differences(execution)
     execution.apply()

@@ -120,3 +120,27 @@ if can_mount():  # not skipped elsewhere: there the limit above is the real refu
             queue.resume(place.db, job.id)
             assert place.wait_for(job, "succeeded", "failed").status == "succeeded"
             assert_undisturbed(place, job, undisturbed("dense"))
+
+    def test_a_worker_that_starts_on_a_full_disk_waits_for_room(
+        disk: SmallDisk, tmp_path: Path, migrated_sqlite: Path
+    ) -> None:
+        with place_on(disk, tmp_path / "nanomoe.db", migrated_sqlite) as place:
+            disk.fill()
+            worker = place.start_worker("succeed")
+            place.wait_until(lambda: list((disk.folder / "locks").glob("*")))
+            job = place.submit()
+            assert worker.wait(1) is None
+            assert place.job(job).status == "queued"
+            disk.make_room()
+            assert place.wait_for(job, "succeeded", "paused", "failed").status == "succeeded"
+
+    def test_a_job_that_begins_on_a_full_disk_pauses(disk: SmallDisk, tmp_path: Path, migrated_sqlite: Path) -> None:
+        with place_on(disk, tmp_path / "nanomoe.db", migrated_sqlite) as place:
+            place.start_worker("succeed")
+            place.wait_for(place.submit(), "succeeded")
+            disk.fill()
+            job = place.submit()
+            assert_paused(place, job, [])
+            disk.make_room()
+            queue.resume(place.db, job.id)
+            place.wait_for(job, "succeeded")
