@@ -22,6 +22,8 @@ COPY --from=build /opt/nanomoe /opt/nanomoe
 ENV PATH=/opt/nanomoe/bin:$PATH PYTHONUNBUFFERED=1 NANOMOE_DATA_DIR=/data
 USER 10001
 WORKDIR /home/nanomoe
+# For this machine's processor; on another one the first generation does it, in half a minute.
+RUN python -m nanomoe.kernels
 VOLUME /data
 EXPOSE 8000
 CMD ["python", "-m", "service"]

@@ -13,12 +13,16 @@ H heads, D = C / H, E experts, K experts of a token, V vocabulary. Knows no samp
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from nanomoe.config import ModelConfig
+
+if TYPE_CHECKING:
+    from nanomoe.kernels.step import Loops
 
 SAFETY = 100.0
 """How many times the largest error seen on the probes is taken as the bound. Assumed; a wider bound costs only time."""
@@ -73,9 +77,16 @@ class Decoder:
     """One checkpoint's weights in float32, and a cache of `n_rows` sequences, rows 0 to n_rows - 1."""
 
     def __init__(
-        self, weights: Mapping[str, Tensor], config: ModelConfig, device: torch.device | str = "cpu", n_rows: int = 1
+        self,
+        weights: Mapping[str, Tensor],
+        config: ModelConfig,
+        device: torch.device | str = "cpu",
+        n_rows: int = 1,
+        *,
+        compiled: bool = False,
     ) -> None:
-        """`weights`: the model's parameters and buffers by nanoGPT's names, any float type.
+        """`weights`: the model's parameters and buffers by nanoGPT's names, any float type. `compiled`: whether a step
+        is done by compiled loops (`nanomoe.kernels`), on a CPU only.
 
         Raises:
             ValueError: a weight is not finite.
@@ -91,15 +102,23 @@ class Decoder:
         self._wpe_BC = weights["transformer.wpe.weight"]
         self._ln_f = self._pair(weights, "transformer.ln_f")
         self._layers = [self._layer(weights, layer) for layer in range(config.n_layer)]
+        self._loops: Loops | None = None
+        if compiled:
+            from nanomoe.kernels import step
+
+            assert self.device.type == "cpu", "loops are compiled for CPUs"
+            self._loops = step.Loops(weights, config)
         self._positions_B = torch.arange(_round_up(config.block_size), device=self.device)
         self._seen = torch.zeros((), device=self.device)
         self._unseen = torch.full((), -math.inf, device=self.device)
         self.n_rows = 0
         self._kept_views: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._cache: list[Tensor] = []
-        """Per layer (R * H, B, 2 D): keys and values side by side."""
+        self._cache = torch.empty(config.n_layer, 0, 0, 0)
+        """(L, R * H, B, 2 D), L layers: keys and values side by side."""
         self.reserve(n_rows)
+        self._router_error = 0.0
         self.error, self._router_error = self._measure_errors()
+        self._cache.zero_()
 
     def _pair(self, weights: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor | None]:
         return weights[name + ".weight"], weights.get(name + ".bias")
@@ -131,13 +150,13 @@ class Decoder:
     @property
     def n_bytes(self) -> int:
         """Memory of the weights and the cache."""
-        tensors = [self.wte_VC, self._wpe_BC, *self._cache]
+        tensors = [self.wte_VC, self._wpe_BC, self._cache]
         for layer in self._layers:
             for pair in (layer.attn, layer.attn_out, *(layer.mlp or ())):
                 tensors += [tensor for tensor in pair if tensor is not None]
             for experts in (layer.experts, layer.shared):
                 tensors += [] if experts is None else [experts.w_in, experts.w_out]
-        return sum(tensor.nbytes for tensor in tensors)
+        return sum(tensor.nbytes for tensor in tensors) + (0 if self._loops is None else self._loops.n_bytes)
 
     @property
     def row_bytes(self) -> int:
@@ -150,9 +169,9 @@ class Decoder:
             return
         H, B, D = self.config.n_head, _round_up(self.config.block_size), self._head_dim
         # Zeros, not empty: positions that a mask hides are still multiplied, and 0 * NaN is NaN.
-        grown = [torch.zeros(n_rows * H, B, 2 * D, device=self.device) for _ in self._layers]
-        for new, old in zip(grown, self._cache, strict=False):
-            new[: len(old)] = old
+        grown = torch.zeros(self.config.n_layer, n_rows * H, B, 2 * D, device=self.device)
+        if self.n_rows:
+            grown[:, : self.n_rows * H] = self._cache
         self._cache, self.n_rows = grown, n_rows
         self._viewed: tuple[int, int] | None = None
         self._first_slot_RH = torch.arange(n_rows * H, device=self.device).view(n_rows, H) * B
@@ -160,8 +179,7 @@ class Decoder:
     def move(self, source: int, target: int) -> None:
         """Copy a cached sequence from one row to another."""
         H = self.config.n_head
-        for cache in self._cache:
-            cache[target * H : (target + 1) * H] = cache[source * H : (source + 1) * H]
+        self._cache[:, target * H : (target + 1) * H] = self._cache[:, source * H : (source + 1) * H]
 
     # One token for each cached sequence
 
@@ -177,6 +195,8 @@ class Decoder:
         """
         N, H, D, C = len(tokens), self.config.n_head, self._head_dim, self.config.n_embd
         assert self.n_rows >= N, f"{N} sequences in a cache of {self.n_rows} rows"
+        if self._loops is not None:
+            return self._loops.step(tokens, positions, self._cache, self._router_error)
         tokens_N, positions_N = torch.tensor([tokens, positions], device=self.device)
         length = _round_up(max(positions) + 1)
         unseen_NL = self._positions_B[:length] > positions_N[:, None]
@@ -325,6 +345,9 @@ class Decoder:
                 pairs = zip(self._experts_of(low_TE), self._experts_of(high_TE), strict=True)
                 same = min(same, next((t for t, (low, high) in enumerate(pairs) if low != high), length))
             hidden_errors += (low_TC - high_TC)[0, :same].norm(dim=-1).tolist()
+            if self._loops is not None:
+                stepped_TC = torch.cat([self.step([token], [position])[0] for position, token in enumerate(probe)])
+                hidden_errors += (stepped_TC - high_TC[0])[:same].norm(dim=-1).tolist()
             hidden_errors += (high_TC[0, :same].norm(dim=-1) * 2.0**-24).tolist()
             for low_TE, high_TE in zip(low_wanted, high_wanted, strict=True):
                 router_errors += (low_TE - high_TE)[:same].abs().amax(-1).tolist()

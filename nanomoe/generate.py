@@ -33,6 +33,16 @@ _PREFILL_TOKENS = 4096
 _LONGEST_SHORT_LIST = 1024
 """A larger top_k is sampled from all logits."""
 
+_FEW_SEQUENCES = 4
+"""Fewer than these are computed by one thread: with two, a lone text is a tenth faster on a machine of its own, and
+half as fast beside a training (measured)."""
+
+
+def useful_threads(n_sequences: int, n_threads: int) -> int:
+    """Of `n_threads`, how many a step of so many sequences should use: few gain little from threads that wait for each
+    other where others use the machine."""
+    return 1 if n_sequences < _FEW_SEQUENCES else n_threads
+
 
 @dataclass(frozen=True)
 class Request:
@@ -111,13 +121,16 @@ class Engine:
         device: torch.device | str = "cpu",
         max_running: int = 64,
         cache_bytes: int = 2**30,
+        compiled: bool = False,
     ) -> None:
         """`weights`: parameters and buffers by nanoGPT's names. At most `max_running` sequences run at the same time,
-        fewer when their keys and values would not fit `cache_bytes`; the others wait their turn."""
+        fewer when their keys and values would not fit `cache_bytes`; the others wait their turn. `compiled`: whether
+        to load compiled loops, which pay from some hundred tokens on; on a GPU there are none."""
         self.config = config
-        self._decoder = Decoder(weights, config, device)
+        self._compiled = compiled and torch.device(device).type == "cpu"
+        self._decoder = Decoder(weights, config, device, compiled=self._compiled)
         self.vocab_size = len(self._decoder.wte_VC)
-        self._output = OutputLayer(self._decoder.wte_VC, self._decoder.error)
+        self._output = OutputLayer(self._decoder.wte_VC, self._decoder.error, compiled=self._compiled)
         self.max_running = max(1, min(max_running, cache_bytes // self._decoder.row_bytes))
         self._waiting: deque[Continuation] = deque()
         self._cached: list[Continuation] = []
@@ -144,7 +157,12 @@ class Engine:
     @property
     def numerics(self) -> str:
         """How tokens are computed, in words."""
-        return self._output.numerics
+        return f"{self._output.numerics}; {'compiled loops' if self._compiled else 'tensor operations'}"
+
+    @property
+    def output_bytes_per_token(self) -> int:
+        """What is read of the output layer for one token, where a short list decides."""
+        return self._output.bytes_per_token
 
     def submit(self, request: Request) -> Continuation:
         """Let a request join at one of the next steps.
@@ -262,20 +280,26 @@ class _Choosing:
         self.logits: dict[int, Floats] = {}
         """All logits of the sequences whose probabilities are asked for."""
 
-        greedy, few, all_ = [], [], []
+        greedy, drawn, few, all_ = [], [], [], []
         for n, request in enumerate(self._requests):
             sampling = request.sampling
             if request.logprobs is not None:
                 all_.append(n)
             elif sampling.greedy:
                 greedy.append(n)
+            elif output.draws and not sampling.cuts_by_mass:
+                drawn.append(n)
             elif sampling.top_k is not None and sampling.top_k <= _LONGEST_SHORT_LIST:
                 few.append(n)
             else:
                 all_.append(n)
         self._likeliest(greedy)
+        self._draw(drawn)
         self._among_candidates(few)
-        self._among_all(all_ + [n for n in greedy + few if self.tokens[n] is None and n not in self._candidates])
+        self._roughly([n for n in all_ if self._requests[n].logprobs is None])
+        self._among_all(
+            [n for n in greedy + drawn + few + all_ if self.tokens[n] is None and n not in self._candidates]
+        )
 
     def _rows(self, chosen: list[int]) -> tuple[Tensor, list[float]]:
         every = chosen == list(range(len(self._requests)))
@@ -298,10 +322,17 @@ class _Choosing:
                 self._candidates[n] = candidates.ids
                 self.tokens[n] = self._choose(n, candidates.logits, error, candidates.ids)
 
+    def _draw(self, chosen: list[int]) -> None:
+        """Sample tokens from what 8-bit products tell, where that decides."""
+        if chosen:
+            hidden_NC, errors = self._rows(chosen)
+            samplings = [self._requests[n].sampling for n in chosen]
+            noises = [noise for n in chosen if (noise := self._noises[n]) is not None]
+            for n, token in zip(chosen, self._output.draw(hidden_NC, errors, samplings, noises), strict=True):
+                self.tokens[n] = token
+
     def _among_all(self, chosen: list[int]) -> None:
-        """Choose among all tokens: by rough logits where these decide and nobody asks for probabilities."""
-        self._roughly([n for n in chosen if self._requests[n].logprobs is None])
-        chosen = [n for n in chosen if self.tokens[n] is None]
+        """Choose among all tokens by their float32 logits."""
         if chosen:
             hidden_NC, errors = self._rows(chosen)
             logits_NV = self._output.logits(hidden_NC).cpu().numpy()

@@ -10,14 +10,18 @@ Shape letters: N rows, S candidates, V vocabulary, C channels. Knows no temperat
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nanomoe.sampling import BLOCK, TIE, Floats, Ids
+from nanomoe.sampling import BLOCK, TIE, Floats, Ids, Noise, Sampling
+
+Products = npt.NDArray[np.int32]
 
 _BLOCK = 32
 """Logits whose maximum is taken first when the largest are sought: every (V / 32)-th, which vectorises."""
@@ -74,8 +78,9 @@ class Rough:
 class OutputLayer:
     """The tied embedding as output layer: logits_V = W_VC x_C."""
 
-    def __init__(self, wte_VC: Tensor, hidden_error: float) -> None:
-        """`hidden_error`: bound on the norm of the error of the hidden states that will be given."""
+    def __init__(self, wte_VC: Tensor, hidden_error: float, *, compiled: bool = False) -> None:
+        """`hidden_error`: bound on the norm of the error of the hidden states that will be given. `compiled`: whether
+        short lists are sought by compiled loops (`nanomoe.kernels`)."""
         self._wte_VC = wte_VC
         self._wte_CV = wte_VC.T.contiguous()  # products with one row read it several times faster (measured)
         norms_V = wte_VC.norm(dim=1)
@@ -87,6 +92,7 @@ class OutputLayer:
             ints = _Int8(wte_VC)
             if ints.exact_products():
                 self._ints = ints
+        self._compiled = compiled
 
     @property
     def numerics(self) -> str:
@@ -99,6 +105,11 @@ class OutputLayer:
     def n_bytes(self) -> int:
         """Memory beside the embedding itself."""
         return self._wte_CV.nbytes + (0 if self._ints is None else self._ints.n_bytes)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """What is read for one row where a short list decides."""
+        return self._wte_CV.nbytes if self._ints is None else self._ints.table_bytes
 
     def errors(self, x_NC: Tensor) -> list[float]:
         """For each row, a bound on the error of any float32 logit."""
@@ -126,6 +137,8 @@ class OutputLayer:
     def likeliest(self, x_NC: Tensor, errors: list[float]) -> list[int | None]:
         """The likeliest token of each row; None where another one is so close that float32 cannot tell. `errors`:
         those of `errors()`."""
+        if self._ints is not None and self._compiled:
+            return self._ints.likeliest(x_NC, errors)
         if self._ints is None:
             logits_NS, ids_NS = self.logits(x_NC).topk(min(2, len(self._wte_VC)))
             missed = [-math.inf] * len(x_NC)  # the largest logit that a token outside of the list can have
@@ -141,6 +154,19 @@ class OutputLayer:
             token if best - max([*rivals, end]) > max(2 * error, TIE) else None
             for token, (best, *rivals), end, error in zip(ids, best_N2.tolist(), missed, errors, strict=True)
         ]
+
+    @property
+    def draws(self) -> bool:
+        """Whether there is `draw`."""
+        return self._ints is not None and self._compiled
+
+    def draw(
+        self, x_NC: Tensor, errors: list[float], samplings: Sequence[Sampling], noises: Sequence[Noise]
+    ) -> list[int | None]:
+        """The sampled token of each row; None where the bounds do not decide. `errors`: those of `errors()`;
+        `samplings`: none that is greedy or cuts by mass."""
+        assert self._ints is not None
+        return self._ints.draw(x_NC, errors, samplings, noises)
 
     def candidates(self, x_NC: Tensor, counts: list[int], errors: list[float]) -> list[Candidates | None]:
         """For each row, all tokens that may be among its `count` likeliest or equal to them; None where they are too
@@ -167,17 +193,22 @@ class OutputLayer:
 
 
 class _Int8:
-    """The embedding in 8-bit integers: row v is about scale_V[v] * ints_VC[v]."""
+    """The embedding in 8-bit integers, all of one scale, so that products compare as they are."""
 
     def __init__(self, wte_VC: Tensor) -> None:
         V, self._n_embd = wte_VC.shape
-        self._scale_V = wte_VC.abs().amax(1).clamp_min(_LEAST) / 127
-        self._ints_VC = (wte_VC / self._scale_V[:, None]).round_().to(torch.int8)
-        self._largest_norm = wte_VC.norm(dim=1).max().item()
-        self._largest_error = (wte_VC - self._ints_VC * self._scale_V[:, None]).norm(dim=1).max().item()
+        self._scale = max(wte_VC.abs().max().item(), _LEAST) / 127
+        self._ints_VC = (wte_VC / self._scale).round_().to(torch.int8)
+        self._largest_norm: float = wte_VC.norm(dim=1).max().item()
+        self._largest_error: float = (wte_VC - self._ints_VC * self._scale).norm(dim=1).max().item()
+        self._wte = wte_VC.numpy()
         self._padded_V = -(-V // _BLOCK) * _BLOCK
         self._logits_NV = wte_VC.new_empty(0, 0)
         self._products_NV = self._ints_VC.new_empty((0, 0), dtype=torch.int32)
+
+    @property
+    def table_bytes(self) -> int:
+        return self._ints_VC.nbytes
 
     @property
     def n_bytes(self) -> int:
@@ -196,27 +227,69 @@ class _Int8:
     def logits(self, x_NC: Tensor) -> tuple[Tensor, Tensor]:
         """(N, V padded to whole blocks with -inf), valid until the next call, each row's in a unit of its own (N,)."""
         N, V = len(x_NC), len(self._ints_VC)
+        self._reserve(N)
         if len(self._logits_NV) < N:
             self._logits_NV = x_NC.new_full((N, self._padded_V), -math.inf)
-            self._products_NV = self._ints_VC.new_empty((N, V), dtype=torch.int32)
         units_N1 = x_NC.abs().amax(1, keepdim=True).clamp_min_(_LEAST) / 127
         # Into kept memory: fresh pages for so large a result cost as much as the product (measured).
         products_NV = torch._int_mm(
             (x_NC / units_N1).round_().to(torch.int8), self._ints_VC.T, out=self._products_NV[:N]
         )
-        logits_NV = self._logits_NV[:N]
-        logits_NV[:, :V].copy_(products_NV).mul_(
-            self._scale_V
-        )  # at once, mixed types take three times as long (measured)
-        return logits_NV, units_N1[:, 0]
+        self._logits_NV[:N, :V].copy_(products_NV)
+        return self._logits_NV[:N], units_N1[:, 0] * self._scale
 
     def errors(self, x_NC: Tensor) -> list[float]:
         """For each row, a bound on the error of any of its logits."""
-        bounds = []
-        for norm, largest in zip(_norms(x_NC), x_NC.abs().amax(1).tolist(), strict=True):
-            rounding = largest / 127 * math.sqrt(self._n_embd) / 2
-            bounds.append(1.001 * (rounding * self._largest_norm + (norm + rounding) * self._largest_error))
-        return bounds
+        units_N1 = x_NC.abs().amax(1, keepdim=True).clamp_min_(_LEAST) / 127
+        roundings = _norms(x_NC - (x_NC / units_N1).round_() * units_N1)
+        return [self._bound(norm, rounding) for norm, rounding in zip(_norms(x_NC), roundings, strict=True)]
+
+    def _bound(self, norm: float, rounding: float) -> float:
+        return 1.001 * (rounding * self._largest_norm + (norm + rounding) * self._largest_error)
+
+    def likeliest(self, x_NC: Tensor, errors: list[float]) -> list[int | None]:
+        """As `OutputLayer.likeliest`, in compiled loops."""
+        from nanomoe.kernels import short_list
+
+        products_NV, units, bounds = self._products(x_NC)
+        gaps = [max(2 * error, TIE) for error in errors]
+        slacks = [(2 * bound + gap) / unit for bound, gap, unit in zip(bounds, gaps, units, strict=True)]
+        return short_list.likeliest(products_NV, np.array(slacks), np.array(gaps), x_NC.numpy(), self._wte)
+
+    def draw(
+        self, x_NC: Tensor, errors: list[float], samplings: Sequence[Sampling], noises: Sequence[Noise]
+    ) -> list[int | None]:
+        """As `OutputLayer.draw`."""
+        from nanomoe.kernels import draw
+
+        products_NV, units, bounds = self._products(x_NC)
+        V = len(self._wte)
+        return draw.draw(
+            products_NV,
+            np.array(units),
+            np.add(bounds, errors),
+            np.array(errors),
+            np.array([V if sampling.top_k is None else min(sampling.top_k, V) for sampling in samplings]),
+            np.array([sampling.temperature for sampling in samplings]),
+            np.stack([noise.uniform for noise in noises]),
+            x_NC.numpy(),
+            self._wte,
+        )
+
+    def _products(self, x_NC: Tensor) -> tuple[Products, list[float], list[float]]:
+        """(N, V) of the rows' integers with the embedding's, valid until the next call; for each row, what turns them
+        into logits, and by how much these can be wrong."""
+        from nanomoe.kernels import short_list
+
+        self._reserve(len(x_NC))
+        ints_NC, units_N, norms_N, roundings_N = short_list.quantize(x_NC.numpy())
+        products_NV = torch._int_mm(torch.from_numpy(ints_NC), self._ints_VC.T, out=self._products_NV[: len(x_NC)])
+        bounds = [self._bound(*each) for each in zip(norms_N.tolist(), roundings_N.tolist(), strict=True)]
+        return products_NV.numpy(), (units_N * self._scale).tolist(), bounds
+
+    def _reserve(self, n_rows: int) -> None:
+        if len(self._products_NV) < n_rows:
+            self._products_NV = self._ints_VC.new_empty((n_rows, len(self._ints_VC)), dtype=torch.int32)
 
 
 def _norms(x_NC: Tensor) -> list[float]:

@@ -14,6 +14,7 @@ of other sequences being served. Knows no model.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ _MOST_CONTENDERS = 16
 _NUCLEUS = 1024
 """Tokens that are sorted first when the likeliest that hold `top_p` are sought."""
 
-_FLOAT32_ROUNDING = 3e-5
+ROUNDING = 3e-5
 """Derived: what exp and sums of at most 256 float32 terms can add to the log of a mass; 256 * 2**-24 is 1.5e-5."""
 
 Floats = npt.NDArray[np.floating[Any]]
@@ -69,15 +70,26 @@ class Sampling:
         return not self.greedy and self.top_p is not None and self.top_p < 1
 
 
+SMALLEST_UNIFORM = 2.0**-54
+"""Stands for a draw of 0, whose log is not finite."""
+
+
 @dataclass(frozen=True)
 class Noise:
-    """The standard Gumbel noise of one new token."""
+    """The noise of one new token."""
 
-    blocks: Floats
-    """(ceil(V / 256),), float64."""
+    uniform: Floats
+    """(ceil(V / 256) + 256,), float64 in [0, 1): a draw for each block, and one for each place in the chosen block."""
 
-    places: Floats
-    """(256,), float64: one for each place in the chosen block."""
+    @cached_property
+    def blocks(self) -> Floats:
+        """(ceil(V / 256),) standard Gumbel noise."""
+        return _gumbel(self.uniform[:-BLOCK])
+
+    @cached_property
+    def places(self) -> Floats:
+        """(256,) standard Gumbel noise."""
+        return _gumbel(self.uniform[-BLOCK:])
 
 
 class NoiseStream:
@@ -89,9 +101,12 @@ class NoiseStream:
 
     def draw(self) -> Noise:
         """The noise of the next token."""
-        uniform = self._generator.random(self._n_blocks + BLOCK)
-        gumbel = -np.log(-np.log(np.maximum(uniform, 2.0**-54)))  # random() may be 0, whose log is not finite
-        return Noise(gumbel[: self._n_blocks], gumbel[self._n_blocks :])
+        return Noise(self._generator.random(self._n_blocks + BLOCK))
+
+
+def _gumbel(uniform: Floats) -> Floats:
+    gumbel: Floats = -np.log(-np.log(np.maximum(uniform, SMALLEST_UNIFORM)))
+    return gumbel
 
 
 def choose(
@@ -111,7 +126,7 @@ def choose(
         return int(rivals.min() if ids is None else ids[rivals].min())
     assert noise is not None, "sampling needs noise"
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):  # a temperature near 0 overflows, harmlessly
-        slack = error / sampling.temperature + _FLOAT32_ROUNDING if error else 0.0
+        slack = error / sampling.temperature + ROUNDING if error else 0.0
         scaled = (logits - logits.max()) / sampling.temperature
         sure, possible = _allowed(scaled, sampling, slack)
         weights = np.exp(scaled)
@@ -159,10 +174,10 @@ def choose_among_blocks(
         scaled -= largest
         masses = _block_masses(np.exp(scaled, out=scaled), None, None, len(noise.blocks))
         scores = np.log(masses) + noise.blocks
-        contenders = np.flatnonzero(scores >= scores.max() - 2 * (bound / temperature + _FLOAT32_ROUNDING))
+        contenders = np.flatnonzero(scores >= scores.max() - 2 * (bound / temperature + ROUNDING))
         if not 0 < len(contenders) <= _MOST_CONTENDERS:
             return None
-        slack = error / temperature + _FLOAT32_ROUNDING
+        slack = error / temperature + ROUNDING
         refined = [refine(int(block)) / temperature - largest for block in contenders]
         refined_scores = [np.log(np.exp(block).sum()) for block in refined] + noise.blocks[contenders]
         best = _clear_maximum(refined_scores, slack)

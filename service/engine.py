@@ -29,7 +29,7 @@ from nanomoe import generate as nanomoe_generate
 from nanomoe.checkpoint import CheckpointDamaged
 from nanomoe.config import JobConfig
 from nanomoe.execution import find_device
-from nanomoe.generate import Continuation, Engine
+from nanomoe.generate import Continuation, Engine, useful_threads
 from nanomoe.sampling import Sampling
 from nanomoe.tokenizer import Tokenizer
 from service.engine_messages import (
@@ -57,10 +57,6 @@ from service.text_stream import TextStream
 
 CHUNK_SECONDS = 0.02
 """Shortest time between two chunks of a streamed text: a reader sees no difference, and lines cost time."""
-
-_FEW_SEQUENCES = 4
-"""Fewer than these are computed by one thread: with two, a lone text is a tenth faster on a machine of its own, and
-half as fast beside a training (measured)."""
 
 _PR_SET_PDEATHSIG = 1
 
@@ -154,8 +150,7 @@ class Server:
         self._flush()
 
     def _share_threads(self) -> None:
-        """Few sequences gain little from several threads, which wait for each other where others use the machine."""
-        wanted = 1 if len(self._owner) < _FEW_SEQUENCES else self._n_threads
+        wanted = useful_threads(len(self._owner), self._n_threads)
         if wanted != torch.get_num_threads():
             torch.set_num_threads(wanted)
 
@@ -264,6 +259,7 @@ class Server:
                 device=self._device,
                 max_running=self._start.max_running,
                 cache_bytes=self._start.cache_bytes // 4,
+                compiled=True,
             )
             if tokenizer.vocab_size != engine.vocab_size:
                 raise ValueError(f"{tokenizer.vocab_size} tokens for {engine.vocab_size} embeddings")

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from nanomoe import __version__
-from service.cli import examine, jobs, knobs, local, serve, text, upkeep
+from service.cli import bench, examine, jobs, knobs, local, serve, text, upkeep
 from service.cli.mistakes import Mistake
 from service.cli.processes import ChildFailed
 from service.client import ClientError, Problem, Unavailable, UnexpectedAnswer, Unreachable
@@ -31,6 +31,7 @@ for panel, commands in {
 }.items():
     for command in commands:
         app.command(rich_help_panel=panel)(command)
+app.add_typer(bench.app, rich_help_panel="Without a service")
 
 
 def _print_version(wanted: bool) -> None:

@@ -53,9 +53,14 @@ class Processes:
         child.wait()
         raise self._failed("api", child)
 
-    def start_worker(self) -> None:
-        """Start the worker. It waits by itself until the API has made the database."""
-        self._start("worker", "worker")
+    def start_worker(self, name: str = "worker") -> None:
+        """Start a worker. It waits by itself until the API has made the database."""
+        self._start(name, "worker")
+
+    def kill(self, name: str) -> None:
+        """End a child without giving it a chance to do anything about it."""
+        self._children[name].kill()
+        self._children[name].wait()
 
     @contextmanager
     def watched(self) -> Iterator[None]:

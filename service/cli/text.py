@@ -165,7 +165,7 @@ def warning_line(code: str, message: str) -> Text:
 
 def jobs_table(jobs: Iterable[schemas.JobView]) -> Table:
     """One row a job."""
-    table = _table("job", "status", ">done", ">submitted", "name")
+    table = new_table("job", "status", ">done", ">submitted", "name")
     for job in jobs:
         table.add_row(
             job.id,
@@ -179,7 +179,7 @@ def jobs_table(jobs: Iterable[schemas.JobView]) -> Table:
 
 def workers_table(workers: Iterable[schemas.WorkerView]) -> Table:
     """One row a worker."""
-    table = _table("worker", "host", "device", ">jobs", ">slots", ">last seen")
+    table = new_table("worker", "host", "device", ">jobs", ">slots", ">last seen")
     for worker in workers:
         devices = ", ".join(" ".join(filter(None, (one.device, one.name))) for one in worker.devices)
         table.add_row(
@@ -193,7 +193,7 @@ def workers_table(workers: Iterable[schemas.WorkerView]) -> Table:
     return table
 
 
-def _table(*columns: str) -> Table:
+def new_table(*columns: str) -> Table:
     """Without lines; a column that begins with `>` is set flush right."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
@@ -207,7 +207,7 @@ def _table(*columns: str) -> Table:
 
 def next_tokens_table(tokens: Iterable[schemas.NextTokenView]) -> Table:
     """The likeliest next tokens."""
-    table = _table("next", ">id", ">probability")
+    table = new_table("next", ">id", ">probability")
     for token in tokens:
         table.add_row(repr(token.text), str(token.token), number(token.probability, 4))
     return table
@@ -219,7 +219,7 @@ _N_SHOWN = 3
 def attention_table(answer: schemas.InspectResponse) -> Table:
     """What the last token attends to most, in each head."""
     last = len(answer.tokens) - 1
-    table = _table("layer", ">head", f"{answer.tokens[last].text!r} attends to")
+    table = new_table("layer", ">head", f"{answer.tokens[last].text!r} attends to")
     for layer, heads in enumerate(answer.attention):
         for head, rows in enumerate(heads):
             most = sorted(range(last + 1), key=lambda t: -rows[last][t])[:_N_SHOWN]
@@ -230,7 +230,7 @@ def attention_table(answer: schemas.InspectResponse) -> Table:
 
 def router_table(answer: schemas.InspectResponse) -> Table:
     """The likeliest experts of the last token, in each layer that has some."""
-    table = _table("layer", f"experts of {answer.tokens[-1].text!r}")
+    table = new_table("layer", f"experts of {answer.tokens[-1].text!r}")
     for layer in answer.routing:
         of_last = layer.probabilities[-1]
         most = sorted(range(len(of_last)), key=lambda expert: -of_last[expert])[:_N_SHOWN]
@@ -245,7 +245,7 @@ def routing_table(layer: "LayerExplanation") -> Table:
     """What one layer's router says of each expert, and below it the sums."""
     biased = any(score.balance_bias != 0 for score in layer.experts)
     columns = [f"layer {layer.layer}", ">expert", ">logit", ">probability", ">choice", ">gate"]
-    table = _table(*columns, *([">balance bias"] if biased else []))
+    table = new_table(*columns, *([">balance bias"] if biased else []))
     for score in layer.experts:
         is_chosen = score.gate is not None
         cells = [

@@ -3,6 +3,7 @@
 import math
 import random
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -55,8 +56,18 @@ def _model(vocab_size: int = 97, *, spread: float = 6.0, seed: int = 0, **knobs:
     return model
 
 
-def _engine(model: GPT, **options: int) -> Engine:
+def _engine(model: GPT, **options: Any) -> Engine:
     return Engine(model.state_dict(), model.config, **options)
+
+
+both_ways = pytest.mark.parametrize("compiled", [False, True], ids=["tensors", "loops"])
+
+
+@pytest.fixture
+def in_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read every vocabulary in 8 bits, on every machine."""
+    monkeypatch.setattr("nanomoe.output_layer._SMALL_BYTES", 0)
+    monkeypatch.setattr("nanomoe.output_layer._has_fast_ints", lambda _: True)
 
 
 def _requests(
@@ -81,31 +92,34 @@ def _texts(continuations: Sequence[Continuation]) -> list[list[int]]:
 MIXED = [Sampling(0), Sampling(1.0), Sampling(0.7, top_k=5), Sampling(1.0, top_p=0.8), Sampling(2.0, top_k=1)]
 
 
+@both_ways
 @pytest.mark.parametrize("name", CONFIGS)
-def test_greedy_text_equals_the_uncached_float64_loop(name: str) -> None:
+def test_greedy_text_equals_the_uncached_float64_loop(name: str, compiled: bool) -> None:
     model = _model(**CONFIGS[name])
     requests = _requests(12, 97, [Sampling(0)])
     weights = model.state_dict()
     expected = [generate_reference(weights, model.config, request) for request in requests]
-    assert _texts(_engine(model).run(requests)) == expected
+    assert _texts(_engine(model, compiled=compiled).run(requests)) == expected
 
 
+@both_ways
 @pytest.mark.parametrize("name", ["dense", "moe", "moe, every option"])
-def test_sampled_text_equals_the_uncached_float64_loop(name: str) -> None:
+def test_sampled_text_equals_the_uncached_float64_loop(name: str, compiled: bool) -> None:
     model = _model(**CONFIGS[name])
     requests = _requests(10, 97, MIXED)
     weights = model.state_dict()
     expected = [generate_reference(weights, model.config, request) for request in requests]
-    assert _texts(_engine(model).run(requests)) == expected
+    assert _texts(_engine(model, compiled=compiled).run(requests)) == expected
 
 
+@both_ways
 @pytest.mark.parametrize("name", ["dense", "moe"])
-def test_a_text_does_not_depend_on_who_else_is_served(name: str) -> None:
+def test_a_text_does_not_depend_on_who_else_is_served(name: str, compiled: bool, in_8_bits: None) -> None:
     model = _model(vocab_size=700, **CONFIGS[name])
     requests = _requests(40, 700, MIXED)
     alone = [_engine(model).run([request])[0].new for request in requests[:15]]
 
-    crowded = _engine(model, max_running=17)
+    crowded = _engine(model, max_running=17, compiled=compiled)
     chance = random.Random(1)  # noqa: S311
     continuations: list[Continuation] = []
     for request in requests:
@@ -154,12 +168,15 @@ def test_texts_survive_any_error_within_the_bound_because_of_the_bound(
         assert _texts(engine.run(requests)) != expected
 
 
-def test_routing_too_close_to_call_is_recomputed_and_the_cache_put_right(monkeypatch: pytest.MonkeyPatch) -> None:
+@both_ways
+def test_routing_too_close_to_call_is_recomputed_and_the_cache_put_right(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = _model(**CONFIGS["moe"])
     requests = _requests(8, 97, [Sampling(0)])
     weights = model.state_dict()
     expected = [generate_reference(weights, model.config, request) for request in requests]
-    engine = _engine(model)
+    engine = _engine(model, compiled=compiled)
     monkeypatch.setattr(engine._decoder, "_router_error", 0.02)
     assert _texts(engine.run(requests)) == expected
     assert engine.n_recomputed > 5
@@ -189,14 +206,13 @@ def test_the_error_bound_is_far_above_the_errors_that_occur(name: str, spread: f
     assert 0 < largest < decoder.error / 10
 
 
-def test_a_large_vocabulary_is_read_in_8_bits_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
+@both_ways
+def test_a_large_vocabulary_is_read_in_8_bits_with_the_same_result(compiled: bool, in_8_bits: None) -> None:
     model = _model(vocab_size=1000)
-    requests = _requests(10, 1000, MIXED)
+    requests = _requests(20, 1000, [*MIXED, Sampling(0.9, top_k=200), Sampling(0.3, top_k=999), Sampling(5.0)])
     weights = model.state_dict()
     expected = [generate_reference(weights, model.config, request) for request in requests]
-    monkeypatch.setattr("nanomoe.output_layer._SMALL_BYTES", 0)
-    monkeypatch.setattr("nanomoe.output_layer._has_fast_ints", lambda _: True)
-    engine = _engine(model)
+    engine = _engine(model, compiled=compiled)
     assert "int8" in engine.numerics
     assert _texts(engine.run(requests)) == expected
 

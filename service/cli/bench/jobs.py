@@ -1,0 +1,236 @@
+"""How fast jobs come in, begin and end, on a service of its own.
+
+What a user waits for is measured from outside: from the request sent to the row that shows what was asked for.
+"""
+
+import concurrent.futures
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from threading import Event
+
+import sqlalchemy as sa
+
+from nanomoe.config import JobConfig
+from service import queue, store
+from service.cli.bench.site import Site, open_site
+from service.client import Client, JobHandle
+from service.database import Database
+from service.queue import NewJob
+from service.store import Job, WorkerIdentity
+
+_POLL_SECONDS = 0.002
+_GIVE_UP_SECONDS = 300.0
+_CLAIMS = 30
+_CLIENTS = 4
+_LONG = 100_000
+"""Epochs of a job that is still training when it is cancelled."""
+
+
+@dataclass(frozen=True)
+class ClaimTime:
+    """How long a claim takes when so many jobs wait."""
+
+    n_queued: int
+    median_seconds: float
+    max_seconds: float
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Submissions by four clients at once, and what a fifth sees meanwhile."""
+
+    training: bool
+    """Whether a job was training beside them."""
+
+    submits_per_sec: float
+    get_p50_seconds: float
+    """Of `GET /jobs/{id}`."""
+
+    get_p99_seconds: float
+
+
+@dataclass(frozen=True)
+class Delays:
+    """What a user waits for on a worker that was idle and warm; each the median and the largest of several jobs."""
+
+    n_jobs: int
+    submit_to_running: tuple[float, float]
+    submit_to_first_step: tuple[float, float]
+    """Seconds from the request sent to the first training step in the row."""
+
+    cancel_to_cancelled: tuple[float, float]
+    """Seconds from the request sent until no process of the job is left and the row says so."""
+
+    cancel_to_next_first_step: tuple[float, float]
+    """Seconds from the request sent to the first training step of the job that waited behind."""
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """After the supervisor of a running job was killed, with another worker idle."""
+
+    lease_seconds: float
+    kill_to_running: float
+    """Seconds until another worker has claimed the job."""
+
+    kill_to_new_step: float
+    """Seconds until it has made a step beyond those that were recorded."""
+
+
+def claim_times(db: Database, queued: tuple[int, ...]) -> Iterator[ClaimTime]:
+    """With each number of jobs in line, from the smallest; the jobs stay."""
+    worker = WorkerIdentity(name="bench")
+    store.worker_started(db, worker)
+    config = JobConfig().model_dump(mode="json")
+    for n in sorted(queued):
+        queue.submit(db, NewJob(text="Era uma vez", config=config))
+        _fill(db, n - _n_queued(db))
+        taken = []
+        for _ in range(min(n, _CLAIMS)):
+            began = time.perf_counter()
+            claim = queue.claim(db, worker, 3600)
+            taken.append(time.perf_counter() - began)
+            assert claim is not None
+        yield ClaimTime(n, statistics.median(taken), max(taken))
+
+
+def _n_queued(db: Database) -> int:
+    with db.read() as session:
+        return session.scalars(sa.select(sa.func.count()).select_from(queue.jobs).where(queue.QUEUED)).one()
+
+
+def _fill(db: Database, n: int) -> None:
+    """Copy a queued job `n` times, within the database: a million submissions would take an hour."""
+    if n <= 0:
+        return
+    columns = [column.name for column in queue.jobs.columns if column.name != "id"]
+    row = sa.select(queue.jobs).where(queue.QUEUED).limit(1).subquery()
+    first = sa.select(sa.literal(1).label("i")).cte("numbers", recursive=True)
+    numbers = first.union_all(sa.select(first.c.i + 1).where(first.c.i < n))
+    salt = store.new_id()
+    ids = sa.literal(salt[:-8]) + sa.func.substr(sa.cast(numbers.c.i + 100_000_000, sa.String), 2, 8)
+    chosen = sa.select(ids, *(row.c[name] for name in columns)).select_from(numbers.join(row, sa.true()))
+    with db.write() as session:
+        if not db.is_sqlite:
+            session.execute(sa.text("SET LOCAL statement_timeout = 0"))
+        session.execute(sa.insert(queue.jobs).from_select(["id", *columns], chosen))
+
+
+def traffic(site: Site, *, training: bool, seconds: float) -> Traffic:
+    """Submit for `seconds`; what was submitted is cancelled afterwards."""
+    with Client(site.url) as client, _in_training(site, client, wanted=training):
+        probe = client.submit(_text(), JobConfig(epochs=1), priority=-100)
+        over = Event()
+        with concurrent.futures.ThreadPoolExecutor(_CLIENTS + 1) as pool:
+            looking = pool.submit(_look, site.url, probe.id, over)
+            began = time.perf_counter()
+            submitting = [pool.submit(_submit, site.url, began + seconds) for _ in range(_CLIENTS)]
+            submitted = [job_id for done in submitting for job_id in done.result()]
+            taken = time.perf_counter() - began
+            over.set()
+            looked = looking.result()
+        for job_id in (*submitted, probe.id):
+            queue.request_cancel(site.database, job_id)
+    return Traffic(training, len(submitted) / taken, statistics.median(looked), _percentile(looked, 0.99))
+
+
+def _submit(url: str, until: float) -> list[str]:
+    submitted = []
+    with Client(url) as client:
+        while time.perf_counter() < until:
+            submitted.append(client.submit(_text(), JobConfig(epochs=1), priority=-100).id)
+    return submitted
+
+
+def _look(url: str, job_id: str, over: Event) -> list[float]:
+    looked = []
+    with Client(url) as client:
+        while not over.is_set():
+            began = time.perf_counter()
+            client.job(job_id)
+            looked.append(time.perf_counter() - began)
+    return looked
+
+
+@contextmanager
+def _in_training(site: Site, client: Client, *, wanted: bool) -> Iterator[None]:
+    if not wanted:
+        yield
+        return
+    job = client.submit(_text(), JobConfig(epochs=_LONG), priority=100)
+    _wait(site, job, lambda row: row.progress.get("step", 0) > 0)
+    yield
+    _cancel(site, job)
+
+
+def delays(site: Site, n_jobs: int) -> Delays:
+    """`n_jobs` times: submit to an idle worker, put another job behind it, cancel it, see the other begin."""
+    running, first_step, cancelled, next_first_step = [], [], [], []
+    with Client(site.url) as client:
+        warm = client.submit(_text(), JobConfig(epochs=2))
+        _wait(site, warm, lambda row: row.status == "succeeded")
+        for _ in range(n_jobs):
+            time.sleep(3)  # the next trainer warms up
+            began = time.monotonic()
+            job = client.submit(_text(), JobConfig(epochs=_LONG))
+            running.append(_wait(site, job, lambda row: row.status == "running") - began)
+            first_step.append(_wait(site, job, lambda row: row.progress.get("step", 0) > 0) - began)
+            behind = client.submit(_text(), JobConfig(epochs=_LONG))
+            time.sleep(8)  # so does the one that the waiting job will get
+            began = time.monotonic()
+            job.cancel()
+            cancelled.append(_wait(site, job, lambda row: row.status == "cancelled") - began)
+            next_first_step.append(_wait(site, behind, lambda row: row.progress.get("step", 0) > 0) - began)
+            _cancel(site, behind)
+    return Delays(n_jobs, *(_median_and_max(each) for each in (running, first_step, cancelled, next_first_step)))
+
+
+def recovery(lease_seconds: float) -> Recovery:
+    """Kill a worker in the middle of a job, while another one is idle."""
+    with open_site(lease_seconds=lease_seconds, snapshot_seconds=1) as site, Client(site.url) as client:
+        site.processes.start_worker("first worker")
+        job = client.submit(_text(), JobConfig(epochs=_LONG))
+        _wait(site, job, lambda row: row.progress.get("step", 0) > 100)
+        site.processes.start_worker("second worker")
+        deadline = time.monotonic() + _GIVE_UP_SECONDS
+        while len(client.workers()) < 2 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        time.sleep(8)  # its trainer warms up
+        began = time.monotonic()
+        site.processes.kill("first worker")
+        left_at = store.get_job(site.database, job.id).progress["step"]
+        running = _wait(site, job, lambda row: row.status == "running" and row.attempt == 2) - began
+        new_step = _wait(site, job, lambda row: row.progress["step"] > left_at) - began
+    return Recovery(lease_seconds, running, new_step)
+
+
+def _cancel(site: Site, job: JobHandle) -> None:
+    job.cancel()
+    _wait(site, job, lambda row: row.status == "cancelled")
+
+
+def _wait(site: Site, job: JobHandle, until: Callable[[Job], bool]) -> float:
+    """The monotonic time at which the row first looked so."""
+    give_up = time.monotonic() + _GIVE_UP_SECONDS
+    while not until(store.get_job(site.database, job.id)):
+        assert time.monotonic() < give_up, f"job {job.id} did not get there"
+        time.sleep(_POLL_SECONDS)
+    return time.monotonic()
+
+
+def _text() -> str:
+    from nanomoe.bench.models import paragraph
+
+    return paragraph()
+
+
+def _median_and_max(seconds: list[float]) -> tuple[float, float]:
+    return statistics.median(seconds), max(seconds)
+
+
+def _percentile(values: list[float], share: float) -> float:
+    return sorted(values)[math.ceil(share * len(values)) - 1]

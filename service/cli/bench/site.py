@@ -1,0 +1,84 @@
+"""A service that exists for one measurement: API, and a worker if wanted, over a data folder that is thrown away.
+
+What is measured is what users run: the same processes with the same settings, on a free port of loopback.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from service import queue, store
+from service.cli.processes import Processes
+from service.database import Database
+from service.queue import NewJob
+from service.settings import Settings
+
+if TYPE_CHECKING:
+    from nanomoe.model import GPT
+    from nanomoe.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Site:
+    """A running service, and its database beside it."""
+
+    url: str
+    settings: Settings
+    database: Database
+    processes: Processes
+
+    def record(self, model: "GPT", tokenizer: "Tokenizer") -> str:
+        """Make a finished job whose only checkpoint holds these weights; returns its id."""
+        from safetensors.torch import save
+
+        from nanomoe import checkpoint
+        from nanomoe.config import JobConfig
+
+        config = JobConfig.model_validate(model.config.model_dump())
+        worker = store.WorkerIdentity(name="bench")
+        store.worker_started(self.database, worker)
+        job, _ = queue.submit(self.database, NewJob(text="Era uma vez", config=config.model_dump(mode="json")))
+        claim = queue.claim(self.database, worker, 60)
+        assert claim is not None
+        assert claim.job_id == job.id, "nothing else is in line"
+        folder = store.checkpoint_folder(job.id, claim.fence, 100)
+        files = {
+            **tokenizer.files(),
+            checkpoint.CONFIG: checkpoint.to_json(config.model_dump(mode="json")),
+            checkpoint.WEIGHTS: save({name: weight.contiguous() for name, weight in model.state_dict().items()}),
+        }
+        manifest, sha256 = checkpoint.write(self.settings.data_dir / folder, files)
+        queue.record_checkpoint(
+            self.database,
+            claim,
+            percent=100,
+            step=1,
+            epoch=1,
+            folder=folder,
+            manifest_sha256=sha256,
+            files=[entry.model_dump() for entry in manifest.files],
+            metrics={},
+        )
+        queue.finish(self.database, claim, "succeeded")
+        store.worker_stopped(self.database, worker.id)
+        return job.id
+
+
+@contextmanager
+def open_site(database_url: str | None = None, **settings: object) -> Iterator[Site]:
+    """Start an API of its own and end it with the block. `settings` as in `Settings`; the data are in a temporary
+    folder, and so is the database unless `database_url` names an empty one."""
+    with tempfile.TemporaryDirectory(prefix="nanomoe-bench-") as folder:
+        chosen = {"data_dir": folder, "database_url": database_url or f"sqlite:///{folder}/nanomoe.db", **settings}
+        environment = {f"NANOMOE_{name.upper()}": str(value) for name, value in chosen.items()}
+        environment |= {"NANOMOE_HOST": "127.0.0.1", "NANOMOE_PORT": "0"}
+        logs = Path(folder) / "logs"
+        logs.mkdir()
+        with Processes(environment, logs=logs) as processes:
+            url = processes.start_api()
+            here = Settings.model_validate(chosen | {"host": "127.0.0.1", "port": 0})
+            with closing(store.open_database(here)) as database:
+                yield Site(url, here, database, processes)

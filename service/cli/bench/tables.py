@@ -1,0 +1,112 @@
+"""What was measured, as tables that fit a terminal."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from service.cli import text
+
+if TYPE_CHECKING:
+    from nanomoe.bench.generation import Figures
+    from service.cli.bench.jobs import ClaimTime, Delays, Recovery, Traffic
+    from service.cli.bench.served import Served
+
+
+def generation_table(figures: Iterable["Figures"]) -> Table:
+    """One row for each model and number of texts at once: tokens a second, and how many times each peer's."""
+    table = text.new_table(
+        "model", ">entries", ">at once", ">tok/s", ">nanoGPT", ">times", ">transformers", ">times"
+    )  # fmt: skip
+    for one in figures:
+        for speed in one.speeds:
+            cells = [one.model, f"{one.vocab_size:,}", str(speed.at_once), f"{speed.tok_per_sec['nanomoe']:,.0f}"]
+            for peer in ("nanogpt", "transformers"):
+                measured = peer in speed.ratio
+                cells.append(f"{speed.tok_per_sec[peer]:,.0f}" if measured else "-")
+                cells.append(f"{speed.ratio[peer]:.1f}" if measured else "-")
+            table.add_row(*cells)
+    return table
+
+
+def first_token_table(figures: Iterable["Figures"]) -> Table:
+    """Milliseconds to the first token, and the limit of a single text."""
+    table = text.new_table(
+        "model", ">entries", ">first token", ">nanoGPT", ">transformers", ">limit, 1 at once", ">as stored"
+    )  # fmt: skip
+    for one in figures:
+        first = one.first_token_seconds
+        table.add_row(
+            one.model,
+            f"{one.vocab_size:,}",
+            *(f"{1e3 * first[who]:.1f} ms" if who in first else "-" for who in ("nanomoe", "nanogpt", "transformers")),
+            f"{one.limit_tok_per_sec:,.0f} tok/s",
+            f"{one.limit_as_stored_tok_per_sec:,.0f} tok/s",
+        )
+    return table
+
+
+def numerics(figures: Iterable["Figures"]) -> Iterable[str]:
+    """How the engine computed each model's tokens, and against which bandwidth its limit was taken."""
+    for one in figures:
+        yield (
+            f"{one.model}, {one.vocab_size:,}: {one.numerics}; {one.n_recomputed:,} tokens decided by float64; "
+            f"{one.n_active_params / 1e6:.1f} M active weights read at {one.read_bytes_per_sec / 1e9:.0f} GB/s"
+        )
+
+
+def served_table(served: Iterable["Served"]) -> Table:
+    """Through HTTP beside the engine alone."""
+    table = text.new_table(
+        "model", ">entries", ">at once", ">engine tok/s", ">HTTP tok/s", ">HTTP / engine", ">first chunk"
+    )  # fmt: skip
+    for one in served:
+        table.add_row(
+            one.model,
+            f"{one.vocab_size:,}",
+            str(one.at_once),
+            f"{one.engine_tok_per_sec:,.0f}",
+            f"{one.http_tok_per_sec:,.0f}",
+            f"{one.ratio:.2f}",
+            f"{1e3 * one.first_token_seconds:.1f} ms",
+        )
+    return table
+
+
+def claims_table(claims: Iterable["ClaimTime"]) -> Table:
+    """One row for each length of the line."""
+    table = text.new_table(">jobs in line", ">claim, median", ">largest")
+    for one in claims:
+        table.add_row(f"{one.n_queued:,}", _ms(one.median_seconds), _ms(one.max_seconds))
+    return table
+
+
+def traffic_table(traffic: Iterable["Traffic"]) -> Table:
+    """Submissions with and without training beside them."""
+    table = text.new_table("beside", ">submits/s", ">GET /jobs/{id}, p50", ">p99")
+    for one in traffic:
+        cells = [f"{one.submits_per_sec:,.0f}", _ms(one.get_p50_seconds), _ms(one.get_p99_seconds)]
+        table.add_row("a job in training" if one.training else "an idle worker", *cells)
+    return table
+
+
+def delays_table(delays: "Delays", recoveries: Iterable["Recovery"]) -> Table:
+    """What a user waits for."""
+    table = text.new_table("from", "to", ">median", ">largest")
+    rows = {
+        ("submit, idle warm worker", "running"): delays.submit_to_running,
+        ("submit, idle warm worker", "first training step"): delays.submit_to_first_step,
+        ("cancel", "cancelled, no process left"): delays.cancel_to_cancelled,
+        ("cancel", "first step of the next job"): delays.cancel_to_next_first_step,
+    }
+    for (since, until), (median, largest) in rows.items():
+        table.add_row(since, until, _ms(median), _ms(largest))
+    for one in recoveries:
+        since = f"worker killed, lease {one.lease_seconds:g} s"
+        table.add_row(since, "running again", f"{one.kill_to_running:.1f} s", "")
+        table.add_row(since, "first new step", f"{one.kill_to_new_step:.1f} s", "")
+    return table
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:,.1f} ms"

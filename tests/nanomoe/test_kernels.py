@@ -1,0 +1,132 @@
+"""The compiled loops beside the tensor operations, and beside the law, that they stand for."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanomoe.config import ModelConfig
+from nanomoe.decoder import Decoder
+from nanomoe.model import GPT
+from nanomoe.output_layer import OutputLayer
+from nanomoe.sampling import NoiseStream, Sampling, choose
+
+EVERY_OPTION = {
+    "use_moe": True, "n_experts": 5, "k": 3, "moe_stride": 1, "norm_topk_prob": False, "router_score": "sigmoid",
+    "n_shared_experts": 2, "expert_hidden_ratio": 0.5, "router_bias_update_rate": 0.01, "bias": False,
+}  # fmt: skip
+
+
+def decoders(**knobs: object) -> tuple[Decoder, Decoder]:
+    """The same weights twice: with tensor operations, and with loops."""
+    config = ModelConfig.model_validate({"block_size": 40, "n_layer": 3, "n_head": 2, "n_embd": 24, **knobs})
+    model = GPT(config, 50)
+    model.init_weights(0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            tensor.add_(torch.randn(tensor.shape, generator=generator) * 0.2)
+    weights = model.state_dict()
+    return Decoder(weights, config, n_rows=9), Decoder(weights, config, n_rows=9, compiled=True)
+
+
+@pytest.mark.parametrize(
+    "knobs", [{}, {"bias": False}, {"use_moe": True}, {"use_moe": True, "k": 1, "moe_stride": 1}, EVERY_OPTION]
+)
+@pytest.mark.parametrize("n_threads", [1, 2])
+def test_a_step_in_loops_is_the_step_in_tensors(knobs: dict[str, object], n_threads: int) -> None:
+    tensors, loops = decoders(**knobs)
+    prompts = [[(7 * row + place) % 50 for place in range(1 + 3 * row)] for row in range(9)]
+    before = torch.get_num_threads()
+    torch.set_num_threads(n_threads)
+    try:
+        for decoder in (tensors, loops):
+            decoder.prefill(prompts, range(9))
+        positions = [len(prompt) for prompt in prompts]
+        for _ in range(5):
+            tokens = [(11 * position + row) % 50 for row, position in enumerate(positions)]
+            expected_NC, expected_certain = tensors.step(tokens, positions)
+            hidden_NC, certain = loops.step(tokens, positions)
+            torch.testing.assert_close(hidden_NC, expected_NC, atol=2e-5, rtol=1e-5)
+            assert certain == expected_certain
+            positions = [position + 1 for position in positions]
+        torch.testing.assert_close(loops._cache, tensors._cache, atol=2e-5, rtol=1e-5)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("n", range(1, 10))
+def test_any_number_of_rows_is_computed(n: int) -> None:
+    tensors, loops = decoders()
+    tokens, positions = list(range(n)), [0] * n
+    torch.testing.assert_close(
+        loops.step(tokens, positions)[0], tensors.step(tokens, positions)[0], atol=2e-5, rtol=1e-5
+    )
+
+
+def output_layer(vocab_size: int, seed: int, spread: float) -> tuple[OutputLayer, torch.Tensor]:
+    """An output layer of random embeddings that is read in 8 bits, and eight hidden states."""
+    generator = torch.Generator().manual_seed(seed)
+    wte_VC = torch.randn(vocab_size, 32, generator=generator) * 0.05
+    x_NC = torch.randn(8, 32, generator=generator) * spread
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("nanomoe.output_layer._SMALL_BYTES", 0)
+        patched.setattr("nanomoe.output_layer._has_fast_ints", lambda _: True)
+        return OutputLayer(wte_VC, 1e-7, compiled=True), x_NC
+
+
+def exact(output: OutputLayer, x_NC: torch.Tensor) -> np.ndarray:
+    return (x_NC.double() @ output._wte_VC.double().T).numpy()
+
+
+@given(
+    seed=st.integers(0, 2**20),
+    vocab_size=st.sampled_from([64, 255, 1000, 5000]),
+    spread=st.sampled_from([0.01, 1.0, 30.0]),
+)
+def test_the_likeliest_token_is_that_of_the_exact_logits(seed: int, vocab_size: int, spread: float) -> None:
+    output, x_NC = output_layer(vocab_size, seed, spread)
+    tokens = output.likeliest(x_NC, output.errors(x_NC))
+    for token, logits in zip(tokens, exact(output, x_NC), strict=True):
+        assert token in (None, logits.argmax())
+
+
+@given(
+    seed=st.integers(0, 2**20),
+    vocab_size=st.sampled_from([64, 255, 1000, 5000]),
+    spread=st.sampled_from([0.01, 1.0, 30.0]),
+    temperature=st.sampled_from([1e-300, 0.1, 1.0, 20.0]),
+    top_k=st.sampled_from([None, 2, 40, 200, 4000]),
+)
+def test_a_drawn_token_is_that_of_the_exact_logits(
+    seed: int, vocab_size: int, spread: float, temperature: float, top_k: int | None
+) -> None:
+    output, x_NC = output_layer(vocab_size, seed, spread)
+    sampling = Sampling(temperature, top_k)
+    noises = [NoiseStream(seed, n, vocab_size).draw() for n in range(len(x_NC))]
+    tokens = output.draw(x_NC, output.errors(x_NC), [sampling] * len(x_NC), noises)
+    for token, logits, noise in zip(tokens, exact(output, x_NC), noises, strict=True):
+        assert token in (None, choose(logits, sampling, noise))
+
+
+@pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(0.8, 40), Sampling(0.8, 200)])
+def test_drawing_nearly_always_decides(sampling: Sampling) -> None:
+    undecided = 0
+    for seed in range(40):
+        output, x_NC = output_layer(5000, seed, 20.0)
+        noises = [NoiseStream(seed, n, 5000).draw() for n in range(len(x_NC))]
+        undecided += output.draw(x_NC, output.errors(x_NC), [sampling] * len(x_NC), noises).count(None)
+    assert undecided < 0.05 * 40 * 8
+
+
+def test_two_equal_tokens_are_never_told_apart() -> None:
+    output, x_NC = output_layer(1000, 3, 1.0)
+    output._wte_VC[:] = output._wte_VC[:1]
+    equal = OutputLayer(output._wte_VC, 1e-7)
+    assert equal._ints is None
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("nanomoe.output_layer._SMALL_BYTES", 0)
+        patched.setattr("nanomoe.output_layer._has_fast_ints", lambda _: True)
+        equal = OutputLayer(output._wte_VC, 1e-7, compiled=True)
+    assert equal.likeliest(x_NC, equal.errors(x_NC)) == [None] * 8
