@@ -26,6 +26,11 @@ SHUTDOWN_SECONDS = 4
 """How long requests under way may take to end; event streams end at once."""
 
 
+KEEP_ALIVE_SECONDS = 75
+"""How long an idle connection stays open: longer than clients keep theirs (httpx 5 s), or one that is used again just
+then would be closed under the request."""
+
+
 class Server(uvicorn.Server):
     """uvicorn's server, which says where it listens, and lets waiting requests go when it stops."""
 
@@ -40,6 +45,7 @@ class Server(uvicorn.Server):
             access_log=False,
             server_header=False,
             timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
         )
         super().__init__(config)
         self._app = app

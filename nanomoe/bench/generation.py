@@ -1,7 +1,7 @@
 """How fast prompts are continued: the engine beside nanoGPT's loop and transformers' cached `generate`.
 
-All continue the same prompts with random weights (which cost what trained ones do; the engine's short lists have it
-harder, because nearly equal logits are harder to tell apart). They take turns, so that a machine whose speed drifts
+All continue the same prompts from the same weights, those of a short training: where logits are nearly equal, as they
+are before, the engine's short lists are longer. They take turns, so that a machine whose speed drifts
 treats all alike: a figure is the median of the turns, a ratio the median of the ratios within each turn.
 
 Knows no HTTP; `service.bench` measures the same through the service.
@@ -20,8 +20,8 @@ from nanomoe.generate import Engine, Request, useful_threads
 from nanomoe.sampling import Sampling
 from nanomoe.size import n_active_params
 
-TEMPERATURE, TOP_K = 0.8, 200
-"""nanoGPT's own defaults (its `sample.py`)."""
+SAMPLINGS = {"top_k 1": Sampling(0.1, 1), "top_k 200": Sampling(0.8, 200)}
+"""The reference run's own, and the defaults of nanoGPT's `sample.py`."""
 
 PROMPT_TOKENS = 10
 _MOST_NEW_TOKENS = 80
@@ -36,6 +36,9 @@ _FIRST_TOKEN_PROMPT = 50
 @dataclass(frozen=True)
 class Speed:
     """Tokens a second of one number of texts at once, over the turns."""
+
+    sampling: str
+    """Which of `SAMPLINGS`."""
 
     at_once: int
     """Texts that are continued together."""
@@ -93,9 +96,10 @@ def measure(
     if with_transformers:
         contenders["transformers"] = peers.transformers_cached(model)
     speeds = []
-    for n in at_once:
-        said(f"{name}, {vocab_size:,} entries, {n} at once")
-        speeds.append(_race(contenders, vocab_size, n, turns))
+    for sampling in SAMPLINGS:
+        for n in at_once:
+            said(f"{name}, {vocab_size:,} entries, {sampling}, {n} at once")
+            speeds.append(_race(contenders, vocab_size, sampling, n, turns))
     said(f"{name}, {vocab_size:,} entries, the first token")
     first = {who: _first_token_seconds(extend, vocab_size) for who, extend in contenders.items()}
     n_active = n_active_params(model.config, vocab_size) - model.config.block_size * model.config.n_embd
@@ -118,8 +122,7 @@ def measure(
 def _by_engine(engine: Engine) -> peers.Continue:
     n_threads = torch.get_num_threads()
 
-    def extend(tokens_NT: Tensor, max_new_tokens: int, temperature: float, top_k: int) -> Tensor:
-        sampling = Sampling(temperature, top_k)
+    def extend(tokens_NT: Tensor, max_new_tokens: int, sampling: Sampling) -> Tensor:
         torch.set_num_threads(useful_threads(len(tokens_NT), n_threads))
         try:
             made = engine.run(
@@ -132,16 +135,19 @@ def _by_engine(engine: Engine) -> peers.Continue:
     return extend
 
 
-def _race(contenders: dict[str, peers.Continue], vocab_size: int, n: int, turns: int) -> Speed:
+def _race(contenders: dict[str, peers.Continue], vocab_size: int, sampling: str, n: int, turns: int) -> Speed:
     new_tokens = max(8, min(_MOST_NEW_TOKENS, _SLOW_TOKENS // n))
     for extend in contenders.values():
-        extend(_prompts(vocab_size, n, PROMPT_TOKENS, turns), 2, TEMPERATURE, TOP_K)
+        extend(_prompts(vocab_size, n, PROMPT_TOKENS, turns), 2, SAMPLINGS[sampling])
     rounds = []
     for turn in range(turns):
         prompts = _prompts(vocab_size, n, PROMPT_TOKENS, turn)
-        seconds = {who: _seconds(extend, prompts, new_tokens) for who, extend in contenders.items()}
+        seconds = {
+            who: _seconds(extend, prompts, new_tokens, SAMPLINGS[sampling]) for who, extend in contenders.items()
+        }
         rounds.append({who: n * new_tokens / taken for who, taken in seconds.items()})
     return Speed(
+        sampling=sampling,
         at_once=n,
         new_tokens=new_tokens,
         tok_per_sec={who: statistics.median(each[who] for each in rounds) for who in contenders},
@@ -153,9 +159,9 @@ def _race(contenders: dict[str, peers.Continue], vocab_size: int, n: int, turns:
     )
 
 
-def _seconds(extend: peers.Continue, prompts_NT: Tensor, new_tokens: int) -> float:
+def _seconds(extend: peers.Continue, prompts_NT: Tensor, new_tokens: int, sampling: Sampling) -> float:
     began = time.perf_counter()
-    made_NT = extend(prompts_NT, new_tokens, TEMPERATURE, TOP_K)
+    made_NT = extend(prompts_NT, new_tokens, sampling)
     seconds = time.perf_counter() - began
     assert made_NT.shape == (len(prompts_NT), prompts_NT.shape[1] + new_tokens), "all did all of the work"
     return seconds
@@ -163,7 +169,7 @@ def _seconds(extend: peers.Continue, prompts_NT: Tensor, new_tokens: int) -> flo
 
 def _first_token_seconds(extend: peers.Continue, vocab_size: int) -> float:
     prompts = [_prompts(vocab_size, 1, _FIRST_TOKEN_PROMPT, turn) for turn in range(9)]
-    return statistics.median(_seconds(extend, prompt, 1) for prompt in prompts)
+    return statistics.median(_seconds(extend, prompt, 1, Sampling(0.8, 200)) for prompt in prompts)
 
 
 def _prompts(vocab_size: int, n: int, length: int, seed: int) -> Tensor:

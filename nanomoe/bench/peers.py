@@ -13,9 +13,10 @@ from torch.nn import functional as F
 
 from nanomoe.export import gpt2_model
 from nanomoe.model import GPT
+from nanomoe.sampling import Sampling
 
-Continue = Callable[[Tensor, int, float, int], Tensor]
-"""From prompts (N, T), new tokens, temperature and top_k to all tokens (N, T + new)."""
+Continue = Callable[[Tensor, int, Sampling], Tensor]
+"""From prompts (N, T), the number of new tokens and how to sample them to all tokens (N, T + new)."""
 
 
 def nanogpt(model: GPT) -> Continue:
@@ -26,10 +27,10 @@ def nanogpt(model: GPT) -> Continue:
     """
 
     @torch.inference_mode()
-    def extend(tokens_NT: Tensor, max_new_tokens: int, temperature: float, top_k: int) -> Tensor:
+    def extend(tokens_NT: Tensor, max_new_tokens: int, sampling: Sampling) -> Tensor:
         for _ in range(max_new_tokens):
-            logits_NV = _last_logits(model, tokens_NT[:, -model.config.block_size :]) / temperature
-            least_N1 = logits_NV.topk(min(top_k, logits_NV.shape[1])).values[:, -1:]
+            logits_NV = _last_logits(model, tokens_NT[:, -model.config.block_size :]) / sampling.temperature
+            least_N1 = logits_NV.topk(min(sampling.top_k or model.vocab_size, model.vocab_size)).values[:, -1:]
             logits_NV[logits_NV < least_N1] = -float("inf")
             next_N1 = torch.multinomial(F.softmax(logits_NV, dim=-1), num_samples=1)
             tokens_NT = torch.cat([tokens_NT, next_N1], dim=1)
@@ -57,15 +58,15 @@ def transformers_cached(model: GPT) -> Continue:
     theirs.eval()
 
     @torch.inference_mode()
-    def extend(tokens_NT: Tensor, max_new_tokens: int, temperature: float, top_k: int) -> Tensor:
+    def extend(tokens_NT: Tensor, max_new_tokens: int, sampling: Sampling) -> Tensor:
         generated: Tensor = theirs.generate(
             tokens_NT,
             attention_mask=torch.ones_like(tokens_NT),
             max_new_tokens=max_new_tokens,
             min_new_tokens=max_new_tokens,
             do_sample=True,
-            temperature=temperature,
-            top_k=top_k,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
             pad_token_id=0,
             use_cache=True,
         )
@@ -83,7 +84,7 @@ def _mixtral(model: GPT) -> Any:
         MixtralConfig(
             vocab_size=model.vocab_size,
             hidden_size=config.n_embd,
-            intermediate_size=2 * config.expert_hidden // 3,
+            intermediate_size=8 * round(2 * config.expert_hidden / 3 / 8),  # its kernels want multiples of 8
             num_hidden_layers=config.n_layer,
             num_attention_heads=config.n_head,
             num_key_value_heads=config.n_head,

@@ -26,7 +26,7 @@ def generate(
     vocab: Annotated[str, typer.Option(metavar="N,...", help="Sizes of the vocabulary.")] = "8192,50257",
     models: Annotated[str, typer.Option(metavar="NAME,...", help="dense, mixture.")] = "dense,mixture",
     at_once: Annotated[str, typer.Option(metavar="N,...", help="Texts that are continued together.")] = "1,8,32,128",
-    turns: Annotated[int, typer.Option(min=1, help="Times that everything is measured; medians are shown.")] = 5,
+    turns: Annotated[int, typer.Option(min=1, help="Times that everything is measured; medians are shown.")] = 3,
     http: Annotated[bool, typer.Option(help="Also through a service of its own.")] = True,
     transformers: Annotated[bool, typer.Option(help="Also beside transformers' cached generate.")] = True,
     as_json: Json = False,
@@ -72,6 +72,7 @@ def jobs(
         str, typer.Option(metavar="N,...", help="Jobs in line when a claim is timed.")
     ] = "1,1000,1000000",
     seconds: Annotated[float, typer.Option(min=1, help="How long submissions are counted.")] = 10,
+    settle: Annotated[float, typer.Option(min=0, help="Seconds that a trainer gets to warm up in.")] = 8,
     n_jobs: Annotated[int, typer.Option("--jobs", min=1, help="Jobs that are submitted and cancelled.")] = 5,
     leases: Annotated[str, typer.Option(metavar="SECONDS,...", help="Kill a worker with each of these leases.")] = "60",
     database_url: Annotated[str | None, typer.Option(help="An empty PostgreSQL database; SQLite unless given.")] = None,
@@ -87,13 +88,13 @@ def jobs(
             idle = measured.traffic(site, training=False, seconds=seconds)
             site.processes.start_worker()
             status.update("jobs on a worker")
-            delays = measured.delays(site, n_jobs)
+            delays = measured.delays(site, n_jobs, settle)
             busy = measured.traffic(site, training=True, seconds=seconds)
             site.processes.kill("worker")  # or it would claim what is timed
             status.update("claims")
             claims = list(measured.claim_times(site.database, lengths))
         status.update("killing workers")
-        recoveries = [measured.recovery(lease) for lease in lease_seconds]
+        recoveries = [measured.recovery(lease, settle) for lease in lease_seconds]
     if as_json:
         print_json(
             {

@@ -167,20 +167,23 @@ def _in_training(site: Site, client: Client, *, wanted: bool) -> Iterator[None]:
     _cancel(site, job)
 
 
-def delays(site: Site, n_jobs: int) -> Delays:
-    """`n_jobs` times: submit to an idle worker, put another job behind it, cancel it, see the other begin."""
+def delays(site: Site, n_jobs: int, settle: float) -> Delays:
+    """`n_jobs` times: submit to an idle worker, put another job behind it, cancel it, see the other begin.
+
+    `settle`: seconds until the next trainer is taken to be warm.
+    """
     running, first_step, cancelled, next_first_step = [], [], [], []
     with Client(site.url) as client:
         warm = client.submit(_text(), JobConfig(epochs=2))
         _wait(site, warm, lambda row: row.status == "succeeded")
         for _ in range(n_jobs):
-            time.sleep(3)  # the next trainer warms up
+            time.sleep(settle)
             began = time.monotonic()
             job = client.submit(_text(), JobConfig(epochs=_LONG))
             running.append(_wait(site, job, lambda row: row.status == "running") - began)
             first_step.append(_wait(site, job, lambda row: row.progress.get("step", 0) > 0) - began)
             behind = client.submit(_text(), JobConfig(epochs=_LONG))
-            time.sleep(8)  # so does the one that the waiting job will get
+            time.sleep(settle)
             began = time.monotonic()
             job.cancel()
             cancelled.append(_wait(site, job, lambda row: row.status == "cancelled") - began)
@@ -189,7 +192,7 @@ def delays(site: Site, n_jobs: int) -> Delays:
     return Delays(n_jobs, *(_median_and_max(each) for each in (running, first_step, cancelled, next_first_step)))
 
 
-def recovery(lease_seconds: float) -> Recovery:
+def recovery(lease_seconds: float, settle: float) -> Recovery:
     """Kill a worker in the middle of a job, while another one is idle."""
     with open_site(lease_seconds=lease_seconds, snapshot_seconds=1) as site, Client(site.url) as client:
         site.processes.start_worker("first worker")
@@ -199,7 +202,7 @@ def recovery(lease_seconds: float) -> Recovery:
         deadline = time.monotonic() + _GIVE_UP_SECONDS
         while len(client.workers()) < 2 and time.monotonic() < deadline:
             time.sleep(0.1)
-        time.sleep(8)  # its trainer warms up
+        time.sleep(settle)
         began = time.monotonic()
         site.processes.kill("first worker")
         left_at = store.get_job(site.database, job.id).progress["step"]

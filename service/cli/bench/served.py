@@ -1,19 +1,20 @@
 """Generation through HTTP, beside the engine alone: what admission, processes, JSON and streams cost.
 
-Both continue the same prompts, one after the other in every turn. The clients are one process with one connection for
+Both continue the same prompts, one after the other in every turn. The clients are this process, with one connection for
 each text; on a machine of few cores they take time from the engine, which is part of the figure.
 """
 
 import asyncio
+import json
 import statistics
 import time
 from dataclasses import dataclass
+from typing import Self
+from urllib.parse import urlsplit
 
-import httpx
 import torch
 
 from nanomoe.bench import models
-from nanomoe.bench.generation import TEMPERATURE, TOP_K
 from nanomoe.generate import Engine, Request, useful_threads
 from nanomoe.sampling import Sampling
 from nanomoe.tokenizer import Tokenizer
@@ -21,6 +22,9 @@ from service.cli.bench.site import open_site
 
 _PROMPT_TOKENS = 10
 _NEW_TOKENS = 80
+_HEAD = b"POST /generate HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+_SAMPLING = Sampling(0.8, 200)
+"""The defaults of nanoGPT's `sample.py`."""
 
 
 @dataclass(frozen=True)
@@ -58,20 +62,26 @@ def measure(model_name: str, vocab_size: int, *, at_once: tuple[int, ...], turns
 async def _compare(
     url: str, job_id: str, engine: Engine, tokenizer: Tokenizer, model_name: str, n: int, turns: int
 ) -> Served:
-    limits = httpx.Limits(max_connections=n, max_keepalive_connections=n)
-    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
-        bodies = _bodies(job_id, tokenizer, n)
-        await asyncio.gather(*(_ask(client, body) for body in bodies))  # the checkpoint is loaded, connections are open
-        _by_engine(engine, tokenizer, bodies)
-        alone, served = [], []
-        for _ in range(turns):
-            alone.append(n * _NEW_TOKENS / _by_engine(engine, tokenizer, bodies))
-            began = time.perf_counter()
-            await asyncio.gather(*(_ask(client, body) for body in bodies))
-            served.append(n * _NEW_TOKENS / (time.perf_counter() - began))
-        first: list[float] = []
-        for _ in range(turns):
-            first += await asyncio.gather(*(_first(client, body) for body in bodies))
+    bodies = _bodies(job_id, tokenizer, n)
+    clients = [await _Client.connect(url) for _ in bodies]
+    whole = [json.dumps(body).encode() for body in bodies]
+    streamed = [json.dumps(body | {"stream": True}).encode() for body in bodies]
+
+    async def ask_all(requests: list[bytes]) -> list[float]:
+        asked = zip(clients, requests, strict=True)
+        return await asyncio.gather(*(client.ask(request) for client, request in asked))
+
+    await ask_all(whole)  # the checkpoint is loaded
+    _by_engine(engine, tokenizer, bodies)
+    alone, served, first = [], [], []
+    for _ in range(turns):
+        alone.append(n * _NEW_TOKENS / _by_engine(engine, tokenizer, bodies))
+        began = time.perf_counter()
+        await ask_all(whole)
+        served.append(n * _NEW_TOKENS / (time.perf_counter() - began))
+        first += await ask_all(streamed)
+    for client in clients:
+        client.close()
     return Served(
         model=model_name,
         vocab_size=engine.vocab_size,
@@ -83,6 +93,40 @@ async def _compare(
     )
 
 
+class _Client:
+    """A connection that stays open, with as little around it as HTTP allows: a client library's work for every request
+    is as much as the service's, and would be measured with it."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader, self._writer = reader, writer
+
+    @classmethod
+    async def connect(cls, url: str) -> Self:
+        parts = urlsplit(url)
+        return cls(*await asyncio.open_connection(parts.hostname, parts.port))
+
+    async def ask(self, body: bytes) -> float:
+        """Send a request and read its answer; seconds to the first byte of its body."""
+        began = time.perf_counter()
+        self._writer.write(_HEAD % len(body) + body)
+        status, *headers = (await self._reader.readuntil(b"\r\n\r\n")).lower().split(b"\r\n")
+        assert b" 200 " in status, f"the service answered {status.decode()}"
+        length = next((int(line.split(b":")[1]) for line in headers if line.startswith(b"content-length:")), None)
+        if length is not None:
+            await self._reader.readexactly(length)
+            return time.perf_counter() - began
+        first = None
+        while size := int(await self._reader.readline(), 16):
+            first = first or time.perf_counter() - began
+            await self._reader.readexactly(size + 2)
+        await self._reader.readline()
+        assert first is not None, "an answer has a body"
+        return first
+
+    def close(self) -> None:
+        self._writer.close()
+
+
 def _bodies(job_id: str, tokenizer: Tokenizer, n: int) -> list[dict[str, object]]:
     """`n` requests with prompts of ten tokens, taken from the bundled paragraph."""
     tokens = tokenizer.encode(models.paragraph())
@@ -92,8 +136,8 @@ def _bodies(job_id: str, tokenizer: Tokenizer, n: int) -> list[dict[str, object]
             "job_id": job_id,
             "prompt": tokenizer.decode(tokens[start : start + _PROMPT_TOKENS]),
             "max_new_tokens": _NEW_TOKENS,
-            "temperature": TEMPERATURE,
-            "top_k": TOP_K,
+            "temperature": _SAMPLING.temperature,
+            "top_k": _SAMPLING.top_k,
             "seed": seed,
         }
         for seed, start in enumerate(starts)
@@ -104,8 +148,7 @@ def _by_engine(engine: Engine, tokenizer: Tokenizer, bodies: list[dict[str, obje
     """Seconds that the engine alone takes for these requests."""
     began = time.perf_counter()
     requests = [
-        Request(tokenizer.encode(str(body["prompt"])), _NEW_TOKENS, Sampling(TEMPERATURE, TOP_K), seed)
-        for seed, body in enumerate(bodies)
+        Request(tokenizer.encode(str(body["prompt"])), _NEW_TOKENS, _SAMPLING, seed) for seed, body in enumerate(bodies)
     ]
     n_threads = torch.get_num_threads()
     torch.set_num_threads(useful_threads(len(requests), n_threads))
@@ -116,20 +159,3 @@ def _by_engine(engine: Engine, tokenizer: Tokenizer, bodies: list[dict[str, obje
     for continuation in made:
         tokenizer.decode(continuation.new)
     return time.perf_counter() - began
-
-
-async def _ask(client: httpx.AsyncClient, body: dict[str, object]) -> None:
-    answer = (await client.post("/generate", json=body)).raise_for_status().json()
-    assert answer["usage"]["completion_tokens"] == _NEW_TOKENS
-
-
-async def _first(client: httpx.AsyncClient, body: dict[str, object]) -> float:
-    """Seconds to the first chunk of a stream; the rest is read too."""
-    began = time.perf_counter()
-    first = 0.0
-    async with client.stream("POST", "/generate", json=body | {"stream": True}) as answer:
-        answer.raise_for_status()
-        async for line in answer.aiter_lines():
-            if line.startswith("data:") and not first:
-                first = time.perf_counter() - began
-    return first

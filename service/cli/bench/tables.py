@@ -16,11 +16,12 @@ if TYPE_CHECKING:
 def generation_table(figures: Iterable["Figures"]) -> Table:
     """One row for each model and number of texts at once: tokens a second, and how many times each peer's."""
     table = text.new_table(
-        "model", ">entries", ">at once", ">tok/s", ">nanoGPT", ">times", ">transformers", ">times"
+        "model", ">entries", "sampling", ">at once", ">tok/s", ">nanoGPT", ">times", ">transformers", ">times"
     )  # fmt: skip
     for one in figures:
         for speed in one.speeds:
-            cells = [one.model, f"{one.vocab_size:,}", str(speed.at_once), f"{speed.tok_per_sec['nanomoe']:,.0f}"]
+            cells = [one.model, f"{one.vocab_size:,}", speed.sampling, str(speed.at_once)]
+            cells.append(f"{speed.tok_per_sec['nanomoe']:,.0f}")
             for peer in ("nanogpt", "transformers"):
                 measured = peer in speed.ratio
                 cells.append(f"{speed.tok_per_sec[peer]:,.0f}" if measured else "-")
