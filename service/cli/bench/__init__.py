@@ -79,7 +79,7 @@ def jobs(
     as_json: Json = False,
 ) -> None:
     """Claims, submissions, and how long a user waits for a job to begin, to stop, and to survive its worker."""
-    from service.cli.bench import jobs as measured
+    from service.cli.bench import lifecycle as measured
     from service.cli.bench.site import open_site
 
     lengths, lease_seconds = _numbers("--queued", queued), _numbers("--leases", leases)

@@ -9,7 +9,7 @@ from service.cli import text
 
 if TYPE_CHECKING:
     from nanomoe.bench.generation import Figures
-    from service.cli.bench.jobs import ClaimTime, Delays, Recovery, Traffic
+    from service.cli.bench.lifecycle import ClaimTime, Delays, Recovery, Traffic
     from service.cli.bench.served import Served
 
 
