@@ -134,6 +134,7 @@ def _steps(run: Run, control: Control, first: "_FirstCheckpoint") -> Iterator[Ha
             if first.ready:
                 yield from first.collect()
             yield from report.flush()
+            first.begin()
         is_good = stop_at is not None and step % eval_interval == 0 and math.exp(run.evaluate_loss()) <= stop_at
         if is_good or step in quarters:
             yield from catch_up()
@@ -158,9 +159,12 @@ class _FirstCheckpoint:
 
     def __init__(self, run: Run) -> None:
         self._run = run
+        self._untrained = run.untrained_copy() if run.progress.step == 0 else None
         self._future: Future[tuple[Recorded, list[Warned]]] | None = None
-        if run.progress.step == 0:
-            self._untrained = run.untrained_copy()
+
+    def begin(self) -> None:
+        """Start the thread, unless that was done: after the first step, so that this one has the machine for itself."""
+        if self._untrained is not None and self._future is None:
             pool = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),))
             self._future = pool.submit(self._untrained.record, 0, stopped_early=False, tok_per_sec=None)
             pool.shutdown(wait=False)
@@ -172,9 +176,11 @@ class _FirstCheckpoint:
 
     def collect(self) -> Iterator[Recorded | Warned]:
         """Yield the checkpoint, once; its choices are what the next one's churn is measured against."""
-        if self._future is not None:
-            (recorded, warnings), self._future = self._future.result(), None
+        self.begin()
+        if self._untrained is not None and self._future is not None:
+            recorded, warnings = self._future.result()
             self._run.progress.choices = self._untrained.progress.choices
+            self._untrained = self._future = None
             yield recorded
             yield from warnings
 

@@ -268,7 +268,8 @@ def main() -> NoReturn:
 
 
 def _warm_up() -> None:
-    """Import what a job needs, and train a toy: much of torch is loaded by the first step only. Touches no GPU."""
+    """Import what a job needs, train a toy to its end, and a step at the default size: much of torch is loaded, and its
+    kernels are chosen, by the first step of a kind only. Touches no GPU."""
     import torch
 
     import nanomoe.upcycle  # noqa: F401
@@ -277,14 +278,16 @@ def _warm_up() -> None:
     from nanomoe.tokenizer import BUNDLED, load_tokenizer
     from nanomoe.train import train
 
-    bundled = load_tokenizer(BUNDLED)  # stays loaded
-    assert bundled.vocab_size > len(bundled.encode("Era uma vez"))
-    config = JobConfig(tokenizer="bytes", block_size=4, n_layer=2, n_head=1, n_embd=4, use_moe=True, epochs=1)
-    tokenizer = load_tokenizer(config.tokenizer)
-    tokens = tokenizer.encode("warm up")
-    execution = Execution.decide(config, "cpu", n_tokens=len(tokens))
-    for _ in train(Run(config, tokens, tokenizer, execution, device=torch.device("cpu"))):
+    def run_of(config: JobConfig, text: str) -> Run:
+        tokenizer = load_tokenizer(config.tokenizer)
+        tokens = tokenizer.encode(text)
+        execution = Execution.decide(config, "cpu", n_tokens=len(tokens))
+        return Run(config, tokens, tokenizer, execution, device=torch.device("cpu"))
+
+    toy = JobConfig(tokenizer="bytes", block_size=4, n_layer=2, n_head=1, n_embd=4, use_moe=True, epochs=1)
+    for _ in train(run_of(toy, "warm up")):
         pass
+    run_of(JobConfig(tokenizer=BUNDLED), "Era uma vez " * 30).train_step()
 
 
 def _parser() -> argparse.ArgumentParser:
