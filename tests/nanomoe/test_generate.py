@@ -102,6 +102,17 @@ def test_greedy_text_equals_the_uncached_float64_loop(name: str, compiled: bool)
     assert _texts(_engine(model, compiled=compiled).run(requests)) == expected
 
 
+@pytest.mark.parametrize("name", ["dense", "moe"])
+def test_two_hundred_greedy_texts_equal_the_uncached_float64_loop(name: str, in_8_bits: None) -> None:
+    model = _model(vocab_size=300, **CONFIGS[name])
+    requests = _requests(200, 300, [Sampling(0)], longest=BLOCK_SIZE + 6)
+    weights = model.state_dict()
+    expected = [generate_reference(weights, model.config, request) for request in requests]
+    made = _engine(model, compiled=True).run(requests)
+    assert _texts(made) == expected
+    assert sum(continuation.window_slid for continuation in made) > 50
+
+
 @both_ways
 @pytest.mark.parametrize("name", ["dense", "moe", "moe, every option"])
 def test_sampled_text_equals_the_uncached_float64_loop(name: str, compiled: bool) -> None:
