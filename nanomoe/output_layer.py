@@ -152,7 +152,7 @@ class OutputLayer:
         best_N2, at_N2 = logits_NS.topk(min(2, logits_NS.shape[1]))
         ids = ids_NS.gather(1, at_N2[:, :1])[:, 0].tolist()
         return [
-            token if best - max([*rivals, end]) > max(2 * error, TIE) else None
+            token if best - max([*rivals, end]) > 2 * error + TIE else None
             for token, (best, *rivals), end, error in zip(ids, best_N2.tolist(), missed, errors, strict=True)
         ]
 
@@ -181,7 +181,7 @@ class OutputLayer:
         rough = rough_NV.cpu().numpy()
         found: list[Candidates | None] = []
         for n, count in enumerate(counts):
-            slack = 2 * bounds[n] + 4 * errors[n]
+            slack = 2 * bounds[n] + 4 * errors[n] + TIE
             ids = np.flatnonzero(rough[n] >= enough_NS[n][min(count, len(enough_NS[n])) - 1] - slack / units[n])
             if len(ids) > _LONGEST_LIST:
                 found.append(None)
@@ -253,7 +253,7 @@ class _Int8:
         from nanomoe.kernels import short_list
 
         products_NV, units, bounds = self._products(x_NC)
-        gaps = [max(2 * error, TIE) for error in errors]
+        gaps = [2 * error + TIE for error in errors]
         slacks = [(2 * bound + gap) / unit for bound, gap, unit in zip(bounds, gaps, units, strict=True)]
         return short_list.likeliest(products_NV, np.array(slacks), np.array(gaps), x_NC.numpy(), self._wte)
 

@@ -120,7 +120,7 @@ def choose(
         error: largest difference of any logit from its exact value. With 0 there is always an answer.
     """
     if sampling.greedy:
-        rivals = np.flatnonzero(logits >= logits.max() - max(2 * error, TIE))
+        rivals = np.flatnonzero(logits >= logits.max() - (2 * error + TIE))
         if error and len(rivals) != 1:  # none, where float32 overflowed
             return None
         return int(rivals.min() if ids is None else ids[rivals].min())
@@ -207,9 +207,10 @@ def _allowed(scaled: Floats, sampling: Sampling, slack: float) -> tuple[Mask | N
     """The tokens that are surely allowed, and those that may be; the same object where they are the same set, None
     where nothing is cut. `scaled` are logits over the temperature, at most 0, each wrong by at most `slack`."""
     sure = possible = None
+    margin = 2 * slack + TIE / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < len(scaled):
         last = np.partition(scaled, -sampling.top_k)[-sampling.top_k]
-        possible = scaled >= last - max(2 * slack, TIE / sampling.temperature)
+        possible = scaled >= last - margin
         sure = possible if not slack or possible.sum() == sampling.top_k else scaled > last + 2 * slack
     if sampling.cuts_by_mass:
         assert sampling.top_p is not None
@@ -217,7 +218,7 @@ def _allowed(scaled: Floats, sampling: Sampling, slack: float) -> tuple[Mask | N
         most_total = np.exp(values.astype(np.float64)).sum()
         least_total = most_total if sure is possible else np.exp(scaled[sure].astype(np.float64)).sum()
         # A token is allowed if those before it hold less than top_p. Each mass may be wrong by a factor exp(slack), and
-        # neighbours closer than 2 slack may stand in either order.
+        # neighbours closer than the margin may stand in either order.
         for size in (_NUCLEUS, len(values)):  # all have to be sorted only if the probabilities are very even
             falling = _largest(values, size)
             mass_before = np.concatenate(([0.0], np.cumsum(np.exp(falling))))  # of the n likeliest
@@ -225,7 +226,7 @@ def _allowed(scaled: Floats, sampling: Sampling, slack: float) -> tuple[Mask | N
             if last_possible < len(falling):
                 break
         if last_possible < len(falling):
-            within = scaled >= falling[last_possible] - 2 * slack
+            within = scaled >= falling[last_possible] - margin
             possible = within if possible is None else possible & within
         if not slack:
             return possible, possible

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanomoe.sampling import BLOCK, NoiseStream, Sampling, choose, choose_among_blocks
+from nanomoe.sampling import BLOCK, TIE, NoiseStream, Sampling, choose, choose_among_blocks
 
 SAMPLINGS = [
     Sampling(0),
@@ -142,6 +142,17 @@ def test_a_tie_is_never_certain() -> None:
     assert choose(equal, Sampling(0), error=1e-6) is None
     noise.places[:2] = 0
     assert choose(equal, Sampling(1.0), noise, error=1e-6) is None
+
+
+def test_what_may_be_a_tie_of_the_exact_logits_is_not_certain() -> None:
+    low, high = 1.0 - TIE / 2, 1.0
+    assert choose(np.array([low, high]), Sampling(0)) == 0
+    assert choose(np.array([low - TIE, high + TIE]), Sampling(0), error=1.01 * TIE) is None
+
+
+def test_equals_of_the_last_that_top_p_allows_are_allowed() -> None:
+    logits = np.array([0.0, 1e-14, -9.0])
+    assert set(_drawn(logits, Sampling(1.0, top_p=0.3), 50)) == {0, 1}
 
 
 def test_a_token_at_the_edge_of_top_k_is_chosen_only_if_it_surely_belongs() -> None:
