@@ -26,7 +26,7 @@ BLOCK = 256
 TIE = 1e-9
 """Logits that differ by less count as equal: float64 sums in another order differ by about 1e-14."""
 
-_MOST_CONTENDERS = 16
+MOST_CONTENDERS = 16
 """Blocks that are worth refining one by one."""
 
 _NUCLEUS = 1024
@@ -34,6 +34,11 @@ _NUCLEUS = 1024
 
 ROUNDING = 3e-5
 """Derived: what exp and sums of at most 256 float32 terms can add to the log of a mass; 256 * 2**-24 is 1.5e-5."""
+
+WIDEST = 20.0
+"""Derived: errors, over the temperature, below which float32 weights that underflow cannot matter. They are 87 below
+the largest; 256 of them, with noise between -3.7 and 36.8, are still 41 behind, which two such errors do not make up
+for."""
 
 Floats = npt.NDArray[np.floating[Any]]
 Ids = npt.NDArray[np.int64]
@@ -127,6 +132,8 @@ def choose(
     assert noise is not None, "sampling needs noise"
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):  # a temperature near 0 overflows, harmlessly
         slack = error / sampling.temperature + ROUNDING if error else 0.0
+        if not slack < WIDEST:
+            return None
         scaled = (logits - logits.max()) / sampling.temperature
         sure, possible = _allowed(scaled, sampling, slack)
         weights = np.exp(scaled)
@@ -168,6 +175,9 @@ def choose_among_blocks(
         refine: gives the logits of a block's tokens, each wrong by at most `error`.
         temperature: above 0.
     """
+    slack = error / temperature + ROUNDING
+    if not bound / temperature + slack < WIDEST:
+        return None
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
         scaled = rough * (unit / temperature)
         largest = scaled.max()
@@ -175,9 +185,8 @@ def choose_among_blocks(
         masses = _block_masses(np.exp(scaled, out=scaled), None, None, len(noise.blocks))
         scores = np.log(masses) + noise.blocks
         contenders = np.flatnonzero(scores >= scores.max() - 2 * (bound / temperature + ROUNDING))
-        if not 0 < len(contenders) <= _MOST_CONTENDERS:
+        if not 0 < len(contenders) <= MOST_CONTENDERS:
             return None
-        slack = error / temperature + ROUNDING
         refined = [refine(int(block)) / temperature - largest for block in contenders]
         refined_scores = [np.log(np.exp(block).sum()) for block in refined] + noise.blocks[contenders]
         best = _clear_maximum(refined_scores, slack)

@@ -14,16 +14,11 @@ import numpy.typing as npt
 
 from nanomoe.kernels import Array, compiled, compiled_parallel, use_threads
 from nanomoe.kernels.short_list import GROUP, Ids, Products, float32_logit, largest_of_groups
-from nanomoe.sampling import BLOCK, ROUNDING, SMALLEST_UNIFORM, TIE
+from nanomoe.sampling import BLOCK, MOST_CONTENDERS, ROUNDING, SMALLEST_UNIFORM, TIE, WIDEST
 
 Wide = npt.NDArray[np.float64]
 
 _GROUPS_OF_BLOCK = BLOCK // GROUP
-_MOST_CONTENDERS = 16
-"""Blocks that are worth looking into."""
-
-_WIDEST = 30.0
-"""Bound, over the temperature, from which on weights could overflow: at a temperature near 0."""
 
 
 def draw(
@@ -71,7 +66,7 @@ def _draw_one(products_V, n, rows, wte_VC):
     largest_G = np.empty((len(products_V) + GROUP - 1) // GROUP, np.int32)
     largest_of_groups(products_V, largest_G)
     top = largest_G.max() * factor
-    if not np.isfinite(top) or not bound + slack < _WIDEST:
+    if not np.isfinite(top) or not bound + slack < WIDEST:
         return -1
     if top_k >= len(products_V):
         edges = -np.inf, -np.inf
@@ -176,7 +171,7 @@ def _contenders(edges, products_V, largest_G, factor, top, bound, uniform_U):
         if most_G[block] >= reached:
             where_G[n] = block
             n += 1
-    return where_G, n if n <= _MOST_CONTENDERS and reached > -np.inf else 0
+    return where_G, n if n <= MOST_CONTENDERS and reached > -np.inf else 0
 
 
 @compiled

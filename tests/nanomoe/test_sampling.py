@@ -150,6 +150,20 @@ def test_what_may_be_a_tie_of_the_exact_logits_is_not_certain() -> None:
     assert choose(np.array([low - TIE, high + TIE]), Sampling(0), error=1.01 * TIE) is None
 
 
+@pytest.mark.parametrize("temperature", [1e-7, 1e-6, 3e-6, 1e-5])
+def test_near_temperature_0_a_weight_that_underflows_is_not_forgotten(temperature: float) -> None:
+    error = 2e-5
+    for seed in range(50):
+        given, exact = np.full(512, -1, np.float32), np.full(512, -1.0)
+        given[[7, 300]] = 0, -1.5e-5
+        exact[[7, 300]] = -1.9e-5, 0.4e-5
+        noise = NoiseStream(seed, 0, 512).draw()
+        token = choose(exact, Sampling(temperature), noise)
+        assert choose(given, Sampling(temperature), noise, error=error) in (None, token)
+        refine = partial(lambda logits, block: logits[block * BLOCK : (block + 1) * BLOCK], given)
+        assert choose_among_blocks(given, 1.0, error, refine, error, temperature, noise) in (None, token)
+
+
 def test_equals_of_the_last_that_top_p_allows_are_allowed() -> None:
     logits = np.array([0.0, 1e-14, -9.0])
     assert set(_drawn(logits, Sampling(1.0, top_p=0.3), 50)) == {0, 1}
