@@ -1,12 +1,13 @@
 """From hidden states to logits, reading as little of the embedding as an exact answer needs.
 
 The output layer is most of the cost of a token: V rows of C numbers. `likeliest` and `candidates` read them as 8-bit
-integers, a quarter of the bytes, take a short list, and compute the logits of those few in float32; `rough` gives the
-8-bit logits of all. Rounding to 8 bits moves a logit by at most |x - x'| |w| + |x'| |w - w'| (Cauchy-Schwarz), so a
-list whose end lies further below than that misses nobody. Where a machine gets 8-bit products wrong (some saturate), or
-is not known to be faster with them, all is float32.
+integers, a quarter of the bytes, take a short list, and compute the logits of those few in float32; `draw` samples so,
+and `rough` gives the 8-bit logits of all. Rounding to 8 bits moves a logit by at most |x - x'| |w| + |x'| |w - w'|
+(Cauchy-Schwarz), so a list whose end lies further below than that misses nobody. Where a machine gets 8-bit products
+wrong (some saturate), or is not known to be faster with them, all is float32.
 
-Shape letters: N rows, S candidates, V vocabulary, C channels. Knows no temperature and no noise.
+Shape letters: N rows, S candidates, V vocabulary, C channels. What temperatures and noise mean is left to
+`nanomoe.sampling` and the loops.
 """
 
 import math
@@ -32,7 +33,6 @@ _SHORT_LIST = 16
 _SMALL_BYTES = 2**19
 """Float32 embeddings of at most this size stay in a core's cache, and a short list gains nothing. Assumed; 4 MiB gain a
 factor of two (measured)."""
-
 
 _LONGEST_LIST = 4096
 """A list that would have to be longer is not worth its logits, one by one."""
@@ -81,7 +81,7 @@ class OutputLayer:
 
     def __init__(self, wte_VC: Tensor, hidden_error: float, *, compiled: bool = False) -> None:
         """`hidden_error`: bound on the norm of the error of the hidden states that will be given. `compiled`: whether
-        short lists are sought by compiled loops (`nanomoe.kernels`)."""
+        short lists are sought, and tokens drawn, by compiled loops (`nanomoe.kernels`)."""
         self._wte_VC = wte_VC
         self._wte_CV = wte_VC.T.contiguous()  # products with one row read it several times faster (measured)
         norms_V = wte_VC.norm(dim=1)
@@ -97,7 +97,7 @@ class OutputLayer:
 
     @property
     def numerics(self) -> str:
-        """How a greedy token is computed, in words."""
+        """How a token is computed, in words."""
         if self._ints is None:
             return "float32, certified against float64"
         return "int8, then float32 where that does not decide, certified against float64"

@@ -240,8 +240,8 @@ def _allowed(scaled: Floats, sampling: Sampling, slack: float) -> tuple[Mask | N
         if not slack:
             return possible, possible
         first_unsure = np.searchsorted(mass_before, sampling.top_p * least_total * np.exp(-2 * slack))
-        if first_unsure < len(falling):
-            within = scaled > falling[first_unsure] + 2 * slack
+        if first_unsure < len(values):  # beyond those that are sorted, none is larger than the last of them
+            within = scaled > falling[min(first_unsure, len(falling) - 1)] + 2 * slack
             sure = within if sure is None else sure & within
     return sure, possible
 

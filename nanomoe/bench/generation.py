@@ -1,16 +1,16 @@
 """How fast prompts are continued: the engine beside nanoGPT's loop and transformers' cached `generate`.
 
-All continue the same prompts from the same weights, those of a short training: where logits are nearly equal, as they
-are before, the engine's short lists are longer. They take turns, so that a machine whose speed drifts
-treats all alike: a figure is the median of the turns, a ratio the median of the ratios within each turn.
+All continue the same prompts from the same weights, those of a short training: before it, logits are nearly equal, and
+the engine's short lists longer than they are in use. They take turns, so that a machine whose speed drifts treats all
+alike: a figure is the median of the turns, a ratio the median of the ratios within each turn.
 
-Knows no HTTP; `service.bench` measures the same through the service.
+Knows no HTTP; `service.cli.bench` measures the same through the service.
 """
 
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ _MOST_NEW_TOKENS = 80
 """Of a text: with the prompt it stays within block_size, so that caches can be used."""
 
 _SLOW_TOKENS = 1280
-"""Tokens that a turn of a peer may have to make in all, so that large crowds do not take minutes."""
+"""Tokens of a turn in all, about: with more, the peers would take minutes for a large crowd."""
 
 _FIRST_TOKEN_PROMPT = 50
 
@@ -76,7 +76,7 @@ class Figures:
     read_bytes_per_sec: float
     """At which this machine reads that many bytes again and again."""
 
-    n_recomputed: int = field(default=0)
+    n_recomputed: int
     """Tokens of the engine that float32 could not decide, and float64 did, over all turns."""
 
 

@@ -1,7 +1,9 @@
 """The innermost loops of generation, compiled for the CPU they run on; plain tensor operations stand beside each.
 
 numba compiles them at their first call on a kind of processor and keeps the result beside the source, or in
-`NUMBA_CACHE_DIR`. Importing it takes a third of a second, so only an engine that will serve many tokens does.
+`NUMBA_CACHE_DIR`. It compiles a loop anew when the loop's own file changes, not when a constant or a loop that it takes
+from another file does: after such a change, delete what it kept. Importing it takes a third of a second, so only an
+engine that will serve many tokens does.
 """
 
 from collections.abc import Callable

@@ -68,13 +68,12 @@ def _draw_one(products_V, n, rows, wte_VC):
     top = largest_G.max() * factor
     if not np.isfinite(top) or not bound + slack < WIDEST:
         return -1
-    if top_k >= len(products_V):
-        edges = -np.inf, -np.inf
-        return _between(edges, products_V, largest_G, factor, top, bound, slack, temperature, uniform_U, x_C, wte_VC)
-    edges = _rough_edges(largest_G, top_k, factor, 2 * bound + TIE / temperature)
+    margin = 2 * bound + TIE / temperature
+    cuts = top_k < len(products_V)
+    edges = _rough_edges(largest_G, top_k, factor, margin) if cuts else (-np.inf, -np.inf)
     token = _between(edges, products_V, largest_G, factor, top, bound, slack, temperature, uniform_U, x_C, wte_VC)
-    if token < 0:
-        edges = _close_edges(products_V, largest_G, top_k, factor, 2 * bound + TIE / temperature)
+    if token < 0 and cuts:
+        edges = _close_edges(products_V, largest_G, top_k, factor, margin)
         token = _between(edges, products_V, largest_G, factor, top, bound, slack, temperature, uniform_U, x_C, wte_VC)
     return token
 
@@ -132,7 +131,7 @@ def _gumbel(uniform):
 @compiled
 def _contenders(edges, products_V, largest_G, factor, top, bound, uniform_U):
     """The blocks that can have the largest sum of log mass and noise, where each logit may be wrong by `bound`, and
-    their number; 0 where they are too many."""
+    their number; 0 where they are too many, or no token is surely allowed."""
     least_possible, least_sure = edges
     n_blocks = len(uniform_U) - BLOCK
     noise_G, most_G, where_G = np.empty(n_blocks), np.empty(n_blocks), np.empty(n_blocks, np.int64)
@@ -151,6 +150,8 @@ def _contenders(edges, products_V, largest_G, factor, top, bound, uniform_U):
         most_G[block] = np.log(most) + noise_G[block] + bound if most > 0 else -np.inf
         if least > 0:
             reached = max(reached, np.log(least) + noise_G[block] - bound)
+    if reached == -np.inf:
+        return where_G, 0
     # Then, where that leaves a chance, by the products of all tokens.
     could_reach = reached
     for block in range(n_blocks):
@@ -171,7 +172,7 @@ def _contenders(edges, products_V, largest_G, factor, top, bound, uniform_U):
         if most_G[block] >= reached:
             where_G[n] = block
             n += 1
-    return where_G, n if n <= MOST_CONTENDERS and reached > -np.inf else 0
+    return where_G, n if n <= MOST_CONTENDERS else 0
 
 
 @compiled

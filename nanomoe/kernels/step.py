@@ -213,7 +213,7 @@ def _attend(qkv, position, cache_HBD, scores_B, y_C):
 
 
 @compiled
-def _mixture(x_C, mixture, weights, routing, wanted_E, scores_E, chosen_K, hidden_F, out_C, y_C):
+def _mixture(x_C, mixture, weights, routing, wanted_E, scores_E, chosen_K, hidden_F, y_C):
     """y = the gated sum of the experts of one token; whether the choice is certain."""
     E, k = len(wanted_E), routing.k
     router_EC, bias_E = weights.router[mixture], weights.balance_bias[mixture]
@@ -274,7 +274,7 @@ def _take_through(first, last, tokens, positions, weights, routing, cache_LRHBD,
     scores_B = np.empty(B, np.float32)
     wanted_E, scores_E = np.empty(E, np.float32), np.empty(E, np.float32)
     chosen_K = np.empty(routing.k, np.int64)
-    hidden_F, out_C = np.empty(F, np.float32), np.empty(C, np.float32)
+    hidden_F = np.empty(F, np.float32)
     for row in range(n):
         x[row] = weights.wte[tokens[first + row]] + weights.wpe[positions[first + row]]
         certain_N[first + row] = True
@@ -297,7 +297,7 @@ def _take_through(first, last, tokens, positions, weights, routing, cache_LRHBD,
         else:
             for row in range(n):
                 certain_N[first + row] &= _mixture(
-                    y[row], -1 - place, weights, routing, wanted_E, scores_E, chosen_K, hidden_F, out_C, z[row]
+                    y[row], -1 - place, weights, routing, wanted_E, scores_E, chosen_K, hidden_F, z[row]
                 )
         for row in range(n):
             x[row] += z[row]

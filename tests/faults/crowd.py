@@ -31,10 +31,10 @@ MAX_RUNNING = 64
 MAX_WAITING = 32
 
 BAD: list[tuple[dict[str, Any], tuple[int, str]]] = [
-    ({"prompt": ""}, (422, "empty_prompt")),
-    ({"max_new_tokens": 10**6}, (422, "max_new_tokens_too_large")),
+    ({"prompt": ""}, (422, "invalid_request")),
+    ({"max_new_tokens": 10**4}, (422, "max_new_tokens_too_large")),
     ({"n": MAX_RUNNING + 1}, (422, "n_too_large")),
-    ({"job_id": "nobody"}, (404, "job_not_found")),
+    ({"job_id": "0" * 32}, (404, "job_not_found")),
     ({"checkpoint": 25}, (404, "checkpoint_not_found")),
     ({"temperature": -1}, (422, "invalid_request")),
     ({"colour": "red"}, (422, "invalid_request")),
@@ -90,10 +90,10 @@ class Crowd:
         looking = context.Queue()
         watcher = context.Process(target=_look, args=(self.site.url, self.job_id, over, looking))
         watcher.start()
-        looking.get()  # it has begun
+        looking.get(timeout=60)  # it has begun
         asyncio.run(self._everybody(seen, seconds))
         over.set()
-        seen.looks = looking.get()
+        seen.looks = looking.get(timeout=60)
         watcher.join()
         self._settle()
         seen.resident = self._resident()

@@ -4,7 +4,7 @@ from tests.faults.crowd import run
 
 
 def test_a_crowd_gets_its_answers_and_leaves_no_slot_and_no_memory_behind() -> None:
-    rounds = run(n_clients=24, rounds=3, seconds=4)
+    rounds = run(n_clients=16, rounds=3, seconds=2)
     for one in rounds:
         assert one.unexpected == {}
         assert one.answers["answered"] > 0

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nanomoe import sampling as sampling_module
 from nanomoe.sampling import BLOCK, TIE, NoiseStream, Sampling, choose, choose_among_blocks
 
 SAMPLINGS = [
@@ -176,6 +177,20 @@ def test_a_token_at_the_edge_of_top_k_is_chosen_only_if_it_surely_belongs() -> N
     assert choose(logits, Sampling(1.0, top_k=2), noise, error=1e-6) is None
     noise.places[:3] = 50, 0, 0
     assert choose(logits, Sampling(1.0, top_k=2), noise, error=1e-6) == 0
+
+
+def test_a_token_at_the_edge_of_top_p_is_chosen_only_if_it_surely_belongs() -> None:
+    n_sorted = sampling_module._NUCLEUS  # the edge is also the end of what is sorted
+    logits = np.full(n_sorted + 500, -3.0)
+    logits[:n_sorted] = np.linspace(0, -0.5, n_sorted)
+    logits[n_sorted] = -0.5 - 2.0**-22
+    weights = np.exp(logits)
+    sampling = Sampling(1.0, top_p=(weights[: n_sorted - 1].sum() + weights[n_sorted - 1] / 2) / weights.sum())
+    noise = NoiseStream(0, 0, len(logits)).draw()
+    noise.blocks[n_sorted // BLOCK] = 50
+    noise.places[n_sorted % BLOCK] = 50
+    assert choose(logits, sampling, noise) != n_sorted
+    assert choose(logits.astype(np.float32), sampling, noise, error=1e-6) is None
 
 
 def test_candidates_give_the_token_that_all_logits_give() -> None:

@@ -90,6 +90,8 @@ def jobs(
             status.update("jobs on a worker")
             delays = measured.delays(site, n_jobs, settle)
             busy = measured.traffic(site, training=True, seconds=seconds)
+            status.update("training beside a stream")
+            disturbed = measured.beside(site, n_jobs, seconds)
             site.processes.kill("worker")  # or it would claim what is timed
             status.update("claims")
             claims = list(measured.claim_times(site.database, lengths))
@@ -101,6 +103,7 @@ def jobs(
                 "claims": [asdict(one) for one in claims],
                 "traffic": [asdict(idle), asdict(busy)],
                 "delays": asdict(delays),
+                "beside": asdict(disturbed),
                 "recoveries": [asdict(one) for one in recoveries],
             }
         )
@@ -109,6 +112,7 @@ def jobs(
         tables.claims_table(claims),
         tables.traffic_table([idle, busy]),
         tables.delays_table(delays, recoveries),
+        tables.beside_table(disturbed),
     ):
         text.print_table(table)
         text.console().print()

@@ -81,6 +81,20 @@ class Recovery:
     """Seconds until it has made a step beyond those that were recorded."""
 
 
+@dataclass(frozen=True)
+class Beside:
+    """Training while somebody generates."""
+
+    steps_per_sec: float
+    """Of a job that has the machine for itself."""
+
+    steps_per_sec_beside: float
+    """Of the same job while one client streams texts, one after the other."""
+
+    ratio: float
+    """Beside over alone: the median of the turns' ratios."""
+
+
 def claim_times(db: Database, queued: tuple[int, ...]) -> Iterator[ClaimTime]:
     """With each number of jobs in line, from the smallest; the jobs stay."""
     worker = WorkerIdentity(name="bench")
@@ -190,6 +204,48 @@ def delays(site: Site, n_jobs: int, settle: float) -> Delays:
             next_first_step.append(_wait(site, behind, lambda row: row.progress.get("step", 0) > 0) - began)
             _cancel(site, behind)
     return Delays(n_jobs, *(_median_and_max(each) for each in (running, first_step, cancelled, next_first_step)))
+
+
+def beside(site: Site, turns: int, seconds: float) -> Beside:
+    """Train alone and beside a stream, by turns of so many seconds each."""
+    with Client(site.url) as client, Client(site.url) as reader:
+        job = client.submit(_text(), JobConfig(epochs=_LONG))
+        _wait(site, job, lambda row: len(store.list_checkpoints(site.database, row.id)) > 0)
+        stream_from = reader.job(job.id)
+        stream_from.generate("Era uma vez", max_new_tokens=1)  # the engine starts, and loads the checkpoint
+        rates = []
+        for _ in range(turns):
+            alone = _steps_per_sec(site, job, seconds)
+            over = Event()
+            with concurrent.futures.ThreadPoolExecutor(1) as pool:
+                streaming = pool.submit(_stream_until, stream_from, over)
+                rates.append((alone, _steps_per_sec(site, job, seconds)))
+                over.set()
+                streaming.result()
+        _cancel(site, job)
+    alone, disturbed = (statistics.median(each) for each in zip(*rates, strict=True))
+    return Beside(alone, disturbed, statistics.median(two / one for one, two in rates))
+
+
+def _stream_until(job: JobHandle, over: Event) -> None:
+    while not over.is_set():
+        for _ in job.generate("Era uma vez", max_new_tokens=80, stream=True):
+            pass
+
+
+def _steps_per_sec(site: Site, job: JobHandle, seconds: float) -> float:
+    """From one recorded batch of steps to another, at least `seconds` later."""
+    began, first = _next_batch(site, job)
+    time.sleep(seconds)
+    ended, last = _next_batch(site, job)
+    return (last - first) / (ended - began)
+
+
+def _next_batch(site: Site, job: JobHandle) -> tuple[float, int]:
+    """When the next batch of steps was seen, on the monotonic clock, and its last step."""
+    before = store.get_job(site.database, job.id).progress["step"]
+    at = _wait(site, job, lambda row: row.progress["step"] > before)
+    return at, store.get_job(site.database, job.id).progress["step"]
 
 
 def recovery(lease_seconds: float, settle: float) -> Recovery:

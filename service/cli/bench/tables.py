@@ -9,7 +9,7 @@ from service.cli import text
 
 if TYPE_CHECKING:
     from nanomoe.bench.generation import Figures
-    from service.cli.bench.lifecycle import ClaimTime, Delays, Recovery, Traffic
+    from service.cli.bench.lifecycle import Beside, ClaimTime, Delays, Recovery, Traffic
     from service.cli.bench.served import Served
 
 
@@ -106,6 +106,14 @@ def delays_table(delays: "Delays", recoveries: Iterable["Recovery"]) -> Table:
         since = f"worker killed, lease {one.lease_seconds:g} s"
         table.add_row(since, "running again", f"{one.kill_to_running:.1f} s", "")
         table.add_row(since, "first new step", f"{one.kill_to_new_step:.1f} s", "")
+    return table
+
+
+def beside_table(one: "Beside") -> Table:
+    """Training alone and while somebody generates."""
+    table = text.new_table("training", ">steps/s", ">of alone")
+    table.add_row("alone", f"{one.steps_per_sec:.1f}", "")
+    table.add_row("beside one client that streams", f"{one.steps_per_sec_beside:.1f}", f"{one.ratio:.2f}")
     return table
 
 
