@@ -33,7 +33,7 @@ _PREFILL_TOKENS = 4096
 _LONGEST_SHORT_LIST = 1024
 """A larger top_k is sampled from all logits."""
 
-_FEW_SEQUENCES = 4
+FEW_SEQUENCES = 4
 """Fewer than these are computed by one thread: with two, a lone text is a tenth faster on a machine of its own, and
 half as fast beside a training (measured)."""
 
@@ -41,7 +41,7 @@ half as fast beside a training (measured)."""
 def useful_threads(n_sequences: int, n_threads: int) -> int:
     """Of `n_threads`, how many a step of so many sequences should use: few gain little from threads that wait for each
     other where others use the machine."""
-    return 1 if n_sequences < _FEW_SEQUENCES else n_threads
+    return 1 if n_sequences < FEW_SEQUENCES else n_threads
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Request:
     """A continuation to be made.
 
     Raises:
-        ValueError: the prompt is empty, or no token is asked for.
+        ValueError: the prompt is empty, no token is asked for, or none is allowed.
     """
 
     prompt: Sequence[int]
@@ -75,6 +75,8 @@ class Request:
             raise ValueError("the prompt has no tokens")
         if self.max_new_tokens < 1:
             raise ValueError("max_new_tokens must be at least 1")
+        if self.sampling.top_k is not None and self.sampling.top_k < 1:
+            raise ValueError("top_k must be at least 1")
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ import threading
 import time
 import traceback
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -29,7 +30,7 @@ from nanomoe import generate as nanomoe_generate
 from nanomoe.checkpoint import CheckpointDamaged
 from nanomoe.config import JobConfig
 from nanomoe.execution import find_device
-from nanomoe.generate import Continuation, Engine, useful_threads
+from nanomoe.generate import FEW_SEQUENCES, Continuation, Engine, useful_threads
 from nanomoe.sampling import Sampling
 from nanomoe.tokenizer import Tokenizer
 from service.engine_messages import (
@@ -57,6 +58,15 @@ from service.text_stream import TextStream
 
 CHUNK_SECONDS = 0.02
 """Shortest time between two chunks of a streamed text: a reader sees no difference, and lines cost time."""
+
+_PACE_SECONDS = 0.01
+"""Time of steps after which it is judged whether others want the processor."""
+
+_OWN_SHARE = 0.9
+"""Of that time, what this thread gets of a processor where nobody else wants it."""
+
+_LEFT_TO_OTHERS = 6.0
+"""How long to wait after a step, in lengths of it, where others want the processor."""
 
 _PR_SET_PDEATHSIG = 1
 
@@ -98,6 +108,34 @@ class _Running:
     first_token_at: float | None = None
 
 
+class Pace:
+    """Gives way to who else computes here, a training for instance, while few texts are being generated.
+
+    A low priority alone leaves a training three quarters of its speed (measured): it waits a little at every of its
+    many small steps for a core and for the cache. So when the processor keeps this thread waiting, which tells that
+    others want it, most of the time is left to them. A text still comes faster than anybody reads.
+    """
+
+    def __init__(self) -> None:
+        self.pause = 0.0
+        """Seconds to leave before the next step."""
+        self._wall = self._cpu = 0.0
+        self._gives_way = False
+
+    @contextmanager
+    def working(self, *, alone: bool) -> Iterator[None]:
+        """Around a step; `alone`: whether it is of few texts."""
+        wall, cpu = time.perf_counter(), time.thread_time()
+        yield
+        taken = time.perf_counter() - wall
+        self._wall += taken
+        self._cpu += time.thread_time() - cpu
+        if self._wall >= _PACE_SECONDS:
+            self._gives_way = self._cpu < _OWN_SHARE * self._wall
+            self._wall = self._cpu = 0.0
+        self.pause = _LEFT_TO_OTHERS * taken if self._gives_way and alone else 0.0
+
+
 class Server:
     """Requests from their arrival to their last line."""
 
@@ -106,6 +144,7 @@ class Server:
         self._device = find_device(start.device)
         self._output = output
         self._n_threads = torch.get_num_threads()
+        self._pace = Pace()
         self._lines: list[bytes] = []
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         """What the other threads have for the main one to do."""
@@ -141,13 +180,15 @@ class Server:
         """Do what was asked for since the last turn, waiting for it if there is nothing else to do; then add one token
         to every text, and send what is due."""
         self._begin_what_fits()
-        self._listen(block=not self._running)  # nothing runs: what waits, waits for a checkpoint that is being read
+        # Nothing runs: what waits, waits for a checkpoint that is being read.
+        self._listen(self._pace.pause if self._running else None)
         self._begin_what_fits()
         self._share_threads()
-        for loaded in list(self._cache.values()):
-            if loaded.n_users:
-                self._step(loaded)
-        self._flush()
+        with self._pace.working(alone=len(self._owner) < FEW_SEQUENCES):
+            for loaded in list(self._cache.values()):
+                if loaded.n_users:
+                    self._step(loaded)
+            self._flush()
 
     def _share_threads(self) -> None:
         wanted = useful_threads(len(self._owner), self._n_threads)
@@ -164,10 +205,10 @@ class Server:
         """Texts that are being generated."""
         return len(self._owner)
 
-    def _listen(self, *, block: bool) -> None:
-        """Do what the other threads have asked for; if that is nothing and `block`, wait until it is something."""
+    def _listen(self, patience: float | None) -> None:
+        """Do what the other threads have asked for; wait so many seconds for it, or as long as it takes."""
         try:
-            self._inbox.get(block)()
+            self._inbox.get(timeout=patience)()
             while True:
                 self._inbox.get_nowait()()
         except Empty:

@@ -35,9 +35,3 @@ def read_bandwidth(n_bytes: int) -> float:
     """
     numbers = torch.ones(max(1, n_bytes // 4))
     return numbers.nbytes / best_seconds(numbers.sum)
-
-
-def product_rate(dtype: torch.dtype = torch.float32, size: int = 2048) -> float:
-    """Floating-point operations a second in the product of two square matrices."""
-    left, right = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
-    return 2 * size**3 / best_seconds(lambda: left @ right)

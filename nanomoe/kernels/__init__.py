@@ -1,12 +1,13 @@
 """The innermost loops of generation, compiled for the CPU they run on; plain tensor operations stand beside each.
 
 numba compiles them at their first call on a kind of processor and keeps the result beside the source, or in
-`NUMBA_CACHE_DIR`. It compiles a loop anew when the loop's own file changes, not when a constant or a loop that it takes
-from another file does: after such a change, delete what it kept. Importing it takes a third of a second, so only an
-engine that will serve many tokens does.
+`NUMBA_CACHE_DIR`. Importing it takes a third of a second, so only an engine that will serve many tokens does.
 """
 
+import hashlib
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numba
@@ -17,6 +18,20 @@ import torch
 F = TypeVar("F", bound=Callable[..., Any])
 
 Array = npt.NDArray[np.float32]
+
+_HERE = Path(__file__).parent
+
+
+def _kept_in() -> Path:
+    """A folder for what these very sources compile to. numba notices by itself when a loop's own file has changed, but
+    not when a loop or a constant that it takes from another file has."""
+    sources = [*sorted(_HERE.glob("*.py")), _HERE.parent / "sampling.py"]
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+    beside = _HERE / "__pycache__" if os.access(_HERE, os.W_OK) else Path.home() / ".cache" / "nanomoe"
+    return Path(os.environ.get("NUMBA_CACHE_DIR") or beside) / digest
+
+
+numba.config.CACHE_DIR = str(_kept_in())  # type: ignore[attr-defined] # set by numba at run time
 
 _MOST_THREADS: int = numba.get_num_threads()
 

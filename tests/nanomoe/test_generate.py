@@ -293,6 +293,8 @@ def test_what_cannot_be_continued_is_refused() -> None:
         Request([], 1)
     with pytest.raises(ValueError, match="at least 1"):
         Request([1], 0)
+    with pytest.raises(ValueError, match="top_k"):
+        Request([1], 1, Sampling(1.0, top_k=0))
     for token in (-1, 97):
         with pytest.raises(ValueError, match="outside of the vocabulary of 97"):
             engine.submit(Request([0, token], 1))

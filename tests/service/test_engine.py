@@ -9,7 +9,7 @@ import pytest
 
 from nanomoe.generate import Request, generate_reference
 from nanomoe.sampling import Sampling
-from service.engine import Server
+from service.engine import Pace, Server
 from service.engine_messages import (
     Begun,
     Cancel,
@@ -215,3 +215,22 @@ def test_a_checkpoint_that_makes_no_model_is_reported(tmp_path: Path, capfd: pyt
     assert failure.code == "checkpoint_unreadable"
     assert "transformer.h.2" in failure.message
     assert "Traceback" in capfd.readouterr().err
+
+
+def test_few_texts_give_way_where_others_want_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = {"wall": 0.0, "cpu": 0.0}
+    monkeypatch.setattr("service.engine.time.perf_counter", lambda: clock["wall"])
+    monkeypatch.setattr("service.engine.time.thread_time", lambda: clock["cpu"])
+    pace = Pace()
+
+    def step(wall: float, cpu: float, *, alone: bool = True) -> float:
+        with pace.working(alone=alone):
+            clock["wall"] += wall
+            clock["cpu"] += cpu
+        return pace.pause
+
+    assert step(0.02, 0.02) == 0
+    assert step(0.02, 0.01) > 0.1
+    assert step(0.001, 0.001) > 0.005, "one quick step is no proof that the others have gone"
+    assert step(0.02, 0.01, alone=False) == 0
+    assert step(0.02, 0.02) == 0
