@@ -59,11 +59,11 @@ from service.text_stream import TextStream
 CHUNK_SECONDS = 0.02
 """Shortest time between two chunks of a streamed text: a reader sees no difference, and lines cost time."""
 
-_PACE_SECONDS = 0.01
+_PACE_SECONDS = 0.02
 """Time of steps after which it is judged whether others want the processor."""
 
-_OWN_SHARE = 0.9
-"""Of that time, what this thread gets of a processor where nobody else wants it."""
+_OWN_SHARE = 0.6
+"""Of that time, what this thread gets of a processor at least, where nobody else wants it for long."""
 
 _LEFT_TO_OTHERS = 6.0
 """How long to wait after a step, in lengths of it, where others want the processor."""

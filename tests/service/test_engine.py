@@ -229,8 +229,8 @@ def test_few_texts_give_way_where_others_want_the_processor(monkeypatch: pytest.
             clock["cpu"] += cpu
         return pace.pause
 
-    assert step(0.02, 0.02) == 0
-    assert step(0.02, 0.01) > 0.1
+    assert step(0.03, 0.03) == 0
+    assert step(0.03, 0.01) > 0.1
     assert step(0.001, 0.001) > 0.005, "one quick step is no proof that the others have gone"
-    assert step(0.02, 0.01, alone=False) == 0
-    assert step(0.02, 0.02) == 0
+    assert step(0.03, 0.01, alone=False) == 0
+    assert step(0.03, 0.03) == 0
