@@ -20,12 +20,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nanomoe.config import ModelConfig
+from nanomoe.graphs import GraphedStep
 
 if TYPE_CHECKING:
     from nanomoe.kernels.step import Loops
 
 SAFETY = 100.0
 """How many times the largest error seen on the probes is taken as the bound. Assumed; a wider bound costs only time."""
+
+_GATHERED_ROWS = 128
+"""On a GPU: more tokens than these share experts, whose weights would be copied for each of them. Assumed."""
 
 _PROBES = 2
 _PROBE_TOKENS = 64
@@ -46,6 +50,15 @@ class _Experts:
         first = _cast((self.w_in[expert], None if self.b_in is None else self.b_in[expert]), dtype)
         second = _cast((self.w_out[expert], None if self.b_out is None else self.b_out[expert]), dtype)
         return _linear(F.gelu(_linear(x_NC, *first)), *second)
+
+    def gathered(self, chosen_NK: Tensor, x_NC: Tensor) -> Tensor:
+        """(N, K, C): each token's own experts. Every shape is known before the choice, as a captured graph needs."""
+
+        def of(weight: Tensor | None) -> Tensor | float:
+            return 0.0 if weight is None else weight.to(x_NC.dtype)[chosen_NK]
+
+        hidden_NKF = torch.einsum("nc,nkcf->nkf", x_NC, self.w_in.to(x_NC.dtype)[chosen_NK]) + of(self.b_in)
+        return torch.einsum("nkf,nkfc->nkc", F.gelu(hidden_NKF), self.w_out.to(x_NC.dtype)[chosen_NK]) + of(self.b_out)
 
 
 @dataclass(frozen=True)
@@ -111,6 +124,7 @@ class Decoder:
         self._positions_B = torch.arange(_round_up(config.block_size), device=self.device)
         self._seen = torch.zeros((), device=self.device)
         self._unseen = torch.full((), -math.inf, device=self.device)
+        self._graphed = GraphedStep(self._advance, self.device) if self.device.type == "cuda" else None
         self.n_rows = 0
         self._kept_views: list[tuple[Tensor, Tensor, Tensor]] = []
         self._cache = torch.empty(config.n_layer, 0, 0, 0)
@@ -159,6 +173,13 @@ class Decoder:
         return sum(tensor.nbytes for tensor in tensors) + (0 if self._loops is None else self._loops.n_bytes)
 
     @property
+    def way(self) -> str:
+        """How a step is done, in words."""
+        if self._loops is not None:
+            return "compiled loops"
+        return "tensor operations" if self._graphed is None else "a captured CUDA graph"
+
+    @property
     def row_bytes(self) -> int:
         """Memory of one cached sequence."""
         return self.config.n_layer * 2 * self.config.n_embd * self._wpe_BC.itemsize * self.config.block_size
@@ -174,6 +195,8 @@ class Decoder:
             grown[:, : self.n_rows * H] = self._cache
         self._cache, self.n_rows = grown, n_rows
         self._viewed: tuple[int, int] | None = None
+        if self._graphed is not None:
+            self._graphed.forget()
         self._first_slot_RH = torch.arange(n_rows * H, device=self.device).view(n_rows, H) * B
 
     def move(self, source: int, target: int) -> None:
@@ -193,12 +216,22 @@ class Decoder:
         Returns:
             The hidden states (N, C) after the last norm, and for each row whether this token's routing is certain.
         """
-        N, H, D, C = len(tokens), self.config.n_head, self._head_dim, self.config.n_embd
-        assert self.n_rows >= N, f"{N} sequences in a cache of {self.n_rows} rows"
+        assert self.n_rows >= len(tokens), f"{len(tokens)} sequences in a cache of {self.n_rows} rows"
         if self._loops is not None:
             return self._loops.step(tokens, positions, self._cache, self._router_error)
-        tokens_N, positions_N = torch.tensor([tokens, positions], device=self.device)
         length = _round_up(max(positions) + 1)
+        whole = 1 << (len(tokens) - 1).bit_length()
+        if self._graphed is not None and whole <= min(self.n_rows, _GATHERED_ROWS):
+            hidden_NC, wanted = self._graphed(tokens, positions, length)
+        else:
+            tokens_N, positions_N = torch.tensor([tokens, positions], device=self.device)
+            hidden_NC, wanted = self._advance(tokens_N, positions_N, length)
+        return hidden_NC, self._certain(wanted, len(tokens))
+
+    def _advance(self, tokens_N: Tensor, positions_N: Tensor, length: int) -> tuple[Tensor, list[Tensor]]:
+        """One token for each row, reading `length` cached positions: hidden states (N, C), and by what each MoE layer
+        chose its experts (N, E)."""
+        N, H, D, C = len(tokens_N), self.config.n_head, self._head_dim, self.config.n_embd
         unseen_NL = self._positions_B[:length] > positions_N[:, None]
         mask = torch.where(unseen_NL, self._unseen, self._seen)[:, None]  # (N, 1, L), added to the scores
         if N > 1:
@@ -215,7 +248,7 @@ class Decoder:
             attended_NC = torch.bmm(scores.softmax(-1), values).view(N, C)
             x_NC += _linear(attended_NC, *layer.attn_out)
             x_NC += self._mlp(layer, _norm(x_NC, layer.ln_2), wanted)
-        return _norm(x_NC, self._ln_f), self._certain(wanted, N)
+        return _norm(x_NC, self._ln_f), wanted
 
     def _views(self, n_rows: int, length: int) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Per layer: all slots (R * H * B, 2 D), and of the first rows the keys (N * H, D, L) and values (N * H, L, D).
@@ -301,7 +334,9 @@ class Decoder:
         if self.config.renormalises_gates:
             gates_NK = gates_NK / gates_NK.sum(-1, keepdim=True)
         y_NC = torch.zeros_like(x_NC)
-        if len(x_NC) == 1:
+        if x_NC.device.type == "cuda" and len(x_NC) <= _GATHERED_ROWS:
+            y_NC += (gates_NK[..., None] * layer.experts.gathered(chosen_NK, x_NC)).sum(1)
+        elif len(x_NC) == 1:
             for slot, expert in enumerate(chosen_NK[0].tolist()):
                 y_NC += gates_NK[:, slot] * layer.experts.one(expert, x_NC)
         else:

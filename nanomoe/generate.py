@@ -159,7 +159,7 @@ class Engine:
     @property
     def numerics(self) -> str:
         """How tokens are computed, in words."""
-        return f"{self._output.numerics}; {'compiled loops' if self._compiled else 'tensor operations'}"
+        return f"{self._output.numerics}; {self._decoder.way}"
 
     @property
     def output_bytes_per_token(self) -> int:

@@ -314,3 +314,28 @@ def test_a_model_continues_tokens_as_its_checkpoint_would() -> None:
     request = Request([1, 2, 3], 30, Sampling(0.9, 5), seed=11)
     assert added == generate_reference(model.state_dict(), model.config, request)
     assert continue_tokens(model, [1], max_new_tokens=0, temperature=0.0, top_k=None, seed=0) == []
+
+
+def test_experts_gathered_for_each_token_compute_what_one_by_one_does() -> None:
+    model = _model(**CONFIGS["moe, every option"])
+    experts = _engine(model)._decoder._layers[0].experts
+    assert experts is not None
+    generator = torch.Generator().manual_seed(0)
+    x_NC = torch.randn(7, 16, generator=generator)
+    chosen_NK = torch.randint(5, (7, 3), generator=generator)
+    gathered_NKC = experts.gathered(chosen_NK, x_NC)
+    for n in range(7):
+        for slot, expert in enumerate(chosen_NK[n].tolist()):
+            torch.testing.assert_close(gathered_NKC[n, slot], experts.one(expert, x_NC[n : n + 1])[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CONFIGS)
+def test_text_by_captured_graphs_equals_the_uncached_float64_loop(name: str) -> None:
+    model = _model(**CONFIGS[name])
+    requests = _requests(12, 97, MIXED)
+    weights = model.state_dict()
+    expected = [generate_reference(weights, model.config, request) for request in requests]
+    engine = _engine(model, device="cuda")
+    assert "CUDA graph" in engine.numerics
+    assert _texts(engine.run(requests)) == expected
