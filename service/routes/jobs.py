@@ -10,6 +10,7 @@ from pydantic import Field, StringConstraints
 from nanomoe.config import JobConfig
 from service import files, queue, schemas, store, submission, views
 from service.context import Context
+from service.errors import DatabaseUnavailable
 from service.openapi import problems, ref
 from service.routes.parameters import JobId, Service, StrictQuery
 from service.routes.submit_body import DOCUMENTED, Submission
@@ -19,6 +20,9 @@ from service.tables import Job
 router = APIRouter(tags=["jobs"])
 
 MAX_WAIT_SECONDS = 120
+
+RETRY_SECONDS = 1.0
+"""How soon a request that waits looks again while the database is out of reach."""
 
 
 class SubmitQuery(StrictQuery):
@@ -114,17 +118,30 @@ def list_jobs(service: Service, query: Annotated[ListQuery, Query()]) -> schemas
 
 @router.get("/jobs/{job_id}", responses=problems(404, 422, 503))
 async def get_job(service: Service, job_id: JobId, query: Annotated[JobQuery, Query()]) -> JobView:
-    """One job. With `wait`, answers once its status is another than `seen`, or its last, or when the time is over."""
-    deadline = asyncio.get_running_loop().time() + query.wait
+    """One job. With `wait`, answers once its status is another than `seen`, or its last, or when the time is over.
+
+    A database that is out of reach is waited for as long.
+    """
+    clock = asyncio.get_running_loop().time
+    deadline = clock() + query.wait
     seen = query.seen
+
+    def is_over() -> bool:
+        return clock() >= deadline or service.wakeups.closed
+
     while True:
         change = service.wakeups.next()
-        job = await to_thread.run_sync(_look, service, job_id)
-        seen = seen or job.status
-        remaining = deadline - asyncio.get_running_loop().time()
-        if job.status != seen or job.is_terminal or remaining <= 0 or service.wakeups.closed:
-            return job
-        await service.wakeups.wait(change, remaining)
+        try:
+            job = await to_thread.run_sync(_look, service, job_id)
+            seen = seen or job.status
+            if job.status != seen or job.is_terminal or is_over():
+                return job
+            pause = deadline - clock()
+        except DatabaseUnavailable:
+            if is_over():
+                raise
+            pause = min(deadline - clock(), RETRY_SECONDS)
+        await service.wakeups.wait(change, pause)
 
 
 def _look(service: Context, job_id: str) -> JobView:

@@ -225,6 +225,30 @@ def test_a_database_out_of_reach_is_503_everywhere(api: Api) -> None:
     assert api.http.get(f"/jobs/{job_id}").status_code == 200
 
 
+def test_a_long_poll_waits_for_a_database_that_is_away_until_its_time_is_over(api: Api) -> None:
+    job_id = api.submit()["id"]
+    refused = threading.Event()
+
+    def refuse(connection: sa.Connection) -> None:
+        refused.set()
+        raise sa.exc.OperationalError("BEGIN", {}, Exception("the server is gone"))
+
+    def wait(seconds: float) -> httpx.Response:
+        return api.http.get(f"/jobs/{job_id}", params={"wait": seconds, "seen": "queued"})
+
+    with ThreadPoolExecutor(1) as pool:
+        sa.event.listen(api.db.engine, "begin", refuse)
+        try:
+            assert wait(0.1).json()["code"] == "database_unavailable"
+            refused.clear()
+            waiting = pool.submit(wait, 20)
+            assert refused.wait(10)
+        finally:
+            sa.event.remove(api.db.engine, "begin", refuse)
+        assert api.http.post(f"/jobs/{job_id}/cancel").status_code == 202
+        assert waiting.result(15).json()["status"] == "cancelled"
+
+
 @ONLY_POSTGRESQL
 def test_a_long_poll_outlives_connections_that_are_cut(settings: Settings) -> None:
     with serving(settings.model_copy(update={"port": 0})) as api, ThreadPoolExecutor(1) as pool:
@@ -238,9 +262,10 @@ def test_a_long_poll_outlives_connections_that_are_cut(settings: Settings) -> No
         waiting = pool.submit(wait)
         asked.wait()
         with api.db.engine.connect() as connection:
-            cut = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND datname = "
-            connection.execute(sa.text(cut + "current_database()"))
-        api.http.post(f"/jobs/{job_id}/cancel")
+            # With its second argument it returns when they are gone: no later question is asked over a dying one.
+            cut = "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND "
+            connection.execute(sa.text(cut + "datname = current_database()"))
+        assert api.http.post(f"/jobs/{job_id}/cancel").status_code == 202
         assert waiting.result(30) == "cancelled"
 
 
