@@ -31,10 +31,6 @@ MAX_CRASHES = 3
 
 BACKOFF = timedelta(seconds=15)
 MAX_BACKOFF = timedelta(minutes=15)
-MAX_POSITION = 1000
-WORKER_SILENT = timedelta(minutes=1)
-"""A worker that was not seen for longer counts for no estimate."""
-
 
 jobs = table(Job)
 texts = table(Text)
@@ -47,6 +43,7 @@ _AS_READ = {"synchronize_session": False, "populate_existing": True}
 """The row that RETURNING gives is the truth, whatever the session has read before."""
 
 CLAIM_ORDER = (jobs.c.priority.desc(), jobs.c.run_at, jobs.c.id)
+"""Who goes first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -679,46 +676,6 @@ def _leave(db: Database, session: Session, job_id: str, status: str, **values: A
         session.execute(sa.delete(snapshots).where(snapshots.c.job_id == job_id))
     _log_status(db, session, job)
     return job
-
-
-# Waiting in line
-
-
-def queue_position(db: Database, job_id: str) -> int | None:
-    """How many jobs go first, up to 1,000 (which stands for any more); None unless the job is queued."""
-    with db.read() as session:
-        if session.scalar(sa.select(jobs.c.status).where(jobs.c.id == job_id)) != "queued":
-            return None
-        line = session.scalars(sa.select(jobs.c.id).where(QUEUED).order_by(*CLAIM_ORDER).limit(MAX_POSITION)).all()
-    return line.index(job_id) if job_id in line else MAX_POSITION
-
-
-def estimated_start(db: Database, job_id: str) -> datetime | None:
-    """When a worker will be free for a queued job, by the time that the running jobs still need at their recent speed,
-    and not before its `run_at`.
-
-    None where that would be a guess: the job is not queued, no worker was seen lately, a running job has not said how
-    long it needs, or more jobs go first than there are slots, because nobody knows yet how long those will take.
-    """
-    with db.read() as session:
-        now = session.scalars(sa.select(db.now)).one()
-        job = session.get(Job, job_id)
-        if job is None or job.status != "queued":
-            return None
-        n_slots = session.scalars(
-            sa.select(sa.func.coalesce(sa.func.sum(workers.c.slots), 0)).where(
-                workers.c.stopped_at.is_(None), workers.c.last_seen_at > now - WORKER_SILENT
-            )
-        ).one()
-        line = session.scalars(sa.select(jobs.c.id).where(QUEUED).order_by(*CLAIM_ORDER).limit(n_slots)).all()
-        running = session.scalars(sa.select(jobs.c.progress).where(RUNNING)).all()
-    needed = [progress.get("eta_seconds") for progress in running]
-    if job_id not in line or None in needed:
-        return None
-    free_in = sorted([0.0] * (n_slots - len(running)) + needed)
-    if len(free_in) <= (place := line.index(job_id)):
-        return None
-    return max(job.run_at, now + timedelta(seconds=free_in[place]))
 
 
 # Events, written in the transaction of what they tell

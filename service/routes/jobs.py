@@ -8,7 +8,7 @@ from fastapi import APIRouter, Header, Query, Response
 from pydantic import Field, StringConstraints
 
 from nanomoe.config import JobConfig
-from service import files, queue, schemas, store, submission, views
+from service import files, line, queue, schemas, store, submission, views
 from service.context import Context
 from service.errors import DatabaseUnavailable
 from service.openapi import problems, ref
@@ -150,10 +150,10 @@ def _look(service: Context, job_id: str) -> JobView:
 
 def _placed(service: Context, row: Job) -> JobView:
     """The job with its place in the queue."""
-    if row.status != "queued":
+    place = line.find_place(service.database, row.id) if row.status == "queued" else None
+    if place is None:
         return views.job(row)
-    position = queue.queue_position(service.database, row.id)
-    return views.job(row, queue_position=position, estimated_start_at=queue.estimated_start(service.database, row.id))
+    return views.job(row, queue_position=place.position, estimated_start_at=place.estimated_start_at)
 
 
 @router.patch("/jobs/{job_id}", responses=problems(400, 404, 413, 422, 503, 507))

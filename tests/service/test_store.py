@@ -1,5 +1,6 @@
 """What is read from the tables, the list of workers, and the installation."""
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -222,3 +223,18 @@ def test_a_start_that_died_between_folder_and_database_is_finished(db: Database,
 def test_two_that_start_at_once_agree(db: Database, tmp_path: Path) -> None:
     joined = at_once([lambda: store.join_installation(db, tmp_path, create=True)] * 4)
     assert len(set(joined)) == 1
+
+
+def test_ids_made_by_many_threads_are_unique_and_in_order() -> None:
+    made: list[list[str]] = [[] for _ in range(4)]
+
+    def make(mine: list[str]) -> None:
+        mine.extend(store.new_id() for _ in range(2_000))
+
+    threads = [threading.Thread(target=make, args=(mine,)) for mine in made]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(mine == sorted(mine) for mine in made)
+    assert len(set().union(*made)) == 8_000

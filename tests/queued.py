@@ -1,0 +1,62 @@
+"""Jobs in a queue under test, and the worker that takes them. Its fixture is `worker`."""
+
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from service import queue, store
+from service.database import Database
+from service.queue import Claim, NewJob
+from service.store import Job, WorkerIdentity
+from service.tables import table
+
+LEASE = 60.0
+STEPS = {"step": [1, 2], "train_loss": [9.0, 8.0], "lr": [1e-4, 1e-4], "grad_norm": [1.0, 2.0]}
+CHECKPOINT = {"step": 0, "epoch": 0.0, "folder": "f", "manifest_sha256": "m", "files": [], "metrics": {"loss": 9.0}}
+
+
+@pytest.fixture
+def worker(db: Database) -> WorkerIdentity:
+    found = WorkerIdentity(name="here")
+    store.worker_started(db, found)
+    return found
+
+
+def submit(db: Database, text: str = "Era uma vez", **changes: Any) -> Job:
+    job, created = queue.submit(db, NewJob(**{"text": text, "config": {"epochs": 1}, **changes}))
+    assert created
+    return job
+
+
+def claim(db: Database, worker: WorkerIdentity) -> Claim:
+    found = queue.claim(db, worker, LEASE)
+    assert found is not None
+    return found
+
+
+def running(db: Database, worker: WorkerIdentity, **changes: Any) -> Claim:
+    job = submit(db, **changes)
+    found = claim(db, worker)
+    assert found.job_id == job.id
+    return found
+
+
+def statuses(db: Database, job_id: str) -> list[str]:
+    return [event.data["status"] for event in store.events_after(db, job_id, 0) if event.kind == "status"]
+
+
+def everything(db: Database) -> dict[str, list[Any]]:
+    """Every row of every table, to tell that nothing was written."""
+    with db.read() as session:
+        return {
+            name: sorted(map(tuple, session.execute(sa.select(found)).all()), key=str)
+            for name, found in Job.metadata.tables.items()
+        }
+
+
+def copy_job(db: Database, job: Job, times: int, **values: Any) -> None:
+    jobs = table(Job)
+    row = {column.name: getattr(job, column.name) for column in jobs.columns} | values
+    with db.write() as session:
+        session.execute(sa.insert(jobs), [row | {"id": store.new_id()} for _ in range(times)])
