@@ -87,7 +87,8 @@ class Soak:
         )
 
     def run(self, n_jobs: int, seconds: float) -> Report:
-        """Submit `n_jobs` jobs over `seconds`, with a fault about every second, and wait until all have ended."""
+        """Submit `n_jobs` jobs over 80 % of `seconds`, with a fault about every second until then, and wait until all
+        have ended."""
         began = time.monotonic()
         submitted: list[str] = []
         fault_due = began + 5
@@ -256,7 +257,7 @@ def undisturbed(config: JobConfig) -> dict[int, dict[str, str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--jobs", type=int, default=200)
-    parser.add_argument("--seconds", type=float, default=1200)
+    parser.add_argument("--seconds", type=float, default=1520, help="of harm; jobs are submitted in the first 80 %%")
     parser.add_argument("--workers", type=int, default=3)
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
