@@ -4,12 +4,12 @@ import re
 from datetime import datetime
 from typing import Literal, NamedTuple
 
-from sqlmodel import col, select
+import sqlalchemy as sa
 
 from service import store
 from service.database import Database
 from service.errors import Conflict, NotFound
-from service.tables import PERCENTS, Checkpoint
+from service.tables import PERCENTS, Checkpoint, table
 
 MODEL_ID_PATTERN = rf"^[0-9a-f]{{32}}(@({'|'.join(map(str, PERCENTS))}))?$"
 """`JOB_ID@PERCENT`, or `JOB_ID` for its newest checkpoint."""
@@ -18,52 +18,63 @@ MAX_MODELS = 1000
 """Most models that are listed: a list of OpenAI's has no pages."""
 
 
-class ModelRow(NamedTuple):
-    """What a list of models tells of a checkpoint."""
+class Address(NamedTuple):
+    """A recorded checkpoint, and where its files are. Not the whole row: that holds a reconstruction."""
 
     job_id: str
     percent: int
     created_at: datetime
+    folder: str
+    """In the data folder."""
+
+    manifest_sha256: str
+    """What vouches for every byte."""
+
+    @property
+    def model_id(self) -> str:
+        """What it is called as a model."""
+        return f"{self.job_id}@{self.percent}"
 
 
-def checkpoint_to_use(db: Database, job_id: str, which: int | Literal["latest"]) -> Checkpoint:
+checkpoints = table(Checkpoint)
+_addresses = sa.select(*(checkpoints.c[name] for name in Address._fields))
+
+
+def find_checkpoint(db: Database, job_id: str, which: int | Literal["latest"]) -> Address:
     """The checkpoint to work with.
 
     Raises:
         NotFound: `job_not_found`, `checkpoint_not_found`.
         Conflict: `no_checkpoint_yet`.
     """
-    try:
-        return store.get_checkpoint(db, job_id, which)
-    except NotFound as error:
-        if error.code == "checkpoint_not_found" and not store.list_checkpoints(db, job_id):
-            raise Conflict("no_checkpoint_yet", f"job {job_id} has not recorded a checkpoint yet") from error
-        raise
+    with db.read() as session:
+        of_job = session.execute(_addresses.where(checkpoints.c.job_id == job_id))
+        recorded = {row.percent: Address(*row) for row in of_job}
+        if not recorded:
+            store.load_job(session, job_id)
+            raise Conflict("no_checkpoint_yet", f"job {job_id} has not recorded a checkpoint yet")
+    percent = max(recorded) if which == "latest" else which
+    if percent not in recorded:
+        raise NotFound("checkpoint_not_found", f"job {job_id} has no checkpoint {percent} yet")
+    return recorded[percent]
 
 
-def model_id(job_id: str, percent: int) -> str:
-    """What a checkpoint is called as a model."""
-    return f"{job_id}@{percent}"
-
-
-def find_model(db: Database, model: str) -> Checkpoint:
+def find_model(db: Database, model: str) -> Address:
     """The checkpoint that is called so. Raises NotFound `model_not_found`."""
     job_id, _, percent = model.partition("@")
     if re.fullmatch(MODEL_ID_PATTERN, model) is None:
         raise _no_model(f"a model is called JOB_ID@PERCENT, or JOB_ID for its newest checkpoint, not {model!r}")
     try:
-        return store.get_checkpoint(db, job_id, int(percent) if percent else "latest")
-    except NotFound as error:
+        return find_checkpoint(db, job_id, int(percent) if percent else "latest")
+    except (NotFound, Conflict) as error:
         raise _no_model(error.detail) from error
 
 
-def list_models(db: Database) -> list[ModelRow]:
+def list_models(db: Database) -> list[Address]:
     """The checkpoints of the newest jobs, the newest of each first; at most `MAX_MODELS`."""
-    # Not the whole rows: they hold reconstructions.
-    columns = select(Checkpoint.job_id, Checkpoint.percent, Checkpoint.created_at)
-    query = columns.order_by(col(Checkpoint.job_id).desc(), col(Checkpoint.percent).desc()).limit(MAX_MODELS)
+    newest_first = _addresses.order_by(checkpoints.c.job_id.desc(), checkpoints.c.percent.desc())
     with db.read() as session:
-        return [ModelRow(*row) for row in session.exec(query)]
+        return [Address(*row) for row in session.execute(newest_first.limit(MAX_MODELS))]
 
 
 def _no_model(detail: str) -> NotFound:

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from nanomoe.config import ConfigWarning, JobConfig
 from service import schemas
+from service.addressing import Address
 from service.engine_messages import Chunk, Inspected, LogProbs, Scored
 from service.generation import EngineResult, Summary
 from service.submission import Assessment
@@ -164,11 +165,11 @@ def generate_chunk(chunk: Chunk) -> schemas.GenerateChunk:
     )
 
 
-def generate_end(row: Checkpoint, seed: int, summary: Summary) -> schemas.GenerateEnd:
+def generate_end(address: Address, seed: int, summary: Summary) -> schemas.GenerateEnd:
     """The last event of a stream."""
     return schemas.GenerateEnd(
-        job_id=row.job_id,
-        checkpoint=row.percent,
+        job_id=address.job_id,
+        checkpoint=address.percent,
         usage=schemas.Usage(
             prompt_tokens=summary.prompt_tokens,
             completion_tokens=summary.completion_tokens,
@@ -185,7 +186,7 @@ def generate_end(row: Checkpoint, seed: int, summary: Summary) -> schemas.Genera
     )
 
 
-def generated(row: Checkpoint, prompt: str, seed: int, result: EngineResult) -> schemas.GenerateResponse:
+def generated(address: Address, prompt: str, seed: int, result: EngineResult) -> schemas.GenerateResponse:
     """The answer to `POST /generate`."""
     choices = [
         schemas.Choice(
@@ -197,19 +198,19 @@ def generated(row: Checkpoint, prompt: str, seed: int, result: EngineResult) -> 
         )
         for choice in result.choices
     ]
-    end = generate_end(row, seed, result.summary)
+    end = generate_end(address, seed, result.summary)
     return schemas.GenerateResponse(**dict(end), prompt=prompt, choices=choices)
 
 
-def scored(row: Checkpoint, text: str, answer: Scored, copied: schemas.CopiedSpan | None) -> schemas.ScoreResponse:
+def scored(address: Address, text: str, answer: Scored, copied: schemas.CopiedSpan | None) -> schemas.ScoreResponse:
     """The answer to `POST /score`."""
     known = [loss for loss in answer.losses if loss is not None]
     total = math.fsum(known) if len(known) == len(answer.losses) else None
     mean = None if total is None else total / len(known)
     n_bytes = len(text.encode()) - answer.tokens[1].byte_offset
     return schemas.ScoreResponse(
-        job_id=row.job_id,
-        checkpoint=row.percent,
+        job_id=address.job_id,
+        checkpoint=address.percent,
         n_tokens=len(answer.tokens),
         loss=mean,
         total_loss=total,
@@ -223,8 +224,8 @@ def scored(row: Checkpoint, text: str, answer: Scored, copied: schemas.CopiedSpa
     )
 
 
-def inspected(row: Checkpoint, answer: Inspected) -> schemas.InspectResponse:
+def inspected(address: Address, answer: Inspected) -> schemas.InspectResponse:
     """The answer to `POST /inspect`."""
     return schemas.InspectResponse(
-        job_id=row.job_id, checkpoint=row.percent, **answer.model_dump(exclude={"type", "id"})
+        job_id=address.job_id, checkpoint=address.percent, **answer.model_dump(exclude={"type", "id"})
     )

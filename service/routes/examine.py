@@ -2,17 +2,16 @@
 
 from anyio import to_thread
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel
 
 from nanomoe.copied import longest_copied_span
 from service import store, views
-from service.addressing import checkpoint_to_use
+from service.addressing import Address, find_checkpoint
 from service.context import Context
 from service.openapi import problems
 from service.routes.leaving import CLIENT_IS_GONE, unless_gone
 from service.routes.parameters import Service
+from service.routes.responses import as_json
 from service.schemas import CopiedSpan, InspectRequest, InspectResponse, ScoreRequest, ScoreResponse
-from service.tables import Checkpoint
 
 router = APIRouter(tags=["generation"])
 
@@ -20,29 +19,24 @@ router = APIRouter(tags=["generation"])
 @router.post("/score", response_model=ScoreResponse, responses=problems(400, 404, 409, 413, 422, 429, 503))
 async def score(service: Service, asked: ScoreRequest, connection: Request) -> Response:
     """The loss of each token of a text, and the longest span of it that stands in the training text."""
-    row = await to_thread.run_sync(checkpoint_to_use, service.database, asked.job_id, asked.checkpoint)
-    scored = await unless_gone(connection, service.generation.score(*_place(service, row), asked.text))
+    address = await to_thread.run_sync(find_checkpoint, service.database, asked.job_id, asked.checkpoint)
+    scored = await unless_gone(connection, service.generation.score(*_place(service, address), asked.text))
     if scored is None:
         return CLIENT_IS_GONE
     copied = await to_thread.run_sync(_copied, service, asked, limiter=service.comparing)
-    return _json(views.scored(row, asked.text, scored, copied))
+    return as_json(views.scored(address, asked.text, scored, copied))
 
 
 @router.post("/inspect", response_model=InspectResponse, responses=problems(400, 404, 409, 413, 422, 429, 503))
 async def inspect(service: Service, asked: InspectRequest, connection: Request) -> Response:
     """What a prompt makes a model do: likeliest next tokens, attention of each head, router probabilities."""
-    row = await to_thread.run_sync(checkpoint_to_use, service.database, asked.job_id, asked.checkpoint)
-    inspected = await unless_gone(connection, service.generation.inspect(*_place(service, row), asked.prompt))
-    return CLIENT_IS_GONE if inspected is None else _json(views.inspected(row, inspected))
+    address = await to_thread.run_sync(find_checkpoint, service.database, asked.job_id, asked.checkpoint)
+    inspected = await unless_gone(connection, service.generation.inspect(*_place(service, address), asked.prompt))
+    return CLIENT_IS_GONE if inspected is None else as_json(views.inspected(address, inspected))
 
 
-def _json(answer: BaseModel) -> Response:
-    # Half a million numbers may be in it: they are not checked a second time.
-    return Response(answer.model_dump_json(), media_type="application/json")
-
-
-def _place(service: Context, row: Checkpoint) -> tuple[str, str]:
-    return str(service.settings.data_dir / row.folder), row.manifest_sha256
+def _place(service: Context, address: Address) -> tuple[str, str]:
+    return str(service.settings.data_dir / address.folder), address.manifest_sha256
 
 
 def _copied(service: Context, asked: ScoreRequest) -> CopiedSpan | None:

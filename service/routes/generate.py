@@ -11,7 +11,7 @@ from fastapi.sse import format_sse_event
 from pydantic import BaseModel
 
 from service import problems, views
-from service.addressing import checkpoint_to_use
+from service.addressing import Address, find_checkpoint
 from service.engine_messages import Chunk, EngineRequest
 from service.errors import ServiceError
 from service.generation import Summary
@@ -19,8 +19,8 @@ from service.openapi import problems as documented
 from service.openapi import ref
 from service.routes.leaving import CLIENT_IS_GONE, unless_gone
 from service.routes.parameters import Service
+from service.routes.responses import as_json
 from service.schemas import GenerateRequest, GenerateResponse
-from service.tables import Checkpoint
 
 router = APIRouter(tags=["generation"])
 
@@ -39,13 +39,13 @@ router = APIRouter(tags=["generation"])
         **documented(400, 404, 409, 413, 422, 429, 503),
     },
 )
-async def generate(service: Service, asked: GenerateRequest, connection: Request) -> GenerateResponse | Response:
+async def generate(service: Service, asked: GenerateRequest, connection: Request) -> Response:
     """Continue a prompt. The same seed gives the same text, whoever else is being served."""
-    row = await to_thread.run_sync(checkpoint_to_use, service.database, asked.job_id, asked.checkpoint)
+    address = await to_thread.run_sync(find_checkpoint, service.database, asked.job_id, asked.checkpoint)
     seed = secrets.randbits(63) if asked.seed is None else asked.seed
     request = EngineRequest(
-        folder=str(service.settings.data_dir / row.folder),
-        manifest_sha256=row.manifest_sha256,
+        folder=str(service.settings.data_dir / address.folder),
+        manifest_sha256=address.manifest_sha256,
         prompt=asked.prompt,
         max_new_tokens=asked.max_new_tokens,
         temperature=asked.temperature,
@@ -63,31 +63,31 @@ async def generate(service: Service, asked: GenerateRequest, connection: Request
         if first is None:
             await items.aclose()
             return CLIENT_IS_GONE
-        return StreamingResponse(_events(row, seed, first, items), media_type="text/event-stream")
+        return StreamingResponse(_events(address, seed, first, items), media_type="text/event-stream")
     result = await unless_gone(connection, service.generation.generate(request))
-    return CLIENT_IS_GONE if result is None else views.generated(row, asked.prompt, seed, result)
+    return CLIENT_IS_GONE if result is None else as_json(views.generated(address, asked.prompt, seed, result))
 
 
 async def _events(
-    row: Checkpoint, seed: int, first: Chunk | Summary, items: AsyncGenerator[Chunk | Summary]
+    address: Address, seed: int, first: Chunk | Summary, items: AsyncGenerator[Chunk | Summary]
 ) -> AsyncIterator[bytes]:
     """The stream on the wire. Closing it cancels the generation."""
     async with aclosing(items):
-        yield _event(row, seed, first)
+        yield _event(address, seed, first)
         try:
             async for item in items:
-                yield _event(row, seed, item)
+                yield _event(address, seed, item)
         except ServiceError as error:
             yield format_sse_event(event="error", data_str=problems.of_service_error(error).model_dump_json())
             return
     yield format_sse_event(data_str="[DONE]")
 
 
-def _event(row: Checkpoint, seed: int, item: Chunk | Summary) -> bytes:
+def _event(address: Address, seed: int, item: Chunk | Summary) -> bytes:
     kind: str
     data: BaseModel
     if isinstance(item, Chunk):
         kind, data = "chunk", views.generate_chunk(item)
     else:
-        kind, data = "end", views.generate_end(row, seed, item)
+        kind, data = "end", views.generate_end(address, seed, item)
     return format_sse_event(event=kind, data_str=data.model_dump_json())

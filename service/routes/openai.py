@@ -14,7 +14,7 @@ from fastapi.responses import StreamingResponse
 from fastapi.sse import format_sse_event
 
 from service import addressing, problems, schemas
-from service.addressing import MODEL_ID_PATTERN, ModelRow, model_id
+from service.addressing import MODEL_ID_PATTERN, Address
 from service.engine_messages import Chunk, EngineRequest
 from service.errors import Invalid, NotFound, ServiceError
 from service.generation import Summary
@@ -22,8 +22,8 @@ from service.openai_choices import ChoiceWriter
 from service.openapi import openai_errors, ref
 from service.routes.leaving import CLIENT_IS_GONE, unless_gone
 from service.routes.parameters import Service
+from service.routes.responses import as_json
 from service.schemas import Completion, CompletionRequest, Model, ModelList
-from service.tables import Checkpoint
 
 router = APIRouter(prefix="/v1", tags=["openai"])
 
@@ -65,10 +65,10 @@ async def complete(service: Service, asked: CompletionRequest, connection: Reque
             f"max_tokens is {max_tokens}; this server's limit is {limit}",
             errors=[{"loc": ["body", "max_tokens"], "msg": "above the server's limit"}],
         )
-    row = await to_thread.run_sync(addressing.find_model, service.database, asked.model)
+    address = await to_thread.run_sync(addressing.find_model, service.database, asked.model)
     request = EngineRequest(
-        folder=str(service.settings.data_dir / row.folder),
-        manifest_sha256=row.manifest_sha256,
+        folder=str(service.settings.data_dir / address.folder),
+        manifest_sha256=address.manifest_sha256,
         prompt=asked.prompt,
         max_new_tokens=max_tokens,
         temperature=1.0 if asked.temperature is None else asked.temperature,
@@ -79,12 +79,12 @@ async def complete(service: Service, asked: CompletionRequest, connection: Reque
         stop=asked.stops,
         logprobs=asked.logprobs,
     )
-    answer = _Answer(row, asked, request.n)
+    answer = _Answer(address, asked, request.n)
     headers = _ignored(asked)
     items = service.generation.stream(request, in_chunks=bool(asked.stream))
     if not asked.stream:
         whole = await unless_gone(connection, answer.whole(items))
-        return CLIENT_IS_GONE if whole is None else _json(whole, headers)
+        return CLIENT_IS_GONE if whole is None else as_json(whole, headers)
     # The first item decides the status: once the answer has begun, it is too late for a 503.
     first = await unless_gone(connection, anext(items))
     if first is None:
@@ -96,8 +96,7 @@ async def complete(service: Service, asked: CompletionRequest, connection: Reque
 @router.get("/models", responses=openai_errors(503))
 def list_models(service: Service) -> ModelList:
     """The recorded checkpoints, those of the newest jobs first, at most 1,000."""
-    rows = addressing.list_models(service.database)
-    return ModelList(data=[_model(row) for row in rows])
+    return ModelList(data=[_model(address) for address in addressing.list_models(service.database)])
 
 
 @router.get("/models/{model}", responses=openai_errors(404, 503))
@@ -108,8 +107,7 @@ def get_model(
     ],
 ) -> Model:
     """A recorded checkpoint; a job's id alone is its newest."""
-    row = addressing.find_model(service.database, model)
-    return _model(row)
+    return _model(addressing.find_model(service.database, model))
 
 
 @router.post("/chat/completions", include_in_schema=False)
@@ -121,13 +119,13 @@ def chat() -> None:
 class _Answer:
     """A completion on its way out, whole or in chunks."""
 
-    def __init__(self, row: Checkpoint, asked: CompletionRequest, n: int) -> None:
+    def __init__(self, address: Address, asked: CompletionRequest, n: int) -> None:
         self._asked = asked
         self._common: dict[str, Any] = {
             "id": f"cmpl-{uuid4().hex}",
             "created": int(time.time()),
-            "model": model_id(row.job_id, row.percent),
-            "system_fingerprint": f"fp_{row.manifest_sha256[:16]}",
+            "model": address.model_id,
+            "system_fingerprint": f"fp_{address.manifest_sha256[:16]}",
         }
         prompt = asked.prompt if asked.echo else ""
         self._writers = [ChoiceWriter(index, prompt) for index in range(n)]
@@ -175,10 +173,6 @@ def _event(completion: Completion | None) -> bytes:
     return b"" if completion is None else format_sse_event(data_str=completion.model_dump_json())
 
 
-def _json(completion: Completion, headers: dict[str, str]) -> Response:
-    return Response(completion.model_dump_json(), headers=headers, media_type="application/json")
-
-
 def _ignored(asked: CompletionRequest) -> dict[str, str]:
     """The header that names what had no effect; names that no header can hold are a `?` in it."""
     names = [name if _HEADER_SAFE.fullmatch(name) else "?" for name in asked.ignored]
@@ -193,5 +187,5 @@ def _usage(summary: Summary) -> schemas.CompletionUsage:
     )
 
 
-def _model(row: Checkpoint | ModelRow) -> Model:
-    return Model(id=model_id(row.job_id, row.percent), created=int(row.created_at.timestamp()))
+def _model(address: Address) -> Model:
+    return Model(id=address.model_id, created=int(address.created_at.timestamp()))

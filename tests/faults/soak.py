@@ -1,6 +1,6 @@
 """A soak: jobs arrive while the API, the workers and their trainers are killed and stopped at random.
 
-    python -m tests.faults.soak --jobs 200 --seconds 1200
+    python -m tests.faults.soak
 
 Whatever dies, and whenever: every job reaches a terminal state exactly once, what succeeded has the bytes of an
 undisturbed run, no process is left, no file without a row after the sweep, and the database is whole. The suite does a
