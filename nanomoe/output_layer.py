@@ -13,6 +13,7 @@ Shape letters: N rows, S candidates, V vocabulary, C channels. What temperatures
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,10 @@ from torch.nn import functional as F
 
 from nanomoe.sampling import BLOCK, TIE, Floats, Ids, Noise, Sampling
 
+if TYPE_CHECKING:
+    from nanomoe.kernels.products import Table
+
+Ints = npt.NDArray[np.int8]
 Products = npt.NDArray[np.int32]
 
 _BLOCK = 32
@@ -89,10 +94,8 @@ class OutputLayer:
         self._relative_rounding = wte_VC.shape[1] * 2.0**-24
         self._hidden_error = hidden_error
         self._ints: _Int8 | None = None
-        if _has_fast_ints(wte_VC.device) and wte_VC.nbytes > _SMALL_BYTES:
-            ints = _Int8(wte_VC)
-            if ints.exact_products():
-                self._ints = ints
+        if wte_VC.nbytes > _SMALL_BYTES and _has_fast_ints(wte_VC.device) and _torch_is_exact(wte_VC.shape[1]):
+            self._ints = _Int8(wte_VC, compiled=compiled)
         self._compiled = compiled
 
     @property
@@ -196,47 +199,35 @@ class OutputLayer:
 class _Int8:
     """The embedding in 8-bit integers, all of one scale, so that products compare as they are."""
 
-    def __init__(self, wte_VC: Tensor) -> None:
-        V, self._n_embd = wte_VC.shape
+    def __init__(self, wte_VC: Tensor, *, compiled: bool) -> None:
         self._scale = max(wte_VC.abs().max().item(), _LEAST) / 127
-        self._ints_VC = (wte_VC / self._scale).round_().to(torch.int8)
+        ints_VC = (wte_VC / self._scale).round_().to(torch.int8)
         self._largest_norm: float = wte_VC.norm(dim=1).max().item()
-        self._largest_error: float = (wte_VC - self._ints_VC * self._scale).norm(dim=1).max().item()
+        self._largest_error: float = (wte_VC - ints_VC * self._scale).norm(dim=1).max().item()
         self._wte = wte_VC.numpy()
-        self._padded_V = -(-V // _BLOCK) * _BLOCK
+        self._table = _compiled_table(ints_VC) if compiled else None
+        self._torch_table = _TorchTable(ints_VC) if self._table is None else None
+        self._padded_V = -(-len(wte_VC) // _BLOCK) * _BLOCK
         self._logits_NV = wte_VC.new_empty(0, 0)
-        self._products_NV = self._ints_VC.new_empty((0, 0), dtype=torch.int32)
 
     @property
     def table_bytes(self) -> int:
-        return self._ints_VC.nbytes
+        return self._wte.size
 
     @property
     def n_bytes(self) -> int:
-        return self._ints_VC.nbytes + self._logits_NV.nbytes + self._products_NV.nbytes
-
-    def exact_products(self) -> bool:
-        """Whether this machine's 8-bit products are right where intermediate sums are largest."""
-        ints_VC = torch.full_like(self._ints_VC[:64], 127)
-        ints_VC[1::2] = -127
-        for n in (1, 4):
-            products = torch._int_mm(torch.full((n, self._n_embd), 127, dtype=torch.int8), ints_VC.T)
-            if not products.abs().eq(127 * 127 * self._n_embd).all():
-                return False
-        return True
+        table = self._table or self._torch_table
+        assert table is not None
+        return table.n_bytes + self._logits_NV.nbytes
 
     def logits(self, x_NC: Tensor) -> tuple[Tensor, Tensor]:
         """(N, V padded to whole blocks with -inf), valid until the next call, each row's in a unit of its own (N,)."""
-        N, V = len(x_NC), len(self._ints_VC)
-        self._reserve(N)
+        N, V = len(x_NC), len(self._wte)
         if len(self._logits_NV) < N:
             self._logits_NV = x_NC.new_full((N, self._padded_V), -math.inf)
         units_N1 = x_NC.abs().amax(1, keepdim=True).clamp_min_(_LEAST) / 127
-        # Into kept memory: fresh pages for so large a result cost as much as the product (measured).
-        products_NV = torch._int_mm(
-            (x_NC / units_N1).round_().to(torch.int8), self._ints_VC.T, out=self._products_NV[:N]
-        )
-        self._logits_NV[:N, :V].copy_(products_NV)
+        products_NV = self._multiply((x_NC / units_N1).round_().to(torch.int8).numpy())
+        self._logits_NV[:N, :V].copy_(torch.from_numpy(products_NV)[:, :V])
         return self._logits_NV[:N], units_N1[:, 0] * self._scale
 
     def errors(self, x_NC: Tensor) -> list[float]:
@@ -252,10 +243,10 @@ class _Int8:
         """As `OutputLayer.likeliest`, in compiled loops."""
         from nanomoe.kernels import short_list
 
-        products_NV, units, bounds = self._products(x_NC)
+        products, units, bounds = self._products(x_NC)
         gaps = [2 * error + TIE for error in errors]
         slacks = [(2 * bound + gap) / unit for bound, gap, unit in zip(bounds, gaps, units, strict=True)]
-        return short_list.likeliest(products_NV, np.array(slacks), np.array(gaps), x_NC.numpy(), self._wte)
+        return short_list.likeliest(*products, np.array(slacks), np.array(gaps), x_NC.numpy(), self._wte)
 
     def draw(
         self, x_NC: Tensor, errors: list[float], samplings: Sequence[Sampling], noises: Sequence[Noise]
@@ -263,10 +254,10 @@ class _Int8:
         """As `OutputLayer.draw`."""
         from nanomoe.kernels import draw
 
-        products_NV, units, bounds = self._products(x_NC)
+        products, units, bounds = self._products(x_NC)
         V = len(self._wte)
         return draw.draw(
-            products_NV,
+            *products,
             np.array(units),
             np.add(bounds, errors),
             np.array(errors),
@@ -277,20 +268,62 @@ class _Int8:
             self._wte,
         )
 
-    def _products(self, x_NC: Tensor) -> tuple[Products, list[float], list[float]]:
-        """(N, V) of the rows' integers with the embedding's, valid until the next call; for each row, what turns them
-        into logits, and by how much these can be wrong."""
-        from nanomoe.kernels import short_list
+    def _products(self, x_NC: Tensor) -> tuple[tuple[Products, Products], list[float], list[float]]:
+        """The products of the rows' integers with the embedding's (N, V or more) and the largest of each group of them
+        (N, G), valid until the next call; for each row, what turns them into logits, and how wrong these can be."""
+        from nanomoe.kernels import products, short_list
 
-        self._reserve(len(x_NC))
         ints_NC, units_N, norms_N, roundings_N = short_list.quantize(x_NC.numpy())
-        products_NV = torch._int_mm(torch.from_numpy(ints_NC), self._ints_VC.T, out=self._products_NV[: len(x_NC)])
         bounds = [self._bound(*each) for each in zip(norms_N.tolist(), roundings_N.tolist(), strict=True)]
-        return products_NV.numpy(), (units_N * self._scale).tolist(), bounds
+        units = (units_N * self._scale).tolist()
+        if self._table is not None:
+            return self._table.products(ints_NC), units, bounds
+        products_NV = self._multiply(ints_NC)
+        return (products_NV, products.largest_of_groups(products_NV)), units, bounds
 
-    def _reserve(self, n_rows: int) -> None:
-        if len(self._products_NV) < n_rows:
-            self._products_NV = self._ints_VC.new_empty((n_rows, len(self._ints_VC)), dtype=torch.int32)
+    def _multiply(self, ints_NC: Ints) -> Products:
+        """(N, V) or more columns."""
+        if self._table is not None:
+            return self._table.products(ints_NC)[0]
+        assert self._torch_table is not None
+        return self._torch_table.products(ints_NC)
+
+
+class _TorchTable:
+    """An 8-bit matrix (V, C) and torch's products with it; `nanomoe.kernels.products.Table` is its compiled twin."""
+
+    def __init__(self, ints_VC: Tensor) -> None:
+        self._ints_VC = ints_VC
+        self._products_NV = ints_VC.new_empty((0, 0), dtype=torch.int32)
+
+    @property
+    def n_bytes(self) -> int:
+        return self._ints_VC.nbytes + self._products_NV.nbytes
+
+    def products(self, ints_NC: Ints) -> Products:
+        """(N, V), valid until the next call."""
+        N = len(ints_NC)
+        if len(self._products_NV) < N:
+            # Kept, because fresh pages for so large a result cost as much as the products (measured).
+            self._products_NV = self._ints_VC.new_empty((N, len(self._ints_VC)), dtype=torch.int32)
+        rows_NC = torch.from_numpy(ints_NC)
+        return torch._int_mm(rows_NC, self._ints_VC.T, out=self._products_NV[:N]).numpy()
+
+
+def _compiled_table(ints_VC: Tensor) -> "Table | None":
+    """The compiled twin, where this processor has the instruction for it."""
+    from nanomoe.kernels import products
+
+    return products.Table(ints_VC.numpy()) if products.has_instruction() else None
+
+
+def _torch_is_exact(n_embd: int) -> bool:
+    """Whether torch's 8-bit products are right on this machine where intermediate sums are largest."""
+    ints_VC = torch.full((64, n_embd), 127, dtype=torch.int8)
+    ints_VC[1::2] = -127
+    table = _TorchTable(ints_VC)
+    rows = (np.full((n, n_embd), 127, np.int8) for n in (1, 4))
+    return all((np.abs(table.products(ints_NC)) == 127 * 127 * n_embd).all() for ints_NC in rows)
 
 
 def _norms(x_NC: Tensor) -> list[float]:

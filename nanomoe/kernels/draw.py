@@ -10,19 +10,18 @@ Shape letters: N rows, V vocabulary, C channels, G groups, S tokens of a list, U
 
 import numba
 import numpy as np
-import numpy.typing as npt
 
 from nanomoe.kernels import Array, compiled, compiled_parallel, use_threads
-from nanomoe.kernels.short_list import GROUP, Ids, Products, float32_logit, largest_of_groups
+from nanomoe.kernels.products import GROUP, Products
+from nanomoe.kernels.short_list import Ids, Wide, float32_logit
 from nanomoe.sampling import BLOCK, MOST_CONTENDERS, ROUNDING, SMALLEST_UNIFORM, TIE, WIDEST
-
-Wide = npt.NDArray[np.float64]
 
 _GROUPS_OF_BLOCK = BLOCK // GROUP
 
 
 def draw(
     products_NV: Products,
+    largest_NG: Products,
     units_N: Wide,
     bounds_N: Wide,
     errors_N: Wide,
@@ -35,7 +34,8 @@ def draw(
     """The token of each row; None where the bounds do not decide.
 
     Args:
-        products_NV: products of the rows' integers with the embedding's.
+        products_NV: products of the rows' integers with the embedding's; there may be more, which belong to no token.
+        largest_NG: the largest of each group of them.
         units_N: what turns them into logits.
         bounds_N: how far those can be from the exact logits.
         errors_N: how far float32 logits can be from them.
@@ -46,25 +46,23 @@ def draw(
     tokens_N = np.empty(len(x_NC), np.int64)
     rows = (units_N, bounds_N, errors_N, top_k_N, temperature_N, uniform_NU, x_NC)
     use_threads(len(x_NC))
-    _draw(products_NV, rows, wte_VC, tokens_N)
+    _draw(products_NV, largest_NG, rows, wte_VC, tokens_N)
     return [None if token < 0 else token for token in tokens_N.tolist()]
 
 
 @compiled_parallel
-def _draw(products_NV, rows, wte_VC, tokens_N):
+def _draw(products_NV, largest_NG, rows, wte_VC, tokens_N):
     for n in numba.prange(len(tokens_N)):
-        tokens_N[n] = _draw_one(products_NV[n], n, rows, wte_VC)
+        tokens_N[n] = _draw_one(products_NV[n, : len(wte_VC)], largest_NG[n], n, rows, wte_VC)
 
 
 @compiled
-def _draw_one(products_V, n, rows, wte_VC):
+def _draw_one(products_V, largest_G, n, rows, wte_VC):
     """The token of one row, or -1. From here on logits are over the temperature."""
     units_N, bounds_N, errors_N, top_k_N, temperature_N, uniform_NU, x_NC = rows
     temperature, uniform_U, x_C, top_k = temperature_N[n], uniform_NU[n], x_NC[n], top_k_N[n]
     factor, bound = units_N[n] / temperature, bounds_N[n] / temperature
     slack = errors_N[n] / temperature + ROUNDING
-    largest_G = np.empty((len(products_V) + GROUP - 1) // GROUP, np.int32)
-    largest_of_groups(products_V, largest_G)
     top = largest_G.max() * factor
     if not np.isfinite(top) or not bound + slack < WIDEST:
         return -1

@@ -1,7 +1,7 @@
 """From 8-bit products to the likeliest token: what `OutputLayer.likeliest` does, in loops.
 
-A row's products are read twice: for the largest of each group of `GROUP` tokens, and again where a group holds
-something that is close enough. Only for these few tokens the embedding is read in float32.
+A row's products are read where the largest of a group of `GROUP` tokens is close enough to the best. Only for the few
+tokens that are, the embedding is read in float32.
 
 Shape letters: N rows, V vocabulary, C channels, G groups.
 """
@@ -11,14 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from nanomoe.kernels import Array, compiled, compiled_parallel, use_threads
+from nanomoe.kernels.products import GROUP, Ints, Products
 
-Ints = npt.NDArray[np.int8]
-Products = npt.NDArray[np.int32]
 Ids = npt.NDArray[np.int64]
 Wide = npt.NDArray[np.float64]
-
-GROUP = 32
-"""Tokens whose largest product is taken first."""
 
 _LEAST = np.float32(1e-30)
 """Stands for the largest number of a row that is all zeros."""
@@ -32,17 +28,20 @@ def quantize(x_NC: Array) -> tuple[Ints, Wide, Wide, Wide]:
     return ints_NC, units_N, norms_N, roundings_N
 
 
-def likeliest(products_NV: Products, slack_N: Wide, gap_N: Wide, x_NC: Array, wte_VC: Array) -> list[int | None]:
+def likeliest(
+    products_NV: Products, largest_NG: Products, slack_N: Wide, gap_N: Wide, x_NC: Array, wte_VC: Array
+) -> list[int | None]:
     """The likeliest token of each row; None where another is too close.
 
     Args:
-        products_NV: products of the rows' integers with the embedding's.
+        products_NV: products of the rows' integers with the embedding's; there may be more, which belong to no token.
+        largest_NG: the largest of each group of them.
         slack_N: how far below the best, in products, a token can still be the best one.
         gap_N: how far, in logits, the best must be above all others.
     """
     tokens_N = np.empty(len(x_NC), np.int64)
     use_threads(len(x_NC))
-    _likeliest(products_NV, slack_N, gap_N, x_NC, wte_VC, tokens_N)
+    _likeliest(products_NV, largest_NG, slack_N, gap_N, x_NC, wte_VC, tokens_N)
     return [None if token < 0 else token for token in tokens_N.tolist()]
 
 
@@ -63,17 +62,6 @@ def _quantize(x_NC, ints_NC, units_N, norms_N, roundings_N):
 
 
 @compiled
-def largest_of_groups(products_V, largest_G):
-    """The largest product of each group of `GROUP` tokens. Integers: of floats, it would not be vectorised."""
-    for g in range(len(largest_G)):
-        group = products_V[g * GROUP : (g + 1) * GROUP]
-        largest = np.int32(-(2**31))
-        for i in range(len(group)):
-            largest = max(largest, group[i])
-        largest_G[g] = largest
-
-
-@compiled
 def float32_logit(x_C, w_C):
     """The product of a hidden state with a token's embedding."""
     total = np.float32(0)
@@ -83,14 +71,12 @@ def float32_logit(x_C, w_C):
 
 
 @compiled
-def _likeliest_of(products_V, slack, gap, x_C, wte_VC):
-    largest_G = np.empty((len(products_V) + GROUP - 1) // GROUP, np.int32)
-    largest_of_groups(products_V, largest_G)
+def _likeliest_of(products_V, largest_G, slack, gap, x_C, wte_VC):
     least = largest_G.max() - slack
     best, best_logit, runner_up = -1, np.float32(-np.inf), np.float32(-np.inf)
     for g in range(len(largest_G)):
         if largest_G[g] >= least:
-            for v in range(g * GROUP, min((g + 1) * GROUP, len(products_V))):
+            for v in range(g * GROUP, min((g + 1) * GROUP, len(wte_VC))):
                 if products_V[v] >= least:
                     logit = float32_logit(x_C, wte_VC[v])
                     if logit > best_logit:
@@ -101,6 +87,6 @@ def _likeliest_of(products_V, slack, gap, x_C, wte_VC):
 
 
 @compiled_parallel
-def _likeliest(products_NV, slack_N, gap_N, x_NC, wte_VC, tokens_N):
+def _likeliest(products_NV, largest_NG, slack_N, gap_N, x_NC, wte_VC, tokens_N):
     for n in numba.prange(len(x_NC)):
-        tokens_N[n] = _likeliest_of(products_NV[n], slack_N[n], gap_N[n], x_NC[n], wte_VC)
+        tokens_N[n] = _likeliest_of(products_NV[n], largest_NG[n], slack_N[n], gap_N[n], x_NC[n], wte_VC)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from nanomoe.config import ModelConfig
 from nanomoe.decoder import Decoder
+from nanomoe.kernels import products
 from nanomoe.model import GPT
 from nanomoe.output_layer import OutputLayer
 from nanomoe.sampling import NoiseStream, Sampling, choose
@@ -65,8 +66,33 @@ def test_any_number_of_rows_is_computed(n: int) -> None:
     )
 
 
+@given(
+    n_rows=st.integers(1, 30), vocab_size=st.integers(1, 300), n_embd=st.integers(1, 70), seed=st.integers(0, 2**20),
+    largest=st.sampled_from([1, 127]),
+)  # fmt: skip
+def test_products_are_exact_whoever_makes_them(
+    n_rows: int, vocab_size: int, n_embd: int, seed: int, largest: int
+) -> None:
+    generator = np.random.default_rng(seed)
+    table_VC = generator.integers(-largest, largest, (vocab_size, n_embd), np.int8, endpoint=True)
+    rows_NC = generator.integers(-largest, largest, (n_rows, n_embd), np.int8, endpoint=True)
+    if largest == 127:  # where intermediate sums are largest
+        table_VC, rows_NC = np.sign(table_VC) * np.int8(127), np.full_like(rows_NC, 127)
+    expected_NV = rows_NC.astype(np.int32) @ table_VC.T.astype(np.int32)
+    expected_NG = np.maximum.reduceat(expected_NV, range(0, vocab_size, products.GROUP), axis=1)
+    assert np.array_equal(products.largest_of_groups(expected_NV), expected_NG)
+    if products.has_instruction():
+        products_NV, largest_NG = products.Table(table_VC).products(rows_NC)
+        assert np.array_equal(products_NV[:, :vocab_size], expected_NV)
+        assert np.array_equal(largest_NG, expected_NG)
+
+
+INSTRUCTION = [False, True] if products.has_instruction() else [False]
+"""Whether products are made by the instruction for them, or by torch."""
+
+
 def output_layer(
-    vocab_size: int, seed: int, spread: float, n_different: int | None = None
+    vocab_size: int, seed: int, spread: float, n_different: int | None = None, *, instruction: bool = INSTRUCTION[-1]
 ) -> tuple[OutputLayer, torch.Tensor]:
     """An output layer of random embeddings, again and again the same `n_different`, that is read in 8 bits, and eight
     hidden states."""
@@ -78,6 +104,7 @@ def output_layer(
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("nanomoe.output_layer._SMALL_BYTES", 0)
         patched.setattr("nanomoe.output_layer._has_fast_ints", lambda _: True)
+        patched.setattr("nanomoe.kernels.products.has_instruction", lambda: instruction)
         return OutputLayer(wte_VC, 1e-7, compiled=True), x_NC
 
 
@@ -89,9 +116,12 @@ def exact(output: OutputLayer, x_NC: torch.Tensor) -> np.ndarray:
     seed=st.integers(0, 2**20),
     vocab_size=st.sampled_from([64, 255, 1000, 5000]),
     spread=st.sampled_from([0.01, 1.0, 30.0]),
+    instruction=st.sampled_from(INSTRUCTION),
 )
-def test_the_likeliest_token_is_that_of_the_exact_logits(seed: int, vocab_size: int, spread: float) -> None:
-    output, x_NC = output_layer(vocab_size, seed, spread)
+def test_the_likeliest_token_is_that_of_the_exact_logits(
+    seed: int, vocab_size: int, spread: float, instruction: bool
+) -> None:
+    output, x_NC = output_layer(vocab_size, seed, spread, instruction=instruction)
     tokens = output.likeliest(x_NC, output.errors(x_NC))
     for token, logits in zip(tokens, exact(output, x_NC), strict=True):
         assert token in (None, logits.argmax())
@@ -103,11 +133,12 @@ def test_the_likeliest_token_is_that_of_the_exact_logits(seed: int, vocab_size: 
     spread=st.sampled_from([0.01, 1.0, 30.0]),
     temperature=st.sampled_from([1e-300, 0.1, 1.0, 20.0]),
     top_k=st.sampled_from([None, 2, 40, 200, 4000]),
+    instruction=st.sampled_from(INSTRUCTION),
 )
 def test_a_drawn_token_is_that_of_the_exact_logits(
-    seed: int, vocab_size: int, spread: float, temperature: float, top_k: int | None
+    seed: int, vocab_size: int, spread: float, temperature: float, top_k: int | None, instruction: bool
 ) -> None:
-    output, x_NC = output_layer(vocab_size, seed, spread)
+    output, x_NC = output_layer(vocab_size, seed, spread, instruction=instruction)
     sampling = Sampling(temperature, top_k)
     noises = [NoiseStream(seed, n, vocab_size).draw() for n in range(len(x_NC))]
     tokens = output.draw(x_NC, output.errors(x_NC), [sampling] * len(x_NC), noises)
