@@ -467,6 +467,7 @@ def request_cancel(db: Database, job_id: str) -> Job:
         if job is None:
             return _unchanged(session, job_id, ("cancelled",), "not_cancellable")
         if job.status == "cancelled":
+            _forget_snapshot(session, job_id)
             _log_status(db, session, job)
         return job
 
@@ -671,11 +672,16 @@ def _leave(db: Database, session: Session, job_id: str, status: str, **values: A
         .returning(Job)
     )
     job = session.scalars(statement, execution_options=_AS_READ).one()
-    if status in TERMINAL:  # nobody resumes it: without a row, its snapshot's files are swept
-        snapshots = table(Snapshot)
-        session.execute(sa.delete(snapshots).where(snapshots.c.job_id == job_id))
+    if status in TERMINAL:
+        _forget_snapshot(session, job_id)
     _log_status(db, session, job)
     return job
+
+
+def _forget_snapshot(session: Session, job_id: str) -> None:
+    """Of a job that has ended nobody resumes it; without a row, its files are swept."""
+    snapshots = table(Snapshot)
+    session.execute(sa.delete(snapshots).where(snapshots.c.job_id == job_id))
 
 
 # Events, written in the transaction of what they tell

@@ -1,6 +1,6 @@
-"""Any history of the queue that Hypothesis can think of, on both databases, against three promises.
+"""Any history of the queue that Hypothesis can think of, on both databases, against four promises.
 
-The fence only grows, a job ends once, and nothing is written under an old fence.
+The fence only grows, a job ends once, nothing is written under an old fence, and a job that has ended has no snapshot.
 """
 
 from typing import Any
@@ -154,6 +154,7 @@ class Histories(RuleBasedStateMachine):
             assert (job.fence > before.fence) == (job.status == "running" != before.status)
             assert self.ended.get(job_id, 0) <= 1
             self.before[job_id] = job
+            assert job.status not in TERMINAL or store.find_snapshot(self.db, job_id) is None
             events = store.events_after(self.db, job_id, 0)
             assert [event.seq for event in events] == list(range(1, job.event_seq + 1))
             assert [event.data["status"] for event in events if event.kind == "status"][-1] == job.status

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from service import queue
+from service import queue, store
 from service.database import Database
 from service.errors import Conflict, NotFound
 from service.line import find_place
@@ -25,6 +25,20 @@ def test_a_paused_job_is_cancelled_at_once(db: Database) -> None:
     job = submit(db)
     queue.request_pause(db, job.id)
     assert queue.request_cancel(db, job.id).status == "cancelled"
+
+
+@pytest.mark.parametrize("waits", ["paused", "queued"])
+def test_a_job_that_is_cancelled_while_it_waits_leaves_no_snapshot(
+    db: Database, worker: WorkerIdentity, waits: str
+) -> None:
+    held = running(db, worker)
+    queue.record_snapshot(db, held, step=1, folder="f", manifest_sha256="m")
+    if waits == "paused":
+        queue.request_pause(db, held.job_id)
+    assert queue.release(db, held).status == waits
+    assert store.find_snapshot(db, held.job_id) is not None
+    queue.request_cancel(db, held.job_id)
+    assert store.find_snapshot(db, held.job_id) is None
 
 
 def test_the_owner_of_a_running_job_is_asked_to_cancel(db: Database, worker: WorkerIdentity) -> None:
