@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,9 @@ METRICS = "metrics.json"
 ROUTING = "routing.safetensors"
 RESUME_TENSORS = "resume.safetensors"
 RESUME_STATE = "resume.json"
+
+_PIECE_BYTES = 1 << 20
+"""Read and hashed at once where a file is only verified: milliseconds of work, however large the file."""
 
 
 class CheckpointDamaged(Exception):
@@ -89,7 +92,7 @@ def write(folder: Path, files: Mapping[str, bytes]) -> tuple[Manifest, str]:
     unfinished.mkdir(parents=True)
     try:
         for name, content in [*sorted(files.items()), (MANIFEST, manifest_bytes)]:
-            _write_flushed(unfinished / name, content)
+            write_flushed(unfinished / name, content)
             reached(f"wrote {name}")
         _flush_folder(unfinished)
         reached("flushed")
@@ -107,7 +110,8 @@ def is_disk_full(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def _write_flushed(path: Path, content: bytes) -> None:
+def write_flushed(path: Path, content: bytes) -> None:
+    """Write a file, and return once its bytes are on the disk."""
     with path.open("wb") as file:
         file.write(content)
         file.flush()
@@ -147,21 +151,40 @@ def read_file(folder: Path, entry: FileEntry) -> bytes:
         content = (folder / entry.name).read_bytes()
     except OSError as error:
         raise CheckpointDamaged(f"{folder.name}/{entry.name}: {error}") from error
-    if hashlib.sha256(content).hexdigest() != entry.sha256:
-        raise CheckpointDamaged(f"{folder.name}/{entry.name}: {len(content)} bytes, not those that were written")
+    _compare(folder, entry, hashlib.sha256(content).hexdigest(), len(content))
     return content
 
 
-def verify(folder: Path, manifest_sha256: str) -> Manifest:
-    """The manifest of a folder, after every byte of every file was checked.
+def _compare(folder: Path, entry: FileEntry, sha256: str, n_bytes: int) -> None:
+    if sha256 != entry.sha256:
+        raise CheckpointDamaged(f"{folder.name}/{entry.name}: {n_bytes} bytes, not those that were written")
+
+
+def verify(folder: Path, manifest_sha256: str, *, meanwhile: Callable[[], None] = lambda: None) -> Manifest:
+    """The manifest of a folder, after every byte of every file was checked, a piece at a time. `meanwhile` is called
+    after each piece, for what cannot wait until gigabytes are read.
 
     Raises:
         CheckpointDamaged: naming the file.
     """
     manifest = read_manifest(folder, manifest_sha256)
     for entry in manifest.files:
-        read_file(folder, entry)
+        digest, n_bytes = hashlib.sha256(), 0
+        for piece in _pieces(folder, entry):
+            digest.update(piece)
+            n_bytes += len(piece)
+            meanwhile()
+        _compare(folder, entry, digest.hexdigest(), n_bytes)
     return manifest
+
+
+def _pieces(folder: Path, entry: FileEntry) -> Iterator[bytes]:
+    try:
+        with (folder / entry.name).open("rb") as file:
+            while piece := file.read(_PIECE_BYTES):
+                yield piece
+    except OSError as error:
+        raise CheckpointDamaged(f"{folder.name}/{entry.name}: {error}") from error
 
 
 def read_all(folder: Path, manifest_sha256: str) -> dict[str, bytes]:

@@ -109,7 +109,9 @@ class Attempt:
     def _start(self) -> None:
         self._log.info("attempt_started", attempt=self._job.attempt)
         start, snapshot_folder, warnings = self._lease.read(
-            lambda: compose(self._db, self._job, device=self._device, settings=self._settings)
+            lambda: compose(
+                self._db, self._job, device=self._device, settings=self._settings, meanwhile=self._beat_when_due
+            )
         )
         self._recorder.snapshot_folder = snapshot_folder
         self._trainer.start(start)
@@ -155,8 +157,7 @@ class Attempt:
             self._recorder.flush()
         if self._look_due is not None and now >= self._look_due:
             self._look()
-        if now >= self._lease.heartbeat_due:
-            self._recorder.write(lambda: queue.heartbeat(self._db, self._claim))
+        self._beat_when_due()
         if self._crash is None and now >= self._stalled_at:
             self._crash = f"stalled: no step in {now - self._recorder.last_progress:.0f} s"
             self._log.error("trainer_stalled", crash=self._crash)
@@ -165,6 +166,10 @@ class Attempt:
             self._log.warning("trainer_killed", asked_to=self._stopping)
             self._kill_at = None
             self._trainer.kill()
+
+    def _beat_when_due(self) -> None:
+        if time.monotonic() >= self._lease.heartbeat_due:
+            self._recorder.write(lambda: queue.heartbeat(self._db, self._claim))
 
     def _look(self) -> None:
         """Read what is wished: something was committed, and the next write may be seconds away."""

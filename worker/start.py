@@ -3,6 +3,8 @@
 Nothing is given that was not verified byte by byte. Knows no process and writes nothing to the database.
 """
 
+import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 from nanomoe import checkpoint
@@ -21,17 +23,19 @@ class ParentUnusable(Exception):
     code = "parent_unusable"
 
 
-def compose(db: store.Database, job: Job, *, device: str, settings: Settings) -> tuple[Start, str | None, list[Warned]]:
+def compose(
+    db: store.Database, job: Job, *, device: str, settings: Settings, meanwhile: Callable[[], None] = lambda: None
+) -> tuple[Start, str | None, list[Warned]]:
     """The start message of an attempt, the recorded snapshot's folder (relative to the data folder), and what is worth
-    telling.
+    telling. `meanwhile` is called again and again, every few milliseconds, while large files are verified.
 
-    Raises ParentUnusable, DatabaseUnavailable, OSError when the text cannot be written.
+    Raises ParentUnusable, DatabaseUnavailable, OSError when the text cannot be written, and what `meanwhile` raises.
     """
     folder = settings.data_dir / store.job_folder(job.id)
     folder.mkdir(parents=True, exist_ok=True)
     config = JobConfig.model_validate(job.config)
     snapshot = store.find_snapshot(db, job.id)
-    resume, warnings = _verified(snapshot, settings.data_dir)
+    resume, warnings = _verified(snapshot, settings.data_dir, meanwhile)
     start = Start(
         job_id=job.id,
         fence=job.fence,
@@ -40,7 +44,7 @@ def compose(db: store.Database, job: Job, *, device: str, settings: Settings) ->
         folder=str(folder),
         execution=job.execution,
         resume=resume,
-        parent=_find_parent(db, config, settings.data_dir) if resume is None else None,
+        parent=_find_parent(db, config, settings.data_dir, meanwhile) if resume is None else None,
         device=device,
         snapshot_seconds=settings.snapshot_seconds,
         allow_hub=settings.allow_hub,
@@ -49,25 +53,27 @@ def compose(db: store.Database, job: Job, *, device: str, settings: Settings) ->
     return start, None if snapshot is None else snapshot.folder, warnings
 
 
-def _verified(snapshot: Snapshot | None, data_dir: Path) -> tuple[Folder | None, list[Warned]]:
+def _verified(
+    snapshot: Snapshot | None, data_dir: Path, meanwhile: Callable[[], None]
+) -> tuple[Folder | None, list[Warned]]:
     if snapshot is None:
         return None, []
     found = Folder(folder=str(data_dir / snapshot.folder), manifest_sha256=snapshot.manifest_sha256)
     try:
-        checkpoint.verify(Path(found.folder), found.manifest_sha256)
+        checkpoint.verify(Path(found.folder), found.manifest_sha256, meanwhile=meanwhile)
     except CheckpointDamaged as error:
         message = f"the snapshot of step {snapshot.step} is damaged, training starts again at step 0: {error}"
         return None, [Warned(code="snapshot_damaged", message=message)]
     return found, []
 
 
-def _find_parent(db: store.Database, config: JobConfig, data_dir: Path) -> Folder | None:
+def _find_parent(db: store.Database, config: JobConfig, data_dir: Path, meanwhile: Callable[[], None]) -> Folder | None:
     if config.init_from is None:
         return None
     try:
         row = store.get_checkpoint(db, config.init_from.job_id, config.init_from.checkpoint)
         parent = Folder(folder=str(data_dir / row.folder), manifest_sha256=row.manifest_sha256)
-        checkpoint.verify(Path(parent.folder), parent.manifest_sha256)
+        checkpoint.verify(Path(parent.folder), parent.manifest_sha256, meanwhile=meanwhile)
     except (NotFound, CheckpointDamaged) as error:
         name = f"{config.init_from.job_id}@{config.init_from.checkpoint}"
         raise ParentUnusable(f"cannot start from {name}: {error}") from error
@@ -75,9 +81,15 @@ def _find_parent(db: store.Database, config: JobConfig, data_dir: Path) -> Folde
 
 
 def _write_text(db: store.Database, job: Job, folder: Path) -> Path:
+    """The text as a file: that of an earlier attempt if every byte of it is right, else written anew."""
     path = folder / "text.txt"
-    if not path.exists():
+    if not path.exists() or _sha256(path) != job.text_sha256:
         unfinished = folder / f"text.f{job.fence}.tmp"
-        unfinished.write_bytes(store.get_text(db, job.text_sha256))
+        checkpoint.write_flushed(unfinished, store.get_text(db, job.text_sha256))
         unfinished.replace(path)
     return path
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

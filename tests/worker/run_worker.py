@@ -7,10 +7,13 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import closing
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
+from nanomoe import checkpoint
 from service import queue
 from service.settings import Settings
 from service.store import open_database
@@ -54,9 +57,23 @@ def _reap_the_trainer_alone(self: TrainerProcess, timeout: float) -> bool:
     return True
 
 
+def slow_down_the_disk(seconds: float) -> None:
+    """Let every file that is verified take that long, in many pieces."""
+    pieces = checkpoint._pieces
+
+    def slow(folder: Path, entry: checkpoint.FileEntry) -> Iterator[bytes]:
+        for _ in range(100):
+            time.sleep(seconds / 100)
+            yield b""
+        yield from pieces(folder, entry)
+
+    checkpoint._pieces = slow
+
+
 def run(spec: dict[str, Any]) -> None:
     """The whole life of a worker process. `spec`: `settings`, `timing`, `device`, `slots`, `command`,
-    `max_crashes`, `backoff_seconds`, and `without`: protections that are taken away, to show that they are needed.
+    `max_crashes`, `backoff_seconds`, `slow_disk_seconds`, and `without`: protections that are taken away, to show that
+    they are needed.
     What the kernel has killed for want of memory is read from `memory.events` in the data folder."""
     os.chdir(spec["folder"])
     sys.exit(_run(spec))
@@ -70,6 +87,8 @@ def _run(spec: dict[str, Any]) -> int:
     attempt.oom_kills = lambda: oom_kills(settings.data_dir / "memory.events")
     for protection in spec["without"]:
         take_away(protection)
+    if spec["slow_disk_seconds"]:
+        slow_down_the_disk(spec["slow_disk_seconds"])
     with closing(open_database(settings)) as db:
         supervisor = Supervisor(
             db,

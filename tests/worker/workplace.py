@@ -100,8 +100,10 @@ class Workplace:
         max_crashes: int = 3,
         without: tuple[str, ...] = (),
         snapshot_seconds: float = 60.0,
+        slow_disk_seconds: float = 0.0,
     ) -> WorkerProcess:
-        """A worker whose trainers follow `script`, run `program`, or train in earnest."""
+        """A worker whose trainers follow `script`, run `program`, or train in earnest. `slow_disk_seconds`: that long
+        it takes to verify a file."""
         if script is not None:
             program = [str(HERE / "scripted_trainer.py"), script]
         spec = {
@@ -118,6 +120,7 @@ class Workplace:
             "max_crashes": max_crashes,
             "backoff_seconds": backoff_seconds,
             "without": without,
+            "slow_disk_seconds": slow_disk_seconds,
         }
         worker = WorkerProcess(spec)
         self._workers.append(worker)

@@ -1,0 +1,58 @@
+"""What a trainer is given is verified first, however long that takes."""
+
+import signal
+
+from nanomoe.config import JobConfig
+from service import queue, store
+from service.queue import Claim, NewJob
+from service.settings import Settings
+from service.store import Database
+from tests.databases import ONLY_SQLITE
+from tests.worker.workplace import SHORT_LEASE, Workplace
+from worker.start import compose
+
+TEXT = "o rato roeu a roupa do rei de Roma"
+
+
+def claimed(db: Database) -> Claim:
+    queue.submit(db, NewJob(text=TEXT, config=JobConfig().model_dump(mode="json")))
+    claim = queue.claim(db, store.WorkerIdentity(), 60)
+    assert claim is not None
+    return claim
+
+
+@ONLY_SQLITE
+def test_a_text_whose_bytes_changed_between_two_attempts_is_written_again(db: Database, settings: Settings) -> None:
+    job = claimed(db).job
+    start, _, _ = compose(db, job, device="cpu", settings=settings)
+    file = settings.data_dir / store.job_folder(job.id) / "text.txt"
+    assert start.text_path == str(file)
+    assert file.read_text() == TEXT
+    file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
+    compose(db, job, device="cpu", settings=settings)
+    assert file.read_text() == TEXT
+    written = file.stat().st_mtime_ns
+    compose(db, job, device="cpu", settings=settings)
+    assert file.stat().st_mtime_ns == written
+
+
+@ONLY_SQLITE
+def test_a_job_stays_ours_while_its_snapshot_is_read_for_longer_than_the_lease(place: Workplace) -> None:
+    job = place.submit()
+    first = place.start_worker("work", timing=SHORT_LEASE)
+    place.wait_for_step(job, 5)
+    queue.request_pause(place.db, job.id)
+    place.wait_for(job, "paused")
+    snapshot = store.find_snapshot(place.db, job.id)
+    assert snapshot is not None
+    first.signal(signal.SIGTERM)
+    first.wait()
+    place.start_worker("work", timing=SHORT_LEASE, slow_disk_seconds=1.5 * SHORT_LEASE.lease)
+    queue.resume(place.db, job.id)
+    place.wait_for_step(job, snapshot.step + 1)
+    place.finish(job)
+    done = place.wait_for(job, "succeeded")
+    assert (done.attempt, done.crashes) == (2, 0)
+    assert place.events(job, "warning") == [
+        {"code": "resumed", "message": f"attempt 2 goes on from step {snapshot.step}"}
+    ]
