@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from queue import SimpleQueue
 from typing import NoReturn
 
@@ -73,8 +74,10 @@ class Supervision:
                 *lines, heard = (heard + read).split(b"\n")
                 for line in lines:
                     self._obey(line)
-        finally:
             print("nothing more is heard from the supervisor: ending", file=sys.stderr, flush=True)
+        except BaseException:  # what the supervisor said cannot be obeyed, or not even be read
+            traceback.print_exc()
+        finally:
             end_group()
 
     def _obey(self, line: bytes) -> None:

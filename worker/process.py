@@ -11,7 +11,7 @@ import subprocess
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,20 +45,25 @@ class TrainerProcess:
     """A trainer in a session and process group of its own, which holds the lock of its slot while it has a job."""
 
     def __init__(self, command: Sequence[str], lock: Path, environment: Mapping[str, str]) -> None:
+        """Raises OSError when there is no process, no memory or no descriptor for it."""
         assert threading.current_thread() is threading.main_thread(), "the parent-death signal follows the thread"
         self.inbox: SimpleQueue[FromTrainer | Ended | Look] = SimpleQueue()
         """What the trainer says, its end, and what others put in to wake whoever waits here."""
         self._token = uuid.uuid4().hex
         self.lock = SlotLock(lock, self._token)
-        self._popen = subprocess.Popen(  # noqa: S603 - our own command
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            bufsize=0,
-            start_new_session=True,
-            pass_fds=(self.lock.descriptor,),
-            env={**environment, TOKEN_VARIABLE: self._token},
-        )
+        try:
+            self._popen = subprocess.Popen(  # noqa: S603 - our own command
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                bufsize=0,
+                start_new_session=True,
+                pass_fds=(self.lock.descriptor,),
+                env={**environment, TOKEN_VARIABLE: self._token},
+            )
+        except OSError:
+            self.lock.hand_over()  # to nobody: it is tried again every second, with a descriptor each time
+            raise
         self.pid = self._popen.pid
         assert self._popen.stdin is not None
         # A beat must never make the guard wait for a trainer that has stopped reading.
@@ -115,13 +120,17 @@ class TrainerProcess:
     # -- Ending --------------------------------------------------------------------------------------------------
 
     def has_ended(self) -> bool:
-        """Whether the trainer itself has ended. It is not reaped, so its ids still cannot be anybody else's."""
+        """Whether the trainer itself has ended. It is not reaped where the system can tell without, so its ids still
+        cannot be anybody else's."""
+        with self._one_at_a_time:
+            return self._has_ended()
+
+    def _has_ended(self) -> bool:
         if self._popen.returncode is not None:
             return True
-        try:
-            return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-        except ChildProcessError:
-            return True  # it was buried since we looked
+        if not hasattr(os, "waitid"):  # macOS before Python 3.13; the group's id stays ours while the group lives
+            return self._popen.poll() is not None
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     @property
     def exit_status(self) -> int:
@@ -131,16 +140,22 @@ class TrainerProcess:
 
     def terminate(self) -> None:
         """SIGTERM to the trainer: wake it from a system call, so that it sees the message that was sent."""
-        self._signal(signal.SIGTERM)
+        with self._one_at_a_time:
+            if not self._has_ended():
+                os.kill(self.pid, signal.SIGTERM)
 
     def kill(self) -> None:
         """SIGKILL to every process of the group. From any thread, at any time, as often as one likes."""
-        self._signal(signal.SIGKILL)
-
-    def _signal(self, number: signal.Signals) -> None:
         with self._one_at_a_time:
-            if not self._gone:
-                _send_signal(os.killpg if number == signal.SIGKILL else os.kill, self.pid, number)
+            if self._gone:
+                return
+            try:
+                os.killpg(self.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                self._gone = True  # reaped, and with no group left: the id may be somebody else's from now on
+            except PermissionError:
+                if not self._has_ended():  # macOS refuses to signal a group of which only zombies are left
+                    raise
 
     def bury(self, timeout: float) -> bool:
         """Kill what is left of the trainer and of all that it started; True once no process of it lives.
@@ -153,7 +168,8 @@ class TrainerProcess:
             self.kill()
             left = survivors(self.pid, self._token)
             for pid in left:
-                _send_signal(os.kill, pid, signal.SIGKILL)
+                with suppress(ProcessLookupError, PermissionError):  # the next look tells whether it is gone
+                    os.kill(pid, signal.SIGKILL)
             if self.has_ended() and not left:
                 with self._one_at_a_time:
                     self._popen.wait()
@@ -165,8 +181,3 @@ class TrainerProcess:
                 log.warning("trainer_does_not_die", trainer=self.pid, processes=sorted(left))
                 return False
             time.sleep(0.005)
-
-
-def _send_signal(send: Callable[[int, int], None], pid: int, number: signal.Signals) -> None:
-    with suppress(ProcessLookupError):  # it is gone, which is all that was wanted
-        send(pid, number)

@@ -28,13 +28,15 @@ os._exit(0)
 """
 
 
-def tied(*, parent: int | None = None, seconds: float = 60) -> subprocess.Popen[bytes]:
+def tied(
+    *, parent: int | None = None, seconds: float = 60, stderr: int = subprocess.DEVNULL
+) -> subprocess.Popen[bytes]:
     arguments = [str(parent or os.getpid()), str(seconds)]
     process = subprocess.Popen(
         [sys.executable, "-c", TIED, *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        stderr=stderr,
         start_new_session=True,
         cwd=ROOT,
         bufsize=0,
@@ -91,11 +93,16 @@ def test_a_trainer_that_was_stopped_reads_its_beats_before_the_clock() -> None:
     assert end(process) == 0
 
 
-def test_a_trainer_that_hears_something_else_than_the_protocol_ends() -> None:
-    process = tied()
+def test_a_trainer_that_hears_something_else_than_the_protocol_ends_and_says_why() -> None:
+    process = tied(stderr=subprocess.PIPE)
     assert process.stdin is not None
     process.stdin.write(b"hello\n")
+    assert process.stderr is not None
+    with process.stderr as stderr:
+        said = stderr.read().decode()
     assert end(process) == -signal.SIGKILL
+    assert "ValidationError" in said
+    assert "nothing more is heard" not in said
 
 
 def test_a_trainer_whose_parent_is_already_gone_ends_at_once() -> None:
