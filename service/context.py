@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, closing, suppress
+from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass
 
 import structlog
@@ -53,8 +53,7 @@ async def open_context(settings: Settings) -> AsyncIterator[Context]:
         finally:
             wakeups.close()
             rescuing.cancel()
-            with suppress(asyncio.CancelledError):
-                await rescuing
+            await asyncio.wait([rescuing])  # however it ends: the engine is stopped in any case
             await generation.stop()
 
 
@@ -77,4 +76,6 @@ async def _rescue_now_and_then(rescuer: Rescuer, seconds: float) -> None:
             await to_thread.run_sync(rescuer.round)
         except ServiceError as error:
             log.warning("rescue_postponed", reason=error.detail)
+        except Exception:  # jobs would be stuck from now on, and nobody told
+            log.exception("rescue_failed")
         await asyncio.sleep(seconds)
