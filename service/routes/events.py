@@ -80,10 +80,14 @@ async def get_events(
 
 
 def _look(service: Context, job_id: str, seen: int) -> tuple[Job, list[tuple[int, str, Any]]]:
-    """The job, and what happened to it after event number `seen`."""
+    """The job, and what happened to it after event number `seen`.
+
+    What happens between the two reads is left for the next look: else the step of a job that has ended meanwhile would
+    follow its last status.
+    """
     row = store.get_job(service.database, job_id)
     events = store.events_after(service.database, job_id, seen)
-    return row, [(event.seq, event.kind, _data(service, event)) for event in events]
+    return row, [(event.seq, event.kind, _data(service, event)) for event in events if event.seq <= row.event_seq]
 
 
 def _data(service: Context, event: Event) -> BaseModel:

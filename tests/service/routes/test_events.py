@@ -12,7 +12,7 @@ import httpx
 import pytest
 import sqlalchemy as sa
 
-from service import queue
+from service import queue, store
 from service.tables import EPOCH, Event, Job, table
 from tests.api import Api, Serve
 
@@ -100,6 +100,23 @@ def test_after_the_last_event_there_is_nothing(api: Api) -> None:
     for seen in (last, "999999999999999999"):
         answer = api.http.get(f"/jobs/{job_id}/events", headers={"Last-Event-ID": str(seen)})
         assert (answer.status_code, answer.content) == (204, b"")
+
+
+def test_no_step_follows_the_last_status_of_a_job_that_ends_between_two_reads(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim = api.running()
+    events_after = store.events_after
+
+    def end_then_read(*arguments: Any) -> list[Event]:
+        monkeypatch.setattr(store, "events_after", events_after)
+        queue.finish(api.db, claim, "succeeded")
+        return events_after(*arguments)
+
+    monkeypatch.setattr(store, "events_after", end_then_read)
+    with listening(api, claim.job_id) as stream:
+        *_, (kind, _, data) = stream
+    assert (kind, data["status"]) == ("status", "succeeded")
 
 
 @pytest.mark.parametrize("last", ["x", "-1", "1.5", "9" * 30, "٣"])
