@@ -1,7 +1,7 @@
 """Jobs: submit, list, look at, rename, cancel, pause, resume, delete."""
 
 import asyncio
-from typing import Annotated
+from typing import Annotated, cast
 
 from anyio import to_thread
 from fastapi import APIRouter, Header, Query, Response
@@ -15,7 +15,7 @@ from service.openapi import problems, ref
 from service.routes.parameters import JobId, Service, StrictQuery
 from service.routes.submit_body import DOCUMENTED, Submission
 from service.schemas import JobView
-from service.tables import Job
+from service.tables import TERMINAL, Job
 
 router = APIRouter(tags=["jobs"])
 
@@ -132,20 +132,17 @@ async def get_job(service: Service, job_id: JobId, query: Annotated[JobQuery, Qu
     while True:
         change = service.wakeups.next()
         try:
-            job = await to_thread.run_sync(_look, service, job_id)
-            seen = seen or job.status
-            if job.status != seen or job.is_terminal or is_over():
-                return job
+            row = await to_thread.run_sync(store.get_job, service.database, job_id)
+            seen = seen or cast(schemas.Status, row.status)
+            if row.status != seen or row.status in TERMINAL or is_over():
+                # Only now: a place in the line takes a look at the whole line.
+                return await to_thread.run_sync(_placed, service, row)
             pause = deadline - clock()
         except DatabaseUnavailable:
             if is_over():
                 raise
             pause = min(deadline - clock(), RETRY_SECONDS)
         await service.wakeups.wait(change, pause)
-
-
-def _look(service: Context, job_id: str) -> JobView:
-    return _placed(service, store.get_job(service.database, job_id))
 
 
 def _placed(service: Context, row: Job) -> JobView:

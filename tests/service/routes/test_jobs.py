@@ -14,7 +14,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from nanomoe.tokenizer import load_tokenizer
-from service import queue, store
+from service import line, queue, store
 from tests.api import TEXT, Api, Serve, serving
 
 NOBODY = "0" * 32
@@ -344,6 +344,31 @@ def test_a_wait_ends_when_its_time_is_over(api: Api) -> None:
     answer = api.http.get(f"/jobs/{job_id}", params={"wait": 0.2, "seen": "queued"})
     assert answer.json()["status"] == "queued"
     assert answer.elapsed >= timedelta(seconds=0.2)
+
+
+def test_a_wait_finds_the_place_in_the_line_once(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    job_id, other = api.submit()["id"], api.submit()["id"]
+    places, looks = 0, threading.Semaphore(0)
+    find_place, get_job = line.find_place, store.get_job
+
+    def counted_place(*arguments: Any) -> Any:
+        nonlocal places
+        places += 1
+        return find_place(*arguments)
+
+    def counted_look(*arguments: Any) -> Any:
+        looks.release()
+        return get_job(*arguments)
+
+    monkeypatch.setattr(line, "find_place", counted_place)
+    monkeypatch.setattr(store, "get_job", counted_look)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(api.http.get, f"/jobs/{job_id}", params={"wait": 2, "seen": "queued"})
+        for name in "abc":
+            looks.acquire()
+            store.relabel(api.db, other, {"name": name})
+        assert waiting.result(15).json()["queue_position"] is not None
+    assert places == 1
 
 
 @pytest.mark.parametrize("params", [{"wait": "nan"}, {"wait": "inf"}, {"wait": -1}, {"wait": 1000}, {"seen": "x"}])
