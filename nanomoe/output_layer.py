@@ -24,10 +24,10 @@ from torch.nn import functional as F
 from nanomoe.sampling import BLOCK, TIE, Floats, Ids, Noise, Sampling
 
 if TYPE_CHECKING:
-    from nanomoe.kernels.products import Table
+    from nanomoe.kernels.products import Products, Table
 
 Ints = npt.NDArray[np.int8]
-Products = npt.NDArray[np.int32]
+Sums = npt.NDArray[np.int32]
 
 _BLOCK = 32
 """Logits whose maximum is taken first when the largest are sought: every (V / 32)-th, which vectorises."""
@@ -205,8 +205,7 @@ class _Int8:
         self._largest_norm: float = wte_VC.norm(dim=1).max().item()
         self._largest_error: float = (wte_VC - ints_VC * self._scale).norm(dim=1).max().item()
         self._wte = wte_VC.numpy()
-        self._table = _compiled_table(ints_VC) if compiled else None
-        self._torch_table = _TorchTable(ints_VC) if self._table is None else None
+        self._table = _compiled_table(ints_VC) if compiled else _TorchTable(ints_VC)
         self._padded_V = -(-len(wte_VC) // _BLOCK) * _BLOCK
         self._logits_NV = wte_VC.new_empty(0, 0)
 
@@ -216,9 +215,7 @@ class _Int8:
 
     @property
     def n_bytes(self) -> int:
-        table = self._table or self._torch_table
-        assert table is not None
-        return table.n_bytes + self._logits_NV.nbytes
+        return self._table.n_bytes + self._logits_NV.nbytes
 
     def logits(self, x_NC: Tensor) -> tuple[Tensor, Tensor]:
         """(N, V padded to whole blocks with -inf), valid until the next call, each row's in a unit of its own (N,)."""
@@ -226,7 +223,7 @@ class _Int8:
         if len(self._logits_NV) < N:
             self._logits_NV = x_NC.new_full((N, self._padded_V), -math.inf)
         units_N1 = x_NC.abs().amax(1, keepdim=True).clamp_min_(_LEAST) / 127
-        products_NV = self._multiply((x_NC / units_N1).round_().to(torch.int8).numpy())
+        products_NV = self._table.all_products((x_NC / units_N1).round_().to(torch.int8).numpy())
         self._logits_NV[:N, :V].copy_(torch.from_numpy(products_NV)[:, :V])
         return self._logits_NV[:N], units_N1[:, 0] * self._scale
 
@@ -246,7 +243,7 @@ class _Int8:
         products, units, bounds = self._products(x_NC)
         gaps = [2 * error + TIE for error in errors]
         slacks = [(2 * bound + gap) / unit for bound, gap, unit in zip(bounds, gaps, units, strict=True)]
-        return short_list.likeliest(*products, np.array(slacks), np.array(gaps), x_NC.numpy(), self._wte)
+        return short_list.likeliest(products, np.array(slacks), np.array(gaps), x_NC.numpy(), self._wte)
 
     def draw(
         self, x_NC: Tensor, errors: list[float], samplings: Sequence[Sampling], noises: Sequence[Noise]
@@ -256,37 +253,28 @@ class _Int8:
 
         products, units, bounds = self._products(x_NC)
         V = len(self._wte)
-        return draw.draw(
-            *products,
-            np.array(units),
-            np.add(bounds, errors),
-            np.array(errors),
-            np.array([V if sampling.top_k is None else min(sampling.top_k, V) for sampling in samplings]),
-            np.array([sampling.temperature for sampling in samplings]),
-            np.stack([noise.uniform for noise in noises]),
-            x_NC.numpy(),
-            self._wte,
+        rows = draw.Rows(
+            units=np.array(units),
+            rough_errors=np.add(bounds, errors),
+            errors=np.array(errors),
+            top_k=np.array([V if sampling.top_k is None else min(sampling.top_k, V) for sampling in samplings]),
+            temperature=np.array([sampling.temperature for sampling in samplings]),
+            uniform=np.stack([noise.uniform for noise in noises]),
+            x=x_NC.numpy(),
         )
+        return draw.draw(products, rows, self._wte)
 
-    def _products(self, x_NC: Tensor) -> tuple[tuple[Products, Products], list[float], list[float]]:
-        """The products of the rows' integers with the embedding's (N, V or more) and the largest of each group of them
-        (N, G), valid until the next call; for each row, what turns them into logits, and how wrong these can be."""
+    def _products(self, x_NC: Tensor) -> tuple["Products", list[float], list[float]]:
+        """The products of the rows' integers with the embedding's; for each row, what turns them into logits, and how
+        far these can be from those of its hidden state."""
         from nanomoe.kernels import products, short_list
 
         ints_NC, units_N, norms_N, roundings_N = short_list.quantize(x_NC.numpy())
         bounds = [self._bound(*each) for each in zip(norms_N.tolist(), roundings_N.tolist(), strict=True)]
         units = (units_N * self._scale).tolist()
-        if self._table is not None:
-            return self._table.products(ints_NC), units, bounds
-        products_NV = self._multiply(ints_NC)
-        return (products_NV, products.largest_of_groups(products_NV)), units, bounds
-
-    def _multiply(self, ints_NC: Ints) -> Products:
-        """(N, V) or more columns."""
-        if self._table is not None:
-            return self._table.products(ints_NC)[0]
-        assert self._torch_table is not None
-        return self._torch_table.products(ints_NC)
+        if isinstance(self._table, _TorchTable):
+            return products.kept_products(self._table.all_products(ints_NC)), units, bounds
+        return self._table.products(ints_NC), units, bounds
 
 
 class _TorchTable:
@@ -300,7 +288,7 @@ class _TorchTable:
     def n_bytes(self) -> int:
         return self._ints_VC.nbytes + self._products_NV.nbytes
 
-    def products(self, ints_NC: Ints) -> Products:
+    def all_products(self, ints_NC: Ints) -> Sums:
         """(N, V), valid until the next call."""
         N = len(ints_NC)
         if len(self._products_NV) < N:
@@ -310,11 +298,11 @@ class _TorchTable:
         return torch._int_mm(rows_NC, self._ints_VC.T, out=self._products_NV[:N]).numpy()
 
 
-def _compiled_table(ints_VC: Tensor) -> "Table | None":
+def _compiled_table(ints_VC: Tensor) -> "Table | _TorchTable":
     """The compiled twin, where this processor has the instruction for it."""
     from nanomoe.kernels import products
 
-    return products.Table(ints_VC.numpy()) if products.has_instruction() else None
+    return products.Table(ints_VC.numpy()) if products.has_instruction() else _TorchTable(ints_VC)
 
 
 def _torch_is_exact(n_embd: int) -> bool:
@@ -323,7 +311,7 @@ def _torch_is_exact(n_embd: int) -> bool:
     ints_VC[1::2] = -127
     table = _TorchTable(ints_VC)
     rows = (np.full((n, n_embd), 127, np.int8) for n in (1, 4))
-    return all((np.abs(table.products(ints_NC)) == 127 * 127 * n_embd).all() for ints_NC in rows)
+    return all((np.abs(table.all_products(ints_NC)) == 127 * 127 * n_embd).all() for ints_NC in rows)
 
 
 def _norms(x_NC: Tensor) -> list[float]:

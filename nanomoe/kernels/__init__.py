@@ -4,8 +4,10 @@ numba compiles them at their first call on a kind of processor and keeps the res
 `NUMBA_CACHE_DIR`. Importing it takes a third of a second, so only an engine that will serve many tokens does.
 """
 
+import functools
 import hashlib
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -39,17 +41,33 @@ _FLAGS = {"reassoc", "contract", "nsz", "arcp"}
 """Sums may be taken in any order, which is what makes them fast; infinities and NaN stay what they are."""
 
 
+# Divisions by zero give infinity or NaN, as they do in torch. A check of each would keep loops from being vectorised.
+_HOW: dict[str, Any] = {"cache": True, "fastmath": _FLAGS, "error_model": "numpy"}
+
+_ONE_AT_A_TIME = threading.Lock()
+"""Where there is no OpenMP, numba ends the process if two threads are in its parallel loops."""
+
+
 def compiled(function: F) -> F:
     """Compile a function; its loops run on the thread that calls it."""
-    return cast(F, numba.njit(cache=True, fastmath=_FLAGS)(function))
+    return cast(F, numba.njit(**_HOW)(function))
 
 
 def compiled_parallel(function: F) -> F:
-    """Compile a function; its `numba.prange` loops are shared among the threads of `use_threads`."""
-    return cast(F, numba.njit(cache=True, fastmath=_FLAGS, parallel=True)(function))
+    """Compile a function; its `numba.prange` loops are shared among the threads of `use_threads`. To be called by
+    Python alone."""
+    loops = numba.njit(**_HOW, parallel=True)(function)
+
+    @functools.wraps(function)
+    def alone(*arguments: Any) -> Any:
+        with _ONE_AT_A_TIME:
+            return loops(*arguments)
+
+    return cast(F, alone)
 
 
-def use_threads(n_rows: int) -> None:
-    """Let parallel loops use as many threads as torch does now; one for a single row."""
-    most = 1 if n_rows == 1 else torch.get_num_threads()
-    numba.set_num_threads(min(most, _MOST_THREADS))
+def use_threads(n_rows: int) -> int:
+    """Let parallel loops use as many threads as torch does now, and one for a single row; returns how many."""
+    n_threads: int = 1 if n_rows == 1 else min(torch.get_num_threads(), _MOST_THREADS)
+    numba.set_num_threads(n_threads)
+    return n_threads

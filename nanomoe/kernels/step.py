@@ -1,11 +1,12 @@
 """One token for each of N sequences through all layers: what `Decoder.step` does, in loops.
 
-With tensor operations most of a step's time is the overhead of many small ones. Here a thread takes a few sequences
-through all layers, waiting for nobody: a weight that was read serves `_ROWS` of them, and what is computed stays in the
-nearest cache.
+With tensor operations most of a step's time is the overhead of many small ones. Here a thread takes some sequences
+through all layers, waiting for nobody: a weight that was read serves all of them, those of an expert all who chose it,
+and what is computed stays in the nearest cache.
 
-Shape letters: N sequences, R rows of the cache, L layers (D of them dense, M mixtures), C channels, H heads,
-B positions, E experts and S shared ones, F hidden channels of an expert, V vocabulary.
+Shape letters: N sequences, of which a thread has room for as many as fill whole quads, G those of one expert, R rows of
+the cache, L layers (D of them dense, M mixtures), C channels, H heads, B positions, E experts and S shared ones,
+F hidden channels of an expert, V vocabulary.
 """
 
 import math
@@ -21,8 +22,12 @@ from torch import Tensor
 from nanomoe.config import ModelConfig
 from nanomoe.kernels import Array, compiled, compiled_parallel, use_threads
 
-_ROWS = 4
-"""Sequences that are taken through the layers together."""
+_QUAD = 4
+"""Rows that a product computes together: eight sums, with two outputs, for six numbers read."""
+
+_MOST_ROWS = 8
+"""Sequences that are taken through the layers together: what they need for a product stays in a core's nearest cache.
+"""
 
 _ONE = np.float32(1)
 _HALF = np.float32(0.5)
@@ -115,8 +120,8 @@ class Loops:
         L, _, B, width = cache.shape
         cache_LRHBD = cache.numpy().reshape(L, -1, config.n_head, B, width)
         arguments = np.array(tokens), np.array(positions), self._weights, routing, cache_LRHBD, hidden_NC, certain_N
-        use_threads(len(tokens))
-        _step(*arguments)
+        n_quads = -(-len(tokens) // _QUAD)
+        _step(min(_MOST_ROWS, _QUAD * -(-n_quads // use_threads(len(tokens)))), *arguments)
         certain: list[bool] = certain_N.tolist()
         return torch.from_numpy(hidden_NC), certain
 
@@ -131,13 +136,16 @@ def _dot(x, y):
 
 @compiled
 def _linear(x_NI, w_OI, b_O, y_NO, n):
-    """y = x w + b for the first `n` rows, which are at most `_ROWS`."""
-    if n == _ROWS:
-        x_0, x_1, x_2, x_3 = x_NI[0], x_NI[1], x_NI[2], x_NI[3]
-        for o in range(0, len(w_OI), 2):
-            # Two outputs of four rows: eight sums for six numbers read. The last output is computed twice if it is odd.
-            p = min(o + 1, len(w_OI) - 1)
-            v_I, w_I = w_OI[o], w_OI[p]
+    """y = x w + b for the first `n` rows. Unless that is one, whole quads are computed: there is room for them."""
+    if n == 1:
+        for o in range(len(w_OI)):
+            y_NO[0, o] = _dot(x_NI[0], w_OI[o]) + b_O[o]
+        return
+    for o in range(0, len(w_OI), 2):
+        p = min(o + 1, len(w_OI) - 1)  # the last output is computed twice if it is odd
+        v_I, w_I = w_OI[o], w_OI[p]
+        for row in range(0, n, _QUAD):
+            x_0, x_1, x_2, x_3 = x_NI[row], x_NI[row + 1], x_NI[row + 2], x_NI[row + 3]
             v_0 = v_1 = v_2 = v_3 = w_0 = w_1 = w_2 = w_3 = np.float32(0)
             for i in range(len(w_I)):
                 v_0 += x_0[i] * v_I[i]
@@ -148,13 +156,9 @@ def _linear(x_NI, w_OI, b_O, y_NO, n):
                 w_1 += x_1[i] * w_I[i]
                 w_2 += x_2[i] * w_I[i]
                 w_3 += x_3[i] * w_I[i]
-            y_NO[0, o], y_NO[1, o], y_NO[2, o], y_NO[3, o] = v_0 + b_O[o], v_1 + b_O[o], v_2 + b_O[o], v_3 + b_O[o]
-            y_NO[0, p], y_NO[1, p], y_NO[2, p], y_NO[3, p] = w_0 + b_O[p], w_1 + b_O[p], w_2 + b_O[p], w_3 + b_O[p]
-    else:
-        for row in range(n):
-            x_I, y_O = x_NI[row], y_NO[row]
-            for o in range(len(w_OI)):
-                y_O[o] = _dot(x_I, w_OI[o]) + b_O[o]
+            y_0, y_1, y_2, y_3 = y_NO[row], y_NO[row + 1], y_NO[row + 2], y_NO[row + 3]
+            y_0[o], y_1[o], y_2[o], y_3[o] = v_0 + b_O[o], v_1 + b_O[o], v_2 + b_O[o], v_3 + b_O[o]
+            y_0[p], y_1[p], y_2[p], y_3[p] = w_0 + b_O[p], w_1 + b_O[p], w_2 + b_O[p], w_3 + b_O[p]
 
 
 @compiled
@@ -213,10 +217,10 @@ def _attend(qkv, position, cache_HBD, scores_B, y_C):
 
 
 @compiled
-def _mixture(x_C, mixture, weights, routing, wanted_E, scores_E, chosen_K, hidden_F, y_C):
-    """y = the gated sum of the experts of one token; whether the choice is certain."""
-    E, k = len(wanted_E), routing.k
-    router_EC, bias_E = weights.router[mixture], weights.balance_bias[mixture]
+def _route(x_C, router_EC, bias_E, routing, chosen_K, gates_K):
+    """Choose one token's experts and their gates; whether the choice is certain."""
+    E = len(router_EC)
+    wanted_E, scores_E = np.empty(E, np.float32), np.empty(E, np.float32)
     for e in range(E):
         wanted_E[e] = _dot(x_C, router_EC[e])
     if routing.sigmoid:
@@ -233,48 +237,70 @@ def _mixture(x_C, mixture, weights, routing, wanted_E, scores_E, chosen_K, hidde
     if routing.biased:
         for e in range(E):
             wanted_E[e] = scores_E[e] + bias_E[e]
-    gates = np.float32(0)
-    last = np.float32(0)
-    for slot in range(k):  # the largest, the first of equals
+    last = total = np.float32(0)
+    for slot in range(routing.k):  # the largest, the first of equals
         best = 0
         for e in range(1, E):
             if wanted_E[e] > wanted_E[best]:
                 best = e
-        chosen_K[slot], last = best, wanted_E[best]
-        gates += scores_E[best]
+        chosen_K[slot], gates_K[slot], last = best, scores_E[best], wanted_E[best]
+        total += scores_E[best]
         wanted_E[best] = -np.inf
-    certain = k == E or last - wanted_E.max() > 2 * routing.error
-    if not routing.renormalises:
-        gates = _ONE
-    y_C[:] = 0
-    for slot in range(k + weights.expert_in.shape[1] - E):
-        expert = chosen_K[slot] if slot < k else E + slot - k
-        gate = scores_E[expert] / gates if slot < k else _ONE
-        in_FC, in_bias_F = weights.expert_in[mixture, expert], weights.expert_in_bias[mixture, expert]
-        for f in range(len(hidden_F)):
-            hidden_F[f] = _dot(x_C, in_FC[f]) + in_bias_F[f]
-        _gelu(hidden_F)
-        out_CF, out_bias_C = weights.expert_out[mixture, expert], weights.expert_out_bias[mixture, expert]
-        for c in range(len(y_C)):
-            y_C[c] += gate * (_dot(hidden_F, out_CF[c]) + out_bias_C[c])
-    return certain
+    if routing.renormalises:
+        for slot in range(routing.k):
+            gates_K[slot] /= total
+    return routing.k == E or last - wanted_E.max() > 2 * routing.error
+
+
+@compiled
+def _mix(x_NC, n, mixture, weights, routing, certain_N, y_NC):
+    """y = the gated sum of its experts, for each of the first `n` rows; a row whose choice is not certain is no longer
+    so in `certain_N`."""
+    n_routed = weights.router.shape[1]
+    _, n_experts, F, C = weights.expert_in.shape
+    chosen_NK, gates_NK = np.empty((n, routing.k), np.int64), np.empty((n, routing.k), np.float32)
+    for row in range(n):
+        certain_N[row] &= _route(
+            x_NC[row], weights.router[mixture], weights.balance_bias[mixture], routing, chosen_NK[row], gates_NK[row]
+        )
+        y_NC[row] = 0
+    rows_G, gates_G = np.empty(n, np.int64), np.empty(n, np.float32)
+    x_GC, out_GC, hidden_GF = np.zeros_like(x_NC), np.empty_like(x_NC), np.empty((len(x_NC), F), np.float32)
+    for expert in range(n_experts):
+        g = 0
+        for row in range(n):
+            gate = _ONE if expert >= n_routed else np.float32(0)  # shared experts serve everybody
+            for slot in range(routing.k):
+                if chosen_NK[row, slot] == expert:
+                    gate = gates_NK[row, slot]
+            if gate != 0:
+                rows_G[g], gates_G[g], x_GC[g] = row, gate, x_NC[row]
+                g += 1
+        if g:
+            _linear(x_GC, weights.expert_in[mixture, expert], weights.expert_in_bias[mixture, expert], hidden_GF, g)
+            for i in range(g):
+                _gelu(hidden_GF[i])
+            _linear(hidden_GF, weights.expert_out[mixture, expert], weights.expert_out_bias[mixture, expert], out_GC, g)
+            for i in range(g):
+                y_C, out_C, gate = y_NC[rows_G[i]], out_GC[i], gates_G[i]
+                for c in range(C):
+                    y_C[c] += gate * out_C[c]
 
 
 @compiled
 def _take_through(first, last, tokens, positions, weights, routing, cache_LRHBD, hidden_NC, certain_N):
-    """Rows `first` to `last`, exclusive, which are at most `_ROWS`."""
+    """Rows `first` to `last`, exclusive."""
     n = last - first
+    room = (n + _QUAD - 1) // _QUAD * _QUAD
     L, _, _, B, _ = cache_LRHBD.shape
-    C, E, F = weights.wte.shape[1], weights.router.shape[1], weights.expert_in.shape[2]
-    x = np.empty((n, C), np.float32)
-    y = np.empty((n, C), np.float32)
-    z = np.empty((n, C), np.float32)
-    qkv = np.empty((n, 3 * C), np.float32)
-    hidden = np.empty((n, 4 * C), np.float32)
+    C = weights.wte.shape[1]
+    # Zeros, because rows that only fill a quad are computed as well.
+    x = np.zeros((room, C), np.float32)
+    y = np.zeros((room, C), np.float32)
+    z = np.zeros((room, C), np.float32)
+    qkv = np.zeros((room, 3 * C), np.float32)
+    hidden = np.zeros((room, 4 * C), np.float32)
     scores_B = np.empty(B, np.float32)
-    wanted_E, scores_E = np.empty(E, np.float32), np.empty(E, np.float32)
-    chosen_K = np.empty(routing.k, np.int64)
-    hidden_F = np.empty(F, np.float32)
     for row in range(n):
         x[row] = weights.wte[tokens[first + row]] + weights.wpe[positions[first + row]]
         certain_N[first + row] = True
@@ -295,10 +321,7 @@ def _take_through(first, last, tokens, positions, weights, routing, cache_LRHBD,
                 _gelu(hidden[row])
             _linear(hidden, weights.mlp_out[place], weights.mlp_out_bias[place], z, n)
         else:
-            for row in range(n):
-                certain_N[first + row] &= _mixture(
-                    y[row], -1 - place, weights, routing, wanted_E, scores_E, chosen_K, hidden_F, z[row]
-                )
+            _mix(y, n, -1 - place, weights, routing, certain_N[first:last], z)
         for row in range(n):
             x[row] += z[row]
     for row in range(n):
@@ -306,10 +329,10 @@ def _take_through(first, last, tokens, positions, weights, routing, cache_LRHBD,
 
 
 @compiled_parallel
-def _step(tokens, positions, weights, routing, cache_LRHBD, hidden_NC, certain_N):
-    for part in numba.prange((len(tokens) + _ROWS - 1) // _ROWS):
-        first = part * _ROWS
-        last = min(first + _ROWS, len(tokens))
+def _step(rows, tokens, positions, weights, routing, cache_LRHBD, hidden_NC, certain_N):
+    for part in numba.prange((len(tokens) + rows - 1) // rows):
+        first = part * rows
+        last = min(first + rows, len(tokens))
         _take_through(first, last, tokens, positions, weights, routing, cache_LRHBD, hidden_NC, certain_N)
 
 

@@ -80,19 +80,23 @@ def test_products_are_exact_whoever_makes_them(
         table_VC, rows_NC = np.sign(table_VC) * np.int8(127), np.full_like(rows_NC, 127)
     expected_NV = rows_NC.astype(np.int32) @ table_VC.T.astype(np.int32)
     expected_NG = np.maximum.reduceat(expected_NV, range(0, vocab_size, products.GROUP), axis=1)
-    assert np.array_equal(products.largest_of_groups(expected_NV), expected_NG)
+    assert np.array_equal(products.kept_products(expected_NV).largest, expected_NG)
+    made = products.kept_products(expected_NV)
     if products.has_instruction():
-        products_NV, largest_NG = products.Table(table_VC).products(rows_NC)
-        assert np.array_equal(products_NV[:, :vocab_size], expected_NV)
-        assert np.array_equal(largest_NG, expected_NG)
-
-
-INSTRUCTION = [False, True] if products.has_instruction() else [False]
-"""Whether products are made by the instruction for them, or by torch."""
+        table = products.Table(table_VC)
+        assert np.array_equal(table.all_products(rows_NC)[:, :vocab_size], expected_NV)
+        made = table.products(rows_NC)
+        assert np.array_equal(made.largest, expected_NG)
+    group_1T = np.empty((1, products.GROUP), np.int32)
+    for n, group in ((0, 0), (n_rows - 1, expected_NG.shape[1] - 1)):
+        products.read_group(made, n, group, group_1T)
+        expected_T = expected_NV[n, group * products.GROUP :][: products.GROUP]
+        assert np.array_equal(group_1T[0, : len(expected_T)], expected_T)
+        assert (group_1T[0, len(expected_T) :] < -127 * 127 * 70).all()
 
 
 def output_layer(
-    vocab_size: int, seed: int, spread: float, n_different: int | None = None, *, instruction: bool = INSTRUCTION[-1]
+    vocab_size: int, seed: int, spread: float, n_different: int | None = None
 ) -> tuple[OutputLayer, torch.Tensor]:
     """An output layer of random embeddings, again and again the same `n_different`, that is read in 8 bits, and eight
     hidden states."""
@@ -104,7 +108,6 @@ def output_layer(
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("nanomoe.output_layer._SMALL_BYTES", 0)
         patched.setattr("nanomoe.output_layer._has_fast_ints", lambda _: True)
-        patched.setattr("nanomoe.kernels.products.has_instruction", lambda: instruction)
         return OutputLayer(wte_VC, 1e-7, compiled=True), x_NC
 
 
@@ -116,12 +119,9 @@ def exact(output: OutputLayer, x_NC: torch.Tensor) -> np.ndarray:
     seed=st.integers(0, 2**20),
     vocab_size=st.sampled_from([64, 255, 1000, 5000]),
     spread=st.sampled_from([0.01, 1.0, 30.0]),
-    instruction=st.sampled_from(INSTRUCTION),
 )
-def test_the_likeliest_token_is_that_of_the_exact_logits(
-    seed: int, vocab_size: int, spread: float, instruction: bool
-) -> None:
-    output, x_NC = output_layer(vocab_size, seed, spread, instruction=instruction)
+def test_the_likeliest_token_is_that_of_the_exact_logits(seed: int, vocab_size: int, spread: float) -> None:
+    output, x_NC = output_layer(vocab_size, seed, spread)
     tokens = output.likeliest(x_NC, output.errors(x_NC))
     for token, logits in zip(tokens, exact(output, x_NC), strict=True):
         assert token in (None, logits.argmax())
@@ -133,12 +133,11 @@ def test_the_likeliest_token_is_that_of_the_exact_logits(
     spread=st.sampled_from([0.01, 1.0, 30.0]),
     temperature=st.sampled_from([1e-300, 0.1, 1.0, 20.0]),
     top_k=st.sampled_from([None, 2, 40, 200, 4000]),
-    instruction=st.sampled_from(INSTRUCTION),
 )
 def test_a_drawn_token_is_that_of_the_exact_logits(
-    seed: int, vocab_size: int, spread: float, temperature: float, top_k: int | None, instruction: bool
+    seed: int, vocab_size: int, spread: float, temperature: float, top_k: int | None
 ) -> None:
-    output, x_NC = output_layer(vocab_size, seed, spread, instruction=instruction)
+    output, x_NC = output_layer(vocab_size, seed, spread)
     sampling = Sampling(temperature, top_k)
     noises = [NoiseStream(seed, n, vocab_size).draw() for n in range(len(x_NC))]
     tokens = output.draw(x_NC, output.errors(x_NC), [sampling] * len(x_NC), noises)
