@@ -24,6 +24,7 @@ from service.engine_messages import (
     Examined,
     Failed,
     FinishReason,
+    FromEngine,
     Generate,
     Inspect,
     Inspected,
@@ -155,7 +156,7 @@ class Generation:
             async with asyncio.timeout(_STOP_SECONDS):
                 await asyncio.shield(listening)
         except TimeoutError:
-            process.kill()
+            _kill(process)
             await listening
 
     @property
@@ -336,7 +337,7 @@ class Generation:
         environment = os.environ | {"HF_HUB_OFFLINE": "1"}
         if settings.engine_threads is not None:
             environment["OMP_NUM_THREADS"] = str(settings.engine_threads)
-        process = self._process = await asyncio.create_subprocess_exec(
+        process = await asyncio.create_subprocess_exec(
             sys.executable,
             *("-m", "service.engine"),
             stdin=asyncio.subprocess.PIPE,
@@ -345,18 +346,22 @@ class Generation:
             env=environment,
             start_new_session=True,  # Ctrl-C is the API's to answer
         )
-        self._ready = False
-        self._listening = asyncio.create_task(self._listen(process))
-        # Now, while the process has one thread: those that it starts inherit the priority.
-        with contextlib.suppress(ProcessLookupError):  # it has died already, which is noticed where it is read
+        try:
+            # Now, while the process has one thread: those that it starts inherit the priority.
             _yield_cpu(process.pid, settings.engine_nice)
-        start = Start(
-            parent=os.getpid(),
-            device=settings.engine_device,
-            cache_bytes=settings.engine_cache_bytes,
-            max_running=settings.engine_max_running,
-        )
-        await self._send(process, start)
+            start = Start(
+                parent=os.getpid(),
+                device=settings.engine_device,
+                cache_bytes=settings.engine_cache_bytes,
+                max_running=settings.engine_max_running,
+            )
+            await self._send(process, start)
+        except BaseException:
+            # Without its first line it would take a request for it: nobody may find this one.
+            _kill(process)
+            raise
+        self._process, self._ready = process, False
+        self._listening = asyncio.create_task(self._listen(process))
         return process
 
     async def _send(self, process: asyncio.subprocess.Process, message: Start | ToEngine) -> None:
@@ -368,24 +373,36 @@ class Generation:
     async def _listen(self, process: asyncio.subprocess.Process) -> None:
         """Hand the engine's answers to who waits for them, until it ends."""
         assert process.stdout is not None
-        async for line in process.stdout:
-            message = parse_from_engine(line)
-            if isinstance(message, Ready):
-                self._ready, self._failures = True, 0
-                continue
-            pending = self._pending.get(message.id)
-            if pending is None:
-                continue  # cancelled
-            if isinstance(message, Begun):
-                pending.begun_at = message.at
-                pending.answers.put_nowait(None)
-            elif isinstance(message, Refused):
-                pending.answers.put_nowait(Invalid(message.code, message.message))
-            elif isinstance(message, Failed):
-                pending.answers.put_nowait(Unavailable(message.code, message.message))
-            else:
-                pending.answers.put_nowait(message)
-        status = await process.wait()
+        try:
+            async for line in process.stdout:
+                self._hand_over(parse_from_engine(line))
+        except Exception:  # a line that is too long, or none of ours: what follows it cannot be trusted either
+            log.exception("generation_engine_not_understood")
+        finally:
+            if not process.stdout.at_eof():
+                _kill(process)
+                await process.stdout.read()  # what nobody reads keeps the pipe open, and the process waited for
+            self._forget(await process.wait())
+
+    def _hand_over(self, message: FromEngine) -> None:
+        if isinstance(message, Ready):
+            self._ready, self._failures = True, 0
+            return
+        pending = self._pending.get(message.id)
+        if pending is None:
+            return  # cancelled
+        if isinstance(message, Begun):
+            pending.begun_at = message.at
+            pending.answers.put_nowait(None)
+        elif isinstance(message, Refused):
+            pending.answers.put_nowait(Invalid(message.code, message.message))
+        elif isinstance(message, Failed):
+            pending.answers.put_nowait(Unavailable(message.code, message.message))
+        else:
+            pending.answers.put_nowait(message)
+
+    def _forget(self, status: int) -> None:
+        """The engine has ended: answer what it leaves behind."""
         if not self._closed:
             log.warning("generation_engine_ended", status=status, requests=len(self._pending), was_ready=self._ready)
         error = Unavailable(
@@ -403,18 +420,27 @@ class Generation:
             pending.answers.put_nowait(error)
 
 
+def _kill(process: asyncio.subprocess.Process) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it has ended already
+        process.kill()
+
+
 def _yield_cpu(pid: int, niceness: int) -> None:
-    """Let a process that leads its session run behind others.
+    """Let a process that leads its session run behind others; one that does so further already is left alone.
 
     Where Linux groups processes by session, a priority counts only within the session, and the session has its own.
     """
-    os.setpriority(os.PRIO_PROCESS, pid, niceness)
-    session = Path(f"/proc/{pid}/autogroup")
-    if session.exists():
-        try:
+    try:
+        # Only a privileged process may run less far behind than it was started.
+        niceness = max(niceness, os.getpriority(os.PRIO_PROCESS, pid))
+        os.setpriority(os.PRIO_PROCESS, pid, niceness)
+        session = Path(f"/proc/{pid}/autogroup")
+        if session.exists():
             session.write_text(str(niceness))
-        except OSError as error:  # the kernel allows one such change in a tenth of a second
-            log.warning("generation_engine_not_niced", reason=str(error))
+    except ProcessLookupError:
+        return  # it has died already, which is noticed where it is read
+    except OSError as error:  # of a session, the kernel allows one such change in a tenth of a second
+        log.warning("generation_engine_not_niced", reason=str(error))
 
 
 def _summary(pending: _Pending, done: Done) -> Summary:

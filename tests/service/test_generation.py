@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import os
 import select
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from nanomoe.generate import Request, generate_reference
 from nanomoe.sampling import Sampling
@@ -178,6 +180,79 @@ def test_an_engine_that_dies_is_answered_503_and_restarted(
     assert error.code == "engine_restarted"
     assert error.retry_after is not None
     assert len(run(generation.generate(tiny.request())).choices[0].tokens) == 8
+
+
+def test_a_line_that_is_none_ends_the_engine_and_the_next_request_starts_another(
+    run: Run, generation: Generation, tiny: TinyCheckpoint
+) -> None:
+    async def break_the_stream() -> ServiceError:
+        async with await _first(generation, tiny):
+            waiting = asyncio.create_task(_failure(generation.generate(tiny.request(max_new_tokens=50_000))))
+            await asyncio.sleep(0)
+            assert generation._process is not None
+            assert generation._process.stdout is not None
+            # Past what lies in the buffer already, which ends with a line or within one.
+            generation._process.stdout.feed_data(b"\nno message\n")
+            return await waiting
+
+    with capture_logs() as logged:
+        error = run(break_the_stream())
+    assert error.code == "engine_restarted"
+    assert "generation_engine_not_understood" in [entry["event"] for entry in logged]
+    assert len(run(generation.generate(tiny.request())).choices[0].tokens) == 8
+
+
+def test_a_line_that_is_too_long_ends_the_engine(
+    run: Run, tiny: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.generation._LONGEST_LINE", 200)
+    generation = Generation(_settings())
+    error = run(_failure(generation.generate(tiny.request(max_new_tokens=1000))))
+    assert (error.status, error.code) == (503, "engine_restarted")
+    assert generation._process is None
+    run(generation.stop())
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_an_engine_is_never_niced_back(
+    run: Run, tiny: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch, allowed: bool
+) -> None:
+    asked: list[int] = []
+
+    def setpriority(which: int, who: int, niceness: int) -> None:
+        asked.append(niceness)
+        if not allowed:
+            raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "getpriority", lambda which, who: 15)
+    monkeypatch.setattr(os, "setpriority", setpriority)
+    generation = Generation(_settings(engine_nice=10))
+    with capture_logs() as logged:
+        assert len(run(generation.generate(tiny.request())).choices[0].tokens) == 8
+    assert asked == [15]
+    assert ("generation_engine_not_niced" in [entry["event"] for entry in logged]) == (not allowed)
+    run(generation.stop())
+
+
+def test_an_engine_without_its_first_line_is_killed_and_forgotten(
+    run: Run, tiny: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[int] = []
+
+    def fail(pid: int, niceness: int) -> None:
+        started.append(os.pidfd_open(pid))
+        raise RuntimeError("a fault between the start and the first line")
+
+    generation = Generation(_settings())
+    with monkeypatch.context() as patched:
+        patched.setattr("service.generation._yield_cpu", fail)
+        with pytest.raises(RuntimeError, match="a fault between"):
+            run(generation.generate(tiny.request()))
+    assert generation._process is None
+    assert select.select(started, [], [], 10)[0], "a pidfd is readable once its process has ended"
+    os.close(started[0])
+    assert len(run(generation.generate(tiny.request())).choices[0].tokens) == 8
+    run(generation.stop())
 
 
 def test_an_engine_that_cannot_start_is_answered_503_without_trying_at_every_request(
