@@ -17,7 +17,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import BinaryIO
@@ -102,8 +102,8 @@ class _Running:
 
     message: Generate
     loaded: Loaded
-    n_prompt: int
-    choices: list[_Choice]
+    n_prompt: int = 0
+    choices: list[_Choice] = field(default_factory=list)
     sent_at: float = 0.0
     first_token_at: float | None = None
 
@@ -180,14 +180,17 @@ class Server:
         """Do what was asked for since the last turn, waiting for it if there is nothing else to do; then add one token
         to every text, and send what is due."""
         self._begin_what_fits()
-        # Nothing runs: what waits, waits for a checkpoint that is being read.
+        # Nothing runs: what waits, waits for a checkpoint that is being read, and what just failed shall be told.
+        if not self._running:
+            self._flush()
         self._listen(self._pace.pause if self._running else None)
         self._begin_what_fits()
         self._share_threads()
         with self._pace.working(alone=len(self._owner) < FEW_SEQUENCES):
             for loaded in list(self._cache.values()):
                 if loaded.n_users:
-                    self._step(loaded)
+                    with self._sparing_others(loaded):
+                        self._step(loaded)
             self._flush()
 
     def _share_threads(self) -> None:
@@ -233,16 +236,20 @@ class Server:
                 self._load(Path(message.request.folder), sha256)
             elif not self._running or len(self._owner) + message.request.n <= self._start.max_running:
                 self._queue.remove(message)
-                self._begin(message, self._cache[sha256])
+                loaded = self._cache[sha256]
+                running = self._running[message.id] = _Running(message, loaded)
+                loaded.n_users += 1
+                with self._sparing_others(loaded):
+                    self._begin(running)
             else:
                 return
 
-    def _begin(self, message: Generate, loaded: Loaded) -> None:
-        request = message.request
+    def _begin(self, running: _Running) -> None:
+        request, loaded = running.message.request, running.loaded
         self._cache.move_to_end(request.manifest_sha256)
         prompt = loaded.tokenizer.encode(request.prompt)
+        running.n_prompt = len(prompt)
         sampling = Sampling(request.temperature, request.top_k, request.top_p)
-        running = _Running(message, loaded, len(prompt), [])
         for index in range(request.n):
             continuation = loaded.engine.submit(
                 nanomoe_generate.Request(
@@ -252,9 +259,7 @@ class Server:
             choice = _Choice(index, continuation, TextStream(loaded.tokenizer, request.stop))
             running.choices.append(choice)
             self._owner[continuation] = (running, choice)
-        loaded.n_users += 1
-        self._running[message.id] = running
-        self._say(Begun(id=message.id, at=time.monotonic()))
+        self._say(Begun(id=running.message.id, at=time.monotonic()))
 
     # Questions
 
@@ -329,6 +334,27 @@ class Server:
             if total > self._start.cache_bytes and not loaded.n_users:
                 total -= loaded.engine.n_bytes
                 del self._cache[sha256]
+
+    @contextmanager
+    def _sparing_others(self, loaded: Loaded) -> Iterator[None]:
+        """Around work on one checkpoint: what goes wrong there ends the requests that it was generating, and nobody
+        else's. It is loaded anew for whoever comes next, because its engine may have been left in any state."""
+        try:
+            yield
+        except torch.AcceleratorError:
+            raise  # the device answers this process no more: the next one finds it new
+        except Exception as error:
+            traceback.print_exc()
+            self._drop(loaded, f"{type(error).__name__}: {error}")
+
+    def _drop(self, loaded: Loaded, reason: str) -> None:
+        """Forget a checkpoint; what was being generated from it has failed."""
+        self._cache = OrderedDict((sha256, kept) for sha256, kept in self._cache.items() if kept is not loaded)
+        for running in [running for running in self._running.values() if running.loaded is loaded]:
+            for choice in running.choices:
+                self._owner.pop(choice.continuation, None)
+            del self._running[running.message.id]
+            self._say(Failed(id=running.message.id, code="generation_failed", message=reason))
 
     # Generating
 
@@ -454,11 +480,14 @@ def die_with_parent(parent: int) -> None:
 
 
 def _read_requests(lines: BinaryIO, server: Server) -> None:
+    """Until stdin ends, and the process with it: the main thread may be in the middle of a long step."""
     try:
         for line in lines:
             server.receive(parse_to_engine(line))
-    finally:
-        os._exit(0)  # the API has closed the pipe, or is gone; the main thread may be in the middle of a long step
+    except BaseException:  # a line that is none of the API's: what follows it cannot be trusted either
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)  # the API has closed the pipe, or is gone
 
 
 def main() -> None:

@@ -2,10 +2,13 @@
 
 import io
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from nanomoe.generate import Request, generate_reference
 from nanomoe.sampling import Sampling
@@ -21,6 +24,7 @@ from service.engine_messages import (
     Generate,
     Start,
     parse_from_engine,
+    to_line,
 )
 from tests.service.tiny_checkpoint import TinyCheckpoint, write_tiny_checkpoint
 
@@ -29,9 +33,9 @@ class Driver:
     """Sends requests to a server and reads its lines."""
 
     def __init__(self, *, cache_bytes: int = 2**30, max_running: int = 8) -> None:
-        self._output = io.BytesIO()
+        self.output = io.BytesIO()
         start = Start(parent=os.getppid(), device="cpu", cache_bytes=cache_bytes, max_running=max_running)
-        self.server = Server(start, self._output)
+        self.server = Server(start, self.output)
         self._n_read = 0
         self._last_id = 0
         self.said: dict[int, list[FromEngine]] = {}
@@ -46,8 +50,8 @@ class Driver:
     def turn(self) -> None:
         """One turn of the server, and read what it said."""
         self.server.turn()
-        lines = self._output.getvalue()[self._n_read :].splitlines()
-        self._n_read = len(self._output.getvalue())
+        lines = self.output.getvalue()[self._n_read :].splitlines()
+        self._n_read = len(self.output.getvalue())
         for line in lines:
             message = parse_from_engine(line)
             assert isinstance(message, Begun | Chunk | Done | Failed)
@@ -215,6 +219,70 @@ def test_a_checkpoint_that_makes_no_model_is_reported(tmp_path: Path, capfd: pyt
     assert failure.code == "checkpoint_unreadable"
     assert "transformer.h.2" in failure.message
     assert "Traceback" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["submit", "step"])
+def test_a_fault_while_generating_ends_the_requests_of_that_checkpoint_only(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    good, bad = (write_tiny_checkpoint(tmp_path / name, seed=n) for n, name in enumerate(("good", "bad")))
+    driver = Driver()
+    served, failed = (driver.ask(tiny.request(max_new_tokens=100)) for tiny in (good, bad))
+    while not (driver.said[served] and driver.said[failed]):
+        driver.turn()
+
+    def fault(*_: object) -> None:
+        raise torch.OutOfMemoryError("no memory is left")
+
+    monkeypatch.setattr(driver.server._cache[bad.manifest_sha256].engine, method, fault)
+    joining = driver.ask(bad.request())
+    driver.finish(served, failed)
+    assert isinstance(driver.said[served][-1], Done)
+    failure = driver.said[failed][-1]
+    assert isinstance(failure, Failed)
+    assert (failure.code, failure.message) == ("generation_failed", "OutOfMemoryError: no memory is left")
+    assert "Traceback" in capfd.readouterr().err
+    again = driver.ask(bad.request())
+    driver.finish(joining, again)
+    assert isinstance(driver.said[again][-1], Done), "it was loaded anew"
+    assert driver.server.n_sequences == 0
+
+
+def test_a_failure_is_told_before_the_engine_waits_for_more_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good, bad = (write_tiny_checkpoint(tmp_path / name, seed=n) for n, name in enumerate(("good", "bad")))
+    driver = Driver(max_running=1)
+    driver.finish(*(driver.ask(tiny.request()) for tiny in (good, bad)))
+    driver.server._cache[bad.manifest_sha256].tokenizer = None  # type: ignore[assignment]
+    first, second = (driver.ask(tiny.request()) for tiny in (good, bad))
+    driver.finish(first)
+    assert driver.said[second] == []
+    told: list[bytes] = []
+    monkeypatch.setattr(driver.server, "_listen", lambda patience: told.append(driver.output.getvalue()))
+    driver.turn()
+    assert told[0].count(b"generation_failed") == 1
+
+
+def test_a_device_that_is_lost_ends_the_engine(tiny: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver()
+    driver.finish(driver.ask(tiny.request()))
+
+    def fault() -> None:
+        raise torch.AcceleratorError("device-side assert triggered", 710)
+
+    monkeypatch.setattr(driver.server._cache[tiny.manifest_sha256].engine, "step", fault)
+    driver.ask(tiny.request())
+    with pytest.raises(torch.AcceleratorError):
+        driver.turn()
+
+
+def test_a_line_that_is_no_request_ends_the_process_with_its_traceback() -> None:
+    start = Start(parent=os.getpid(), device="cpu", cache_bytes=1, max_running=1)
+    command = [sys.executable, "-m", "service.engine"]
+    ended = subprocess.run(command, input=to_line(start) + b"no request\n", capture_output=True, check=False)
+    assert ended.returncode == 1
+    assert b"Traceback" in ended.stderr
 
 
 def test_few_texts_give_way_where_others_want_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
