@@ -10,7 +10,7 @@ import platform
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import structlog
 
@@ -82,7 +82,7 @@ class Supervisor:
         self._signals += 1
 
     def run(self) -> int:
-        """Work until told to stop. The exit status: 0, or 1 when a slot ended by a fault of ours.
+        """Work until told to stop. The exit status: 0, or 1 when a thread ended by a fault of ours.
 
         Raises StartRefused when database and data folder do not belong together.
         """
@@ -92,9 +92,9 @@ class Supervisor:
         unsubscribe = self._db.changes.subscribe(self._wake_slots)
         # Daemons: should this thread fail, the process ends, and every trainer with it. Nobody trains unguarded.
         threads = [
-            threading.Thread(target=self._work, args=[slot], name=slot.name, daemon=True) for slot in self._slots
+            threading.Thread(target=self._do, args=[slot.run], name=slot.name, daemon=True) for slot in self._slots
         ]
-        housekeeper = threading.Thread(target=self._keep_house, name="housekeeper", daemon=True)
+        housekeeper = threading.Thread(target=self._do, args=[self._keep_house], name="housekeeper", daemon=True)
         for thread in (*threads, housekeeper):
             thread.start()
         while any(thread.is_alive() for thread in threads):
@@ -108,12 +108,13 @@ class Supervisor:
         self._say_goodbye()
         return 1 if self._failed else 0
 
-    def _work(self, slot: Slot) -> None:
+    def _do(self, work: Callable[[], None]) -> None:
+        """All that a thread does. Without one of its slots, or without its house kept, a worker is none."""
         try:
-            slot.run()
+            work()
         except Exception:
             # A fault of ours: end in good order, and let whoever started the worker start it again.
-            log.exception("slot_failed", slot=slot.name)
+            log.exception("thread_failed", thread=threading.current_thread().name)
             self._failed = True
             self._draining.set()
 

@@ -201,8 +201,8 @@ def _prepare(start: Start, wire: Wire) -> "Run":
     run = Run(config, tokens, tokenizer, execution, device=device, parent=parent, resume=resume)
     warnings = config.warnings(len(tokens))
     if differences:
-        message = f"this attempt computes otherwise than the first one did: {'; '.join(differences)}"
-        warnings.append(ConfigWarning(code="resume_not_exact", message=message))
+        otherwise = f"this attempt computes otherwise than the first one did: {'; '.join(differences)}"
+        warnings.append(ConfigWarning(code="resume_not_exact", message=otherwise))
     wire.say(
         Prepared(
             execution=execution.model_dump(mode="json"),
@@ -214,6 +214,8 @@ def _prepare(start: Start, wire: Wire) -> "Run":
             warnings=warnings,
         )
     )
+    if differences:  # the job keeps one warning of a kind, and every attempt may differ in its own way
+        wire.say(Warned(code="resume_not_exact", message=otherwise))
     return run
 
 

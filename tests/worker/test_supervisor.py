@@ -2,15 +2,20 @@
 
 import os
 import signal
+import sys
 import time
 from dataclasses import replace
 
 import pytest
 
 from nanomoe.config import JobConfig
+from nanomoe.execution import Execution
 from service import queue, store
+from service.store import Job, load_job
 from tests.databases import EITHER, ONLY_SQLITE
-from tests.worker.workplace import QUICK, Workplace, is_alive
+from tests.worker.workplace import HERE, QUICK, Workplace, is_alive
+from worker.devices import find_devices
+from worker.supervisor import Supervisor
 
 EXECUTION = {"device": "cpu", "micro_batch": JobConfig().batch_size}
 
@@ -136,6 +141,38 @@ def test_a_second_sigterm_ends_a_worker_whose_trainer_does_not_stop(place: Workp
     assert worker.wait(20) == 0
     assert place.job(job).status == "queued"
     assert place.children_left(job) == []
+
+
+@ONLY_SQLITE
+def test_a_worker_whose_rescue_fails_puts_its_job_back_and_ends(
+    place: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = place.submit()
+
+    def broken(rescuer: queue.Rescuer) -> list[Job]:
+        if place.job(job).progress.get("step"):
+            raise RuntimeError("a bug")
+        return []
+
+    monkeypatch.setattr(queue.Rescuer, "round", broken)
+    command = [sys.executable, str(HERE / "scripted_trainer.py"), "work"]
+    supervisor = Supervisor(place.db, find_devices("cpu"), place.settings, timing=QUICK, command=command)
+    assert supervisor.run() == 1
+    assert place.job(job).status == "queued"
+    assert store.find_snapshot(place.db, job.id) is not None
+
+
+@ONLY_SQLITE
+def test_every_attempt_that_computes_otherwise_than_the_first_one_tells_so(place: Workplace) -> None:
+    job = place.submit(tokenizer="bytes", block_size=8, n_layer=1, n_head=1, n_embd=8, epochs=1)
+    here = Execution.decide(JobConfig(), "cpu", n_tokens=28).model_dump(mode="json")
+    with place.db.write() as session:
+        load_job(session, job.id).execution = here | {"torch_version": "1.0"}
+    place.start_worker()
+    done = place.wait_for(job, "succeeded")
+    said = "this attempt computes otherwise than the first one did: torch_version: 1.0 -> "
+    for told in (done.warnings, place.events(job, "warning")):
+        assert [warning["code"] for warning in told if warning["message"].startswith(said)] == ["resume_not_exact"]
 
 
 @ONLY_SQLITE
