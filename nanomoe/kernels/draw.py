@@ -20,6 +20,10 @@ from nanomoe.kernels.short_list import Ids, Wide, float32_logit
 from nanomoe.sampling import BLOCK, MOST_CONTENDERS, ROUNDING, SMALLEST_UNIFORM, TIE, WIDEST
 
 _GROUPS_OF_BLOCK = BLOCK // GROUP
+_LOG_BLOCK = np.log(BLOCK)
+
+_FEW = 2
+"""Groups for each of the `top_k`: where more could hold one of them, they are not read for an exact edge. Assumed."""
 
 
 class Rows(NamedTuple):
@@ -97,57 +101,44 @@ def _draw_one(products, rows, n, wte_VC):
         return -1
     margin = 2 * bound + TIE / temperature
     row = _Row(products, n, factor, top, bound + ROUNDING, slack, temperature, rows.uniform[n], rows.x[n])
-    cuts = top_k < len(wte_VC)
-    token = _token_between(row, _rough_edges(row, top_k, margin) if cuts else _Edges(-np.inf, -np.inf), wte_VC)
-    if token < 0 and cuts:
-        token = _token_between(row, _close_edges(row, top_k, margin), wte_VC)
-    return token
-
-
-@compiled
-def _token_between(row, edges, wte_VC):
-    """The token if the edges are these; or -1."""
+    edges = _edges(row, top_k, margin) if top_k < len(wte_VC) else _Edges(-np.inf, -np.inf)
     blocks_B, n_blocks = _contenders(row, edges)
     return _decide(row, edges, blocks_B[:n_blocks], wte_VC) if n_blocks else -1
 
 
 @compiled
-def _rough_edges(row, top_k, margin):
-    """The edges of the `top_k` likeliest, by the groups' largest alone.
-
-    At least top_k tokens reach the top_k-th largest of them. And the top_k likeliest are in `top_k / GROUP` groups or
-    more, so the last of these reaches no higher than the largest of the group of that rank.
-    """
+def _edges(row, top_k, margin):
+    """The edges of the `top_k` likeliest; the same edge twice where it cuts off exactly those. The exact logit of the
+    last of them is within half the margin of the rough one."""
     largest_G = row.products.largest[row.n]
+    # At least top_k tokens reach the top_k-th largest of the groups' largest, so the top_k likeliest do.
     G = len(largest_G)
-    rank = (top_k + GROUP - 1) // GROUP
     reached = np.partition(largest_G, G - top_k)[G - top_k] * row.factor if top_k <= G else -np.inf
-    reachable = np.partition(largest_G, G - rank)[G - rank] * row.factor
-    return _Edges(reached - margin, reachable + margin)
+    found_S = _logits_from(row, reached)
+    last = np.partition(found_S, len(found_S) - top_k)[len(found_S) - top_k]
+    n_groups = 0
+    for g in range(G):
+        n_groups += largest_G[g] * row.factor >= last - margin
+    exactly = n_groups <= _FEW * top_k and len(_logits_from(row, last - margin)) == top_k
+    return _Edges(last - margin, last - margin if exactly else last + margin)
 
 
 @compiled
-def _close_edges(row, top_k, margin):
-    """As `_rough_edges`, by the products of all tokens in question; the same edge twice where it cuts off exactly the
-    `top_k` likeliest. The exact logit of the last of these is within half the margin of the rough one."""
+def _logits_from(row, least):
+    """The rough logits that are at least `least`, in the order of their tokens."""
     largest_G, out_1T = row.products.largest[row.n], np.empty((1, GROUP), np.int32)
-    least = _rough_edges(row, top_k, margin).possible
     n_groups = 0
     for g in range(len(largest_G)):
         n_groups += largest_G[g] * row.factor >= least
-    found_S = np.empty(n_groups * GROUP, np.int32)
+    found_S = np.empty(n_groups * GROUP)
     found = 0
     for g in range(len(largest_G)):
         if largest_G[g] * row.factor >= least:
             read_group(row.products, row.n, g, out_1T)
             for product in out_1T[0]:
-                found_S[found] = product
-                found += product * row.factor >= least
-    last = np.partition(found_S[:found], found - top_k)[found - top_k] * row.factor
-    n_possible = 0
-    for product in found_S[:found]:
-        n_possible += product * row.factor >= last - margin
-    return _Edges(last - margin, last - margin if n_possible == top_k else last + margin)
+                found_S[found] = product * row.factor
+                found += found_S[found] >= least
+    return found_S[:found]
 
 
 @compiled
@@ -158,51 +149,67 @@ def _gumbel(uniform):
 @compiled
 def _contenders(row, edges):
     """The blocks that can have the largest sum of log mass and noise, where each logit may be wrong by the bound, and
-    their number; 0 where they are too many, or no token is surely allowed."""
-    largest_G, out_1T = row.products.largest[row.n], np.empty((1, GROUP), np.int32)
+    their number; 0 where they are too many, or no token is surely allowed.
+
+    A block's mass is bounded ever closer, for ever fewer blocks: by its largest token, by its groups' largest, by all
+    its products. What any block surely reaches is what others have to beat.
+    """
+    largest_G = row.products.largest[row.n]
     n_blocks = len(row.uniform_U) - BLOCK
-    noise_B, most_B, where_B = np.empty(n_blocks), np.empty(n_blocks), np.empty(n_blocks, np.int64)
+    noise_B, most_B, where_B = np.empty(n_blocks), np.full(n_blocks, -np.inf), np.empty(n_blocks, np.int64)
     reached = -np.inf
-    # First by the groups' largest: a group's mass is at least that one's, and at most `GROUP` times as much.
     for block in range(n_blocks):
-        most, least = 0.0, 0.0
-        for g in range(block * _GROUPS_OF_BLOCK, min((block + 1) * _GROUPS_OF_BLOCK, len(largest_G))):
-            largest = largest_G[g] * row.factor
-            if largest >= edges.possible:
-                weight = np.exp(largest - row.top)
-                most += GROUP * weight
-                if largest >= edges.sure:
-                    least += weight
-        noise_B[block] = _gumbel(row.uniform_U[block]) if most > 0 else 0.0
-        most_B[block] = np.log(most) + noise_B[block] + row.bound if most > 0 else -np.inf
-        if least > 0:
-            reached = max(reached, np.log(least) + noise_B[block] - row.bound)
+        largest = np.int32(largest_G[block * _GROUPS_OF_BLOCK])
+        for g in range(block * _GROUPS_OF_BLOCK + 1, min((block + 1) * _GROUPS_OF_BLOCK, len(largest_G))):
+            largest = max(largest, largest_G[g])
+        logit = largest * row.factor
+        if logit >= edges.possible:
+            noise_B[block] = _gumbel(row.uniform_U[block])
+            most_B[block] = logit - row.top + _LOG_BLOCK + noise_B[block] + row.bound
+            if logit >= edges.sure:
+                reached = max(reached, logit - row.top + noise_B[block] - row.bound)
     if reached == -np.inf:
         return where_B, 0
-    # Then, where that leaves a chance, by the products of all tokens.
-    could_reach = reached
-    for block in range(n_blocks):
-        if most_B[block] >= could_reach:
-            most, least = 0.0, 0.0
-            for g in range(block * _GROUPS_OF_BLOCK, min((block + 1) * _GROUPS_OF_BLOCK, len(largest_G))):
-                if largest_G[g] * row.factor >= edges.possible:
-                    read_group(row.products, row.n, g, out_1T)
-                    for product in out_1T[0]:
-                        rough = product * row.factor
-                        if rough >= edges.possible:
-                            weight = np.exp(np.float32(rough - row.top))
-                            most += weight
-                            if rough >= edges.sure:
-                                least += weight
-            most_B[block] = np.log(most) + noise_B[block] + row.bound if most > 0 else -np.inf
-            if least > 0:
-                reached = max(reached, np.log(least) + noise_B[block] - row.bound)
+    for closely in (False, True):
+        to_beat = reached
+        for block in range(n_blocks):
+            if most_B[block] >= to_beat:
+                most, least = _masses(row, edges, block, closely)
+                most_B[block] = np.log(most) + noise_B[block] + row.bound
+                if least > 0:
+                    reached = max(reached, np.log(least) + noise_B[block] - row.bound)
     n = 0
     for block in range(n_blocks):
         if most_B[block] >= reached:
             where_B[n] = block
             n += 1
     return where_B, n if n <= MOST_CONTENDERS else 0
+
+
+@compiled
+def _masses(row, edges, block, closely):
+    """What the rough logits of a block's tokens that may be allowed hold at most, and of those that surely are at
+    least: by its groups' largest, or closely by all."""
+    largest_G, out_1T = row.products.largest[row.n], np.empty((1, GROUP), np.int32)
+    most, least = 0.0, 0.0
+    for g in range(block * _GROUPS_OF_BLOCK, min((block + 1) * _GROUPS_OF_BLOCK, len(largest_G))):
+        largest = largest_G[g] * row.factor
+        if largest >= edges.possible:
+            if closely:
+                read_group(row.products, row.n, g, out_1T)
+                for product in out_1T[0]:
+                    logit = product * row.factor
+                    if logit >= edges.possible:
+                        weight = np.exp(np.float32(logit - row.top))
+                        most += weight
+                        if logit >= edges.sure:
+                            least += weight
+            else:
+                weight = np.exp(largest - row.top)
+                most += GROUP * weight
+                if largest >= edges.sure:
+                    least += weight
+    return most, least
 
 
 @compiled
