@@ -107,7 +107,9 @@ Answer = Chunk | Done | Examined | ServiceError
 class _Pending:
     """A request that was not answered in full yet."""
 
-    def __init__(self) -> None:
+    def __init__(self, n: int) -> None:
+        self.n = n
+        """Continuations; 0 is a question."""
         self.arrived_at = time.monotonic()
         self.begun_at: float | None = None
         self.answers: asyncio.Queue[Answer | None] = asyncio.Queue()
@@ -209,7 +211,8 @@ class Generation:
             Unavailable: the engine died or cannot start, the checkpoint is damaged, or a time limit was reached.
         """
         self._check(request)
-        async with self._asking(lambda i: Generate(id=i, stream=in_chunks, request=request)) as pending:
+        asking = self._asking(request.n, lambda i: Generate(id=i, stream=in_chunks, request=request))
+        async with asking as pending:
             while not pending.finished:
                 answer = await self._next_answer(pending)
                 if isinstance(answer, Chunk):
@@ -238,8 +241,8 @@ class Generation:
         return answer
 
     async def _examine(self, question: Callable[[int], Question]) -> Examined:
-        self._check_room()
-        async with self._asking(question) as pending:
+        self._check_room(0)
+        async with self._asking(0, question) as pending:
             while True:
                 answer = await self._next_answer(pending)
                 if answer is None:
@@ -258,11 +261,14 @@ class Generation:
         self.instruments.cache_bytes.set(done.cache_bytes)
 
     @contextlib.asynccontextmanager
-    async def _asking(self, message: Callable[[int], ToEngine]) -> AsyncIterator[_Pending]:
-        """Send the engine a message with an id of its own; cancel it, unless it is finished when the block ends."""
+    async def _asking(self, n: int, message: Callable[[int], ToEngine]) -> AsyncIterator[_Pending]:
+        """Send the engine a message with an id of its own; cancel it, unless it is finished when the block ends.
+
+        `n`: its continuations; 0 for a question.
+        """
         self._last_id += 1
         request_id = self._last_id
-        pending = self._pending[request_id] = _Pending()
+        pending = self._pending[request_id] = _Pending(n)
         process: asyncio.subprocess.Process | None = None
         try:
             async with self._starting:
@@ -300,13 +306,25 @@ class Generation:
                 f"n is {request.n}; this server's limit is {settings.engine_max_running}",
                 errors=[{"loc": ["body", "n"], "msg": "above the server's limit"}],
             )
-        self._check_room()
+        self._check_room(request.n)
 
-    def _check_room(self) -> None:
-        if self.n_waiting >= self._settings.engine_max_waiting:
+    def _check_room(self, n: int) -> None:
+        """Refuse a request of `n` continuations, 0 for a question, if it would wait, and as many as may do already.
+
+        What came before it takes places in the order of its arrival: continuations as many as run at the same time,
+        and one question. Who finds none is behind.
+        """
+        n_sequences = n_questions = n_behind = 0
+        is_behind = False
+        for size in (*(pending.n for pending in self._pending.values()), n):
+            n_sequences += size
+            n_questions += size == 0
+            is_behind = n_sequences > self._settings.engine_max_running if size else n_questions > 1
+            n_behind += is_behind
+        if is_behind and n_behind > self._settings.engine_max_waiting:
             raise TooManyRequests(
                 "generation_queue_full",
-                f"{self.n_waiting} generation requests are waiting already",
+                f"{n_behind - 1} generation requests are waiting already",
                 retry_after=_RETRY_SECONDS,
             )
 

@@ -97,7 +97,7 @@ class Settings(BaseSettings):
     """Sequences that are generated at the same time."""
 
     engine_max_waiting: int = Field(256, ge=0, le=65_536)
-    """Generation requests that may wait; further ones are refused with 429."""
+    """Generation requests that may wait until others have ended; further ones are refused with 429."""
 
     engine_wait_seconds: float = Field(30, gt=0, le=3_600)
     """Longest that a generation request waits for its first step before it is refused with 503."""

@@ -23,6 +23,7 @@ from service.__main__ import Server
 from service.app import create_app
 from service.context import Context
 from service.database import Database
+from service.generation import _Pending
 from service.settings import Settings
 
 TEXT = "O gato dorme no sofá, e o rato rói a roupa do rei de Roma. 🐈"
@@ -42,6 +43,12 @@ class Api:
     @property
     def db(self) -> Database:
         return self.context.database
+
+    def fill_generation(self) -> None:
+        """Let every place of generation be taken for good; with `engine_max_waiting=0`, whoever asks is refused."""
+        generation = self.context.generation
+        for number, n in enumerate((self.context.settings.engine_max_running, 0)):
+            generation._pending[-number] = _Pending(n)
 
     def submit(self, **changes: Any) -> dict[str, Any]:
         """A queued job, through the API."""

@@ -121,7 +121,7 @@ def test_a_closed_stream_frees_its_slot(run: Run, generation: Generation, tiny: 
 
 
 def test_limits_are_checked_before_anything_is_sent(run: Run, tiny: TinyCheckpoint) -> None:
-    generation = Generation(_settings(engine_max_new_tokens=10, engine_max_running=2, engine_max_waiting=0))
+    generation = Generation(_settings(engine_max_new_tokens=10, engine_max_running=2))
     cases: list[tuple[dict[str, Any], str]] = [
         ({"max_new_tokens": 11}, "max_new_tokens_too_large"),
         ({"n": 3}, "n_too_large"),
@@ -132,11 +132,40 @@ def test_limits_are_checked_before_anything_is_sent(run: Run, tiny: TinyCheckpoi
         assert isinstance(error, Invalid)
         assert error.code == code
         assert error.errors[0]["loc"] == ["body", *fields]
-    error = run(_failure(generation.generate(tiny.request(max_new_tokens=1))))
-    assert isinstance(error, TooManyRequests)
-    assert error.code == "generation_queue_full"
-    assert error.retry_after is not None
     assert generation.n_waiting == 0
+
+
+@pytest.mark.parametrize("n_may_wait", [0, 1])
+def test_what_begins_at_once_is_not_refused_and_of_the_others_so_many_wait(
+    run: Run, generation: Generation, tiny: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch, n_may_wait: int
+) -> None:
+    monkeypatch.setattr(generation, "_settings", generation._settings.model_copy(update={
+        "engine_max_waiting": n_may_wait}))  # fmt: skip
+    place = (str(tiny.folder), tiny.manifest_sha256)
+
+    async def fill_every_place() -> ServiceError:
+        async with contextlib.AsyncExitStack() as streams:
+            for _ in range(3):
+                await streams.enter_async_context(await _first(generation, tiny))
+            await generation.generate(tiny.request(max_new_tokens=1))
+            await streams.enter_async_context(await _first(generation, tiny))
+            waiting = [asyncio.create_task(generation.generate(tiny.request())) for _ in range(n_may_wait)]
+            await asyncio.sleep(0)
+            refused = await _failure(generation.generate(tiny.request()))
+            await generation.score(*place, "Era uma vez")
+        await asyncio.gather(*waiting)
+        return refused
+
+    async def ask_three_at_once() -> list[ServiceError]:
+        asked = (generation.inspect(*place, "Era uma vez") for _ in range(3))
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        return [answer for answer in answers if isinstance(answer, ServiceError)]
+
+    refused = run(fill_every_place())
+    assert isinstance(refused, TooManyRequests)
+    assert refused.code == "generation_queue_full"
+    assert refused.retry_after is not None
+    assert [error.code for error in run(ask_three_at_once())] == ["generation_queue_full"] * (2 - n_may_wait)
 
 
 def test_a_request_that_waits_or_runs_too_long_is_ended(

@@ -145,6 +145,7 @@ def test_every_documented_status_is_reached_and_no_other(serve: Serve, tmp_path:
     ]
     (waiting,) = api.http.get("/jobs", params={"status": "queued", "limit": 1}).json()["data"]
     full = Explorer(serve(engine_max_waiting=0), list(made["paths"]))
+    full.api.fill_generation()
     full_claim = full.api.running()
     for path, request in requests_to_models:
         for asker, job_id in ((explorer, NOBODY), (explorer, waiting["id"]), (full, full_claim.job_id)):

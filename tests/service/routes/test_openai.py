@@ -200,6 +200,7 @@ def test_every_error_under_v1_has_openais_shape(api: Api) -> None:
 
 def test_a_full_queue_is_a_rate_limit(serve: Serve, tmp_path: Path) -> None:
     api = serve(engine_max_waiting=0)
+    api.fill_generation()
     with OpenAI(base_url=f"{api.url}/v1", api_key="none", max_retries=0) as client:
         with pytest.raises(openai.RateLimitError) as raised:
             client.completions.create(model=api.running().job_id, prompt="Era", stream=True)
