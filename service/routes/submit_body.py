@@ -2,6 +2,7 @@
 document describes both.
 """
 
+import sys
 from typing import Annotated, Any, cast
 
 from fastapi import Depends, HTTPException, Request
@@ -56,7 +57,8 @@ async def _read(request: Request, service: Service) -> SubmitRequest:
         return _validate(await request.body())
     if kind == "multipart/form-data":
         limit = service.settings.max_text_bytes
-        async with request.form(max_files=len(_FIELDS), max_fields=len(_FIELDS), max_part_size=limit) as form:
+        # A part may be as large as the body may be, which is bounded: what is too large is told as of a JSON body.
+        async with request.form(max_files=len(_FIELDS), max_fields=len(_FIELDS), max_part_size=sys.maxsize) as form:
             return _validate(to_json(await _values(form, limit), inf_nan_mode="constants"))
     raise HTTPException(415, "send the job as application/json or multipart/form-data (curl: -H, or -F)")
 
@@ -79,24 +81,23 @@ def _validate(body: bytes) -> SubmitRequest:
 
 
 async def _values(form: FormData, limit: int) -> dict[str, Any]:
-    """The parts by name, each once."""
+    """The parts by name, each once; `limit`: bytes of the text."""
     values: dict[str, Any] = {}
     for name, part in form.multi_items():
         if name in values:
             raise Invalid(
                 "invalid_request", "a part is sent twice", errors=[{"loc": ["body", name], "msg": "sent twice"}]
             )
-        content = await _content(part, limit)
+        content = await _content(part, limit if name == "text" else None)
         values[name] = _parse(name, content) if name in _JSON_PARTS else _decode(name, content)
     return values
 
 
-async def _content(part: str | UploadFile, limit: int) -> bytes:
-    if isinstance(part, str):
-        return part.encode("utf-8", "surrogatepass")
-    if part.size is not None and part.size > limit:
-        raise TooLarge("text_too_large", f"the file has {part.size:,} bytes; this server takes at most {limit:,}")
-    return await part.read()
+async def _content(part: str | UploadFile, limit: int | None) -> bytes:
+    content = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else await part.read()
+    if limit is not None and len(content) > limit:
+        raise TooLarge("text_too_large", f"the text has {len(content):,} bytes; this server takes at most {limit:,}")
+    return content
 
 
 def _decode(name: str, content: bytes) -> str:

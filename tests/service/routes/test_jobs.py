@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import httpx
 import pytest
 from structlog.testing import capture_logs
 
@@ -193,8 +194,9 @@ def test_a_body_over_the_limit_is_refused_before_it_is_read(serve: Serve) -> Non
     api = serve(max_text_bytes=1000)
     answer = api.http.post("/jobs", json={"text": "a" * 1001})
     assert (answer.status_code, code(answer)) == (413, "text_too_large")
-    answer = api.http.post("/jobs", files={"text": ("t", b"a" * 1001)})
-    assert (answer.status_code, code(answer)) == (413, "text_too_large")
+    for part in (("t", b"a" * 1001), (None, b"a" * 1001)):  # a file, a field
+        answer = api.http.post("/jobs", files={"text": part})
+        assert (answer.status_code, code(answer)) == (413, "text_too_large")
     huge = b'{"text": "' + b"a" * 2_000_000
     answer = api.http.post("/jobs", content=huge, headers={"content-type": "application/json"})
     assert (answer.status_code, code(answer)) == (413, "body_too_large")
@@ -202,6 +204,20 @@ def test_a_body_over_the_limit_is_refused_before_it_is_read(serve: Serve) -> Non
     answer = api.http.post("/jobs", content=pieces, headers={"content-type": "application/json"})
     assert (answer.status_code, code(answer)) == (413, "body_too_large")
     assert n_jobs(api) == 0
+
+
+@pytest.mark.parametrize("name", ["config.json", None])
+def test_only_the_text_is_held_to_the_limit_of_the_text(serve: Serve, name: str | None) -> None:
+    api = serve(max_text_bytes=1000)
+
+    def submit(config: str) -> httpx.Response:
+        return api.http.post("/jobs", files={"text": (None, TEXT), "config": (name, config)})
+
+    config = json.dumps({"tokenizer": "bytes"})
+    assert submit(config + " " * 1000).status_code == 201
+    assert api.http.post("/jobs", json={"text": TEXT, "config": json.loads(config)}).status_code == 201
+    answer = submit(config + " " * 2_000_000)
+    assert (answer.status_code, code(answer)) == (413, "body_too_large")
 
 
 def test_a_text_of_exactly_the_limit_fits_even_when_every_byte_is_escaped(serve: Serve) -> None:
