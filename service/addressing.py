@@ -1,15 +1,24 @@
-"""Which recorded checkpoint a request means: by job and percent, or by a model id `JOB_ID@PERCENT`. Knows no HTTP."""
+"""Which recorded checkpoint a request means: by job and percent, or by a model id `JOB_ID@PERCENT`; and which is taken
+in place of a newest one that is damaged. Knows no HTTP.
+"""
 
 import re
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import sqlalchemy as sa
+import structlog
 
+from nanomoe.checkpoint import CheckpointDamaged
 from service import store
 from service.database import Database
 from service.errors import Conflict, NotFound
 from service.tables import PERCENTS, Checkpoint, table
+
+T = TypeVar("T")
+
+log = structlog.get_logger(__name__)
 
 MODEL_ID_PATTERN = rf"^[0-9a-f]{{32}}(@({'|'.join(map(str, PERCENTS))}))?$"
 """`JOB_ID@PERCENT`, or `JOB_ID` for its newest checkpoint."""
@@ -40,8 +49,8 @@ checkpoints = table(Checkpoint)
 _addresses = sa.select(*(checkpoints.c[name] for name in Address._fields))
 
 
-def find_checkpoint(db: Database, job_id: str, which: int | Literal["latest"]) -> Address:
-    """The checkpoint to work with.
+def find_checkpoints(db: Database, job_id: str, which: int | Literal["latest"]) -> list[Address]:
+    """The checkpoint to work with; for `latest` all, the newest first: the next is for when one is damaged.
 
     Raises:
         NotFound: `job_not_found`, `checkpoint_not_found`.
@@ -53,19 +62,40 @@ def find_checkpoint(db: Database, job_id: str, which: int | Literal["latest"]) -
         if not recorded:
             store.load_job(session, job_id)
             raise Conflict("no_checkpoint_yet", f"job {job_id} has not recorded a checkpoint yet")
-    percent = max(recorded) if which == "latest" else which
-    if percent not in recorded:
-        raise NotFound("checkpoint_not_found", f"job {job_id} has no checkpoint {percent} yet")
-    return recorded[percent]
+    if which == "latest":
+        return [recorded[percent] for percent in sorted(recorded, reverse=True)]
+    if which not in recorded:
+        raise NotFound("checkpoint_not_found", f"job {job_id} has no checkpoint {which} yet")
+    return [recorded[which]]
 
 
-def find_model(db: Database, model: str) -> Address:
-    """The checkpoint that is called so. Raises NotFound `model_not_found`."""
+async def first_whole(addresses: Sequence[Address], use: Callable[[Address], Awaitable[T]]) -> tuple[Address, T]:
+    """The first checkpoint that `use` does not find damaged, and what it makes of that one.
+
+    Raises:
+        Conflict: `checkpoint_damaged`, of the first, when all are.
+        ServiceError: whatever else `use` raises.
+    """
+    damage: Conflict | None = None
+    for address in addresses:
+        try:
+            return address, await use(address)
+        except Conflict as error:
+            if error.code != CheckpointDamaged.code:
+                raise
+            log.warning("checkpoint_damaged", job_id=address.job_id, percent=address.percent, reason=error.detail)
+            damage = damage or error
+    assert damage is not None, "there is one at least"
+    raise damage
+
+
+def find_models(db: Database, model: str) -> list[Address]:
+    """The checkpoint that is called so; as `find_checkpoints`. Raises NotFound `model_not_found`."""
     job_id, _, percent = model.partition("@")
     if re.fullmatch(MODEL_ID_PATTERN, model) is None:
         raise _no_model(f"a model is called JOB_ID@PERCENT, or JOB_ID for its newest checkpoint, not {model!r}")
     try:
-        return find_checkpoint(db, job_id, int(percent) if percent else "latest")
+        return find_checkpoints(db, job_id, int(percent) if percent else "latest")
     except (NotFound, Conflict) as error:
         raise _no_model(error.detail) from error
 

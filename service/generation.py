@@ -15,6 +15,7 @@ from pathlib import Path
 
 import structlog
 
+from nanomoe.checkpoint import CheckpointDamaged
 from service.engine_messages import (
     Begun,
     Cancel,
@@ -39,7 +40,7 @@ from service.engine_messages import (
     parse_from_engine,
     to_line,
 )
-from service.errors import Invalid, ServiceError, TooManyRequests, Unavailable
+from service.errors import Conflict, Invalid, ServiceError, TooManyRequests, Unavailable
 from service.instruments import GenerationInstruments
 from service.settings import Settings
 
@@ -208,7 +209,8 @@ class Generation:
         Raises:
             Invalid: the prompt is empty, or more tokens or continuations are wanted than the settings allow.
             TooManyRequests: too many requests wait.
-            Unavailable: the engine died or cannot start, the checkpoint is damaged, or a time limit was reached.
+            Conflict: `checkpoint_damaged`.
+            Unavailable: the engine died or cannot start, the checkpoint makes no model, or a time limit was reached.
         """
         self._check(request)
         asking = self._asking(request.n, lambda i: Generate(id=i, stream=in_chunks, request=request))
@@ -415,7 +417,9 @@ class Generation:
         elif isinstance(message, Refused):
             pending.answers.put_nowait(Invalid(message.code, message.message))
         elif isinstance(message, Failed):
-            pending.answers.put_nowait(Unavailable(message.code, message.message))
+            # What was recorded is not there any more, whoever asks again; all else may pass.
+            kind = Conflict if message.code == CheckpointDamaged.code else Unavailable
+            pending.answers.put_nowait(kind(message.code, message.message))
         else:
             pending.answers.put_nowait(message)
 

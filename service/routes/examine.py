@@ -5,7 +5,7 @@ from fastapi import APIRouter, Request, Response
 
 from nanomoe.copied import longest_copied_span
 from service import store, views
-from service.addressing import Address, find_checkpoint
+from service.addressing import Address, find_checkpoints, first_whole
 from service.context import Context
 from service.openapi import problems
 from service.routes.leaving import CLIENT_IS_GONE, unless_gone
@@ -19,20 +19,22 @@ router = APIRouter(tags=["generation"])
 @router.post("/score", response_model=ScoreResponse, responses=problems(400, 404, 409, 413, 422, 429, 503))
 async def score(service: Service, asked: ScoreRequest, connection: Request) -> Response:
     """The loss of each token of a text, and the longest span of it that stands in the training text."""
-    address = await to_thread.run_sync(find_checkpoint, service.database, asked.job_id, asked.checkpoint)
-    scored = await unless_gone(connection, service.generation.score(*_place(service, address), asked.text))
+    addresses = await to_thread.run_sync(find_checkpoints, service.database, asked.job_id, asked.checkpoint)
+    scoring = first_whole(addresses, lambda one: service.generation.score(*_place(service, one), asked.text))
+    scored = await unless_gone(connection, scoring)
     if scored is None:
         return CLIENT_IS_GONE
     copied = await to_thread.run_sync(_copied, service, asked, limiter=service.comparing)
-    return as_json(views.scored(address, asked.text, scored, copied))
+    return as_json(views.scored(scored[0], asked.text, scored[1], copied))
 
 
 @router.post("/inspect", response_model=InspectResponse, responses=problems(400, 404, 409, 413, 422, 429, 503))
 async def inspect(service: Service, asked: InspectRequest, connection: Request) -> Response:
     """What a prompt makes a model do: likeliest next tokens, attention of each head, router probabilities."""
-    address = await to_thread.run_sync(find_checkpoint, service.database, asked.job_id, asked.checkpoint)
-    inspected = await unless_gone(connection, service.generation.inspect(*_place(service, address), asked.prompt))
-    return CLIENT_IS_GONE if inspected is None else as_json(views.inspected(address, inspected))
+    addresses = await to_thread.run_sync(find_checkpoints, service.database, asked.job_id, asked.checkpoint)
+    inspecting = first_whole(addresses, lambda one: service.generation.inspect(*_place(service, one), asked.prompt))
+    inspected = await unless_gone(connection, inspecting)
+    return CLIENT_IS_GONE if inspected is None else as_json(views.inspected(*inspected))
 
 
 def _place(service: Context, address: Address) -> tuple[str, str]:

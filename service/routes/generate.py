@@ -11,7 +11,8 @@ from fastapi.sse import format_sse_event
 from pydantic import BaseModel
 
 from service import problems, views
-from service.addressing import Address, find_checkpoint
+from service.addressing import Address, find_checkpoints, first_whole
+from service.context import Context
 from service.engine_messages import Chunk, EngineRequest
 from service.errors import ServiceError
 from service.generation import Summary
@@ -41,9 +42,30 @@ router = APIRouter(tags=["generation"])
 )
 async def generate(service: Service, asked: GenerateRequest, connection: Request) -> Response:
     """Continue a prompt. The same seed gives the same text, whoever else is being served."""
-    address = await to_thread.run_sync(find_checkpoint, service.database, asked.job_id, asked.checkpoint)
+    addresses = await to_thread.run_sync(find_checkpoints, service.database, asked.job_id, asked.checkpoint)
     seed = secrets.randbits(63) if asked.seed is None else asked.seed
-    request = EngineRequest(
+    if not asked.stream:
+        whole = first_whole(addresses, lambda one: service.generation.generate(_request(service, asked, seed, one)))
+        generated = await unless_gone(connection, whole)
+        if generated is None:
+            return CLIENT_IS_GONE
+        address, result = generated
+        return as_json(views.generated(address, asked.prompt, seed, result))
+
+    async def begin(address: Address) -> tuple[Chunk | Summary, AsyncGenerator[Chunk | Summary]]:
+        items = service.generation.stream(_request(service, asked, seed, address))
+        # The first item decides the status: once the answer has begun, it is too late for a 503.
+        return await anext(items), items
+
+    begun = await unless_gone(connection, first_whole(addresses, begin))
+    if begun is None:
+        return CLIENT_IS_GONE
+    address, (first, items) = begun
+    return StreamingResponse(_events(address, seed, first, items), media_type="text/event-stream")
+
+
+def _request(service: Context, asked: GenerateRequest, seed: int, address: Address) -> EngineRequest:
+    return EngineRequest(
         folder=str(service.settings.data_dir / address.folder),
         manifest_sha256=address.manifest_sha256,
         prompt=asked.prompt,
@@ -56,16 +78,6 @@ async def generate(service: Service, asked: GenerateRequest, connection: Request
         stop=tuple(asked.stop),
         logprobs=0 if asked.logprobs else None,
     )
-    if asked.stream:
-        items = service.generation.stream(request)
-        # The first item decides the status: once the answer has begun, it is too late for a 503.
-        first = await unless_gone(connection, anext(items))
-        if first is None:
-            await items.aclose()
-            return CLIENT_IS_GONE
-        return StreamingResponse(_events(address, seed, first, items), media_type="text/event-stream")
-    result = await unless_gone(connection, service.generation.generate(request))
-    return CLIENT_IS_GONE if result is None else as_json(views.generated(address, asked.prompt, seed, result))
 
 
 async def _events(

@@ -14,7 +14,8 @@ from fastapi.responses import StreamingResponse
 from fastapi.sse import format_sse_event
 
 from service import addressing, problems, schemas
-from service.addressing import MODEL_ID_PATTERN, Address
+from service.addressing import MODEL_ID_PATTERN, Address, first_whole
+from service.context import Context
 from service.engine_messages import Chunk, EngineRequest
 from service.errors import Invalid, NotFound, ServiceError
 from service.generation import Summary
@@ -46,7 +47,7 @@ _MAX_IGNORED = 20
                 "text/event-stream": {"schema": {"type": "string"}},
             },
         },
-        **openai_errors(400, 404, 413, 422, 429, 503),
+        **openai_errors(400, 404, 409, 413, 422, 429, 503),
     },
 )
 async def complete(service: Service, asked: CompletionRequest, connection: Request) -> Response:
@@ -65,8 +66,33 @@ async def complete(service: Service, asked: CompletionRequest, connection: Reque
             f"max_tokens is {max_tokens}; this server's limit is {limit}",
             errors=[{"loc": ["body", "max_tokens"], "msg": "above the server's limit"}],
         )
-    address = await to_thread.run_sync(addressing.find_model, service.database, asked.model)
-    request = EngineRequest(
+    addresses = await to_thread.run_sync(addressing.find_models, service.database, asked.model)
+
+    def ask(address: Address) -> tuple[_Answer, AsyncGenerator[Chunk | Summary]]:
+        request = _request(service, asked, max_tokens, address)
+        return _Answer(address, asked, request.n), service.generation.stream(request, in_chunks=bool(asked.stream))
+
+    async def finish(address: Address) -> Completion:
+        answer, items = ask(address)
+        return await answer.whole(items)
+
+    async def begin(address: Address) -> tuple[_Answer, Chunk | Summary, AsyncGenerator[Chunk | Summary]]:
+        answer, items = ask(address)
+        # The first item decides the status: once the answer has begun, it is too late for a 503.
+        return answer, await anext(items), items
+
+    headers = _ignored(asked)
+    if not asked.stream:
+        finished = await unless_gone(connection, first_whole(addresses, finish))
+        return CLIENT_IS_GONE if finished is None else as_json(finished[1], headers)
+    begun = await unless_gone(connection, first_whole(addresses, begin))
+    if begun is None:
+        return CLIENT_IS_GONE
+    return StreamingResponse(_events(*begun[1]), headers=headers, media_type="text/event-stream")
+
+
+def _request(service: Context, asked: CompletionRequest, max_tokens: int, address: Address) -> EngineRequest:
+    return EngineRequest(
         folder=str(service.settings.data_dir / address.folder),
         manifest_sha256=address.manifest_sha256,
         prompt=asked.prompt,
@@ -79,18 +105,6 @@ async def complete(service: Service, asked: CompletionRequest, connection: Reque
         stop=asked.stops,
         logprobs=asked.logprobs,
     )
-    answer = _Answer(address, asked, request.n)
-    headers = _ignored(asked)
-    items = service.generation.stream(request, in_chunks=bool(asked.stream))
-    if not asked.stream:
-        whole = await unless_gone(connection, answer.whole(items))
-        return CLIENT_IS_GONE if whole is None else as_json(whole, headers)
-    # The first item decides the status: once the answer has begun, it is too late for a 503.
-    first = await unless_gone(connection, anext(items))
-    if first is None:
-        await items.aclose()
-        return CLIENT_IS_GONE
-    return StreamingResponse(_events(answer, first, items), headers=headers, media_type="text/event-stream")
 
 
 @router.get("/models", responses=openai_errors(503))
@@ -107,7 +121,7 @@ def get_model(
     ],
 ) -> Model:
     """A recorded checkpoint; a job's id alone is its newest."""
-    return _model(addressing.find_model(service.database, model))
+    return _model(addressing.find_models(service.database, model)[0])
 
 
 @router.post("/chat/completions", include_in_schema=False)

@@ -15,7 +15,7 @@ class ScoreRequest(Strict):
     """The job whose checkpoint reads the text."""
 
     checkpoint: Percent | Literal["latest"] = "latest"
-    """Percent of a recorded checkpoint, or the newest."""
+    """Percent of a recorded checkpoint, or the newest that is not damaged."""
 
     text: str = Field(min_length=1, max_length=65_536)
     """Any text of two tokens or more."""
@@ -28,7 +28,7 @@ class InspectRequest(Strict):
     """The job whose checkpoint reads the prompt."""
 
     checkpoint: Percent | Literal["latest"] = "latest"
-    """Percent of a recorded checkpoint, or the newest."""
+    """Percent of a recorded checkpoint, or the newest that is not damaged."""
 
     prompt: str = Field(min_length=1, max_length=65_536)
     """A text of one token or more; its newest `block_size` tokens are read."""

@@ -15,7 +15,7 @@ class GenerateRequest(Strict):
     """The job whose checkpoint continues the prompt."""
 
     checkpoint: Percent | Literal["latest"] = "latest"
-    """Percent of a recorded checkpoint, or the newest."""
+    """Percent of a recorded checkpoint, or the newest that is not damaged."""
 
     prompt: str = Field(min_length=1, max_length=1_000_000)
     """The text to continue."""

@@ -187,10 +187,10 @@ def test_a_request_that_waits_or_runs_too_long_is_ended(
     assert generation.n_running == 0
 
 
-def test_a_damaged_checkpoint_is_answered_503(run: Run, generation: Generation, tiny: TinyCheckpoint) -> None:
+def test_a_damaged_checkpoint_is_answered_409(run: Run, generation: Generation, tiny: TinyCheckpoint) -> None:
     damaged = tiny.request().model_copy(update={"manifest_sha256": "0" * 64})
     error = run(_failure(generation.generate(damaged)))
-    assert (error.status, error.code) == (503, "checkpoint_damaged")
+    assert (error.status, error.code) == (409, "checkpoint_damaged")
 
 
 def test_an_engine_that_dies_is_answered_503_and_restarted(

@@ -96,6 +96,7 @@ def test_every_documented_status_is_reached_and_no_other(serve: Serve, tmp_path:
     claim = api.claim(api.submit()["id"])
     api.record_checkpoint(claim, 0, 0, tiny_files(tmp_path / "tiny"))
     queue.finish(api.db, claim, "succeeded")
+    damaged = api.running().job_id
     finished, queued = claim.job_id, api.submit()["id"]
 
     requests = valid_requests(queued, finished)
@@ -133,6 +134,8 @@ def test_every_documented_status_is_reached_and_no_other(serve: Serve, tmp_path:
     send("GET", file, headers={"Range": "bytes=999999-"})
     next((api.context.settings.data_dir / "jobs" / finished).rglob("config.json")).unlink()
     send("GET", file)
+    next((api.context.settings.data_dir / "jobs" / damaged).rglob("manifest.json")).unlink()
+    send("POST", "/v1/completions", json={"model": damaged, "prompt": "a"})
     send("POST", "/jobs", json={"text": TEXT, "config": {"init_from": {"job_id": NOBODY}}})
     send("POST", "/jobs", data={"text": TEXT})
     send("POST", "/jobs", json={"text": TEXT}, params={"dry_run": True})

@@ -14,6 +14,7 @@ from nanomoe.score import losses_of_tokens
 from service import queue
 from service.client import AsyncClient, Client
 from tests.api import TEXT, Api
+from tests.service.routes.test_generate import damage
 from tests.service.tiny_checkpoint import TinyCheckpoint, write_tiny_checkpoint
 
 SCORED = "Ontem o gato dorme no sofá. 🐈"
@@ -123,7 +124,20 @@ def test_a_damaged_checkpoint_is_told(api: Api, job_id: str, tmp_path: Path) -> 
     for path in api.context.settings.data_dir.glob(f"jobs/{claim.job_id}/*/config.json"):
         path.write_bytes(b"[]")
     answer = api.http.post("/score", json={"job_id": claim.job_id, "text": "abc"})
-    assert (answer.status_code, answer.json()["code"]) == (503, "checkpoint_damaged")
+    assert (answer.status_code, answer.json()["code"]) == (409, "checkpoint_damaged")
+
+
+def test_the_newest_checkpoint_that_is_whole_stands_in_for_a_damaged_one(api: Api, tiny: TinyCheckpoint) -> None:
+    claim = api.claim(api.submit()["id"])
+    files = {path.name: path.read_bytes() for path in tiny.folder.iterdir() if path.name != "manifest.json"}
+    for percent in (0, 25):
+        api.record_checkpoint(claim, percent, percent, files)
+    damage(api, claim.job_id, 25)
+    for path, asked in (("/score", {"text": "abc"}), ("/inspect", {"prompt": "abc"})):
+        newest = api.http.post(path, json={"job_id": claim.job_id} | asked)
+        assert (newest.status_code, newest.json()["checkpoint"]) == (200, 0)
+        named = api.http.post(path, json={"job_id": claim.job_id, "checkpoint": 25} | asked)
+        assert (named.status_code, named.json()["code"]) == (409, "checkpoint_damaged")
 
 
 def test_both_clients_ask_the_same(api: Api, job_id: str) -> None:

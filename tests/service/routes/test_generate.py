@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
+from structlog.testing import capture_logs
 
 from nanomoe import checkpoint
 from service import queue, store
@@ -33,6 +34,14 @@ def job_id(api: Api, tmp_path_factory: pytest.TempPathFactory) -> str:
         api.record_checkpoint(claim, percent, percent * 5, files)
     queue.finish(api.db, claim, "succeeded")
     return claim.job_id
+
+
+def damage(api: Api, job_id: str, percent: int) -> None:
+    """Turn one bit of a checkpoint's weights."""
+    folder = api.context.settings.data_dir / store.get_checkpoint(api.db, job_id, percent).folder
+    weights = bytearray((folder / checkpoint.WEIGHTS).read_bytes())
+    weights[-1] ^= 1
+    (folder / checkpoint.WEIGHTS).write_bytes(weights)
 
 
 def generate(api: Api, **request: Any) -> httpx.Response:
@@ -138,13 +147,33 @@ def test_a_job_without_a_checkpoint_is_a_conflict(api: Api) -> None:
 
 def test_a_damaged_checkpoint_is_told(api: Api, tmp_path: Path) -> None:
     claim = api.claim(api.submit()["id"])
-    api.record_checkpoint(claim, 0, 0, tiny_files(tmp_path / "checkpoint", seed=7))
-    folder = api.context.settings.data_dir / store.get_checkpoint(api.db, claim.job_id, 0).folder
-    weights = bytearray((folder / checkpoint.WEIGHTS).read_bytes())
-    weights[-1] ^= 1
-    (folder / checkpoint.WEIGHTS).write_bytes(weights)
-    answer = generate(api, job_id=claim.job_id)
-    assert (answer.status_code, answer.json()["code"]) == (503, "checkpoint_damaged")
+    for percent in (0, 25):
+        api.record_checkpoint(claim, percent, percent, tiny_files(tmp_path / str(percent), seed=7 + percent))
+        damage(api, claim.job_id, percent)
+    for which, percent in (("latest", 25), (25, 25), (0, 0)):
+        answer = generate(api, job_id=claim.job_id, checkpoint=which)
+        assert (answer.status_code, answer.json()["code"]) == (409, "checkpoint_damaged")
+        assert f"f1-{percent}" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_newest_checkpoint_that_is_whole_stands_in_for_a_damaged_one(
+    api: Api, tmp_path: Path, stream: bool
+) -> None:
+    claim = api.claim(api.submit()["id"])
+    for percent in (0, 25, 50):
+        # Other models than in the other tests: what is loaded already is not read again.
+        files = tiny_files(tmp_path / str(percent), seed=100 + 10 * stream + percent)
+        api.record_checkpoint(claim, percent, percent, files)
+    for percent in (25, 50):
+        damage(api, claim.job_id, percent)
+    with capture_logs() as logged:
+        answer = generate(api, job_id=claim.job_id, stream=stream)
+    body = dict(events(answer))["end"] if stream else answer.json()
+    assert (answer.status_code, body["checkpoint"]) == (200, 0)
+    assert [entry["percent"] for entry in logged if entry["event"] == "checkpoint_damaged"] == [50, 25]
+    named = generate(api, job_id=claim.job_id, checkpoint=50, stream=stream)
+    assert (named.status_code, named.json()["code"]) == (409, "checkpoint_damaged")
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -12,7 +12,7 @@ from openai import OpenAI
 
 from service import queue
 from tests.api import Api, Serve
-from tests.service.routes.test_generate import generate, tiny_files
+from tests.service.routes.test_generate import damage, generate, tiny_files
 
 NOBODY = "0" * 32
 
@@ -196,6 +196,21 @@ def test_every_error_under_v1_has_openais_shape(api: Api) -> None:
     ]  # fmt: skip
     for answer, status, code in wanted:
         assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_job_is_the_newest_of_its_models_that_is_whole(api: Api, tmp_path: Path, stream: bool) -> None:
+    claim = api.claim(api.submit()["id"])
+    for percent in (0, 25):
+        # Other models than in the other tests: what is loaded already is not read again.
+        files = tiny_files(tmp_path / str(percent), seed=100 + 10 * stream + percent)
+        api.record_checkpoint(claim, percent, percent, files)
+    damage(api, claim.job_id, 25)
+    answer = complete(api, model=claim.job_id, stream=stream)
+    first = json.loads(answer.text.split("\n")[0].removeprefix("data: ")) if stream else answer.json()
+    assert (answer.status_code, first["model"]) == (200, f"{claim.job_id}@0")
+    named = complete(api, model=f"{claim.job_id}@25", stream=stream)
+    assert (named.status_code, named.json()["error"]["code"]) == (409, "checkpoint_damaged")
 
 
 def test_a_full_queue_is_a_rate_limit(serve: Serve, tmp_path: Path) -> None:
