@@ -31,6 +31,7 @@ METRICS = "metrics.json"
 ROUTING = "routing.safetensors"
 RESUME_TENSORS = "resume.safetensors"
 RESUME_STATE = "resume.json"
+RESUME_UNTRAINED = "untrained.safetensors"
 
 _PIECE_BYTES = 1 << 20
 """Read and hashed at once where a file is only verified: milliseconds of work, however large the file."""

@@ -123,10 +123,9 @@ class Run:
         self.optimizer = build_optimizer(self.model, config)
         self.warnings: list[Warned] = []
         """What the steps so far gave rise to; whoever reads them clears them."""
-        self.progress = _Progress(
-            execution.micro_batch,
-            dropped={layer: torch.zeros((), dtype=torch.int64, device=device) for layer in config.moe_layers},
-        )
+        self.progress = self._nothing_counted(execution.micro_batch)
+        self._untrained: Weights | None = None
+        """Those of the snapshot that this run goes on from, where percent 0 was not recorded before it."""
         if resume is not None:
             self._load(resume)
 
@@ -233,13 +232,22 @@ class Run:
         # Every weight is used once a step: a cache of cast weights would only hold memory.
         return torch.autocast(self.device.type, dtype=self.activations, cache_enabled=False)
 
-    def untrained_copy(self) -> "Run":
-        """This run before its first step, to be evaluated while this one goes on."""
-        assert self.progress.step == 0
+    def untrained_copy(self) -> "Run | None":
+        """This run before its first step, to be evaluated while this one goes on; None where percent 0 was recorded
+        before the snapshot that it goes on from."""
+        if self.progress.step > 0 and self._untrained is None:
+            return None
         untrained = copy.copy(self)
         untrained.model = copy.deepcopy(self.model)
-        untrained.progress = copy.deepcopy(self.progress)
+        untrained.progress = self._nothing_counted(self.progress.micro_batch)
+        if self._untrained is not None:
+            untrained.model.load_state_dict(self._untrained)
+            self._untrained = None
         return untrained
+
+    def _nothing_counted(self, micro_batch: int) -> _Progress:
+        zero = torch.zeros((), dtype=torch.int64, device=self.device)
+        return _Progress(micro_batch, dropped={layer: zero.clone() for layer in self.config.moe_layers})
 
     def evaluate_loss(self) -> float:
         """The loss of the training text: dropout off, float32, nats per token."""
@@ -274,8 +282,8 @@ class Run:
         late = progress.step > self.plan.total_steps / 2
         return recorded, [Warned(code, message) for code, message in evaluation.warnings(after_half=late)]
 
-    def snapshot(self) -> Snapshot:
-        """The state after the last step."""
+    def snapshot(self, untrained: "Run | None" = None) -> Snapshot:
+        """The state after the last step. `untrained`: the copy that percent 0 is still to be recorded from."""
         progress = self.progress
         tensors = {f"dropped.{layer}": n for layer, n in progress.dropped.items()}
         tensors |= {f"choices.{layer}": chosen for layer, chosen in progress.choices.items()}
@@ -287,6 +295,8 @@ class Run:
             checkpoint.RESUME_TENSORS: save_tensors({name: t.cpu().contiguous() for name, t in tensors.items()}),
             checkpoint.RESUME_STATE: checkpoint.to_json(state),
         }
+        if untrained is not None:
+            files[checkpoint.RESUME_UNTRAINED] = save_tensors(untrained._weights())
         return Snapshot(progress.step, files)
 
     def _load(self, files: Mapping[str, bytes]) -> None:
@@ -304,11 +314,15 @@ class Run:
             self.optimizer.state[parameter] = {
                 key: tensors[f"{key}.{name}"].to(self.device) for key in ("step", "exp_avg", "exp_avg_sq")
             }
+        if checkpoint.RESUME_UNTRAINED in files:
+            self._untrained = load_tensors(files[checkpoint.RESUME_UNTRAINED])
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {name: tensor.cpu().contiguous() for name, tensor in self.model.state_dict().items()}
 
     def _model_files(self) -> dict[str, bytes]:
-        weights = {name: tensor.cpu().contiguous() for name, tensor in self.model.state_dict().items()}
         return {
-            checkpoint.WEIGHTS: save_tensors(weights),
+            checkpoint.WEIGHTS: save_tensors(self._weights()),
             checkpoint.CONFIG: checkpoint.to_json(self.config.model_dump(mode="json")),
             **self.tokenizer.files(),
         }

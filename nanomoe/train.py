@@ -115,7 +115,9 @@ def _steps(run: Run, control: Control, first: "_FirstCheckpoint") -> Iterator[Ha
     report = _Report(run)
 
     def catch_up() -> Iterator[Happened]:
-        yield from first.collect()
+        """All that waits for nothing: the first checkpoint of a long text would hold up a stop until it is too late."""
+        if first.ready:
+            yield from first.collect()
         yield from report.flush()
 
     while run.progress.step < total_steps:
@@ -123,7 +125,7 @@ def _steps(run: Run, control: Control, first: "_FirstCheckpoint") -> Iterator[Ha
         if reason is not None:
             yield from catch_up()
             if reason != "cancel" and run.progress.step > 0:
-                yield run.snapshot()
+                yield run.snapshot(first.untrained)
             yield Stopped(reason, run.progress.step)
             return
         report.add(*run.train_step())
@@ -131,13 +133,12 @@ def _steps(run: Run, control: Control, first: "_FirstCheckpoint") -> Iterator[Ha
         yield from run.warnings
         run.warnings.clear()
         if report.due():
-            if first.ready:
-                yield from first.collect()
-            yield from report.flush()
+            yield from catch_up()
             first.begin()
         is_good = stop_at is not None and step % eval_interval == 0 and math.exp(run.evaluate_loss()) <= stop_at
         if is_good or step in quarters:
-            yield from catch_up()
+            yield from first.collect()
+            yield from report.flush()
             recorded, warnings = run.record(
                 100 if is_good else quarters[step],
                 stopped_early=is_good and step < total_steps,
@@ -151,7 +152,7 @@ def _steps(run: Run, control: Control, first: "_FirstCheckpoint") -> Iterator[Ha
             report.restart_clock()
         elif control.snapshot_due():
             yield from catch_up()
-            yield run.snapshot()
+            yield run.snapshot(first.untrained)
 
 
 class _FirstCheckpoint:
@@ -159,14 +160,15 @@ class _FirstCheckpoint:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._untrained = run.untrained_copy() if run.progress.step == 0 else None
+        self.untrained = run.untrained_copy()
+        """The copy, until the checkpoint is yielded."""
         self._future: Future[tuple[Recorded, list[Warned]]] | None = None
 
     def begin(self) -> None:
         """Start the thread, unless that was done: after the first step, so that this one has the machine for itself."""
-        if self._untrained is not None and self._future is None:
+        if self.untrained is not None and self._future is None:
             pool = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),))
-            self._future = pool.submit(self._untrained.record, 0, stopped_early=False, tok_per_sec=None)
+            self._future = pool.submit(self.untrained.record, 0, stopped_early=False, tok_per_sec=None)
             pool.shutdown(wait=False)
 
     @property
@@ -177,10 +179,10 @@ class _FirstCheckpoint:
     def collect(self) -> Iterator[Recorded | Warned]:
         """Yield the checkpoint, once; its choices are what the next one's churn is measured against."""
         self.begin()
-        if self._untrained is not None and self._future is not None:
+        if self.untrained is not None and self._future is not None:
             recorded, warnings = self._future.result()
-            self._run.progress.choices = self._untrained.progress.choices
-            self._untrained = self._future = None
+            self._run.progress.choices = self.untrained.progress.choices
+            self.untrained = self._future = None
             yield recorded
             yield from warnings
 

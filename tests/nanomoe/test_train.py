@@ -1,6 +1,8 @@
 import math
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,11 +24,14 @@ MOE = {"use_moe": True, "n_experts": 4, "moe_stride": 1, "capacity_factor": 1.0,
 BIAS = {"use_moe": True, "n_experts": 4, "router_bias_update_rate": 1e-2, "gradient_accumulation_steps": 2}
 
 
-def start(config: dict[str, object], resume: dict[str, bytes] | None = None) -> Run:
+def start(
+    config: dict[str, object], resume: dict[str, bytes] | None = None, parent: dict[str, torch.Tensor] | None = None
+) -> Run:
     parsed = JobConfig.model_validate(TINY | config)
     tokenizer = load_tokenizer("bytes")
     execution = Execution.decide(parsed, "cpu", n_tokens=len(TEXT))
-    return Run(parsed, tokenizer.encode(TEXT), tokenizer, execution, device=torch.device("cpu"), resume=resume)
+    device = torch.device("cpu")
+    return Run(parsed, tokenizer.encode(TEXT), tokenizer, execution, device=device, parent=parent, resume=resume)
 
 
 def checkpoints(happened: Iterator[Happened] | list[Happened]) -> dict[int, dict[str, bytes]]:
@@ -181,6 +186,47 @@ def test_a_cancelled_run_takes_no_snapshot() -> None:
     happened = list(train(run, StopAt(run, 0, "cancel")))
     assert not any(isinstance(event, Snapshot) for event in happened)
     assert happened[-1] == Stopped("cancel", 0)
+
+
+@pytest.fixture
+def first_evaluation(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Percent 0 is evaluated once this is set, as if the text were very long."""
+    may_end, record = threading.Event(), Run.record
+
+    def wait_and_record(run: Run, percent: int, **options: Any) -> Any:
+        assert percent > 0 or may_end.wait(10)
+        return record(run, percent, **options)
+
+    monkeypatch.setattr(Run, "record", wait_and_record)
+    yield may_end
+    may_end.set()
+
+
+def test_a_cancel_does_not_wait_for_the_first_evaluation(first_evaluation: threading.Event) -> None:
+    for steps in (0, 2):
+        run = start({})
+        happened = list(train(run, StopAt(run, steps, "cancel")))
+        assert happened[-1] == Stopped("cancel", steps)
+        assert checkpoints(happened) == {}
+    assert not first_evaluation.is_set()
+
+
+@pytest.mark.parametrize("config", [{}, MOE, BIAS])
+@pytest.mark.parametrize("parent", [None, "another seed"])
+def test_a_pause_leaves_its_snapshot_before_the_first_evaluation_ends_and_a_resume_records_it(
+    config: dict[str, object], parent: str | None, first_evaluation: threading.Event
+) -> None:
+    config = config | {"epochs": 12}  # the first quarter, which does wait for it, is past these steps
+    weights = start(config | {"seed": 7}).model.state_dict() if parent else None
+    resume = None
+    for steps in (2, 3):  # a second stop may come before the evaluation has ended as well
+        run = start(config, resume=resume, parent=weights if resume is None else None)
+        *_, snapshot, stopped = happened = list(train(run, StopAt(run, steps)))
+        assert isinstance(snapshot, Snapshot)
+        assert (snapshot.step, stopped, checkpoints(happened)) == (steps, Stopped("drain", steps), {})
+        resume = snapshot.files
+    first_evaluation.set()
+    assert checkpoints(train(start(config, resume=resume))) == checkpoints(train(start(config, parent=weights)))
 
 
 def test_what_the_training_steps_dropped_is_counted_from_one_checkpoint_to_the_next() -> None:
