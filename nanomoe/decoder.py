@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from nanomoe.config import ModelConfig
 from nanomoe.graphs import GraphedStep
+from nanomoe.moe import SATURATED
 
 if TYPE_CHECKING:
     from nanomoe.kernels.step import Loops
@@ -28,11 +29,13 @@ if TYPE_CHECKING:
 SAFETY = 100.0
 """How many times the largest error seen on the probes is taken as the bound. Assumed; a wider bound costs only time."""
 
-_GATHERED_ROWS = 128
-"""On a GPU: more tokens than these share experts, whose weights would be copied for each of them. Assumed."""
+_MOST_EVERYWHERE = 1024
+"""On a GPU: tokens up to which every expert computes all of them and nobody waits to know who chose whom. Assumed."""
 
 _PROBES = 2
-_PROBE_TOKENS = 64
+_PROBE_TOKENS = 256
+_STEPPED = 16
+"""Tokens at the end of a probe that are computed one by one as well."""
 _STRIDE = 32
 """Cached positions are read in multiples of this, so that few different shapes occur."""
 
@@ -51,14 +54,21 @@ class _Experts:
         second = _cast((self.w_out[expert], None if self.b_out is None else self.b_out[expert]), dtype)
         return _linear(F.gelu(_linear(x_NC, *first)), *second)
 
-    def gathered(self, chosen_NK: Tensor, x_NC: Tensor) -> Tensor:
+    def chosen(self, chosen_NK: Tensor, x_NC: Tensor) -> Tensor:
         """(N, K, C): each token's own experts. Every shape is known before the choice, as a captured graph needs."""
 
-        def of(weight: Tensor | None) -> Tensor | float:
-            return 0.0 if weight is None else weight.to(x_NC.dtype)[chosen_NK]
+        def of(weight: Tensor | None) -> Tensor:
+            return x_NC.new_zeros(1, 1) if weight is None else weight.to(x_NC.dtype)
 
-        hidden_NKF = torch.einsum("nc,nkcf->nkf", x_NC, self.w_in.to(x_NC.dtype)[chosen_NK]) + of(self.b_in)
-        return torch.einsum("nkf,nkfc->nkc", F.gelu(hidden_NKF), self.w_out.to(x_NC.dtype)[chosen_NK]) + of(self.b_out)
+        N, K = chosen_NK.shape
+        if len(self.w_in) >= N * K:  # copies of so few experts are smaller than what all would compute
+            hidden_NK1F = torch.matmul(x_NC[:, None, None], of(self.w_in)[chosen_NK])
+            hidden_NK1F += 0 if self.b_in is None else of(self.b_in)[chosen_NK][:, :, None]
+            out_NKC = torch.matmul(F.gelu(hidden_NK1F), of(self.w_out)[chosen_NK])[:, :, 0]
+            return out_NKC if self.b_out is None else out_NKC + of(self.b_out)[chosen_NK]
+        hidden_ENF = torch.matmul(x_NC, of(self.w_in)) + of(self.b_in)[:, None]
+        out_ENC = torch.matmul(F.gelu(hidden_ENF), of(self.w_out)) + of(self.b_out)[:, None]
+        return out_ENC[chosen_NK, torch.arange(N, device=x_NC.device)[:, None]]
 
 
 @dataclass(frozen=True)
@@ -99,7 +109,7 @@ class Decoder:
         compiled: bool = False,
     ) -> None:
         """`weights`: the model's parameters and buffers by nanoGPT's names, any float type. `compiled`: whether a step
-        is done by compiled loops (`nanomoe.kernels`), on a CPU only.
+        is done by compiled loops (`nanomoe.kernels`), or on a GPU by captured graphs, for many steps to come.
 
         Raises:
             ValueError: a weight is not finite.
@@ -110,21 +120,24 @@ class Decoder:
         self.config = config
         self.device = torch.device(device)
         self._head_dim = config.n_embd // config.n_head
+        self._saturated = SATURATED if config.router_score == "sigmoid" else math.inf
         weights = {name: tensor.detach().to(self.device, torch.float32) for name, tensor in weights.items()}
         self.wte_VC = weights["transformer.wte.weight"].contiguous()
         self._wpe_BC = weights["transformer.wpe.weight"]
         self._ln_f = self._pair(weights, "transformer.ln_f")
         self._layers = [self._layer(weights, layer) for layer in range(config.n_layer)]
         self._loops: Loops | None = None
-        if compiled:
+        if compiled and self.device.type == "cpu":
             from nanomoe.kernels import step
 
-            assert self.device.type == "cpu", "loops are compiled for CPUs"
             self._loops = step.Loops(weights, config)
         self._positions_B = torch.arange(_round_up(config.block_size), device=self.device)
         self._seen = torch.zeros((), device=self.device)
         self._unseen = torch.full((), -math.inf, device=self.device)
-        self._graphed = GraphedStep(self._advance, self.device) if self.device.type == "cuda" else None
+        self._graphed: GraphedStep | None = None
+        if self.device.type == "cuda":
+            torch.backends.cuda.matmul.allow_tf32 = False  # some containers allow it; error bounds are float32's
+            self._graphed = GraphedStep(self.device) if compiled else None
         self.n_rows = 0
         self._kept_views: list[tuple[Tensor, Tensor, Tensor]] = []
         self._cache = torch.empty(config.n_layer, 0, 0, 0)
@@ -182,7 +195,8 @@ class Decoder:
     @property
     def row_bytes(self) -> int:
         """Memory of one cached sequence."""
-        return self.config.n_layer * 2 * self.config.n_embd * self._wpe_BC.itemsize * self.config.block_size
+        n_positions = _round_up(self.config.block_size)
+        return self.config.n_layer * 2 * self.config.n_embd * self._wpe_BC.itemsize * n_positions
 
     def reserve(self, n_rows: int) -> None:
         """Make room for `n_rows` cached sequences; those that are cached stay."""
@@ -195,6 +209,7 @@ class Decoder:
             grown[:, : self.n_rows * H] = self._cache
         self._cache, self.n_rows = grown, n_rows
         self._viewed: tuple[int, int] | None = None
+        self._kept_views.clear()  # they would keep the old cache alive
         if self._graphed is not None:
             self._graphed.forget()
         self._first_slot_RH = torch.arange(n_rows * H, device=self.device).view(n_rows, H) * B
@@ -220,9 +235,9 @@ class Decoder:
         if self._loops is not None:
             return self._loops.step(tokens, positions, self._cache, self._router_error)
         length = _round_up(max(positions) + 1)
-        whole = 1 << (len(tokens) - 1).bit_length()
-        if self._graphed is not None and whole <= min(self.n_rows, _GATHERED_ROWS):
-            hidden_NC, wanted = self._graphed(tokens, positions, length)
+        if self._graphed is not None:
+            n_rows = min(1 << (len(tokens) - 1).bit_length(), self.n_rows)
+            hidden_NC, wanted = self._graphed(self._advance, tokens, positions, length, n_rows=n_rows)
         else:
             tokens_N, positions_N = torch.tensor([tokens, positions], device=self.device)
             hidden_NC, wanted = self._advance(tokens_N, positions_N, length)
@@ -326,16 +341,19 @@ class Decoder:
         assert layer.experts is not None
         logits_NE = torch.mm(x_NC, layer.router_CE.to(dtype))
         scores_NE = logits_NE.softmax(-1) if self.config.router_score == "softmax" else logits_NE.sigmoid()
-        # Scores rise with the logits, but crowd together near 0 and 1; with a bias the choice is by the sum.
-        wanted_NE = logits_NE if layer.balance_bias_E is None else scores_NE + layer.balance_bias_E.to(dtype)
+        # The law is the order of the scores, with the bias where there is one. Without, logits tell it better than
+        # rounded scores, which crowd together near 0 and 1.
+        law_NE = scores_NE if layer.balance_bias_E is None else scores_NE + layer.balance_bias_E.to(dtype)
+        wanted_NE = law_NE if layer.balance_bias_E is not None else logits_NE.clamp(max=self._saturated)
         wanted.append(wanted_NE)
-        chosen_NK = wanted_NE.sort(dim=-1, descending=True, stable=True).indices[:, : self.config.k]
+        ranking_NE = law_NE if dtype == torch.float64 else wanted_NE
+        chosen_NK = ranking_NE.sort(dim=-1, descending=True, stable=True).indices[:, : self.config.k]
         gates_NK = scores_NE.gather(1, chosen_NK)
         if self.config.renormalises_gates:
             gates_NK = gates_NK / gates_NK.sum(-1, keepdim=True)
         y_NC = torch.zeros_like(x_NC)
-        if x_NC.device.type == "cuda" and len(x_NC) <= _GATHERED_ROWS:
-            y_NC += (gates_NK[..., None] * layer.experts.gathered(chosen_NK, x_NC)).sum(1)
+        if x_NC.device.type == "cuda" and len(x_NC) <= _MOST_EVERYWHERE:
+            y_NC += (gates_NK[..., None] * layer.experts.chosen(chosen_NK, x_NC)).sum(1)
         elif len(x_NC) == 1:
             for slot, expert in enumerate(chosen_NK[0].tolist()):
                 y_NC += gates_NK[:, slot] * layer.experts.one(expert, x_NC)
@@ -373,16 +391,16 @@ class Decoder:
         hidden_errors: list[float] = []
         router_errors = [0.0]
         for probe in torch.randint(len(self.wte_VC), (_PROBES, length), generator=generator).tolist():
-            low_TC, low_wanted = self._forward([probe], torch.float32, None)
+            low_TC, low_wanted = self._forward([probe], torch.float32, [0])
             high_TC, high_wanted = self._forward([probe], torch.float64, None)
             same = length
             for low_TE, high_TE in zip(low_wanted, high_wanted, strict=True):
                 pairs = zip(self._experts_of(low_TE), self._experts_of(high_TE), strict=True)
                 same = min(same, next((t for t, (low, high) in enumerate(pairs) if low != high), length))
             hidden_errors += (low_TC - high_TC)[0, :same].norm(dim=-1).tolist()
-            if self._loops is not None:
-                stepped_TC = torch.cat([self.step([token], [position])[0] for position, token in enumerate(probe)])
-                hidden_errors += (stepped_TC - high_TC[0])[:same].norm(dim=-1).tolist()
+            for position in range(max(0, length - _STEPPED), same):
+                stepped_C = self._step_uncaptured(probe[position], position)
+                hidden_errors.append((stepped_C - high_TC[0, position]).norm().item())
             hidden_errors += (high_TC[0, :same].norm(dim=-1) * 2.0**-24).tolist()
             for low_TE, high_TE in zip(low_wanted, high_wanted, strict=True):
                 router_errors += (low_TE - high_TE)[:same].abs().amax(-1).tolist()
@@ -390,6 +408,13 @@ class Decoder:
         if not hidden_errors or not all(map(math.isfinite, hidden_errors + router_errors)):
             return math.inf, math.inf  # float32 says nothing about this model: every token is computed in float64
         return SAFETY * max(hidden_errors), SAFETY * max(router_errors)
+
+    def _step_uncaptured(self, token: int, position: int) -> Tensor:
+        """(C,): one token appended to the first row. A graph would compute the same, and cost a capture."""
+        if self._loops is not None:
+            return self._loops.step([token], [position], self._cache, self._router_error)[0][0]
+        tokens_1, positions_1 = torch.tensor([[token], [position]], device=self.device)
+        return self._advance(tokens_1, positions_1, _round_up(position + 1))[0][0]
 
     def _experts_of(self, wanted_TE: Tensor) -> list[list[int]]:
         chosen: list[list[int]] = wanted_TE.topk(self.config.k).indices.sort().values.tolist()

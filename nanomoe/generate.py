@@ -127,12 +127,11 @@ class Engine:
     ) -> None:
         """`weights`: parameters and buffers by nanoGPT's names. At most `max_running` sequences run at the same time,
         fewer when their keys and values would not fit `cache_bytes`; the others wait their turn. `compiled`: whether
-        to load compiled loops, which pay from some hundred tokens on; on a GPU there are none."""
+        to use compiled loops, or on a GPU captured graphs, which pay from some hundred tokens on."""
         self.config = config
-        self._compiled = compiled and torch.device(device).type == "cpu"
-        self._decoder = Decoder(weights, config, device, compiled=self._compiled)
+        self._decoder = Decoder(weights, config, device, compiled=compiled)
         self.vocab_size = len(self._decoder.wte_VC)
-        self._output = OutputLayer(self._decoder.wte_VC, self._decoder.error, compiled=self._compiled)
+        self._output = OutputLayer(self._decoder.wte_VC, self._decoder.error, compiled=compiled)
         self.max_running = max(1, min(max_running, cache_bytes // self._decoder.row_bytes))
         self._waiting: deque[Continuation] = deque()
         self._cached: list[Continuation] = []

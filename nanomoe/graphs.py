@@ -1,7 +1,7 @@
-"""A decoding step on a GPU as a captured CUDA graph: one launch in place of a hundred, which is most of its time.
+"""A decoding step on a GPU as a captured CUDA graph: one launch in place of a hundred.
 
-A graph has fixed shapes and addresses: there is one for each power of two of rows and each length of the cache that is
-read. Knows no model: what is captured is a function of tokens and positions.
+A graph has fixed shapes and addresses: there is one for each number of rows and each length of the cache that is read.
+Knows no model: what is captured is a function of tokens and positions.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,38 +27,53 @@ class _Captured:
 
 
 class GraphedStep:
-    """`advance`, captured at the first call of each shape. What it does must not change when it is done again."""
+    """A step, captured at the first call of each shape. Given with each call and not kept: who owns both would never be
+    freed before the garbage collector looks."""
 
-    def __init__(self, advance: Advance, device: torch.device) -> None:
-        self._advance, self._device = advance, device
-        self._captured: dict[tuple[int, int], _Captured] = {}
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        with torch.cuda.device(device):
+            self._stream = torch.cuda.Stream()
+        self.forget()
 
     def forget(self) -> None:
         """Drop all graphs: what they read or write has moved."""
-        self._captured.clear()
+        self._captured: dict[tuple[int, int], _Captured] = {}
+        # Graphs that run one after another share memory. A pool that no graph holds any more cannot be used again.
+        self._pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, tokens: Sequence[int], positions: Sequence[int], length: int) -> tuple[Tensor, list[Tensor]]:
-        """The outputs of the first rows, valid until the next call. Rows up to the next power of two are written too,
-        at position 0."""
-        n_rows = 1 << (len(tokens) - 1).bit_length()
+    def __call__(
+        self, advance: Advance, tokens: Sequence[int], positions: Sequence[int], length: int, *, n_rows: int
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The outputs of the first rows, valid until the next call.
+
+        Args:
+            advance: must be the same function at every call, and its step the same when it is done again.
+            tokens: of the first rows; the rows beyond, up to `n_rows`, are written at position 0.
+            positions: of the tokens.
+            length: of the cache that is read.
+            n_rows: of the graph; one is captured for each number.
+        """
         padding = [0] * (n_rows - len(tokens))
         given_2N = torch.tensor([[*tokens, *padding], [*positions, *padding]])
-        captured = self._captured.get((n_rows, length))
-        if captured is None:
-            captured = self._captured[n_rows, length] = self._capture(given_2N.to(self._device), length)
-        captured.inputs_2N.copy_(given_2N)
-        captured.graph.replay()
+        with torch.cuda.device(self._device):
+            captured = self._captured.get((n_rows, length))
+            if captured is None:
+                captured = self._captured[n_rows, length] = self._capture(advance, given_2N.to(self._device), length)
+            captured.inputs_2N.copy_(given_2N)
+            captured.graph.replay()
         hidden_NC, wanted = captured.outputs
         return hidden_NC[: len(tokens)], [each[: len(tokens)] for each in wanted]
 
-    def _capture(self, inputs_2N: Tensor, length: int) -> _Captured:
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
+    def _capture(self, advance: Advance, inputs_2N: Tensor, length: int) -> _Captured:
+        # Warm-ups run on the stream of the capture, because cuBLAS keeps a workspace for each stream.
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
             for _ in range(_WARM_UPS):  # with this step's own inputs: it is merely done more than once
-                self._advance(inputs_2N[0], inputs_2N[1], length)
-        torch.cuda.current_stream().wait_stream(aside)
+                advance(inputs_2N[0], inputs_2N[1], length)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            outputs = self._advance(inputs_2N[0], inputs_2N[1], length)
+        # Only what this thread does is captured: others load checkpoints meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            outputs = advance(inputs_2N[0], inputs_2N[1], length)
+        torch.cuda.current_stream().wait_stream(self._stream)
         return _Captured(graph, inputs_2N, outputs)

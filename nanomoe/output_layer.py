@@ -175,18 +175,20 @@ class OutputLayer:
     def candidates(self, x_NC: Tensor, counts: list[int], errors: list[float]) -> list[Candidates | None]:
         """For each row, all tokens that may be among its `count` likeliest or equal to them; None where they are too
         many to be worth a list. `errors`: those of `errors()`."""
+        V = len(self._wte_VC)
+        counts = [min(count, V) for count in counts]
         if self._ints is None:
             rough_NV, units, bounds = self.logits(x_NC), [1.0] * len(x_NC), [0.0] * len(x_NC)
         else:
             rough_NV, units_N = self._ints.logits(x_NC)
             units, bounds = units_N.tolist(), self._ints.errors(x_NC)
         enough_NS = _lower_bounds(rough_NV, max(counts)).tolist()
-        rough = rough_NV.cpu().numpy()
+        rough = rough_NV.cpu().numpy()[:, :V]
         found: list[Candidates | None] = []
         for n, count in enumerate(counts):
             slack = 2 * bounds[n] + 4 * errors[n] + TIE
             ids = np.flatnonzero(rough[n] >= enough_NS[n][min(count, len(enough_NS[n])) - 1] - slack / units[n])
-            if len(ids) > _LONGEST_LIST:
+            if not 0 < len(ids) <= _LONGEST_LIST:  # none, where float32 overflowed
                 found.append(None)
             elif self._ints is None:
                 found.append(Candidates(ids, rough[n, ids]))

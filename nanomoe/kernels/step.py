@@ -21,6 +21,7 @@ from torch import Tensor
 
 from nanomoe.config import ModelConfig
 from nanomoe.kernels import Array, compiled, compiled_parallel, use_threads
+from nanomoe.moe import SATURATED
 
 _QUAD = 4
 """Rows that a product computes together: eight sums, with two outputs, for six numbers read."""
@@ -76,6 +77,9 @@ class Routing(NamedTuple):
     k: int
     sigmoid: bool
     renormalises: bool
+    saturated: float
+    """Larger logits count as equal."""
+
     biased: bool
     """Whether experts are chosen by score plus balance bias, not by logit."""
 
@@ -113,7 +117,12 @@ class Loops:
         """
         config = self._config
         routing = Routing(
-            config.k, config.router_score == "sigmoid", config.renormalises_gates, self._biased, router_error
+            k=config.k,
+            sigmoid=config.router_score == "sigmoid",
+            renormalises=config.renormalises_gates,
+            saturated=SATURATED if config.router_score == "sigmoid" else math.inf,
+            biased=self._biased,
+            error=router_error,
         )
         hidden_NC = np.empty((len(tokens), config.n_embd), np.float32)
         certain_N = np.empty(len(tokens), np.bool_)
@@ -234,9 +243,8 @@ def _route(x_C, router_EC, bias_E, routing, chosen_K, gates_K):
             total += scores_E[e]
         for e in range(E):
             scores_E[e] /= total
-    if routing.biased:
-        for e in range(E):
-            wanted_E[e] = scores_E[e] + bias_E[e]
+    for e in range(E):
+        wanted_E[e] = scores_E[e] + bias_E[e] if routing.biased else min(wanted_E[e], routing.saturated)
     last = total = np.float32(0)
     for slot in range(routing.k):  # the largest, the first of equals
         best = 0

@@ -1,8 +1,10 @@
 """Every text is compared with `generate_reference`, a plain float64 loop over the model itself."""
 
+import gc
 import math
 import random
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -63,6 +65,12 @@ def _engine(model: GPT, **options: Any) -> Engine:
 both_ways = pytest.mark.parametrize("compiled", [False, True], ids=["tensors", "loops"])
 
 
+@pytest.fixture(autouse=True)
+def several_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let short sequences read the cache in several lengths, too."""
+    monkeypatch.setattr("nanomoe.decoder._STRIDE", 8)
+
+
 @pytest.fixture
 def in_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Read every vocabulary in 8 bits, on every machine."""
@@ -121,6 +129,26 @@ def test_sampled_text_equals_the_uncached_float64_loop(name: str, compiled: bool
     weights = model.state_dict()
     expected = [generate_reference(weights, model.config, request) for request in requests]
     assert _texts(_engine(model, compiled=compiled).run(requests)) == expected
+
+
+@pytest.mark.parametrize("sampling", [Sampling(0), Sampling(1.0)])
+def test_nearly_every_token_is_decided_without_all_logits(
+    sampling: Sampling, in_8_bits: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = _model(vocab_size=700)
+    seen = []
+    among_all = generate._Choosing._among_all
+
+    def counted(choosing: Any, chosen: list[int]) -> None:
+        seen.append(len(chosen))
+        among_all(choosing, chosen)
+
+    monkeypatch.setattr(generate._Choosing, "_among_all", counted)
+    engine = _engine(model, compiled=True)
+    made = engine.run([Request([n], BLOCK_SIZE - 1, sampling, seed=n) for n in range(20)])
+    n_tokens = sum(len(continuation.new) for continuation in made)
+    assert sum(seen) < 0.05 * n_tokens
+    assert engine.n_recomputed < 0.05 * n_tokens
 
 
 @both_ways
@@ -274,8 +302,9 @@ def test_sequences_beyond_max_running_wait_for_a_free_slot() -> None:
 
 def test_the_cache_holds_no_more_sequences_than_its_bytes_allow() -> None:
     model = _model()
-    row_bytes = 4 * 2 * 2 * 16 * BLOCK_SIZE
+    row_bytes = _engine(model)._decoder._cache.nbytes
     assert _engine(model, cache_bytes=3 * row_bytes).max_running == 3
+    assert _engine(model, cache_bytes=3 * row_bytes - 1).max_running == 2
     assert _engine(model, cache_bytes=1).max_running == 1
 
 
@@ -316,26 +345,99 @@ def test_a_model_continues_tokens_as_its_checkpoint_would() -> None:
     assert continue_tokens(model, [1], max_new_tokens=0, temperature=0.0, top_k=None, seed=0) == []
 
 
-def test_experts_gathered_for_each_token_compute_what_one_by_one_does() -> None:
-    model = _model(**CONFIGS["moe, every option"])
+@pytest.mark.parametrize("n_tokens", [1, 7])
+@pytest.mark.parametrize("bias", [False, True])
+def test_each_tokens_own_experts_compute_what_one_by_one_does(n_tokens: int, bias: bool) -> None:
+    """A copy of the experts of few tokens, all experts for many."""
+    model = _model(**CONFIGS["moe, every option"] | {"bias": bias})
     experts = _engine(model)._decoder._layers[0].experts
     assert experts is not None
+    assert (experts.b_in is not None) == bias
     generator = torch.Generator().manual_seed(0)
-    x_NC = torch.randn(7, 16, generator=generator)
-    chosen_NK = torch.randint(5, (7, 3), generator=generator)
-    gathered_NKC = experts.gathered(chosen_NK, x_NC)
-    for n in range(7):
+    x_NC = torch.randn(n_tokens, 16, generator=generator)
+    chosen_NK = torch.randint(5, (n_tokens, 3), generator=generator)
+    made_NKC = experts.chosen(chosen_NK, x_NC)
+    for n in range(n_tokens):
         for slot, expert in enumerate(chosen_NK[n].tolist()):
-            torch.testing.assert_close(gathered_NKC[n, slot], experts.one(expert, x_NC[n : n + 1])[0])
+            torch.testing.assert_close(made_NKC[n, slot], experts.one(expert, x_NC[n : n + 1])[0])
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", CONFIGS)
 def test_text_by_captured_graphs_equals_the_uncached_float64_loop(name: str) -> None:
+    """Sequences join one after another, so that the cache moves and graphs are captured anew; meanwhile another thread
+    loads engines."""
     model = _model(**CONFIGS[name])
     requests = _requests(12, 97, MIXED)
     weights = model.state_dict()
     expected = [generate_reference(weights, model.config, request) for request in requests]
-    engine = _engine(model, device="cuda")
+    engine = _engine(model, device="cuda", compiled=True)
     assert "CUDA graph" in engine.numerics
-    assert _texts(engine.run(requests)) == expected
+    with ThreadPoolExecutor(1) as pool:
+        loading = pool.submit(lambda: [_engine(model, device="cuda", compiled=True) for _ in range(3)])
+        continuations = []
+        for request in requests:
+            continuations.append(engine.submit(request))
+            engine.step()
+            engine.step()
+        while not all(continuation.finished for continuation in continuations):
+            engine.step()
+        loading.result()
+    assert _texts(continuations) == expected
+    assert engine.n_recomputed < sum(len(text) for text in expected) / 4
+
+
+@pytest.mark.gpu
+def test_an_engine_that_nobody_has_any_more_frees_its_memory_at_once() -> None:
+    model = _model()
+    gc.disable()
+    try:
+        before = torch.cuda.memory_allocated()
+        engine = _engine(model, device="cuda", compiled=True)
+        engine.run([Request([1], 8)])
+        assert torch.cuda.memory_allocated() > before
+        del engine
+        assert torch.cuda.memory_allocated() == before
+    finally:
+        gc.enable()
+
+
+def test_sigmoid_scores_that_are_equal_in_float64_are_not_decided_by_their_logits() -> None:
+    model = _model(use_moe=True, n_experts=4, k=1, norm_topk_prob=False, router_score="sigmoid", moe_stride=1)
+    with torch.no_grad():
+        for layer in model.moe_layers.values():  # logits of 40 and more, rising with the expert's number
+            layer.router.weight.zero_()
+        model.transformer.h[0].ln_2.bias.fill_(1.0)
+        for n, layer in enumerate(model.moe_layers.values()):
+            model.transformer.h[n].ln_2.weight.zero_()
+            model.transformer.h[n].ln_2.bias.fill_(1.0)
+            layer.router.weight.copy_(torch.arange(40.0, 44.0)[:, None].expand(-1, 16) / 16)
+    request = Request([1, 2, 3], 20, Sampling(0))
+    for compiled in (False, True):
+        engine = _engine(model, compiled=compiled)
+        assert engine.run([request])[0].new == generate_reference(model.state_dict(), model.config, request)
+
+
+@pytest.mark.parametrize("top_k", [200, 599, 600, 601, 1000])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_any_top_k_is_right_for_a_vocabulary_that_fills_no_whole_block(
+    top_k: int, compiled: bool, in_8_bits: None
+) -> None:
+    model = _model(601)
+    requests = [
+        Request([1, 2], 12, Sampling(0.9, top_k, top_p), seed=seed) for seed in range(3) for top_p in (None, 0.9)
+    ]
+    expected = [generate_reference(model.state_dict(), model.config, request) for request in requests]
+    assert _texts(_engine(model, compiled=compiled).run(requests)) == expected
+
+
+def test_a_model_whose_float32_overflows_is_continued_in_float64() -> None:
+    model = _model()
+    with torch.no_grad():
+        for block in model.transformer.h:
+            block.mlp.c_fc.weight.mul_(1e20)
+            block.mlp.c_proj.weight.mul_(1e20)
+    requests = [Request([1, 2], 5, sampling, seed=1) for sampling in (Sampling(0), Sampling(1.0, 5), Sampling(1.0))]
+    expected = [generate_reference(model.state_dict(), model.config, request) for request in requests]
+    for compiled in (False, True):
+        assert _texts(_engine(model, compiled=compiled).run(requests)) == expected

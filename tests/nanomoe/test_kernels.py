@@ -1,5 +1,11 @@
 """The compiled loops beside the tensor operations, and beside the law, that they stand for."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import llvmlite.binding
 import numpy as np
 import pytest
 import torch
@@ -155,6 +161,61 @@ def test_drawing_nearly_always_decides(sampling: Sampling) -> None:
     assert undecided < 0.05 * 40 * 8
 
 
+def test_the_likeliest_token_is_nearly_always_decided() -> None:
+    undecided = 0
+    for seed in range(40):
+        output, x_NC = output_layer(5000, seed, 20.0)
+        undecided += output.likeliest(x_NC, output.errors(x_NC)).count(None)
+    assert undecided < 0.05 * 40 * 8
+
+
 def test_two_equal_tokens_are_never_told_apart() -> None:
     output, x_NC = output_layer(1000, 3, 1.0, n_different=1)
     assert output.likeliest(x_NC, output.errors(x_NC)) == [None] * 8
+
+
+_WITHOUT_OPENMP = """
+import threading
+import torch
+from nanomoe.config import ModelConfig
+from nanomoe.generate import Engine, Request
+from nanomoe.model import GPT
+torch.set_num_threads(2)
+config = ModelConfig(block_size=40, n_layer=1, n_head=1, n_embd=16)
+model = GPT(config, 50)
+model.init_weights(0)
+def load():
+    for _ in range(20):
+        Engine(model.state_dict(), config, compiled=True)
+engine = Engine(model.state_dict(), config, compiled=True)
+loading = threading.Thread(target=load)
+loading.start()
+while loading.is_alive():
+    engine.run([Request([n], 30) for n in range(16)])
+print("done")
+"""
+
+
+def test_engines_are_loaded_while_others_step_where_there_is_no_openmp() -> None:
+    environment = os.environ | {"NUMBA_THREADING_LAYER": "workqueue", "OMP_NUM_THREADS": "2", "NUMBA_NUM_THREADS": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", _WITHOUT_OPENMP], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
+
+
+def test_all_is_as_exact_on_a_processor_without_the_instruction() -> None:
+    features = llvmlite.binding.get_host_cpu_features()
+    features["avx512vnni"] = False
+    environment = os.environ | {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": features.flatten(), "NUMBA_OPT": "1"}
+    tests = ["test_products_are_exact_whoever_makes_them", "test_the_likeliest_token_is_that_of_the_exact_logits",
+             "test_a_drawn_token_is_that_of_the_exact_logits"]  # fmt: skip
+    ask = "from nanomoe.kernels.products import has_instruction; print(has_instruction())"
+    asked = subprocess.run([sys.executable, "-c", ask], env=environment, capture_output=True, text=True, check=True)
+    assert asked.stdout == "False\n"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", *(f"{__file__}::{test}" for test in tests)],
+        env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert "3 passed" in done.stdout
