@@ -16,6 +16,7 @@
     |   +-- StorageFull              507  storage_full
     +-- LeaseLost                    the job is no longer this worker's: kill the trainer, write nothing
     +-- StartRefused                 this process must not start; its text says why and what to do
+        +-- NotInstalled             nor may it yet: a worker waits for the API to have started once
 """
 
 from collections.abc import Sequence
@@ -119,3 +120,7 @@ class LeaseLost(Exception):
 
 class StartRefused(Exception):
     """Starting would risk data; the text says why, and what to do."""
+
+
+class NotInstalled(StartRefused):
+    """The database has no installation id yet: the API gives it one when it has migrated."""

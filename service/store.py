@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from sqlmodel import Session, col, select
 
 from service.database import REVISION, Database, open_database
-from service.errors import NotFound, StartRefused
+from service.errors import NotFound, NotInstalled, StartRefused
 from service.orphans import sweep_orphans
 from service.series import MIN_POINTS, read_series, read_steps_after
 from service.tables import (
@@ -322,7 +322,8 @@ def join_installation(db: Database, data_dir: Path, *, create: bool = False) -> 
     """Make sure that database and data folder belong together, by the id that both carry; returns it.
 
     `create` (the API, once it has migrated) gives a new pair its id; a worker only compares. Raises StartRefused when
-    they differ, or when only one of them has an id.
+    they differ, or when only one of them has an id; NotInstalled when it may only be too early to compare: the API
+    commits the schema first, then writes the file, then the database's id.
     """
     file = data_dir / "installation"
     with db.write() if create else db.read() as session:
@@ -336,6 +337,8 @@ def join_installation(db: Database, data_dir: Path, *, create: bool = False) -> 
             _write_durably(file, in_database)
             on_disk = in_database
             session.execute(sa.insert(table(Installation)).values(id=in_database, created_at=db.now))
+    if in_database is None and not create:
+        raise NotInstalled("the database has no installation id yet: the API gives it one when it starts")
     if in_database is None or in_database != on_disk:
         raise StartRefused(
             f"the database (installation {in_database}) and the data folder {data_dir} (installation {on_disk}) "

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import structlog
 
 from service import queue, store
-from service.errors import DatabaseUnavailable, SchemaMismatch, StorageFull
+from service.errors import DatabaseUnavailable, NotInstalled, SchemaMismatch, StorageFull
 from service.settings import Settings
 from service.store import Database, WorkerIdentity
 from worker.devices import Device
@@ -133,15 +133,15 @@ class Supervisor:
             slot.wake()
 
     def _join(self) -> bool:
-        """Enter the list of workers, once the API has brought the schema to this code's revision; False when told to
-        stop before."""
+        """Enter the list of workers, once the API has brought the schema to this code's revision and has given the
+        database its id; False when told to stop before."""
         said = None
         while not self._signals:
             try:
                 self._db.check_revision()
                 store.join_installation(self._db, self._settings.data_dir)
                 store.worker_started(self._db, self.worker)
-            except (SchemaMismatch, DatabaseUnavailable, StorageFull) as error:
+            except (SchemaMismatch, NotInstalled, DatabaseUnavailable, StorageFull) as error:
                 if str(error) != said:
                     said = str(error)
                     log.info("waiting_for_database", reason=said)

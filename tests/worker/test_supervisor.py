@@ -213,6 +213,18 @@ def test_the_worker_waits_for_its_schema_revision(place: Workplace) -> None:
 
 
 @ONLY_SQLITE
+def test_the_worker_waits_for_an_api_that_has_only_migrated_yet(place: Workplace) -> None:
+    job = place.submit()
+    with place.db.write() as session:
+        session.connection().exec_driver_sql("DELETE FROM installation")
+    worker = place.start_worker("succeed")
+    assert worker.wait(3) is None
+    assert store.list_workers(place.db) == []
+    store.join_installation(place.db, place.settings.data_dir, create=True)
+    place.wait_for(job, "succeeded")
+
+
+@ONLY_SQLITE
 def test_a_worker_drains_when_the_schema_moves_on(place: Workplace) -> None:
     worker = place.start_worker("work")
     job = place.submit()
