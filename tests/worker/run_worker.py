@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nanomoe import checkpoint
-from service import queue
+from service import database, queue
 from service.settings import Settings
 from service.store import open_database
 from worker import attempt
@@ -72,7 +72,8 @@ def slow_down_the_disk(seconds: float) -> None:
 
 def run(spec: dict[str, Any]) -> None:
     """The whole life of a worker process. `spec`: `settings`, `timing`, `device`, `slots`, `command`,
-    `max_crashes`, `backoff_seconds`, `slow_disk_seconds`, and `without`: protections that are taken away, to show that
+    `max_crashes`, `backoff_seconds`, `slow_disk_seconds`, `busy_seconds`, `log`: a file that takes standard error's
+    place, unless None; and `without`: protections that are taken away, to show that
     they are needed.
     What the kernel has killed for want of memory is read from `memory.events` in the data folder."""
     os.chdir(spec["folder"])
@@ -80,8 +81,11 @@ def run(spec: dict[str, Any]) -> None:
 
 
 def _run(spec: dict[str, Any]) -> int:
+    if spec["log"] is not None:
+        os.dup2(os.open(spec["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND), sys.stderr.fileno())
     configure_logging("console")
     settings = Settings(_env_file=None, **spec["settings"])
+    database.BUSY_SECONDS = spec["busy_seconds"]
     queue.MAX_CRASHES = spec["max_crashes"]
     queue.BACKOFF = timedelta(seconds=spec["backoff_seconds"])
     attempt.oom_kills = lambda: oom_kills(settings.data_dir / "memory.events")

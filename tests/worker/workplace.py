@@ -17,6 +17,7 @@ from sqlalchemy import make_url
 
 from nanomoe.config import JobConfig
 from service import queue, store
+from service.database import BUSY_SECONDS
 from service.settings import Settings
 from service.store import Database, Job
 from tests.worker import run_worker
@@ -101,9 +102,12 @@ class Workplace:
         without: tuple[str, ...] = (),
         snapshot_seconds: float = 60.0,
         slow_disk_seconds: float = 0.0,
+        busy_seconds: float = BUSY_SECONDS,
+        log: Path | None = None,
     ) -> WorkerProcess:
         """A worker whose trainers follow `script`, run `program`, or train in earnest. `slow_disk_seconds`: that long
-        it takes to verify a file."""
+        it takes to verify a file. `busy_seconds`: that long it waits for SQLite's write lock. `log`: where its log
+        goes."""
         if script is not None:
             program = [str(HERE / "scripted_trainer.py"), script]
         spec = {
@@ -121,6 +125,8 @@ class Workplace:
             "backoff_seconds": backoff_seconds,
             "without": without,
             "slow_disk_seconds": slow_disk_seconds,
+            "busy_seconds": busy_seconds,
+            "log": log and str(log),
         }
         worker = WorkerProcess(spec)
         self._workers.append(worker)
