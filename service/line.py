@@ -6,14 +6,12 @@ from datetime import datetime, timedelta
 import sqlalchemy as sa
 
 from service.database import Database
-from service.queue import CLAIM_ORDER, QUEUED, RUNNING, jobs, workers
-from service.tables import Job
+from service.queue import CLAIM_ORDER, QUEUED, RUNNING, jobs
+from service.store import is_alive
+from service.tables import Job, Worker
 
 MAX_POSITION = 1000
 """As far as places are counted."""
-
-WORKER_SILENT = timedelta(minutes=1)
-"""A worker that was not seen for longer counts for no estimate."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +25,7 @@ class Place:
     """When a worker will be free for the job, by the time that the running jobs still need at their recent speed, and
     not before its `run_at`.
 
-    None where that would be a guess: no worker was seen lately, a running job has not said how long it needs, or more
+    None where that would be a guess: no worker is alive, a running job has not said how long it needs, or more
     jobs go first than there are slots, because nobody knows yet how long those will take.
     """
 
@@ -40,8 +38,7 @@ def find_place(db: Database, job_id: str) -> Place | None:
             return None
         now = session.scalars(sa.select(db.now)).one()
         first = session.scalars(sa.select(jobs.c.id).where(QUEUED).order_by(*CLAIM_ORDER).limit(MAX_POSITION)).all()
-        seen_lately = workers.c.stopped_at.is_(None) & (workers.c.last_seen_at > now - WORKER_SILENT)
-        n_slots = session.scalar(sa.select(sa.func.sum(workers.c.slots)).where(seen_lately)) or 0
+        n_slots = sum(worker.slots for worker in session.scalars(sa.select(Worker)) if is_alive(worker, now))
         running = session.scalars(sa.select(jobs.c.progress).where(RUNNING)).all()
     position = first.index(job_id) if job_id in first else MAX_POSITION
     free_in = _free_in(n_slots, [progress.get("eta_seconds") for progress in running])

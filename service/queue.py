@@ -23,7 +23,7 @@ from sqlmodel import Session
 from service.database import REVISION, Database, alembic_version, insert_or_update, insert_unless_there
 from service.errors import Conflict, Invalid, LeaseLost, NotFound, SchemaMismatch, TooManyRequests
 from service.series import Columns, delete_steps_after, write_steps
-from service.store import WorkerIdentity, load_job
+from service.store import WorkerIdentity, is_alive, load_job
 from service.tables import TERMINAL, Checkpoint, Event, Job, Snapshot, Text, Worker, new_id, table
 
 MAX_CRASHES = 3
@@ -34,7 +34,6 @@ MAX_BACKOFF = timedelta(minutes=15)
 
 jobs = table(Job)
 texts = table(Text)
-workers = table(Worker)
 QUEUED: sa.ColumnElement[bool] = jobs.c.status == sa.literal("queued", literal_execute=True)
 RUNNING: sa.ColumnElement[bool] = jobs.c.status == sa.literal("running", literal_execute=True)
 # Written out in the statement, because neither database uses a partial index for a parameter it does not know yet.
@@ -603,25 +602,19 @@ def rescue(db: Database) -> list[Job]:
     until = sa.type_coerce(jobs.c.lease_until, sa.BigInteger)
     now = sa.type_coerce(db.now, sa.BigInteger)
     passed = RUNNING & ((until < now) | (until > now + 2 * length))
-    alive = sa.exists().where(
-        workers.c.id == jobs.c.worker_id,
-        workers.c.stopped_at.is_(None),
-        sa.type_coerce(workers.c.last_seen_at, sa.BigInteger) > now - length,
-    )
     with db.read() as session:
         if session.scalar(sa.select(jobs.c.id).where(passed).limit(1)) is None:
             return []
     with db.write() as session:
-        found = session.execute(
-            sa.select(Job, alive.label("alive"))
-            .where(passed)
-            .order_by(jobs.c.id)
-            .with_for_update(skip_locked=True, of=Job)
-        ).all()
-        return [
-            _give_up(db, session, job, None if is_alive else f"worker {job.worker_id} is gone", None)
-            for job, is_alive in found
-        ]
+        held = sa.select(Job).where(passed).order_by(jobs.c.id).with_for_update(skip_locked=True)
+        found = session.scalars(held).all()
+        seen = session.scalars(sa.select(db.now)).one()
+        return [_give_up(db, session, job, _who_is_gone(session, job, seen), None) for job in found]
+
+
+def _who_is_gone(session: Session, job: Job, now: datetime) -> str | None:
+    worker = session.get(Worker, job.worker_id)
+    return None if worker is not None and is_alive(worker, now) else f"worker {job.worker_id} is gone"
 
 
 def _give_up(

@@ -86,9 +86,6 @@ __all__ = [
 WORKER_KEPT = timedelta(days=1)
 """How long a worker that is no longer seen stays in the list."""
 
-WORKER_LATELY = timedelta(minutes=2)
-"""How long after it was last seen a worker is taken to be alive."""
-
 
 # Where files lie, relative to the data folder
 
@@ -258,6 +255,9 @@ class WorkerIdentity:
     """`{"device", "name", "memory_bytes"}` of each."""
 
     slots: int = 1
+    lease_seconds: float = 60.0
+    """Of each job that it holds, and how long after it was last seen it counts as alive."""
+
     versions: dict[str, str] = field(default_factory=dict)
     memory_bytes: int | None = None
     """Jobs that need more are left to others; None takes every job."""
@@ -277,6 +277,7 @@ def worker_started(db: Database, worker: WorkerIdentity) -> None:
             "host": platform.node(),
             "pid": os.getpid(),
             "slots": worker.slots,
+            "lease_seconds": worker.lease_seconds,
             "devices": list(worker.devices),
             "versions": worker.versions,
             "started_at": db.now,
@@ -301,8 +302,9 @@ def worker_stopped(db: Database, worker_id: str) -> None:
 
 
 def is_alive(worker: Worker, now: datetime) -> bool:
-    """Whether a worker was seen lately and has not stopped."""
-    return worker.stopped_at is None and now - worker.last_seen_at < WORKER_LATELY
+    """Whether a worker was seen within the length of its own leases, several heartbeats, and has not stopped. `now` is
+    the database's."""
+    return worker.stopped_at is None and now - worker.last_seen_at < timedelta(seconds=worker.lease_seconds)
 
 
 def list_workers(db: Database) -> list[tuple[Worker, list[Job]]]:

@@ -283,6 +283,9 @@ class Worker(Row, table=True):
     host: str
     pid: int
     slots: int
+    lease_seconds: float = Field(sa_type=Float)
+    """How long its leases are, and how long after it was last seen it counts as alive."""
+
     devices: list[dict[str, Any]] = Field(sa_column=_json())
     """`{"device", "name", "memory_bytes"}` of each."""
 

@@ -6,14 +6,13 @@ import platform
 import signal
 import sys
 from contextlib import closing
-from datetime import timedelta
 
 import structlog
 from pydantic import ValidationError
 
 from service.errors import DatabaseUnavailable, StartRefused
 from service.settings import Settings
-from service.store import list_workers, open_database
+from service.store import is_alive, list_workers, open_database
 from worker.devices import find_devices
 from worker.supervisor import Supervisor
 
@@ -46,11 +45,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def is_healthy(settings: Settings) -> bool:
-    """Whether a worker of this host was seen within the length of a lease and has not ended: a container's check."""
+    """Whether a worker of this host is alive: a container's check."""
     with closing(open_database(settings)) as db:
-        since = db.time() - timedelta(seconds=settings.lease_seconds)
+        now = db.time()
         here = [worker for worker, _ in list_workers(db) if worker.host == platform.node()]
-    return any(worker.stopped_at is None and worker.last_seen_at >= since for worker in here)
+    return any(is_alive(worker, now) for worker in here)
 
 
 def _parser() -> argparse.ArgumentParser:

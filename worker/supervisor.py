@@ -54,6 +54,7 @@ class Supervisor:
             name=name or platform.node(),
             devices=[device.row for device in devices],
             slots=slots * len(devices),
+            lease_seconds=self._timing.lease,
             versions={"python": platform.python_version(), "torch": importlib.metadata.version("torch")},
             memory_bytes=min(device.memory_bytes for device in devices),
         )

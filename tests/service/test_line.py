@@ -56,3 +56,12 @@ def test_the_start_is_estimated_for_as_many_as_there_are_slots(db: Database, clo
 
     clock.advance(61)
     assert estimate(db, third) is None  # the worker has not been seen
+
+
+def test_a_worker_with_long_leases_beats_rarely_and_counts_meanwhile(db: Database, clock: Clock) -> None:
+    store.worker_started(db, WorkerIdentity(lease_seconds=600))
+    job = submit(db)
+    clock.advance(599)
+    assert estimate(db, job.id) == clock.now
+    clock.advance(2)
+    assert estimate(db, job.id) is None

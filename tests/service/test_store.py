@@ -174,6 +174,26 @@ def test_workers_are_listed_with_what_they_run(db: Database, clock: Clock) -> No
     assert store.list_workers(db)[1][0].stopped_at == clock.now
 
 
+@pytest.mark.parametrize("lease_seconds", [15.0, 1200.0])
+def test_a_worker_is_alive_for_a_lease_after_it_was_seen_unless_it_stopped(
+    db: Database, clock: Clock, lease_seconds: float
+) -> None:
+    identity = WorkerIdentity(lease_seconds=lease_seconds)
+    store.worker_started(db, identity)
+
+    def alive() -> bool:
+        return store.is_alive(store.list_workers(db)[0][0], db.time())
+
+    clock.advance(lease_seconds - 1)
+    assert alive()
+    clock.advance(1)
+    assert not alive()
+    store.worker_seen(db, identity.id)
+    assert alive()
+    store.worker_stopped(db, identity.id)
+    assert not alive()
+
+
 def test_a_worker_not_seen_for_a_day_is_forgotten(db: Database, clock: Clock) -> None:
     old, new = WorkerIdentity(name="old"), WorkerIdentity(name="new")
     store.worker_started(db, old)

@@ -31,6 +31,7 @@ def upgrade() -> None:
         sa.Column("host", sa.String(), nullable=False),
         sa.Column("pid", sa.Integer(), nullable=False),
         sa.Column("slots", sa.Integer(), nullable=False),
+        sa.Column("lease_seconds", sa.Float(), nullable=False),
         sa.Column("devices", sa.JSON(none_as_null=True), nullable=False),
         sa.Column("versions", sa.JSON(none_as_null=True), nullable=False),
         sa.Column("started_at", sa.BigInteger(), nullable=False),
