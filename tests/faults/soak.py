@@ -2,13 +2,12 @@
 
     python -m tests.faults.soak
 
-Whatever dies, and whenever: every job reaches a terminal state exactly once, what succeeded has the bytes of an
-undisturbed run, no process is left, no file without a row after the sweep, and the database is whole. The suite does a
-short run of it.
+Whatever dies, and whenever: every job reaches a terminal state exactly once and, unless it was cancelled, succeeds with
+the bytes, metrics and steps of an undisturbed run; no process is left, no file without a row after the sweep, and the
+database is whole. The suite does a short run of it.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import random
@@ -24,15 +23,16 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import sqlalchemy as sa
 
-from nanomoe import checkpoint
 from nanomoe.config import JobConfig
 from service import migrate, orphans, store
 from service.client import Client, ClientError
 from service.settings import Settings
 from service.store import open_database
+from tests.faults.undisturbed import assert_undisturbed, train_undisturbed
 from tests.worker.workplace import QUICK, WorkerProcess, Workplace, is_alive
 from worker.survivors import TOKEN_VARIABLE
 
@@ -51,7 +51,7 @@ class Report:
     """What a soak has seen."""
 
     jobs: Counter[str] = field(default_factory=Counter)
-    """By terminal status."""
+    """By terminal status, or by the code of an error that so many faults may end in."""
     faults: Counter[str] = field(default_factory=Counter)
     attempts: int = 0
     seconds: float = 0.0
@@ -71,6 +71,9 @@ class Soak:
         self.workers = [self._start_worker(n) for n in range(workers)]
         self.stopped: list[tuple[float, int]] = []
         """(when to continue, process)"""
+        self.submitted: list[str] = []
+        self.cancelled: set[str] = set()
+        """Of which it was asked that they be cancelled, with whatever answer."""
 
     def _start_api(self) -> subprocess.Popen[bytes]:
         environment = {
@@ -90,40 +93,38 @@ class Soak:
         """Submit `n_jobs` jobs over 80 % of `seconds`, with a fault about every second until then, and wait until all
         have ended."""
         began = time.monotonic()
-        submitted: list[str] = []
         fault_due = began + 5
         with Client(f"http://127.0.0.1:{self.port}", timeout=10, retries=0) as client:
-            while len(submitted) < n_jobs or not self._all_ended(submitted):
+            while len(self.submitted) < n_jobs or not self._all_ended():
                 now = time.monotonic()
                 assert now < began + 10 * seconds + 600, f"not done: {self.place.describe()}"
-                if len(submitted) < n_jobs and now >= began + len(submitted) * 0.8 * seconds / n_jobs:
-                    self._submit(client, submitted)
+                if len(self.submitted) < n_jobs and now >= began + len(self.submitted) * 0.8 * seconds / n_jobs:
+                    self._submit(client)
                 if now >= fault_due and now < began + seconds:
                     fault_due = now + self.chance.uniform(0.3, 2.0)
                     self._do_harm(now)
                 self._mend(now)
                 time.sleep(0.1)
-        self._continue_all(float("inf"))
         self.report.seconds = time.monotonic() - began
-        self.submitted = submitted
         return self.report
 
-    def _submit(self, client: Client, submitted: list[str]) -> None:
-        n = len(submitted)
+    def _submit(self, client: Client) -> None:
+        n = len(self.submitted)
         try:
             job = client.submit(TEXT, CONFIG | {"seed": SEEDS[n % len(SEEDS)]}, idempotency_key=f"soak-{n}")
         except ClientError:
             return  # the API is dead or stopped; the key makes the next try safe, whatever became of this one
-        submitted.append(job.id)
+        self.submitted.append(job.id)
         if self.chance.random() < 0.05:
+            self.cancelled.add(job.id)
             try:
                 job.cancel()
             except ClientError:
                 return
 
-    def _all_ended(self, submitted: list[str]) -> bool:
+    def _all_ended(self) -> bool:
         counts = store.count_jobs(self.place.db)
-        return sum(counts[status] for status in store.TERMINAL) == len(submitted)
+        return sum(counts[status] for status in store.TERMINAL) == len(self.submitted)
 
     # -- Harm ------------------------------------------------------------------------------------------------------
 
@@ -165,27 +166,47 @@ class Soak:
 
     # -- Judgement -------------------------------------------------------------------------------------------------
 
+    def _can_be_stopped(self) -> bool:
+        """Whether everybody lives and has come so far that a signal ends it cleanly."""
+        present = {worker.pid for worker, _ in store.list_workers(self.place.db)}
+        if any(worker.wait(0) is not None or worker.pid not in present for worker in self.workers):
+            return False
+        try:
+            return httpx.get(f"http://127.0.0.1:{self.port}/healthz").status_code == 200
+        except httpx.TransportError:
+            return False
+
     def judge(self) -> None:
         """Raises AssertionError for whatever a fault has broken."""
         place = self.place
+        while not self._can_be_stopped():
+            self._mend(float("inf"))
+            time.sleep(0.1)
         for worker in self.workers:
             worker.signal(signal.SIGTERM)
         self.api.send_signal(signal.SIGTERM)
         for worker in self.workers:
             assert worker.wait(60) == 0
-        self.api.wait(60)
+        assert self.api.wait(60) == 0
         assert trainers_of(place) == [], "a trainer is left"
-        expected = {seed: undisturbed(JobConfig(**CONFIG, seed=seed)) for seed in SEEDS}
+        expected = {seed: train_undisturbed(JobConfig(**CONFIG, seed=seed), TEXT) for seed in SEEDS}
         jobs = [store.get_job(place.db, job_id) for job_id in self.submitted]
         assert len({job.id for job in jobs}) == len(jobs)
         assert sum(store.count_jobs(place.db).values()) == len(jobs), "a submission was doubled"
         for job in jobs:
             ends = [status for status in place.statuses(job) if status in store.TERMINAL]
             assert ends == [job.status], f"{job.id} ended {ends}"
-            self.report.jobs[job.status] += 1
             self.report.attempts += job.attempt
             if job.status == "succeeded":
-                _check_files(place, job, expected[job.config["seed"]])
+                assert_undisturbed(place, job, expected[job.config["seed"]])
+                self.report.jobs["succeeded"] += 1
+            elif job.status == "cancelled":
+                assert job.id in self.cancelled, f"nobody has cancelled {job.id}"
+                self.report.jobs["cancelled"] += 1
+            else:
+                assert job.error is not None
+                assert job.error["code"] == "crashed_repeatedly", f"{job.id} failed: {job.error}"
+                self.report.jobs["crashed_repeatedly"] += 1
         swept = orphans.sweep_orphans(place.db, place.settings.data_dir, older_than=timedelta(0))
         self.report.orphans_swept = len(swept)
         assert orphans.find_orphans(place.db, place.settings.data_dir) == []
@@ -199,17 +220,6 @@ class Soak:
         if self.api.poll() is None:
             self.api.kill()
         self.api.wait()
-
-
-def _check_files(place: Workplace, job: store.Job, expected: dict[int, dict[str, str]]) -> None:
-    rows = store.list_checkpoints(place.db, job.id)
-    assert [row.percent for row in rows] == [0, 25, 50, 75, 100]
-    for row in rows:
-        checkpoint.verify(place.settings.data_dir / row.folder, row.manifest_sha256)
-        assert {file["name"]: file["sha256"] for file in row.files} == expected[row.percent]
-    steps = place.recorded_steps(job)
-    assert steps == list(range(1, len(steps) + 1))
-    assert len(steps) == job.total_steps
 
 
 def _children(pid: int) -> list[psutil.Process]:
@@ -232,26 +242,6 @@ def trainers_of(place: Workplace) -> list[int]:
         except (psutil.Error, OSError):
             continue
     return found
-
-
-def undisturbed(config: JobConfig) -> dict[int, dict[str, str]]:
-    """{percent: {name: sha256}} of what the library itself makes of a config."""
-    import torch
-
-    from nanomoe.execution import Execution
-    from nanomoe.tokenizer import load_tokenizer
-    from nanomoe.train import Recorded, Run, train
-
-    tokenizer = load_tokenizer(config.tokenizer)
-    tokens = tokenizer.encode(TEXT)
-    execution = Execution.decide(config, "cpu", n_tokens=len(tokens))
-    execution.apply()
-    run = Run(config, tokens, tokenizer, execution, device=torch.device("cpu"))
-    return {
-        happened.percent: {name: hashlib.sha256(content).hexdigest() for name, content in happened.files.items()}
-        for happened in train(run)
-        if isinstance(happened, Recorded)
-    }
 
 
 def main() -> None:

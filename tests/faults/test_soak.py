@@ -13,6 +13,6 @@ def test_whatever_dies_every_job_ends_once_and_with_the_right_bytes(place: Workp
         soak.judge()
     finally:
         soak.end()
-    assert sum(report.jobs.values()) == 4
-    assert report.jobs["succeeded"] >= 1
+    # Too few faults to crash a job for good; whether one is cancelled is up to how often a submission is tried.
+    assert report.jobs["succeeded"] == 4 - report.jobs["cancelled"] >= 1
     assert sum(report.faults.values()) >= 3

@@ -42,7 +42,8 @@ def undisturbed(name: str) -> Undisturbed:
     return train_undisturbed(JobConfig(**CONFIGS[name]))
 
 
-def train_undisturbed(config: JobConfig) -> Undisturbed:
+def train_undisturbed(config: JobConfig, text: str = TEXT) -> Undisturbed:
+    """Of a config, with nothing but the library."""
     import torch
 
     from nanomoe.execution import Execution
@@ -50,7 +51,7 @@ def train_undisturbed(config: JobConfig) -> Undisturbed:
     from nanomoe.train import Recorded, Run, Steps, train
 
     tokenizer = load_tokenizer(config.tokenizer)
-    tokens = tokenizer.encode(TEXT)
+    tokens = tokenizer.encode(text)
     execution = Execution.decide(config, "cpu", n_tokens=len(tokens))
     found = Undisturbed({}, {}, [])
     for happened in train(Run(config, tokens, tokenizer, execution, device=torch.device("cpu"))):
