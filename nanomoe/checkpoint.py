@@ -33,6 +33,12 @@ RESUME_TENSORS = "resume.safetensors"
 RESUME_STATE = "resume.json"
 RESUME_UNTRAINED = "untrained.safetensors"
 
+FOLDER_NAME = r"f(\d+)-s?\d+"
+"""What `folder_name` and `snapshot_name` give; the group is the fence."""
+
+UNFINISHED = ".tmp"
+"""The end of a folder's name until it is whole."""
+
 _PIECE_BYTES = 1 << 20
 """Read and hashed at once where a file is only verified: milliseconds of work, however large the file."""
 
@@ -63,6 +69,17 @@ class Manifest(Strict):
     """Sorted by name; the manifest itself is not among them."""
 
 
+def folder_name(fence: int, percent: int) -> str:
+    """Of a checkpoint. The fence is the number of the claim that its writer holds: it keeps a stale one out of a newer
+    one's."""
+    return f"f{fence}-{percent}"
+
+
+def snapshot_name(fence: int, step: int) -> str:
+    """Of a snapshot to resume from."""
+    return f"f{fence}-s{step}"
+
+
 def to_json(value: object) -> bytes:
     """The bytes of a JSON file: one form for one value, no NaN."""
     return json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False).encode() + b"\n"
@@ -88,7 +105,7 @@ def write(folder: Path, files: Mapping[str, bytes]) -> tuple[Manifest, str]:
         ]
     )
     manifest_bytes = to_json(manifest.model_dump())
-    unfinished = folder.with_name(folder.name + ".tmp")
+    unfinished = folder.with_name(folder.name + UNFINISHED)
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:

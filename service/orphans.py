@@ -15,6 +15,7 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
+from nanomoe.checkpoint import FOLDER_NAME, UNFINISHED
 from service.database import Database
 from service.tables import Checkpoint, Job, Snapshot, table
 
@@ -22,7 +23,7 @@ SWEEP_AFTER = timedelta(days=1)
 """How long files without a row stay: time to notice that the wrong database was restored."""
 
 _JOB_FOLDER = re.compile(r"[0-9a-f]{32}")
-_FENCED = re.compile(r"f(\d+)-s?\d+(\.tmp)?|text\.f(\d+)\.tmp")
+_FENCED = re.compile(rf"{FOLDER_NAME}({re.escape(UNFINISHED)})?|text\.f(\d+)\.tmp")
 """What a claim makes in its job's folder: checkpoints and snapshots, whole or unfinished, and an unfinished text."""
 
 

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import sqlalchemy as sa
 from sqlmodel import Session, col, select
 
+from nanomoe import checkpoint
 from service.database import REVISION, Database, open_database
 from service.errors import NotFound, NotInstalled, StartRefused
 from service.orphans import sweep_orphans
@@ -67,7 +68,6 @@ __all__ = [
     "job_folder",
     "join_installation",
     "list_checkpoints",
-    "list_folders",
     "list_jobs",
     "list_workers",
     "new_id",
@@ -96,13 +96,13 @@ def job_folder(job_id: str) -> str:
 
 
 def checkpoint_folder(job_id: str, fence: int, percent: int) -> str:
-    """The folder of a checkpoint: its fence keeps a stale trainer out of a newer one's."""
-    return f"{job_folder(job_id)}/f{fence}-{percent}"
+    """The folder of a checkpoint."""
+    return f"{job_folder(job_id)}/{checkpoint.folder_name(fence, percent)}"
 
 
 def snapshot_folder(job_id: str, fence: int, step: int) -> str:
     """The folder of a snapshot to resume from."""
-    return f"{job_folder(job_id)}/f{fence}-s{step}"
+    return f"{job_folder(job_id)}/{checkpoint.snapshot_name(fence, step)}"
 
 
 # Jobs
@@ -235,12 +235,6 @@ def events_after(db: Database, job_id: str, seq: int, limit: int = 1000) -> list
     query = select(Event).where(col(Event.job_id) == job_id, col(Event.seq) > seq).order_by(col(Event.seq))
     with db.read() as session:
         return list(session.exec(query.limit(limit)))
-
-
-def list_folders(db: Database) -> set[str]:
-    """Every folder that a checkpoint or a snapshot refers to, relative to the data folder."""
-    with db.read() as session:
-        return {*session.exec(select(Checkpoint.folder)), *session.exec(select(Snapshot.folder))}
 
 
 # Workers

@@ -116,7 +116,7 @@ class Writer:
         from nanomoe.run import Recorded
 
         if isinstance(what, Recorded):
-            name = f"f{self._fence}-{what.percent}"
+            name = checkpoint.folder_name(self._fence, what.percent)
             manifest, sha256 = checkpoint.write(self._folder / name, what.files)
             self._wire.say(
                 CheckpointWritten(
@@ -130,7 +130,7 @@ class Writer:
                 )
             )
         elif what.step != self._last_snapshot:  # a stop right after a quarter asks for the same one again
-            name = f"f{self._fence}-s{what.step}"
+            name = checkpoint.snapshot_name(self._fence, what.step)
             _, sha256 = checkpoint.write(self._folder / name, what.files)
             self._last_snapshot = what.step
             self._wire.say(SnapshotWritten(step=what.step, folder=name, manifest_sha256=sha256))

@@ -46,7 +46,7 @@ def test_the_owner_of_a_running_job_is_asked_to_cancel(db: Database, worker: Wor
     assert queue.request_cancel(db, held.job_id).status == "running"
     assert queue.heartbeat(db, held) == Intents(cancel=True, pause=False)
     assert queue.record_steps(db, held, STEPS).cancel
-    assert queue.finish(db, held, "cancelled").status == "cancelled"
+    assert queue.release(db, held).status == "cancelled"
 
 
 def test_a_waiting_job_is_paused_and_goes_on_in_its_old_place(db: Database, worker: WorkerIdentity) -> None:
