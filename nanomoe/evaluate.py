@@ -16,10 +16,9 @@ from torch import Tensor
 
 from nanomoe.config import JobConfig
 from nanomoe.data import IGNORE, Windows
-from nanomoe.generate import Engine, Request
+from nanomoe.generate import continue_tokens
 from nanomoe.model import GPT, token_losses
 from nanomoe.moe_metrics import LayerRouting, expert_cards, moe_metrics, moe_warnings
-from nanomoe.sampling import Sampling
 from nanomoe.tokenizer import Tokenizer
 
 MAX_RECONSTRUCTED = 2048
@@ -198,12 +197,14 @@ def _reconstruction(tokens: list[int], read: _Reading, tokenizer: Tokenizer) -> 
 def _continuation(model: GPT, tokens: list[int], tokenizer: Tokenizer, config: JobConfig) -> dict[str, str]:
     """What the model adds to the text's first tokens."""
     prompt = tokens[: config.cont_prefix_tokens]
-    added: list[int] = []
-    if config.cont_max_new_tokens:
-        sampling = Sampling(temperature=config.temperature, top_k=config.top_k)
-        request = Request(prompt, config.cont_max_new_tokens, sampling, seed=config.seed)
-        engine = Engine(model.state_dict(), config, device=next(model.parameters()).device, max_running=1)
-        added = engine.run([request])[0].new
+    added = continue_tokens(
+        model,
+        prompt,
+        max_new_tokens=config.cont_max_new_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        seed=config.seed,
+    )
     return {"prompt": tokenizer.decode(prompt), "text": tokenizer.decode(added)}
 
 

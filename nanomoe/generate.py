@@ -15,23 +15,20 @@ Knows no tokenizer, no HTTP and no clock.
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from nanomoe.choosing import Choosing
 from nanomoe.config import ModelConfig
 from nanomoe.decoder import Decoder
 from nanomoe.model import GPT
 from nanomoe.output_layer import OutputLayer
-from nanomoe.sampling import Floats, Ids, NoiseStream, Sampling, choose, choose_among_blocks
+from nanomoe.sampling import Floats, NoiseStream, Sampling, choose
 
 _PREFILL_TOKENS = 4096
 """Tokens of windows that are computed together: more would only delay everybody's next token."""
-
-_LONGEST_SHORT_LIST = 1024
-"""A larger top_k is sampled from all logits."""
 
 FEW_SEQUENCES = 4
 """Fewer than these are computed by one thread: with two, a lone text is a tenth faster on a machine of its own, and
@@ -246,7 +243,13 @@ class Engine:
         self, group: Sequence[Continuation], hidden_NC: Tensor, certain: Sequence[bool], rows: range | None
     ) -> list[Continuation]:
         """Choose the next token of each sequence. `rows`: where their keys and values are, None if nowhere."""
-        choosing = _Choosing(self._output, group, hidden_NC)
+        choosing = Choosing(
+            self._output,
+            hidden_NC,
+            [continuation.request.sampling for continuation in group],
+            [None if continuation.noise is None else continuation.noise.draw() for continuation in group],
+            wants_logits=[continuation.request.logprobs is not None for continuation in group],
+        )
         for n, continuation in enumerate(group):
             token = choosing.tokens[n] if certain[n] else None
             if token is None:
@@ -263,118 +266,6 @@ class Engine:
             continuation.new.append(token)
             continuation.finished |= len(continuation.new) == continuation.request.max_new_tokens
         return list(group)
-
-
-class _Choosing:
-    """One round of choosing the next token of several sequences, by the cheapest logits that decide."""
-
-    def __init__(self, output: OutputLayer, group: Sequence[Continuation], hidden_NC: Tensor) -> None:
-        self._output = output
-        self._hidden_NC = hidden_NC
-        self._requests = [continuation.request for continuation in group]
-        self._noises = [None if continuation.noise is None else continuation.noise.draw() for continuation in group]
-        self._errors = output.errors(hidden_NC)
-        self._candidates: dict[int, Ids] = {}
-        """The tokens that can be meant, of those sequences for which they are few."""
-        self.tokens: list[int | None] = [None] * len(group)
-        """Of each sequence; None where float32 does not decide."""
-        self.logits: dict[int, Floats] = {}
-        """All logits of the sequences whose probabilities are asked for."""
-
-        greedy, drawn, few, all_ = [], [], [], []
-        for n, request in enumerate(self._requests):
-            sampling = request.sampling
-            if request.logprobs is not None:
-                all_.append(n)
-            elif sampling.greedy:
-                greedy.append(n)
-            elif output.draws and not sampling.cuts_by_mass:
-                drawn.append(n)
-            elif sampling.top_k is not None and sampling.top_k <= _LONGEST_SHORT_LIST:
-                few.append(n)
-            else:
-                all_.append(n)
-        self._likeliest(greedy)
-        self._draw(drawn)
-        self._among_candidates(few)
-        self._roughly([n for n in all_ if self._requests[n].logprobs is None])
-        self._among_all(
-            [n for n in greedy + drawn + few + all_ if self.tokens[n] is None and n not in self._candidates]
-        )
-
-    def _rows(self, chosen: list[int]) -> tuple[Tensor, list[float]]:
-        every = chosen == list(range(len(self._requests)))
-        return self._hidden_NC if every else self._hidden_NC[chosen], [self._errors[n] for n in chosen]
-
-    def _likeliest(self, chosen: list[int]) -> None:
-        if chosen:
-            for n, token in zip(chosen, self._output.likeliest(*self._rows(chosen)), strict=True):
-                self.tokens[n] = token
-
-    def _among_candidates(self, chosen: list[int]) -> None:
-        """Choose among the likeliest tokens of each sequence, where these are few."""
-        if not chosen:
-            return
-        hidden_NC, errors = self._rows(chosen)
-        counts = [self._requests[n].sampling.top_k or 1 for n in chosen]
-        found = self._output.candidates(hidden_NC, counts, errors)
-        for n, candidates, error in zip(chosen, found, errors, strict=True):
-            if candidates is not None:
-                self._candidates[n] = candidates.ids
-                self.tokens[n] = self._choose(n, candidates.logits, error, candidates.ids)
-
-    def _draw(self, chosen: list[int]) -> None:
-        """Sample tokens from what 8-bit products tell, where that decides."""
-        if chosen:
-            hidden_NC, errors = self._rows(chosen)
-            samplings = [self._requests[n].sampling for n in chosen]
-            noises = [noise for n in chosen if (noise := self._noises[n]) is not None]
-            for n, token in zip(chosen, self._output.draw(hidden_NC, errors, samplings, noises), strict=True):
-                self.tokens[n] = token
-
-    def _among_all(self, chosen: list[int]) -> None:
-        """Choose among all tokens by their float32 logits."""
-        if chosen:
-            hidden_NC, errors = self._rows(chosen)
-            logits_NV = self._output.logits(hidden_NC).cpu().numpy()
-            self._choose_each(chosen, logits_NV, errors)
-            self.logits.update(zip(chosen, logits_NV, strict=True))
-
-    def _roughly(self, chosen: list[int]) -> None:
-        """Choose among all tokens by 8-bit logits, where these are to be had and decide."""
-        if not chosen:
-            return
-        hidden_NC, errors = self._rows(chosen)
-        rough = self._output.rough(hidden_NC)
-        if rough is None:
-            return
-        for i, n in enumerate(chosen):
-            sampling, noise = self._requests[n].sampling, self._noises[n]
-            unit, bound, error = rough.units[i], rough.bounds[i] + errors[i], errors[i]
-            if sampling.allows_all and noise is not None:
-                self.tokens[n] = choose_among_blocks(
-                    rough.logits[i], unit, bound, partial(rough.block, i), error, sampling.temperature, noise
-                )
-            else:
-                self.tokens[n] = self._choose(n, rough.logits[i] * unit, bound)
-
-    def _choose_each(self, chosen: list[int], logits_NV: Floats, errors: list[float]) -> None:
-        for i, n in enumerate(chosen):
-            self.tokens[n] = self._choose(n, logits_NV[i], errors[i])
-
-    def _choose(self, n: int, logits: Floats, error: float, ids: Ids | None = None) -> int | None:
-        return choose(logits, self._requests[n].sampling, self._noises[n], ids=ids, error=error)
-
-    def decide_exactly(self, n: int, exact_C: Tensor, *, trust_candidates: bool) -> int:
-        """The token by the float64 hidden state. `trust_candidates`: whether the rounded one was within its error."""
-        ids = self._candidates.get(n) if trust_candidates else None
-        ids_S = None if ids is None else torch.from_numpy(ids).to(exact_C.device)
-        logits = self._output.exact(exact_C, ids_S).cpu().numpy()
-        token = self._choose(n, logits, 0.0, ids)
-        assert token is not None, "exact logits decide"
-        if ids is None:
-            self.logits[n] = logits
-        return token
 
 
 def _groups(

@@ -10,14 +10,14 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
+from nanomoe.int8 import LEAST
 from nanomoe.kernels import Array, compiled, compiled_parallel, use_threads
 from nanomoe.kernels.products import GROUP, Ints, Products, read_group
 
 Ids = npt.NDArray[np.int64]
 Wide = npt.NDArray[np.float64]
 
-_LEAST = np.float32(1e-30)
-"""Stands for the largest number of a row that is all zeros."""
+_LEAST = np.float32(LEAST)
 
 
 def quantize(x_NC: Array) -> tuple[Ints, Wide, Wide, Wide]:

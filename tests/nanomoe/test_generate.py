@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nanomoe import generate
+from nanomoe.choosing import Choosing
 from nanomoe.config import ModelConfig
 from nanomoe.generate import Continuation, Engine, Request, continue_tokens, generate_reference
 from nanomoe.model import GPT
@@ -75,7 +76,7 @@ def several_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
 def in_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Read every vocabulary in 8 bits, on every machine."""
     monkeypatch.setattr("nanomoe.output_layer._SMALL_BYTES", 0)
-    monkeypatch.setattr("nanomoe.output_layer._has_fast_ints", lambda _: True)
+    monkeypatch.setattr("nanomoe.int8._has_fast_ints", lambda _: True)
 
 
 def _requests(
@@ -137,13 +138,13 @@ def test_nearly_every_token_is_decided_without_all_logits(
 ) -> None:
     model = _model(vocab_size=700)
     seen = []
-    among_all = generate._Choosing._among_all
+    among_all = Choosing._among_all
 
     def counted(choosing: Any, chosen: list[int]) -> None:
         seen.append(len(chosen))
         among_all(choosing, chosen)
 
-    monkeypatch.setattr(generate._Choosing, "_among_all", counted)
+    monkeypatch.setattr(Choosing, "_among_all", counted)
     engine = _engine(model, compiled=True)
     made = engine.run([Request([n], BLOCK_SIZE - 1, sampling, seed=n) for n in range(20)])
     n_tokens = sum(len(continuation.new) for continuation in made)

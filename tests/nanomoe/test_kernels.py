@@ -113,7 +113,7 @@ def output_layer(
         wte_VC = wte_VC[torch.arange(vocab_size) % n_different]
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("nanomoe.output_layer._SMALL_BYTES", 0)
-        patched.setattr("nanomoe.output_layer._has_fast_ints", lambda _: True)
+        patched.setattr("nanomoe.int8._has_fast_ints", lambda _: True)
         return OutputLayer(wte_VC, 1e-7, compiled=True), x_NC
 
 
