@@ -228,6 +228,15 @@ def silent(script: Script) -> None:
     script.work()
 
 
+def hesitate(script: Script) -> None:
+    """Some slow steps, and then one ten times as slow."""
+    script.prepared()
+    for seconds in (0.2, 0.2, 0.2, 2.0):
+        time.sleep(seconds)
+        script.steps(1)
+    end("succeeded")
+
+
 def garbled(script: Script) -> None:
     os.write(1, b"not the protocol\n")
     time.sleep(60)
@@ -256,7 +265,7 @@ def deaf_child(script: Script, **options: Any) -> None:
 SCRIPTS: dict[str, Callable[[Script], None]] = {
     script.__name__: script
     for script in (
-        *(work, succeed, fail, disk_full, deaf, die, die_once, silent, garbled, orphans),
+        *(work, succeed, fail, disk_full, deaf, die, die_once, silent, hesitate, garbled, orphans),
         *(starve, starve_always, starve_at_the_start),
     )
 }

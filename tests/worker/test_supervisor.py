@@ -192,6 +192,14 @@ def test_what_a_trainer_says_at_last_decides_the_status(
 
 
 @ONLY_SQLITE
+def test_a_trainer_of_slow_steps_has_twenty_of_them_before_it_counts_as_stalled(place: Workplace) -> None:
+    job = place.submit()
+    place.start_worker("hesitate", timing=replace(QUICK, stall=1.0))
+    place.wait_for(job, "succeeded", "failed")
+    assert place.job(job).status == "succeeded"
+
+
+@ONLY_SQLITE
 def test_a_trainer_that_says_something_else_than_the_protocol_has_crashed(place: Workplace) -> None:
     job = place.submit()
     place.start_worker("garbled", backoff_seconds=60)
