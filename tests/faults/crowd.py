@@ -178,9 +178,13 @@ async def _stream(http: httpx.AsyncClient, seen: Round, body: dict[str, Any]) ->
 
 
 async def _leave(http: httpx.AsyncClient, seen: Round, body: dict[str, Any], chance: random.Random) -> None:
-    """Close the connection in the middle: after a few chunks, or before any answer."""
+    """Close the connection in the middle: after a few chunks, or before any answer. Who is refused does not leave."""
     if chance.random() < 0.5:
         async with http.stream("POST", "/generate", json=body | {"stream": True, "max_new_tokens": 400}) as answer:
+            if answer.status_code != 200:
+                await answer.aread()
+                _refused(seen, answer)
+                return
             left = chance.randrange(1, 5)
             async for _ in answer.aiter_lines():
                 left -= 1
@@ -188,7 +192,12 @@ async def _leave(http: httpx.AsyncClient, seen: Round, body: dict[str, Any], cha
                     break
     else:
         with contextlib.suppress(httpx.TimeoutException):
-            await http.post("/generate", json=body | {"max_new_tokens": 400}, timeout=chance.uniform(0.05, 0.5))
+            answer = await http.post(
+                "/generate", json=body | {"max_new_tokens": 400}, timeout=chance.uniform(0.05, 0.5)
+            )
+            if answer.status_code != 200:
+                _refused(seen, answer)
+                return
     seen.answers["left"] += 1
 
 
