@@ -1,0 +1,105 @@
+"""The API is killed while jobs arrive: whoever got no answer sends the same again, and every job is there once."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from sqlmodel import select
+
+from service import store
+from service.settings import Settings
+from service.store import Database, Job
+from tests.databases import EITHER
+from tests.races import at_once
+
+ROOT = Path(__file__).parents[2]
+N_JOBS = 50
+
+# The API, which dies in the middle of its 20th submission: as that is to be committed, or once it was.
+_DYING = """
+import itertools, os, signal, sys
+import sqlalchemy as sa
+from service import queue
+from service.__main__ import main
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def dying_submit(db, *arguments, **options):
+    is_the_one = next(numbers) == 20
+    if is_the_one and moment == "before the commit":
+        sa.event.listen(db.engine, "commit", die)
+    submitted = submit(db, *arguments, **options)
+    if is_the_one:
+        die()
+    return submitted
+
+moment = sys.argv.pop()
+numbers, submit, queue.submit = itertools.count(1), queue.submit, dying_submit
+main()
+"""
+
+
+@contextmanager
+def _api(settings: Settings, *program: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A process of the API, and its address."""
+    environment = {
+        **os.environ,
+        "NANOMOE_DATA_DIR": str(settings.data_dir),
+        "NANOMOE_DATABASE_URL": settings.database_url,
+        "NANOMOE_PORT": "0",
+    }
+    command = [sys.executable, *program]
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as started:
+        try:
+            assert started.stdout is not None
+            found = re.fullmatch(r"nanomoe listening on (\S+)\n", started.stdout.readline())
+            assert found
+            yield started, found[1]
+        finally:
+            started.kill()
+
+
+def _submit_all(url: str) -> list[str | None]:
+    """Submit all jobs at once, each with its key; their ids, None for what got no answer."""
+
+    def submitting(n: int) -> Callable[[], str | None]:
+        body = {"text": f"O gato {n} dorme.", "config": {"tokenizer": "bytes"}}
+
+        def submit() -> str | None:
+            try:
+                answer = httpx.post(f"{url}/jobs", json=body, headers={"Idempotency-Key": f"key-{n}"}, timeout=30)
+            except httpx.TransportError:
+                return None
+            assert answer.status_code in (200, 201), answer.text
+            job_id: str = answer.json()["id"]
+            return job_id
+
+        return submit
+
+    return at_once([submitting(n) for n in range(N_JOBS)])
+
+
+@EITHER
+@pytest.mark.parametrize("moment", ["before the commit", "after the commit"])
+def test_an_api_that_is_killed_while_jobs_arrive_makes_each_once(db: Database, settings: Settings, moment: str) -> None:
+    with _api(settings, "-c", _DYING, moment) as (api, url):
+        first = _submit_all(url)
+        assert api.wait(30) == -signal.SIGKILL
+    answered = {job_id for job_id in first if job_id is not None}
+    assert len(answered) < N_JOBS
+    assert answered <= {job.id for job in store.list_jobs(db, limit=N_JOBS)}, "what was answered is there"
+    with _api(settings, "-m", "service") as (_, url):
+        second = _submit_all(url)
+        assert [old or new for old, new in zip(first, second, strict=True)] == second, "a key keeps its job"
+    with db.read() as session:
+        jobs = {key: job_id for job_id, key in session.exec(select(Job.id, Job.idempotency_key))}
+    assert jobs == {f"key-{n}": job_id for n, job_id in enumerate(second)}
+    assert store.count_jobs(db)["queued"] == N_JOBS
