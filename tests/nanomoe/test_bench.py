@@ -6,6 +6,7 @@ import torch
 from nanomoe.bench import generation, models, peers
 from nanomoe.generate import Engine, Request
 from nanomoe.sampling import Sampling
+from nanomoe.size import n_active_params
 
 
 @pytest.fixture(autouse=True)
@@ -29,10 +30,15 @@ def test_nanogpts_loop_and_transformers_continue_as_the_engine_does(name: str) -
         assert extend(torch.tensor([prompt, prompt]), 20, greedy).tolist() == [expected, expected]
 
 
-def test_the_mixture_of_transformers_does_as_much_work() -> None:
+def test_a_token_meets_as_many_parameters_in_the_mixture_of_transformers() -> None:
     model = models.untrained("mixture", 8192)
-    extend = peers.transformers_cached(model)
-    assert extend(torch.tensor([[1, 2, 3]]), 5, Sampling(1.0, 10)).shape == (1, 8)
+    theirs = peers._mixtral(model)
+    assert theirs.lm_head.weight is theirs.model.embed_tokens.weight
+    in_experts = sum(p.numel() for name, p in theirs.named_parameters() if ".experts." in name)
+    met = sum(p.numel() for p in theirs.parameters()) - in_experts * (1 - model.config.k / model.config.n_experts)
+    assert in_experts > 0
+    assert met == pytest.approx(n_active_params(model.config, 8192), rel=0.03)
+    assert peers.transformers_cached(model)(torch.tensor([[1, 2, 3]]), 5, Sampling(1.0, 10)).shape == (1, 8)
 
 
 def test_figures_follow_from_the_turns() -> None:

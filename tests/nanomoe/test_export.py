@@ -43,10 +43,17 @@ for folder in folders:
 
 
 def written(tmp_path: Path, config: JobConfig) -> Path:
-    """A checkpoint's folder with random weights, and beside it the logits of some tokens."""
+    """A checkpoint's folder with random weights, and beside it the logits of some tokens.
+
+    Weights and biases are so large that another activation, or a bias that is left out, shows.
+    """
     tokenizer = load_tokenizer("bytes")
     model = GPT.build(config, tokenizer.vocab_size)
     model.init_weights(1)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
     for name, buffer in model.named_buffers():
         assert name.endswith("balance_bias")
         buffer.copy_(torch.linspace(-0.3, 0.3, len(buffer)))
@@ -91,7 +98,7 @@ def test_exported_folders_open_without_nanomoe_and_give_the_same_logits(tmp_path
     assert opened.returncode == 0, opened.stderr
     lines = re.findall(r"opened (\w+) (\S+)", opened.stdout)
     assert [name for name, _ in lines] == ["GPT2LMHeadModel"] * 2 + ["NanoMoEForCausalLM"] * 3
-    assert all(float(difference) < 1e-5 for _, difference in lines)
+    assert all(float(difference) < 1e-4 for _, difference in lines)
 
 
 def test_a_mixture_is_no_gpt2(tmp_path: Path) -> None:
