@@ -222,8 +222,9 @@ def _open_sqlite(url: URL) -> Database:
         url,
         module=driver,
         json_serializer=_to_json,
-        pool_size=8,
-        max_overflow=32,
+        # One for each thread that answers requests: opening one for a moment costs more than what it is asked.
+        pool_size=40,
+        max_overflow=0,
         pool_timeout=BUSY_SECONDS,
         connect_args={"isolation_level": None, "timeout": BUSY_SECONDS, "check_same_thread": False},
     )
