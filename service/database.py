@@ -224,7 +224,7 @@ def _open_sqlite(url: URL) -> Database:
         json_serializer=_to_json,
         # One for each thread that answers requests: opening one for a moment costs more than what it is asked.
         pool_size=40,
-        max_overflow=0,
+        max_overflow=8,
         pool_timeout=BUSY_SECONDS,
         connect_args={"isolation_level": None, "timeout": BUSY_SECONDS, "check_same_thread": False},
     )
