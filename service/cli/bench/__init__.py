@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from nanomoe.bench.generation import Figures
     from service.cli.bench.served import Served
 
+_LARGEST = 1_000_000
+"""Of a number in an option's list."""
+
 app = typer.Typer(
     name="bench",
     help="Measure this machine, beside others who do the same work.",
@@ -75,7 +78,10 @@ def jobs(
     settle: Annotated[float, typer.Option(min=0, help="Seconds that a trainer gets to warm up in.")] = 8,
     n_jobs: Annotated[int, typer.Option("--jobs", min=1, help="Jobs that are submitted and cancelled.")] = 5,
     leases: Annotated[str, typer.Option(metavar="SECONDS,...", help="Kill a worker with each of these leases.")] = "60",
-    database_url: Annotated[str | None, typer.Option(help="An empty PostgreSQL database; SQLite unless given.")] = None,
+    database_url: Annotated[
+        str | None,
+        typer.Option(help="An empty PostgreSQL database; SQLite unless given. Workers are killed on SQLite."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Claims, submissions, and how long a user waits for a job to begin, to stop, and to survive its worker."""
@@ -123,6 +129,6 @@ def _numbers(option: str, given: str) -> tuple[int, ...]:
         numbers = tuple(int(number) for number in given.split(","))
     except ValueError:
         raise Mistake(f"{option} {given!r} must look like 1,8,32") from None
-    if not all(0 < number <= 1_000_000 for number in numbers):
-        raise Mistake(f"{option} {given!r}: numbers from 1 on")
+    if not all(0 < number <= _LARGEST for number in numbers):
+        raise Mistake(f"{option} {given!r}: numbers from 1 to {_LARGEST:,}")
     return numbers

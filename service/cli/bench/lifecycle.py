@@ -73,6 +73,9 @@ class Delays:
 class Recovery:
     """After the supervisor of a running job was killed, with another worker idle."""
 
+    database: str
+    """Its kind, which is not that of the other measurements if those were told another."""
+
     lease_seconds: float
     kill_to_running: float
     """Seconds until another worker has claimed the job."""
@@ -249,22 +252,20 @@ def _next_batch(site: Site, job: JobHandle) -> tuple[float, int]:
 
 
 def recovery(lease_seconds: float, settle: float) -> Recovery:
-    """Kill a worker in the middle of a job, while another one is idle."""
+    """Kill a worker in the middle of a job, while another one is idle; on a SQLite of its own."""
     with open_site(lease_seconds=lease_seconds, snapshot_seconds=1) as site, Client(site.url) as client:
         site.processes.start_worker("first worker")
         job = client.submit(_text(), JobConfig(epochs=_LONG))
         _wait(site, job, lambda row: row.progress.get("step", 0) > 100)
         site.processes.start_worker("second worker")
-        deadline = time.monotonic() + _GIVE_UP_SECONDS
-        while len(client.workers()) < 2 and time.monotonic() < deadline:
-            time.sleep(0.1)
+        _until(lambda: len(store.list_workers(site.database)) == 2, "the second worker did not start")
         time.sleep(settle)
         began = time.monotonic()
         site.processes.kill("first worker")
         left_at = store.get_job(site.database, job.id).progress["step"]
         running = _wait(site, job, lambda row: row.status == "running" and row.attempt == 2) - began
         new_step = _wait(site, job, lambda row: row.progress["step"] > left_at) - began
-    return Recovery(lease_seconds, running, new_step)
+    return Recovery(site.database.engine.dialect.name, lease_seconds, running, new_step)
 
 
 def _cancel(site: Site, job: JobHandle) -> None:
@@ -274,9 +275,14 @@ def _cancel(site: Site, job: JobHandle) -> None:
 
 def _wait(site: Site, job: JobHandle, until: Callable[[Job], bool]) -> float:
     """The monotonic time at which the row first looked so."""
+    return _until(lambda: until(store.get_job(site.database, job.id)), f"job {job.id} did not get there")
+
+
+def _until(holds: Callable[[], bool], otherwise: str) -> float:
+    """The monotonic time at which it first held. Raises AssertionError when it takes too long."""
     give_up = time.monotonic() + _GIVE_UP_SECONDS
-    while not until(store.get_job(site.database, job.id)):
-        assert time.monotonic() < give_up, f"job {job.id} did not get there"
+    while not holds():
+        assert time.monotonic() < give_up, otherwise
         time.sleep(_POLL_SECONDS)
     return time.monotonic()
 

@@ -103,7 +103,7 @@ def delays_table(delays: "Delays", recoveries: Iterable["Recovery"]) -> Table:
     for (since, until), (median, largest) in rows.items():
         table.add_row(since, until, _ms(median), _ms(largest))
     for one in recoveries:
-        since = f"worker killed, lease {one.lease_seconds:g} s"
+        since = f"worker killed, lease {one.lease_seconds:g} s, {one.database}"
         table.add_row(since, "running again", f"{one.kill_to_running:.1f} s", "")
         table.add_row(since, "first new step", f"{one.kill_to_new_step:.1f} s", "")
     return table

@@ -2,7 +2,7 @@
 
 import pytest
 
-from service.cli.bench import lifecycle
+from service.cli.bench import lifecycle, tables
 from service.cli.bench.site import open_site
 from tests.service.cli.conftest import Run
 
@@ -22,7 +22,11 @@ def test_generation_is_measured_through_http_too(nanomoe: Run, monkeypatch: pyte
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [(["--models", "sparse"], "there are dense, mixture"), (["--at-once", "many"], "must look like 1,8,32")],
+    [
+        (["--models", "sparse"], "there are dense, mixture"),
+        (["--at-once", "many"], "must look like 1,8,32"),
+        (["--at-once", "2000000"], "numbers from 1 to 1,000,000"),
+    ],
 )
 def test_what_cannot_be_measured_is_a_mistake(nanomoe: Run, options: list[str], said: str) -> None:
     result = nanomoe("bench", "generate", *options)
@@ -47,3 +51,17 @@ def test_submissions_are_counted_and_taken_back() -> None:
         assert seen.submits_per_sec > 1
         assert 0 < seen.get_p50_seconds <= seen.get_p99_seconds
         assert lifecycle._n_queued(site.database) == 0
+
+
+def test_a_second_worker_that_does_not_start_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lifecycle, "_GIVE_UP_SECONDS", 0.1)
+    monkeypatch.setattr(lifecycle, "_wait", lambda *_: 0.0)
+    monkeypatch.setattr("service.cli.processes.Processes.start_worker", lambda *_: None)
+    with pytest.raises(AssertionError, match="the second worker did not start"):
+        lifecycle.recovery(lease_seconds=3, settle=0)
+
+
+def test_the_time_after_a_killed_worker_names_the_database_it_was_measured_on() -> None:
+    delays = lifecycle.Delays(1, (1.0, 1.0), (1.0, 1.0), (1.0, 1.0), (1.0, 1.0))
+    table = tables.delays_table(delays, [lifecycle.Recovery("sqlite", 60, 61.0, 62.0)])
+    assert list(table.columns[0].cells)[-1] == "worker killed, lease 60 s, sqlite"
