@@ -52,7 +52,8 @@ class Settings(BaseSettings):
     """Serve other addresses than loopback without keys: for a container whose port is published on loopback only."""
 
     device: str = Field("auto", min_length=1)
-    """Where the worker trains: `auto` (the GPU if there is one), `cpu`, `cuda` or `cuda:N`."""
+    """Where the worker trains: `auto` (the GPU if there is one), or any of `cpu`, `cpu:N`, `cuda`, `cuda:N` with commas
+    between."""
 
     lease_seconds: float = Field(60, gt=0, le=86_400)
     """How long a claimed job stays its worker's without a heartbeat."""

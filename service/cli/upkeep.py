@@ -25,7 +25,7 @@ from service.settings import Settings
 
 if TYPE_CHECKING:
     from service.database import Database
-    from service.maintenance import Report
+    from service.fsck import Report
 
 
 def backup(
@@ -63,7 +63,7 @@ def fsck(
 
     Exit code 0: all is as it was recorded; 1: something is missing or damaged.
     """
-    from service.maintenance import check
+    from service.fsck import check
     from service.orphans import sweep_orphans
 
     here = settings()

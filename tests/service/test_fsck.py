@@ -11,7 +11,7 @@ from nanomoe import checkpoint
 from service import queue, store
 from service.database import Database
 from service.errors import SchemaMismatch
-from service.maintenance import check
+from service.fsck import check
 from service.settings import Settings
 from service.tables import Checkpoint, table
 from tests.databases import ONLY_SQLITE

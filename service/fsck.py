@@ -131,9 +131,8 @@ def _reread(db: Database, row: Checkpoint | Snapshot) -> Checkpoint | Snapshot |
 
 
 def _verify(data_dir: Path, row: Checkpoint | Snapshot, report: Report) -> Fault | None:
-    is_checkpoint = isinstance(row, Checkpoint)
-    percent = row.percent if isinstance(row, Checkpoint) else None
-    what = f"checkpoint {percent}" if is_checkpoint else f"the snapshot of step {row.step}"
+    percent, files = (row.percent, row.files) if isinstance(row, Checkpoint) else (None, None)
+    what = f"the snapshot of step {row.step}" if percent is None else f"checkpoint {percent}"
     folder = data_dir / row.folder
     if not folder.is_dir():
         return Fault("missing", f"{what}: there is no folder {row.folder}", row.job_id, percent, row.folder)
@@ -141,7 +140,7 @@ def _verify(data_dir: Path, row: Checkpoint | Snapshot, report: Report) -> Fault
         manifest = checkpoint.verify(folder, row.manifest_sha256)
     except CheckpointDamaged as error:
         return Fault("damaged", f"{what}: {error}", row.job_id, percent, row.folder)
-    if isinstance(row, Checkpoint) and [entry.model_dump() for entry in manifest.files] != row.files:
+    if files is not None and [entry.model_dump() for entry in manifest.files] != files:
         return Fault("damaged", f"{what}: the row lists other files than its manifest", row.job_id, percent, row.folder)
     report.n_bytes += sum(entry.size for entry in manifest.files)
     return None
