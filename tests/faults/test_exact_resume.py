@@ -1,6 +1,8 @@
 """A job that was killed, however often and wherever, ends with exactly the bytes of one that was not."""
 
 import random
+import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,9 +10,10 @@ import pytest
 from nanomoe import checkpoint
 from nanomoe.config import JobConfig
 from service import queue, store
+from service.store import Job
 from tests.databases import ONLY_SQLITE
 from tests.faults.undisturbed import CONFIGS, DENSE, TEXT, assert_undisturbed, hooked, train_undisturbed, undisturbed
-from tests.worker.workplace import Workplace
+from tests.worker.workplace import SHORT_LEASE, Workplace
 
 
 @ONLY_SQLITE
@@ -25,14 +28,57 @@ def test_a_job_killed_at_random_points_ends_with_the_bytes_of_an_undisturbed_one
     assert_undisturbed(place, job, undisturbed(name))
 
 
+def announced(names: set[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The points that the commit of a folder with these files goes through."""
+    points: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "reached", points.append)
+        checkpoint.write(folder, dict.fromkeys(names, b""))
+    return points
+
+
 @ONLY_SQLITE
-def test_death_at_every_point_of_a_commit_loses_nothing(place: Workplace) -> None:
-    points = ["f1-50/wrote model.safetensors", "f2-50/flushed", "f3-50/renamed"]
-    hooks = {attempt: {"point": point} for attempt, point in enumerate(points, 1)}
+@pytest.mark.parametrize("kind", ["checkpoint", "snapshot"])
+def test_death_at_every_point_of_a_commit_loses_nothing(
+    place: Workplace, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = undisturbed("dense")
+    names = set(expected.files[50])
+    if kind == "snapshot":
+        names = names - {checkpoint.METRICS} | {checkpoint.RESUME_TENSORS, checkpoint.RESUME_STATE}
+    points = announced(names, tmp_path / "announced", monkeypatch)
+    # Half-way there is a snapshot to go on from; every attempt does, and comes one point further than the last.
+    half = len(expected.steps) // 2
+    hooks = {
+        fence: {"point": f"f{fence}-{50 if kind == 'checkpoint' else f's{half}'}/{point}"}
+        for fence, point in enumerate(points, 1)
+    }
     place.start_worker(program=hooked(hooks), max_crashes=100)
     job = place.submit(TEXT, **DENSE)
-    done = place.wait_for(job, "succeeded", "failed", timeout=200)
+    done = place.wait_for(job, "succeeded", "failed", timeout=250)
     assert (done.status, done.attempt) == ("succeeded", len(points) + 1)
+    assert 0 not in (steps := resumed_at(place, job))
+    assert len(steps) == len(points)
+    assert_undisturbed(place, job, expected)
+
+
+def resumed_at(place: Workplace, job: Job) -> list[int]:
+    """The step that each attempt but the first went on from."""
+    told = [event["message"] for event in place.events(job, "warning") if event["code"] == "resumed"]
+    return [int(message.rpartition(" ")[2]) for message in told]
+
+
+@ONLY_SQLITE
+@pytest.mark.parametrize(("write", "number"), [("record_checkpoint", 3), ("record_snapshot", 2)])
+def test_the_death_of_a_supervisor_between_files_and_row_loses_nothing(
+    place: Workplace, write: str, number: int
+) -> None:
+    worker = place.start_worker(program=hooked({}), timing=SHORT_LEASE, dies_at=(write, number))
+    job = place.submit(TEXT, **DENSE)
+    assert worker.wait(100) == -signal.SIGKILL
+    place.start_worker(program=hooked({}))
+    assert place.wait_for(job, "succeeded", "failed", timeout=100).attempt == 2
+    assert 0 not in resumed_at(place, job)
     assert_undisturbed(place, job, undisturbed("dense"))
 
 

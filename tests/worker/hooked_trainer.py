@@ -96,6 +96,7 @@ def reached(point: str) -> None:
             time.sleep(0.01)
 
 
+trainer._warm_up = lambda: None  # torch is imported by now, and a job of a test takes no longer than the warming
 trainer.run_job = run_job
 trainer.Wire.say = say  # type: ignore[method-assign]
 checkpoint.write = write

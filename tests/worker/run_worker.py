@@ -3,6 +3,7 @@
 Forked from a server that has imported the supervisor already, to spare the second that takes.
 """
 
+import itertools
 import os
 import signal
 import sys
@@ -70,11 +71,22 @@ def slow_down_the_disk(seconds: float) -> None:
     checkpoint._pieces = slow
 
 
+def die_at(write: str, number: int) -> None:
+    """Be killed instead of making the call with this number, from 1, of a write of the queue."""
+    really_write, calls = getattr(queue, write), itertools.count(1)
+
+    def write_or_die(*arguments: Any, **options: Any) -> Any:
+        if next(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return really_write(*arguments, **options)
+
+    setattr(queue, write, write_or_die)
+
+
 def run(spec: dict[str, Any]) -> None:
     """The whole life of a worker process. `spec`: `settings`, `timing`, `device`, `slots`, `command`,
-    `max_crashes`, `backoff_seconds`, `slow_disk_seconds`, `busy_seconds`, `log`: a file that takes standard error's
-    place, unless None; and `without`: protections that are taken away, to show that
-    they are needed.
+    `max_crashes`, `backoff_seconds`, `slow_disk_seconds`, `dies_at`, `busy_seconds`, `log`: a file that takes standard
+    error's place, unless None; and `without`: protections that are taken away, to show that they are needed.
     What the kernel has killed for want of memory is read from `memory.events` in the data folder."""
     os.chdir(spec["folder"])
     sys.exit(_run(spec))
@@ -93,6 +105,8 @@ def _run(spec: dict[str, Any]) -> int:
         take_away(protection)
     if spec["slow_disk_seconds"]:
         slow_down_the_disk(spec["slow_disk_seconds"])
+    if spec["dies_at"] is not None:
+        die_at(*spec["dies_at"])
     with closing(open_database(settings)) as db:
         supervisor = Supervisor(
             db,

@@ -104,10 +104,11 @@ class Workplace:
         slow_disk_seconds: float = 0.0,
         busy_seconds: float = BUSY_SECONDS,
         log: Path | None = None,
+        dies_at: tuple[str, int] | None = None,
     ) -> WorkerProcess:
         """A worker whose trainers follow `script`, run `program`, or train in earnest. `slow_disk_seconds`: that long
         it takes to verify a file. `busy_seconds`: that long it waits for SQLite's write lock. `log`: where its log
-        goes."""
+        goes. `dies_at`: which call of which of the queue's writes kills it."""
         if script is not None:
             program = [str(HERE / "scripted_trainer.py"), script]
         spec = {
@@ -125,6 +126,7 @@ class Workplace:
             "backoff_seconds": backoff_seconds,
             "without": without,
             "slow_disk_seconds": slow_disk_seconds,
+            "dies_at": dies_at,
             "busy_seconds": busy_seconds,
             "log": log and str(log),
         }
