@@ -33,8 +33,11 @@ checks = { positive_data_acceptance = { expected-statuses = ["2xx", "404", "409"
 def seeded(serve: Serve, tmp_path: Path) -> tuple[Api, list[str]]:
     """A server, and jobs in several states, one that has finished first."""
     api = serve(max_text_bytes=100_000)
-    finished = api.running()
-    api.record_checkpoint(finished, 100, 500, tiny_files(tmp_path / "tiny"))
+    finished = api.claim(api.submit()["id"])
+    files = tiny_files(tmp_path / "tiny")
+    for percent in (0, 100):  # a checkpoint that makes no model is a 503, whoever asks for it
+        api.record_checkpoint(finished, percent, 5 * percent, files)
+    api.record_steps(finished, 1, 3)
     queue.finish(api.db, finished, "succeeded")
     running = api.running()
     waiting, cancelled = (api.submit()["id"] for _ in range(2))
