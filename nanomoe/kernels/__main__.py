@@ -18,7 +18,7 @@ def warm_up() -> float:
     model = GPT.build(config, 16_384)  # large enough to be read in 8 bits
     model.init_weights(0)
     engine = Engine(model.state_dict(), config, compiled=True)
-    engine.run([Request([1], 2, sampling) for sampling in (Sampling(0), Sampling(1.0))])
+    engine.run([Request([1], 2, sampling) for sampling in (Sampling(0), Sampling(1.0), Sampling(1.0, top_p=0.5))])
     return time.monotonic() - began
 
 
