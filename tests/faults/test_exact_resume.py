@@ -2,6 +2,7 @@
 
 import random
 import signal
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,27 @@ def test_a_paused_job_ends_with_the_same_bytes(place: Workplace) -> None:
     queue.resume(place.db, job.id)
     assert place.wait_for(job, "succeeded").attempt == 2
     assert_undisturbed(place, job, undisturbed("dense"))
+
+
+def test_a_job_goes_on_where_its_data_folder_was_moved_to(place: Workplace, tmp_path: Path) -> None:
+    worker = place.start_worker(program=hooked({1: {"hold": "f1-25/renamed"}}))
+    job = place.submit(TEXT, **DENSE)
+    place.wait_until(lambda: store.list_checkpoints(place.db, job.id))
+    worker.signal(signal.SIGTERM)  # drained: the job waits for any worker
+    assert worker.wait(60) == 0
+    before = place.settings.data_dir
+    moved = before.rename(tmp_path / "elsewhere")
+    url = place.settings.database_url.replace(str(before), str(moved))
+    settings = place.settings.model_copy(update={"data_dir": moved, "database_url": url})
+    with closing(store.open_database(settings)) as db:
+        other = Workplace(db, settings)
+        try:
+            other.start_worker(program=hooked({}))
+            assert other.wait_for(job, "succeeded", "failed").attempt == 2
+            assert 0 not in resumed_at(other, job)
+            assert_undisturbed(other, job, undisturbed("dense"))
+        finally:
+            other.end()
 
 
 @ONLY_SQLITE
