@@ -36,7 +36,10 @@ def _kept_in() -> Path:
 
 numba.config.CACHE_DIR = str(_kept_in())  # type: ignore[attr-defined] # set by numba at run time
 
+_TORCH_THREADS = torch.get_num_threads()
 _MOST_THREADS: int = numba.get_num_threads()
+# With the OpenMP that both share, numba has just told torch to use every core; sums over other shares round otherwise.
+torch.set_num_threads(_TORCH_THREADS)
 
 _FLAGS = {"reassoc", "contract", "nsz", "arcp"}
 """Sums may be taken in any order, which is what makes them fast; infinities and NaN stay what they are."""

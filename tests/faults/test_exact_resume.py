@@ -48,6 +48,8 @@ def test_death_at_every_point_of_a_commit_loses_nothing(
     if kind == "snapshot":
         names = names - {checkpoint.METRICS} | {checkpoint.RESUME_TENSORS, checkpoint.RESUME_STATE}
     points = announced(names, tmp_path / "announced", monkeypatch)
+    if kind == "snapshot":
+        points = points[-3:]  # the same lines write it: once it is whole, and once it has its name, is where it differs
     # Half-way there is a snapshot to go on from; every attempt does, and comes one point further than the last.
     half = len(expected.steps) // 2
     hooks = {

@@ -219,3 +219,10 @@ def test_all_is_as_exact_on_a_processor_without_the_instruction() -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
     assert "3 passed" in done.stdout
+
+
+def test_loading_the_loops_leaves_torch_its_number_of_threads() -> None:
+    ask = "import torch; import nanomoe.kernels.products; print(torch.get_num_threads())"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    asked = subprocess.run([sys.executable, "-c", ask], env=environment, capture_output=True, text=True, check=True)
+    assert asked.stdout == "1\n"
