@@ -50,10 +50,12 @@ class Int8Embedding:
 
     @property
     def table_bytes(self) -> int:
+        """What is read of it for one row: a byte a number."""
         return self._wte.size
 
     @property
     def n_bytes(self) -> int:
+        """Memory of the table, and of what is kept for the next call."""
         return self._table.n_bytes + self._logits_NV.nbytes
 
     def logits(self, x_NC: Tensor) -> tuple[Tensor, Tensor]:
