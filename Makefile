@@ -7,8 +7,8 @@ SHELL := /bin/sh
 PYTHON ?=
 FITS := import sys, venv, ensurepip; sys.exit(not ((3, 11) <= sys.version_info < (3, 15) and sys.maxsize > 2**32))
 
-# Tests run side by side, each with a single torch thread (tests/conftest.py).
-TEST_ARGS ?= -n auto --maxprocesses 4
+# Tests run side by side, each with a single torch thread (tests/conftest.py); who has none left takes some of another's.
+TEST_ARGS ?= -n auto --maxprocesses 4 --dist worksteal
 
 # A virtual environment is bound to its path: after the folder was moved or copied, it is made anew.
 RUN := .venv/installed

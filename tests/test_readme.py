@@ -3,6 +3,7 @@
 The commands run one after the other in a copy of the project, in one shell, against the service that they start.
 """
 
+import hashlib
 import os
 import re
 import shutil
@@ -16,8 +17,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import httpx
+import numba
 import pytest
 
+from nanomoe.kernels.__main__ import warm_up
 from service.app import create_app
 from service.settings import Settings
 from tests.documents import README, ROOT, readme, tracked
@@ -98,9 +101,18 @@ def copy(tmp_path: Path) -> Path:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, folder / name)
     (folder / ".venv").symlink_to(Path(sys.prefix))
+    _bring_compiled_loops(folder)
     stale = subprocess.run(["make", "--question", ".venv/installed-dev"], cwd=folder).returncode
     assert stale == 0, "the environment is not the Makefile's own: run make setup"
     return folder
+
+
+def _bring_compiled_loops(folder: Path) -> None:
+    """Installing compiles them, half a minute's work. numba keeps them by the path of their source."""
+    warm_up()
+    kept = Path(numba.config.CACHE_DIR)
+    by_path = [f"kernels_{hashlib.sha1(str(root / 'nanomoe/kernels').encode()).hexdigest()}" for root in (ROOT, folder)]  # noqa: S324
+    shutil.copytree(kept / by_path[0], folder / "nanomoe/kernels/__pycache__" / kept.name / by_path[1])
 
 
 @pytest.mark.timeout(600)
@@ -108,7 +120,7 @@ def test_every_command_runs_and_answers_as_printed(copy: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    ours = ("NANOMOE_", "MAKE", "MFLAGS")
+    ours = ("NANOMOE_", "MAKE", "MFLAGS", "NUMBA_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     environment |= {"NANOMOE_PORT": str(port), "NO_COLOR": "1", "COLUMNS": "100", "TERM": "dumb"}
     wrong: list[str] = []
