@@ -69,13 +69,16 @@ def _api(settings: Settings, *program: str) -> Iterator[tuple[subprocess.Popen[s
 
 def _submit_all(url: str) -> list[str | None]:
     """Submit all jobs at once, each with its key; their ids, None for what got no answer."""
+    http = httpx.Client(
+        base_url=url, timeout=30, limits=httpx.Limits(max_connections=N_JOBS, max_keepalive_connections=0)
+    )
 
     def submitting(n: int) -> Callable[[], str | None]:
         body = {"text": f"O gato {n} dorme.", "config": {"tokenizer": "bytes"}}
 
         def submit() -> str | None:
             try:
-                answer = httpx.post(f"{url}/jobs", json=body, headers={"Idempotency-Key": f"key-{n}"}, timeout=30)
+                answer = http.post("/jobs", json=body, headers={"Idempotency-Key": f"key-{n}"})
             except httpx.TransportError:
                 return None
             assert answer.status_code in (200, 201), answer.text
@@ -84,7 +87,8 @@ def _submit_all(url: str) -> list[str | None]:
 
         return submit
 
-    return at_once([submitting(n) for n in range(N_JOBS)])
+    with http:
+        return at_once([submitting(n) for n in range(N_JOBS)])
 
 
 @EITHER
