@@ -1,7 +1,10 @@
 """A job that was killed, however often and wherever, ends with exactly the bytes of one that was not."""
 
+import hashlib
+import json
 import random
 import signal
+from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,18 @@ from nanomoe.config import JobConfig
 from service import queue, store
 from service.store import Job
 from tests.databases import ONLY_SQLITE
-from tests.faults.undisturbed import CONFIGS, DENSE, TEXT, assert_undisturbed, hooked, train_undisturbed, undisturbed
+from tests.faults import toy_trainer
+from tests.faults.toy_trainer import QUARTERS, Toy
+from tests.faults.undisturbed import (
+    CONFIGS,
+    DENSE,
+    TEXT,
+    Undisturbed,
+    assert_undisturbed,
+    hooked,
+    train_undisturbed,
+    undisturbed,
+)
 from tests.worker.workplace import SHORT_LEASE, Workplace
 
 
@@ -29,7 +43,7 @@ def test_a_job_killed_at_random_points_ends_with_the_bytes_of_an_undisturbed_one
     assert_undisturbed(place, job, undisturbed(name))
 
 
-def announced(names: set[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def announced(names: Iterable[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The points that the commit of a folder with these files goes through."""
     points: list[str] = []
     with monkeypatch.context() as patch:
@@ -38,30 +52,55 @@ def announced(names: set[str], folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     return points
 
 
+def undisturbed_toy() -> Undisturbed:
+    """What the toy trainer leaves where nobody disturbs it."""
+    toy, found = Toy(), Undisturbed({}, {}, [])
+    for step, percent in QUARTERS.items():
+        while toy.step < step:
+            loss = toy.learn()
+            found.steps.append((toy.step, loss, 0.5, 1.0))
+        files = toy.files(toy_trainer.CHECKPOINT)
+        found.files[percent] = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+        found.metrics[percent] = toy.metrics
+    return found
+
+
 @ONLY_SQLITE
-@pytest.mark.parametrize("kind", ["checkpoint", "snapshot"])
+@pytest.mark.parametrize(
+    ("folder", "names"), [("50", toy_trainer.CHECKPOINT), ("s4", toy_trainer.SNAPSHOT)], ids=["checkpoint", "snapshot"]
+)
 def test_death_at_every_point_of_a_commit_loses_nothing(
-    place: Workplace, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: Workplace, folder: str, names: frozenset[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Half-way there is a snapshot to go on from; every attempt does, and comes one point further than the last.
+    points = announced(names, tmp_path / "announced", monkeypatch)
+    deaths = {fence: f"f{fence}-{folder}/{point}" for fence, point in enumerate(points, 1)}
+    program = [toy_trainer.__file__, json.dumps(deaths)]
+    place.start_worker(program=program, max_crashes=100, backoff_seconds=0.001)
+    job = place.submit()
+    done = place.wait_for(job, "succeeded", "failed", timeout=200)
+    assert (done.status, done.attempt) == ("succeeded", len(points) + 1)
+    assert resumed_at(place, job) == [2] * len(points)
+    assert_undisturbed(place, job, undisturbed_toy())
+
+
+@ONLY_SQLITE
+def test_a_real_training_that_dies_late_in_a_commit_loses_nothing(
+    place: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = undisturbed("dense")
-    names = set(expected.files[50])
-    if kind == "snapshot":
-        names = names - {checkpoint.METRICS} | {checkpoint.RESUME_TENSORS, checkpoint.RESUME_STATE}
-    points = announced(names, tmp_path / "announced", monkeypatch)
-    if kind == "snapshot":
-        points = points[-3:]  # the same lines write it: once it is whole, and once it has its name, is where it differs
-    # Half-way there is a snapshot to go on from; every attempt does, and comes one point further than the last.
+    assert set(expected.files[50]) == toy_trainer.CHECKPOINT, "the test above commits other files than a training does"
+    # A folder that is written in part, whole, and named: what else there is, the test above sees.
+    points = announced(toy_trainer.CHECKPOINT, tmp_path / "announced", monkeypatch)[-3:]
     half = len(expected.steps) // 2
-    hooks = {
-        fence: {"point": f"f{fence}-{50 if kind == 'checkpoint' else f's{half}'}/{point}"}
-        for fence, point in enumerate(points, 1)
-    }
-    place.start_worker(program=hooked(hooks), max_crashes=100)
+    deaths = [f"{folder}/{point}" for folder in ("50", f"s{half}") for point in points]
+    hooks = {fence: {"point": f"f{fence}-{death}"} for fence, death in enumerate(deaths, 1)}
+    place.start_worker(program=hooked(hooks), max_crashes=100, backoff_seconds=0.001)
     job = place.submit(TEXT, **DENSE)
     done = place.wait_for(job, "succeeded", "failed", timeout=250)
-    assert (done.status, done.attempt) == ("succeeded", len(points) + 1)
+    assert (done.status, done.attempt) == ("succeeded", len(deaths) + 1)
     assert 0 not in (steps := resumed_at(place, job))
-    assert len(steps) == len(points)
+    assert len(steps) == len(deaths)
     assert_undisturbed(place, job, expected)
 
 
