@@ -49,11 +49,10 @@ from service.engine_messages import (
     Refused,
     Start,
     ToEngine,
-    TokenLogProb,
     parse_to_engine,
     to_line,
 )
-from service.examiner import examine
+from service.examiner import examine, token_logprob, unknown_token
 from service.text_stream import TextStream
 
 CHUNK_SECONDS = 0.02
@@ -91,8 +90,10 @@ class _Choice:
     text: TextStream
     unsent: str = ""
     n_decoded: int = 0
+    """Tokens that `text` was given."""
+
     n_sent: int = 0
-    """Tokens that chunks were sent of."""
+    """Tokens that were sent."""
 
     finish_reason: FinishReason | None = None
 
@@ -238,6 +239,9 @@ class Server:
             elif not self._running or len(self._owner) + message.request.n <= self._start.max_running:
                 self._queue.remove(message)
                 loaded = self._cache[sha256]
+                if refused := unknown_token(message.id, message.request.prompt, loaded.tokenizer):
+                    self._say(refused)
+                    continue
                 running = self._running[message.id] = _Running(message, loaded)
                 loaded.n_users += 1
                 with self._sparing_others(loaded):
@@ -248,7 +252,9 @@ class Server:
     def _begin(self, running: _Running) -> None:
         request, loaded = running.message.request, running.loaded
         self._cache.move_to_end(request.manifest_sha256)
-        prompt = loaded.tokenizer.encode(request.prompt)
+        prompt = request.prompt
+        if isinstance(prompt, str):
+            prompt = tuple(loaded.tokenizer.encode(prompt))
         running.n_prompt = len(prompt)
         sampling = Sampling(request.temperature, request.top_k, request.top_p)
         for index in range(request.n):
@@ -399,35 +405,29 @@ class Server:
             if choice.text.stopped:
                 choice.finish_reason = "stop"
             self._release(running, choice)
-        new = choice.continuation.new
-        if choice.n_sent == len(new):
+        begun = range(choice.n_sent, choice.text.n_begun)
+        if not (begun or choice.unsent or choice.finish_reason):
             return
         logprobs = None
         if running.message.request.logprobs is not None:
-            logprobs = tuple(self._logprobs(running, choice, n) for n in range(choice.n_sent, len(new)))
+            logprobs = tuple(self._logprobs(running, choice, n) for n in begun)
         self._say(
             Chunk(
                 id=running.message.id,
                 index=choice.index,
                 text=choice.unsent,
-                tokens=tuple(new[choice.n_sent :]),
+                tokens=tuple(choice.continuation.new[begun.start : begun.stop]),
                 logprobs=logprobs,
                 finish_reason=choice.finish_reason,
             )
         )
-        choice.unsent, choice.n_sent = "", len(new)
+        choice.unsent, choice.n_sent = "", begun.stop
 
     def _logprobs(self, running: _Running, choice: _Choice, n: int) -> LogProbs:
-        found = choice.continuation.logprobs[n]
-
-        def named(token: int, logprob: float) -> TokenLogProb:
-            tokenizer = running.loaded.tokenizer
-            utf8 = tokenizer.token_bytes(token).hex()
-            return TokenLogProb(token=token, text=tokenizer.decode([token]), utf8=utf8, logprob=logprob)
-
+        tokenizer, found = running.loaded.tokenizer, choice.continuation.logprobs[n]
         return LogProbs(
-            chosen=named(choice.continuation.new[n], found.chosen),
-            likeliest=tuple(named(token, logprob) for token, logprob in found.likeliest.items()),
+            chosen=token_logprob(tokenizer, choice.continuation.new[n], found.chosen),
+            likeliest=tuple(token_logprob(tokenizer, *one) for one in found.likeliest.items()),
         )
 
     def _finish(self, running: _Running, now: float) -> None:

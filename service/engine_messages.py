@@ -21,8 +21,8 @@ class EngineRequest(Strict):
     manifest_sha256: str
     """Of the manifest that was recorded: what vouches for every byte."""
 
-    prompt: str
-    """The text to continue, not empty."""
+    prompt: str | tuple[int, ...]
+    """The text to continue, or its token ids; not empty."""
 
     max_new_tokens: int
     """Tokens of each continuation, at least 1."""
@@ -127,6 +127,22 @@ class Inspect(Strict):
     prompt: str
 
 
+class ReadPrompts(Strict):
+    """The tokens of prompts, and how likely each was to a checkpoint."""
+
+    type: Literal["read_prompts"] = "read_prompts"
+    id: int
+    folder: str
+    """Absolute path of the checkpoint."""
+
+    manifest_sha256: str
+    prompts: tuple[str | tuple[int, ...], ...]
+    """Texts or token ids, none of them empty."""
+
+    logprobs: int | None
+    """How many likeliest tokens to report beside each token; 0 the token alone, None nothing."""
+
+
 class Cancel(Strict):
     """Nobody waits for a request any more. Nothing is answered."""
 
@@ -164,7 +180,7 @@ class Chunk(Strict):
     """Never cut inside a character, and nothing of a stop string."""
 
     tokens: tuple[int, ...]
-    """The new tokens; the text of the last ones may still be held back."""
+    """The new tokens that begin in the text so far."""
 
     logprobs: tuple[LogProbs, ...] | None
     """One for each of `tokens`, if asked for."""
@@ -180,7 +196,7 @@ class Done(Strict):
     id: int
     prompt_tokens: int
     completion_tokens: int
-    """Of all continuations."""
+    """Tokens that were generated, in all continuations; those of a stop string count."""
 
     window_slid: bool
     """Whether some token was chosen without seeing the oldest ones."""
@@ -216,6 +232,26 @@ class Scored(Strict):
     tokens: tuple[ReadToken, ...]
     losses: tuple[float | None, ...]
     """Of every token but the first, in nats; None for what is not finite."""
+
+
+class PromptToken(Strict):
+    """A token of a prompt."""
+
+    utf8: str
+    """Its bytes, in hexadecimal."""
+
+    logprobs: LogProbs | None
+    """What was probable in its place, if asked for; None for the first, which nothing predicts, and where that is not
+    finite."""
+
+
+class PromptsRead(Strict):
+    """The last line of a `ReadPrompts`."""
+
+    type: Literal["prompts_read"] = "prompts_read"
+    id: int
+    prompts: tuple[tuple[PromptToken, ...], ...]
+    """The tokens of each."""
 
 
 class NextToken(Strict):
@@ -265,6 +301,8 @@ class Refused(Strict):
     """Stable and machine-readable."""
 
     message: str
+    place: tuple[int, ...] | None = None
+    """Where the fault lies in what was asked: the token, from 0; of several prompts the prompt first."""
 
 
 class Failed(Strict):
@@ -278,8 +316,8 @@ class Failed(Strict):
     message: str
 
 
-Question = Score | Inspect
-Examined = Scored | Inspected
+Question = Score | Inspect | ReadPrompts
+Examined = Scored | Inspected | PromptsRead
 ToEngine = Generate | Question | Cancel
 FromEngine = Ready | Begun | Chunk | Done | Examined | Refused | Failed
 

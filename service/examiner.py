@@ -1,4 +1,5 @@
-"""Questions about a checkpoint, answered in the engine process: the loss of a text, what a prompt makes the model do.
+"""Questions about a checkpoint, answered in the engine process: the loss of a text, what a prompt makes the model do,
+how likely the tokens of prompts were.
 
 Each question reads its checkpoint anew, every byte verified: they are rare, and generation keeps its cache to itself.
 Knows no HTTP.
@@ -13,11 +14,12 @@ from safetensors.torch import load as load_safetensors
 from torch import device as TorchDevice
 
 from nanomoe import checkpoint
+from nanomoe import generate as nanomoe_generate
 from nanomoe.checkpoint import CheckpointDamaged
 from nanomoe.config import JobConfig
 from nanomoe.inspect import inspect
 from nanomoe.model import GPT
-from nanomoe.score import losses_of_tokens
+from nanomoe.score import logprobs_of_tokens, losses_of_tokens
 from nanomoe.tokenizer import Tokenizer
 from service.engine_messages import (
     Examined,
@@ -25,12 +27,17 @@ from service.engine_messages import (
     Inspect,
     Inspected,
     LayerRouting,
+    LogProbs,
     NextToken,
+    PromptsRead,
+    PromptToken,
     Question,
+    ReadPrompts,
     ReadToken,
     Refused,
     Score,
     Scored,
+    TokenLogProb,
 )
 
 MAX_NUMBERS = 1 << 19
@@ -46,6 +53,8 @@ def examine(question: Question, device: TorchDevice) -> Examined | Refused | Fai
         tokenizer, model = _open(Path(question.folder), question.manifest_sha256, device)
         if isinstance(question, Score):
             return _score(question, tokenizer, model)
+        if isinstance(question, ReadPrompts):
+            return _read_prompts(question, tokenizer, model)
         return _inspect(question, tokenizer, model)
     except CheckpointDamaged as error:
         return Failed(id=question.id, code=error.code, message=str(error))
@@ -70,6 +79,57 @@ def _score(question: Score, tokenizer: Tokenizer, model: GPT) -> Scored | Refuse
         return Refused(id=question.id, code="text_too_short", message=message)
     losses = tuple(loss if math.isfinite(loss) else None for loss in losses_of_tokens(model, tokens))
     return Scored(id=question.id, tokens=_read(tokenizer, tokens), losses=losses)
+
+
+def _read_prompts(question: ReadPrompts, tokenizer: Tokenizer, model: GPT) -> PromptsRead | Refused:
+    read = []
+    for n, prompt in enumerate(question.prompts):
+        if refused := unknown_token(question.id, prompt, tokenizer, n):
+            return refused
+        read.append(tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt))
+    return PromptsRead(
+        id=question.id, prompts=tuple(_prompt_tokens(tokens, question.logprobs, tokenizer, model) for tokens in read)
+    )
+
+
+def unknown_token(request_id: int, prompt: str | Sequence[int], tokenizer: Tokenizer, *place: int) -> Refused | None:
+    """The refusal of a prompt with a token id that the vocabulary does not have; `place`: the prompt's own."""
+    if isinstance(prompt, str):
+        return None
+    size = tokenizer.vocab_size
+    n = next((n for n, token in enumerate(prompt) if not 0 <= token < size), None)
+    if n is None:
+        return None
+    message = f"token {prompt[n]} is not in the model's vocabulary, whose ids are 0 to {size - 1}"
+    return Refused(id=request_id, code="token_unknown", message=message, place=(*place, n))
+
+
+def _prompt_tokens(
+    tokens: list[int], n_likeliest: int | None, tokenizer: Tokenizer, model: GPT
+) -> tuple[PromptToken, ...]:
+    logprobs: list[LogProbs | None] = [None] * len(tokens)
+    if n_likeliest is not None:
+        found = logprobs_of_tokens(model, tokens, n_likeliest)
+        logprobs[1:] = [_finite(one, token, tokenizer) for one, token in zip(found, tokens[1:], strict=True)]
+    return tuple(
+        PromptToken(utf8=tokenizer.token_bytes(token).hex(), logprobs=one)
+        for token, one in zip(tokens, logprobs, strict=True)
+    )
+
+
+def _finite(found: nanomoe_generate.LogProbs, token: int, tokenizer: Tokenizer) -> LogProbs | None:
+    if not math.isfinite(found.chosen):
+        return None
+    likeliest = tuple(
+        token_logprob(tokenizer, other, logprob) for other, logprob in found.likeliest.items() if math.isfinite(logprob)
+    )
+    return LogProbs(chosen=token_logprob(tokenizer, token, found.chosen), likeliest=likeliest)
+
+
+def token_logprob(tokenizer: Tokenizer, token: int, logprob: float) -> TokenLogProb:
+    """A token's log-probability, beside what the token stands for."""
+    utf8 = tokenizer.token_bytes(token).hex()
+    return TokenLogProb(token=token, text=tokenizer.decode([token]), utf8=utf8, logprob=logprob)
 
 
 def _inspect(question: Inspect, tokenizer: Tokenizer, model: GPT) -> Inspected | Refused:

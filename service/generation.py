@@ -9,7 +9,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +30,10 @@ from service.engine_messages import (
     Inspect,
     Inspected,
     LogProbs,
+    PromptsRead,
+    PromptToken,
     Question,
+    ReadPrompts,
     Ready,
     Refused,
     Score,
@@ -105,12 +108,24 @@ Answer = Chunk | Done | Examined | ServiceError
 """What happens to a request once it has begun."""
 
 
+def empty_prompt(*place: int) -> Invalid:
+    """The refusal of a prompt without a token; `place`: its number, where there are several."""
+    return Invalid(
+        "empty_prompt",
+        "the prompt is empty, and there is nothing to begin from instead: these models learn what follows a token, "
+        "and have no token that stands for the start of a text; begin with a word, or with a line break",
+        errors=[{"loc": ["body", "prompt", *place], "msg": "must not be empty"}],
+    )
+
+
 class _Pending:
     """A request that was not answered in full yet."""
 
-    def __init__(self, n: int) -> None:
+    def __init__(self, n: int, *, follows: bool = False) -> None:
         self.n = n
         """Continuations; 0 is a question."""
+        self.follows = follows
+        """Whether it belongs to a request of several prompts of which one came before."""
         self.arrived_at = time.monotonic()
         self.begun_at: float | None = None
         self.answers: asyncio.Queue[Answer | None] = asyncio.Queue()
@@ -201,10 +216,13 @@ class Generation:
         )
         return EngineResult(choices, summary)
 
-    async def stream(self, request: EngineRequest, *, in_chunks: bool = True) -> AsyncGenerator[Chunk | Summary]:
+    async def stream(
+        self, request: EngineRequest, *, in_chunks: bool = True, follows: bool = False
+    ) -> AsyncGenerator[Chunk | Summary]:
         """What the continuations gain, as it comes; at last the summary. Closing the generator cancels the request.
 
-        `in_chunks`: whether a continuation is wanted in pieces, or whole at its end.
+        `in_chunks`: whether a continuation is wanted in pieces, or whole at its end. `follows`: whether it belongs to a
+        request of several prompts of which one was admitted; it may wait for its turn without being turned away.
 
         Raises:
             Invalid: the prompt is empty, or more tokens or continuations are wanted than the settings allow.
@@ -212,8 +230,10 @@ class Generation:
             Conflict: `checkpoint_damaged`.
             Unavailable: the engine died or cannot start, the checkpoint makes no model, or a time limit was reached.
         """
-        self._check(request)
-        asking = self._asking(request.n, lambda i: Generate(id=i, stream=in_chunks, request=request))
+        self._check_limits(request)
+        if not follows:
+            self._check_room(request.n)
+        asking = self._asking(request.n, lambda i: Generate(id=i, stream=in_chunks, request=request), follows=follows)
         async with asking as pending:
             while not pending.finished:
                 answer = await self._next_answer(pending)
@@ -236,11 +256,27 @@ class Generation:
 
     async def inspect(self, folder: str, manifest_sha256: str, prompt: str) -> Inspected:
         """What the checkpoint in `folder` does with a prompt. Raises as `stream` does."""
+        if not prompt:
+            raise empty_prompt()
         answer = await self._examine(
             lambda i: Inspect(id=i, folder=folder, manifest_sha256=manifest_sha256, prompt=prompt)
         )
         assert isinstance(answer, Inspected)
         return answer
+
+    async def read_prompts(
+        self, folder: str, manifest_sha256: str, prompts: Sequence[str | Sequence[int]], logprobs: int | None
+    ) -> tuple[tuple[PromptToken, ...], ...]:
+        """The tokens of each prompt, and how likely the checkpoint in `folder` finds them: beside each token so many
+        `logprobs` of the likeliest, or nothing for None. Raises as `stream` does."""
+        given = tuple(prompt if isinstance(prompt, str) else tuple(prompt) for prompt in prompts)
+        answer = await self._examine(
+            lambda i: ReadPrompts(
+                id=i, folder=folder, manifest_sha256=manifest_sha256, prompts=given, logprobs=logprobs
+            )
+        )
+        assert isinstance(answer, PromptsRead)
+        return answer.prompts
 
     async def _examine(self, question: Callable[[int], Question]) -> Examined:
         self._check_room(0)
@@ -263,14 +299,16 @@ class Generation:
         self.instruments.cache_bytes.set(done.cache_bytes)
 
     @contextlib.asynccontextmanager
-    async def _asking(self, n: int, message: Callable[[int], ToEngine]) -> AsyncIterator[_Pending]:
+    async def _asking(
+        self, n: int, message: Callable[[int], ToEngine], *, follows: bool = False
+    ) -> AsyncIterator[_Pending]:
         """Send the engine a message with an id of its own; cancel it, unless it is finished when the block ends.
 
-        `n`: its continuations; 0 for a question.
+        `n`: its continuations; 0 for a question. `follows`: as for `stream`.
         """
         self._last_id += 1
         request_id = self._last_id
-        pending = self._pending[request_id] = _Pending(n)
+        pending = self._pending[request_id] = _Pending(n, follows=follows)
         process: asyncio.subprocess.Process | None = None
         try:
             async with self._starting:
@@ -288,14 +326,10 @@ class Generation:
 
     # Admission
 
-    def _check(self, request: EngineRequest) -> None:
+    def _check_limits(self, request: EngineRequest) -> None:
         settings = self._settings
         if not request.prompt:
-            raise Invalid(
-                "empty_prompt",
-                "there is nothing to continue",
-                errors=[{"loc": ["body", "prompt"], "msg": "must not be empty"}],
-            )
+            raise empty_prompt()
         if request.max_new_tokens > settings.engine_max_new_tokens:
             raise Invalid(
                 "max_new_tokens_too_large",
@@ -308,7 +342,6 @@ class Generation:
                 f"n is {request.n}; this server's limit is {settings.engine_max_running}",
                 errors=[{"loc": ["body", "n"], "msg": "above the server's limit"}],
             )
-        self._check_room(request.n)
 
     def _check_room(self, n: int) -> None:
         """Refuse a request of `n` continuations, 0 for a question, if it would wait, and as many as may do already.
@@ -334,7 +367,8 @@ class Generation:
         """The next thing that happens to a request; running out of time is one."""
         settings = self._settings
         begun = pending.begun_at is not None
-        limit = settings.engine_request_seconds if begun else settings.engine_wait_seconds
+        patient = begun or pending.follows
+        limit = settings.engine_request_seconds if patient else settings.engine_wait_seconds
         try:
             async with asyncio.timeout_at(pending.arrived_at + limit):
                 return await pending.answers.get()
@@ -415,7 +449,7 @@ class Generation:
             pending.begun_at = message.at
             pending.answers.put_nowait(None)
         elif isinstance(message, Refused):
-            pending.answers.put_nowait(Invalid(message.code, message.message))
+            pending.answers.put_nowait(_refusal(message))
         elif isinstance(message, Failed):
             # What was recorded is not there any more, whoever asks again; all else may pass.
             kind = Conflict if message.code == CheckpointDamaged.code else Unavailable
@@ -440,6 +474,11 @@ class Generation:
         self.instruments.cache_bytes.set(0)
         for pending in self._pending.values():
             pending.answers.put_nowait(error)
+
+
+def _refusal(refused: Refused) -> Invalid:
+    errors = [] if refused.place is None else [{"loc": ["body", "prompt", *refused.place], "msg": refused.message}]
+    return Invalid(refused.code, refused.message, errors=errors)
 
 
 def _kill(process: asyncio.subprocess.Process) -> None:

@@ -5,7 +5,7 @@ What a request sent is never repeated in full: it may be huge, and it may hold w
 route.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from http import HTTPStatus
 from itertools import islice
 from math import ceil
@@ -27,6 +27,8 @@ OPENAI_PREFIX = "/v1/"
 
 _MAX_ERRORS = 20
 _MAX_CHARACTERS = 300
+_INPUT = "Input should be "
+"""How pydantic begins to say what a value should be."""
 
 # HTTP errors that the framework raises by itself.
 _CODES = {
@@ -99,12 +101,51 @@ def from_service_error(path: str, error: ServiceError) -> Response:
     return _write(path, of_service_error(error), headers)
 
 
-def invalid(errors: Iterable[Mapping[str, Any]], where: str = "") -> Invalid:
-    """Pydantic's errors as one `invalid_request`; `where` (`body`) is put before each place."""
-    found = [{"loc": [where, *error["loc"]] if where else list(error["loc"]), "msg": error["msg"]} for error in errors]
-    first = found[0]
-    place = ".".join(str(part) for part in first["loc"])
-    return Invalid("invalid_request", f"{_short(place)}: {first['msg']}", errors=found)
+def invalid(errors: Iterable[Mapping[str, Any]], body: Any) -> Invalid:
+    """Pydantic's errors as one `invalid_request`; `body`: the JSON value that was validated, or None."""
+    messages: dict[tuple[int | str, ...], list[str]] = {}
+    for error in errors:
+        found = messages.setdefault(_place(error, body), [])
+        if (message := _message(error)) not in found:
+            found.append(message)
+    # A value that may have several types has an error of each: that type was meant which was followed furthest.
+    outer = {place[:length] for place in messages for length in range(len(place))}
+    faults = [{"loc": list(place), "msg": _joined(said)} for place, said in messages.items() if place not in outer]
+    place = ".".join(str(part) for part in faults[0]["loc"])
+    return Invalid("invalid_request", f"{_short(place)}: {faults[0]['msg']}", errors=faults)
+
+
+def _place(error: Mapping[str, Any], body: Any) -> tuple[int | str, ...]:
+    """Where an error lies: of pydantic's `loc` what was sent or is missing, and not the names that pydantic itself has
+    for the members of a union, for functions and for keys."""
+    source, *parts = error["loc"]
+    if source != "body":
+        return (source, *parts[:1])
+    place = [source]
+    value = body
+    for part in parts:
+        if (isinstance(value, dict) and part in value) or (
+            isinstance(value, list) and isinstance(part, int) and part < len(value)
+        ):
+            place.append(part)
+            value = value[part]
+    if error["type"] == "missing":
+        place += parts[-1:]
+    return tuple(place)
+
+
+def _message(error: Mapping[str, Any]) -> str:
+    """What is wrong, without the names of classes and exceptions."""
+    if error["type"] in ("model_type", "model_attributes_type"):
+        return f"{_INPUT}an object"
+    return str(error["msg"]).removeprefix("Value error, ")
+
+
+def _joined(messages: Sequence[str]) -> str:
+    """What is wrong in one place, where a value may have several types with each of them."""
+    if all(message.startswith(_INPUT) for message in messages):
+        return _INPUT + ", or ".join(message.removeprefix(_INPUT) for message in messages)
+    return "; ".join(messages)
 
 
 async def _service_error(request: Request, error: Exception) -> Response:
@@ -116,7 +157,7 @@ async def _validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     if any(one["type"] == "json_invalid" for one in error.errors()):
         return respond(request.url.path, 400, "invalid_body", "the body is not JSON")
-    return from_service_error(request.url.path, invalid(error.errors()))
+    return from_service_error(request.url.path, invalid(error.errors(), error.body))
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

@@ -17,6 +17,14 @@ class TextStream:
         self._decoder = IncrementalDecoder(tokenizer)
         self._stop = stop
         self._held = ""
+        self._starts: list[int] = []
+        """Where each token begins in the text, in characters."""
+        self._n_characters = 0
+        """Characters that the tokens have made whole."""
+        self._n_certain = 0
+        """Characters of them that were returned."""
+        self.n_begun = 0
+        """Tokens that begin in the text that was returned: the others may never be part of it."""
         self.stopped = False
         """Whether a stop string was found; what is pushed after it has no text."""
 
@@ -27,7 +35,11 @@ class TextStream:
 
     def push(self, ids: Iterable[int]) -> str:
         """The text that became certain with these ids."""
-        return self._certain(self._decoder.push(ids))
+        new = ""
+        for token in ids:
+            self._starts.append(self._n_characters + len(new))
+            new += self._decoder.push([token])
+        return self._certain(new)
 
     def finish(self) -> str:
         """What was held back, now that nothing follows: a character whose end never came is U+FFFD."""
@@ -35,9 +47,10 @@ class TextStream:
         if self.stopped:
             return text
         held, self._held = self._held, ""
-        return text + held
+        return text + self._returned(held)
 
     def _certain(self, new: str) -> str:
+        self._n_characters += len(new)
         if self.stopped:
             return ""
         text = self._held + new
@@ -45,10 +58,16 @@ class TextStream:
         found = min(((at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0), default=None)
         if found is not None:
             self.stopped = True
-            return text[: found[1]]
+            return self._returned(text[: found[1]])
         n_held = next((n for n in range(self._longest_held(text), 0, -1) if self._may_begin(text[-n:])), 0)
         self._held = text[len(text) - n_held :]
-        return text[: len(text) - n_held]
+        return self._returned(text[: len(text) - n_held])
+
+    def _returned(self, text: str) -> str:
+        self._n_certain += len(text)
+        while self.n_begun < len(self._starts) and self._starts[self.n_begun] < self._n_certain:
+            self.n_begun += 1
+        return text
 
     def _longest_held(self, text: str) -> int:
         return min(len(text), max((len(stop) for stop in self._stop), default=1) - 1)

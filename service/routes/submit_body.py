@@ -3,7 +3,7 @@ document describes both.
 """
 
 import sys
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 from fastapi import Depends, HTTPException, Request
 from fastapi.datastructures import FormData
@@ -77,7 +77,7 @@ def _validate(body: bytes) -> SubmitRequest:
                     "invalid_text", "a string holds half of a surrogate pair, which is no character"
                 ) from error
             raise HTTPException(400, f"the body cannot be read: {found[0]['msg']}") from error
-        raise invalid(cast(Any, found), "body") from error
+        raise invalid([{**fault, "loc": ("body", *fault["loc"])} for fault in found], from_json(body)) from error
 
 
 async def _values(form: FormData, limit: int) -> dict[str, Any]:

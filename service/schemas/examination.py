@@ -1,6 +1,6 @@
 """Looking into a checkpoint: how well it knows a text, and what a prompt makes it do."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -30,7 +30,7 @@ class InspectRequest(Strict):
     checkpoint: Percent | Literal["latest"] = "latest"
     """Percent of a recorded checkpoint, or the newest that is not damaged."""
 
-    prompt: str = Field(min_length=1, max_length=65_536)
+    prompt: Annotated[str, Field(max_length=65_536, json_schema_extra={"minLength": 1})]
     """A text of one token or more; its newest `block_size` tokens are read."""
 
 

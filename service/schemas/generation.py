@@ -7,6 +7,14 @@ from pydantic import Field, StringConstraints
 from nanomoe.config import Strict
 from service.schemas.base import JOB_ID_PATTERN, Percent, View
 
+TextPrompt = Annotated[str, Field(strict=True, max_length=1_000_000, json_schema_extra={"minLength": 1})]
+"""A text to continue. An empty one is refused by name (`empty_prompt`), where it is known why."""
+
+StopString = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=200)]
+
+MAX_STOP_STRINGS = 16
+"""Most strings that may end a continuation."""
+
 
 class GenerateRequest(Strict):
     """The body of `POST /generate`."""
@@ -17,7 +25,7 @@ class GenerateRequest(Strict):
     checkpoint: Percent | Literal["latest"] = "latest"
     """Percent of a recorded checkpoint, or the newest that is not damaged."""
 
-    prompt: str = Field(min_length=1, max_length=1_000_000)
+    prompt: TextPrompt
     """The text to continue."""
 
     max_new_tokens: int = Field(25, ge=1, le=65_536)
@@ -38,9 +46,7 @@ class GenerateRequest(Strict):
     n: int = Field(1, ge=1, le=128)
     """Continuations of the same prompt, at most the server's limit."""
 
-    stop: list[Annotated[str, StringConstraints(strict=True, min_length=1, max_length=200)]] = Field(
-        default=[], max_length=16
-    )
+    stop: list[StopString] = Field(default=[], max_length=MAX_STOP_STRINGS)
     """A continuation ends before the first of these strings."""
 
     logprobs: bool = False
@@ -73,7 +79,7 @@ class Choice(View):
     """What was added to the prompt."""
 
     tokens: list[int]
-    """Its token ids."""
+    """Its token ids, up to the last that begins before the text's end."""
 
     finish_reason: Literal["length", "stop"]
     """Whether `max_new_tokens` or a stop string ended it."""
@@ -89,10 +95,10 @@ class Usage(View):
     """Tokens of the prompt."""
 
     completion_tokens: int
-    """Tokens of all continuations."""
+    """Tokens that were generated, in all continuations; those of a stop string count."""
 
     total_tokens: int
-    """Both."""
+    """Tokens of the prompt and of the continuations together."""
 
 
 class Timing(View):
@@ -153,7 +159,7 @@ class GenerateChunk(View):
     """Never cut inside a character."""
 
     tokens: list[int]
-    """The new tokens; the text of the last ones may still be held back."""
+    """The new tokens that begin in the text so far."""
 
     logprobs: list[TokenLogProb] | None = None
     """Of each of `tokens`; null unless asked for."""

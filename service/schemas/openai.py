@@ -1,13 +1,59 @@
 """The OpenAI shapes of `/v1`: completions, models and errors. Docstrings say what this service makes of each field."""
 
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, StringConstraints
+from pydantic import ConfigDict, Discriminator, Field, Tag
 
 from nanomoe.config import Strict
 from service.schemas.base import View
+from service.schemas.generation import MAX_STOP_STRINGS, StopString, TextPrompt
 
-StopString = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=200)]
+MAX_PROMPTS = 2048
+"""Most prompts of one request."""
+
+
+def _kind_of_stop(value: Any) -> str | None:
+    return "string" if isinstance(value, str) else "strings" if isinstance(value, Sequence) else None
+
+
+def _kind_of_prompt(value: Any) -> str | None:
+    """The first element of a list decides what the others must be."""
+    if isinstance(value, str):
+        return "text"
+    if not isinstance(value, Sequence):
+        return None
+    first = value[0] if value else ""
+    return "texts" if isinstance(first, str) else "token lists" if isinstance(first, Sequence) else "tokens"
+
+
+Stop = Annotated[
+    Annotated[StopString, Tag("string")]
+    | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS), Tag("strings")],
+    Discriminator(
+        _kind_of_stop, custom_error_type="stop", custom_error_message="Input should be a string or a list of strings"
+    ),
+]
+
+TokenPrompt = Annotated[
+    list[Annotated[int, Field(ge=0, lt=2**31)]],
+    Field(max_length=1_000_000, fail_fast=True, json_schema_extra={"minItems": 1}),
+]
+"""Token ids of the model's own tokenizer."""
+
+_SEVERAL = Field(max_length=MAX_PROMPTS, fail_fast=True, json_schema_extra={"minItems": 1})
+
+Prompt = Annotated[
+    Annotated[TextPrompt, Tag("text")]
+    | Annotated[list[TextPrompt], _SEVERAL, Tag("texts")]
+    | Annotated[TokenPrompt, Tag("tokens")]
+    | Annotated[list[TokenPrompt], _SEVERAL, Tag("token lists")],
+    Discriminator(
+        _kind_of_prompt,
+        custom_error_type="prompt",
+        custom_error_message="Input should be a string, a list of strings, a list of token ids or a list of those",
+    ),
+]
 
 
 class StreamOptions(Strict):
@@ -27,11 +73,11 @@ class CompletionRequest(Strict):
     model: str = Field(min_length=1, max_length=100)
     """`JOB_ID@PERCENT`, or `JOB_ID` for its newest checkpoint."""
 
-    prompt: str = Field(min_length=1, max_length=1_000_000)
-    """The text to continue."""
+    prompt: Prompt
+    """The text to continue, or its token ids; or a list of up to 2,048 of either, each continued by itself."""
 
-    max_tokens: int | None = Field(None, ge=1, le=65_536)
-    """Tokens of each continuation, at most the server's limit; null stands for 16."""
+    max_tokens: int | None = Field(None, ge=0, le=65_536)
+    """Tokens of each continuation, at most the server's limit; null stands for 16, 0 adds nothing."""
 
     temperature: float | None = Field(None, ge=0, le=100)
     """Divides the logits before sampling; 0 takes the likeliest token; null stands for 1."""
@@ -43,25 +89,37 @@ class CompletionRequest(Strict):
     """Sample among this many likeliest tokens; null among all. Not a field of OpenAI's."""
 
     n: int | None = Field(None, ge=1, le=128)
-    """Continuations of the same prompt; null stands for 1."""
+    """Continuations of each prompt; null stands for 1."""
 
-    stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
-    """A continuation ends before the first of these strings."""
+    stop: Stop | None = None
+    """A continuation ends before the first of these strings, of which there may be 16."""
 
     seed: int | None = Field(None, ge=0, lt=2**63)
-    """The same seed gives the same text, whoever else is being served; null draws one."""
+    """The same seed gives a prompt the same text, whoever else is being served and whatever prompts stand beside it;
+    null draws one for each prompt."""
 
     echo: bool | None = None
-    """Whether the text begins with the prompt; not together with `logprobs`."""
+    """Whether the text begins with the prompt, and `logprobs` with the prompt's own."""
 
     logprobs: int | None = Field(None, ge=0, le=5)
-    """How many likeliest tokens to report beside each chosen one."""
+    """How many likeliest tokens to report beside each token of the text; 0 the token alone."""
 
     stream: bool | None = None
     """Answer server-sent events instead of one JSON value."""
 
     stream_options: StreamOptions | None = None
     """What a stream tells beside its text."""
+
+    @property
+    def several(self) -> bool:
+        """Whether `prompt` is a list of prompts, be it of one."""
+        return isinstance(self.prompt, list) and bool(self.prompt) and not isinstance(self.prompt[0], int)
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """`prompt` as what it stands for: one or more texts or lists of token ids."""
+        given: Any = self.prompt
+        return given if self.several else [given]
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -85,23 +143,23 @@ class CompletionLogprobs(View):
     """
 
     tokens: list[str]
-    """The chosen tokens."""
+    """The tokens of the text, up to the last that begins before the text's end."""
 
-    token_logprobs: list[float]
-    """Of each chosen token."""
+    token_logprobs: list[float | None]
+    """The log-probability of each token; null for the first of a prompt, which nothing predicts."""
 
-    top_logprobs: list[dict[str, float]]
-    """The likeliest tokens in its place, best first, and the chosen one."""
+    top_logprobs: list[dict[str, float] | None]
+    """The likeliest tokens in each token's place, best first, and the token itself; null where nothing predicts it."""
 
     text_offset: list[int]
-    """Where each token begins in the continuation, in characters."""
+    """Where each token begins in the text, in characters."""
 
 
 class CompletionChoice(View):
     """One continuation, or, in a stream, what it has gained."""
 
     index: int
-    """0 to n - 1."""
+    """The place of the prompt in the list, from 0, times `n`, plus the number of its continuation, from 0."""
 
     text: str
     """What was added to the prompt; with `echo`, the prompt first. Never cut inside a character."""
@@ -117,13 +175,13 @@ class CompletionUsage(View):
     """What was counted."""
 
     prompt_tokens: int
-    """Tokens of the prompt."""
+    """Tokens of all prompts, each counted once."""
 
     completion_tokens: int
-    """Tokens of all continuations."""
+    """Tokens that were generated, in all continuations; those of a stop string count."""
 
     total_tokens: int
-    """Both."""
+    """Tokens of the prompts and of the continuations together."""
 
 
 class Completion(View):
@@ -145,7 +203,7 @@ class Completion(View):
     """Begins the SHA-256 of the checkpoint's manifest: it changes with the weights."""
 
     choices: list[CompletionChoice]
-    """The `n` continuations."""
+    """The `n` continuations of each prompt, in the order of the prompts."""
 
     usage: CompletionUsage | None
     """In a stream null, but for the last chunk where `include_usage` asks for it."""

@@ -68,6 +68,33 @@ def test_the_stop_string_that_is_complete_first_ends_the_text() -> None:
         assert "".join(_sent("xabc", ("abc", "b"), cuts)[0]) == "xa"
 
 
+@given(
+    text=st.text(alphabet="ab\né🦜", max_size=30),
+    stop=st.lists(st.text(alphabet="ab\né", min_size=1, max_size=4), max_size=3),
+    cuts=st.lists(st.integers(0, 60), max_size=12),
+)
+def test_the_tokens_that_begin_in_the_text_are_those_before_its_end(
+    text: str, stop: list[str], cuts: list[int]
+) -> None:
+    ids = BYTES.encode(text)
+    stream = TextStream(BYTES, stop)
+    edges = [0, *sorted(min(cut, len(ids)) for cut in cuts), len(ids)]
+    sent = ""
+    for begin, end in pairwise(edges):
+        sent += stream.push(ids[begin:end])
+        assert stream.n_begun == len(sent.encode()), "of bytes, all that make a character that was sent"
+    sent += stream.finish()
+    assert stream.n_begun == len(sent.encode())
+
+
+def test_a_token_that_a_stop_string_cuts_is_the_last() -> None:
+    tokenizer = load_tokenizer("ptbr-8k")
+    ids = tokenizer.encode(" roupa do rei")
+    stream = TextStream(tokenizer, ["pa d"])
+    assert (stream.push(ids), stream.stopped) == (" rou", True)
+    assert tokenizer.decode(ids[: stream.n_begun]) == " roupa"
+
+
 @pytest.mark.parametrize("stop", [(), ("x",), ("\ufffd",)])
 def test_a_stop_string_matters_only_if_there_is_one(stop: tuple[str, ...]) -> None:
     assert TextStream(BYTES, stop).has_stops == bool(stop)

@@ -93,6 +93,14 @@ def test_a_mistake_is_one_line_and_exit_code_2(at: Run, arguments: list[str], sa
     assert done.err.count("\n") == 1
 
 
+@pytest.mark.parametrize("command", ["generate", "inspect"])
+def test_an_empty_prompt_is_one_line_that_says_why(api: Api, at: Run, command: str) -> None:
+    done = at(command, api.finished(), "")
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith("nanomoe: empty_prompt: the prompt is empty")
+    assert done.err.count("\n") == 1
+
+
 def test_an_unknown_option_is_exit_code_2(nanomoe: Run) -> None:
     assert nanomoe("jobs", "--nope").code == 2
 

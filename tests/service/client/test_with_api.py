@@ -61,6 +61,16 @@ def test_a_bad_config_names_each_fault(api: Api) -> None:
     assert {tuple(fault.loc[-1:]) for fault in caught.value.errors} == {("epochs",), ("lr",)}
 
 
+def test_an_empty_prompt_is_refused_by_name_before_a_model_is_loaded(api: Api) -> None:
+    job_id = api.finished()
+    with Client(api.url) as client:
+        for ask in (client.job(job_id).generate, client.job(job_id).inspect):
+            with pytest.raises(Invalid, match="no token that stands for the start of a text") as caught:
+                ask("")
+            assert caught.value.code == "empty_prompt"
+            assert caught.value.errors[0].loc == ["body", "prompt"]
+
+
 def test_what_was_measured_and_recorded_comes_back(api: Api, tmp_path: Path) -> None:
     job_id = api.finished()
     with Client(api.url) as client:

@@ -103,10 +103,38 @@ def test_a_stream_adds_up_to_the_plain_answer(api: Api, job_id: str) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
+def test_tokens_end_where_a_stop_string_cut_the_text(api: Api, job_id: str, stream: bool) -> None:
+    request = {"job_id": job_id, "seed": 3, "max_new_tokens": 40, "logprobs": True}
+    whole = generate(api, **request).json()["choices"][0]
+    stop = whole["text"][10:14]
+    text = whole["text"][: whole["text"].index(stop)]
+    n_begun = len(text.encode()) if "\ufffd" not in text else None
+    answer = generate(api, **request, stop=[stop], stream=stream)
+    told = [data for kind, data in events(answer) if kind == "chunk"] if stream else answer.json()["choices"]
+    assert "".join(one["text"] for one in told) == text
+    assert told[-1]["finish_reason"] == "stop"
+    tokens = [token for one in told for token in one["tokens"]]
+    assert tokens == whole["tokens"][: len(tokens)]
+    assert bytes(tokens).decode(errors="replace").startswith(text)
+    assert not bytes(tokens[:-1]).decode(errors="ignore").startswith(whole["text"][: len(text) + 1])
+    assert n_begun is None or len(tokens) == n_begun
+    assert [one["token"] for piece in told for one in piece["logprobs"]] == tokens
+
+
+def test_a_text_that_is_cut_at_once_is_a_choice_without_tokens(api: Api, job_id: str) -> None:
+    request = {"job_id": job_id, "temperature": 0, "max_new_tokens": 8, "logprobs": True}
+    whole = generate(api, **request).json()["choices"][0]["text"]
+    for stream in (False, True):
+        answer = generate(api, **request, stop=[whole[:2]], stream=stream)
+        (told,) = [data for kind, data in events(answer) if kind == "chunk"] if stream else answer.json()["choices"]
+        assert (told["text"], told["tokens"], told["logprobs"], told["finish_reason"]) == ("", [], [], "stop")
+
+
+@pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
     ("changes", "status", "expected"),
     [
-        ({"prompt": ""}, 422, "invalid_request"),
+        ({"prompt": ""}, 422, "empty_prompt"),
         ({"prompt": None}, 422, "invalid_request"),
         ({"job_id": "../etc"}, 422, "invalid_request"),
         ({"job_id": NOBODY}, 404, "job_not_found"),

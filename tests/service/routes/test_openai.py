@@ -164,13 +164,10 @@ def test_openais_exceptions_tell_what_is_wrong(client: OpenAI, job_id: str) -> N
 @pytest.mark.parametrize(
     ("changes", "status", "code", "param"),
     [
-        ({"prompt": ""}, 422, "invalid_request", "prompt"),
-        ({"prompt": ["a", "b"]}, 422, "invalid_request", "prompt"),
+        ({"prompt": ""}, 422, "empty_prompt", "prompt"),
         ({"model": None}, 422, "invalid_request", "model"),
-        ({"max_tokens": 0}, 422, "invalid_request", "max_tokens"),
         ({"max_tokens": 5000}, 422, "max_tokens_too_large", "max_tokens"),
         ({"temperature": "hot"}, 422, "invalid_request", "temperature"),
-        ({"echo": True, "logprobs": 1}, 422, "echo_with_logprobs", "echo"),
         ({"logprobs": 6}, 422, "invalid_request", "logprobs"),
     ],
 )
@@ -231,3 +228,207 @@ def test_an_engine_that_dies_half_way_ends_the_stream_with_an_error(api: Api, cl
     process.kill()
     with pytest.raises(openai.APIError, match="generation engine ended"):
         list(stream)
+
+
+# Several prompts, and prompts of token ids
+
+
+def token_ids(text: str) -> list[int]:
+    """As the tiny model's tokenizer has them: its bytes."""
+    return list(text.encode())
+
+
+TEXTS = ["Era uma vez", "O gato", "É 🐈"]
+
+
+@pytest.mark.parametrize("as_tokens", [False, True])
+@pytest.mark.parametrize("stream", [False, True])
+def test_each_prompt_of_a_list_has_the_text_that_it_has_alone(
+    client: OpenAI, job_id: str, as_tokens: bool, stream: bool
+) -> None:
+    request: dict[str, Any] = {"model": job_id, "n": 2, "seed": 7, "max_tokens": 9}
+    alone = [client.completions.create(**request, prompt=text) for text in TEXTS]
+    prompts: Any = [token_ids(text) for text in TEXTS] if as_tokens else TEXTS
+    if stream:
+        texts = [""] * 6
+        for chunk in client.completions.create(**request, prompt=prompts, stream=True):
+            for piece in chunk.choices:
+                texts[piece.index] += piece.text
+    else:
+        together = client.completions.create(**request, prompt=prompts)
+        assert [choice.index for choice in together.choices] == list(range(6))
+        texts = [choice.text for choice in together.choices]
+        assert together.usage is not None
+        for name in ("prompt_tokens", "completion_tokens", "total_tokens"):
+            assert getattr(together.usage, name) == sum(getattr(one.usage, name) for one in alone)
+    assert texts == [choice.text for one in alone for choice in one.choices]
+
+
+@pytest.mark.parametrize("prompt", [["Era uma vez"], token_ids("Era uma vez"), [token_ids("Era uma vez")]])
+def test_one_prompt_may_be_written_in_several_ways(client: OpenAI, job_id: str, prompt: Any) -> None:
+    request: dict[str, Any] = {"model": job_id, "seed": 1, "echo": True, "logprobs": 1, "max_tokens": 3}
+    wanted = client.completions.create(**request, prompt="Era uma vez")
+    answer = client.completions.create(**request, prompt=prompt)
+    assert (answer.choices, answer.usage) == (wanted.choices, wanted.usage)
+
+
+def test_without_a_seed_equal_prompts_have_different_texts(client: OpenAI, job_id: str) -> None:
+    answer = client.completions.create(model=job_id, prompt=["Era"] * 4, max_tokens=12)
+    assert len({choice.text for choice in answer.choices}) > 1
+
+
+def test_more_prompts_than_there_are_places_are_served_in_turn(serve: Serve, tmp_path: Path) -> None:
+    api = serve(engine_max_running=2, engine_max_waiting=0)
+    claim = api.running()
+    api.record_checkpoint(claim, 25, 25, tiny_files(tmp_path / "tiny"))
+    prompts = [f"Era {n}" for n in range(9)]
+    answer = complete(api, model=claim.job_id, prompt=prompts, max_tokens=3, seed=1, echo=True)
+    assert answer.status_code == 200, answer.text
+    choices = answer.json()["choices"]
+    assert [choice["index"] for choice in choices] == list(range(9))
+    assert all(choice["text"].startswith(prompt) for choice, prompt in zip(choices, prompts, strict=True))
+    too_many = complete(api, model=claim.job_id, prompt=["a"] * 200, n=2, max_tokens=4096)
+    assert (too_many.status_code, too_many.json()["error"]["code"]) == (422, "too_many_tokens")
+    api.fill_generation()
+    refused = complete(api, model=claim.job_id, prompt=prompts, max_tokens=3)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "generation_queue_full")
+
+
+# The prompt's own tokens
+
+
+@pytest.mark.parametrize("max_tokens", [0, 5])
+@pytest.mark.parametrize("prompt", ["Era", "É uma vez, um gato que sabia de cor 🐈 e nada mais", "a"])
+def test_with_echo_the_prompts_own_log_probabilities_are_those_of_score(
+    api: Api, client: OpenAI, job_id: str, prompt: str, max_tokens: int
+) -> None:
+    (choice,) = client.completions.create(
+        model=job_id, prompt=prompt, max_tokens=max_tokens, echo=True, logprobs=2, temperature=0
+    ).choices
+    assert choice.text.startswith(prompt)
+    assert choice.logprobs is not None
+    first, *others = choice.logprobs.token_logprobs or ()
+    tokens, offsets = choice.logprobs.tokens or [], choice.logprobs.text_offset or []
+    n_prompt = len(token_ids(prompt))
+    assert first is None
+    assert (choice.logprobs.top_logprobs or [{}])[0] is None
+    assert len(tokens) == len(offsets) == 1 + len(others) == n_prompt + max_tokens
+    if n_prompt > 1:
+        scored = api.http.post("/score", json={"job_id": job_id, "text": prompt}).json()["tokens"]
+        assert others[: n_prompt - 1] == pytest.approx([-one["loss"] for one in scored[1:]], rel=1e-4)
+    for token, logprob, rivals in zip(tokens[1:], others, (choice.logprobs.top_logprobs or [])[1:], strict=True):
+        assert rivals[token] == logprob
+        assert len(rivals) in (2, 3)
+    # The prompt's characters, then the continuation's.
+    starts = [n for n, character in enumerate(prompt) for _ in character.encode()]
+    assert offsets[:n_prompt] == starts
+    assert (choice.text if max_tokens == 0 else choice.text[: offsets[n_prompt]]) == prompt
+
+
+def test_a_continuation_is_as_likely_when_it_is_echoed(client: OpenAI, job_id: str) -> None:
+    """Prompt and continuation, sent back as a prompt, have the log-probabilities that the continuation had."""
+    ascii_only: dict[str, Any] = {"model": job_id, "prompt": token_ids("Era uma"), "max_tokens": 12, "logprobs": 0}
+    (made,) = client.completions.create(**ascii_only, temperature=0, echo=True).choices
+    assert made.logprobs is not None
+    named = [bytes.fromhex(name.removeprefix("bytes:").replace("\\x", "")) if name.startswith("bytes:")
+             else name.encode() for name in made.logprobs.tokens or ()]  # fmt: skip
+    (read,) = client.completions.create(
+        model=job_id, prompt=list(b"".join(named)), max_tokens=0, logprobs=0, echo=True
+    ).choices
+    assert read.logprobs is not None
+    assert (read.text, read.logprobs.tokens) == (made.text, made.logprobs.tokens)
+    assert read.logprobs.token_logprobs is not None
+    assert read.logprobs.token_logprobs[1:] == pytest.approx((made.logprobs.token_logprobs or [])[1:], abs=1e-4)
+
+
+def test_with_max_tokens_0_nothing_is_added(client: OpenAI, job_id: str) -> None:
+    answer = client.completions.create(model=job_id, prompt=["Era", "uma vez"], max_tokens=0, n=2)
+    told = [(choice.index, choice.text, choice.finish_reason, choice.logprobs) for choice in answer.choices]
+    assert told == [(index, "", "length", None) for index in range(4)]
+    assert answer.usage is not None
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (10, 0)
+    chunks = list(client.completions.create(
+        model=job_id, prompt="Era", max_tokens=0, echo=True, logprobs=0, stream=True
+    ))  # fmt: skip
+    assert [(chunk.choices[0].text, chunk.choices[0].finish_reason) for chunk in chunks] == [("Era", "length")]
+    assert chunks[0].choices[0].logprobs is not None
+    assert chunks[0].choices[0].logprobs.tokens == ["E", "r", "a"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("echo", [False, True])
+def test_what_is_told_of_tokens_ends_where_a_stop_string_cut_the_text(
+    client: OpenAI, job_id: str, stream: bool, echo: bool
+) -> None:
+    request: dict[str, Any] = {"model": job_id, "prompt": "Era", "max_tokens": 40, "seed": 2, "logprobs": 1}
+    whole = client.completions.create(**request).choices[0]
+    assert whole.logprobs is not None
+    at = 12
+    stop = whole.text[at : at + 4]
+    answer = client.completions.create(**request, echo=echo, stop=stop, stream=stream)
+    pieces: list[Any] = [one for chunk in answer for one in chunk.choices] if stream else answer.choices
+    text = "".join(piece.text for piece in pieces)
+    assert text == ("Era" if echo else "") + whole.text[: whole.text.index(stop)]
+    assert pieces[-1].finish_reason == "stop"
+    told = {field: [one for piece in pieces for one in getattr(piece.logprobs, field)]
+            for field in ("tokens", "token_logprobs", "top_logprobs", "text_offset")}  # fmt: skip
+    assert {len(values) for values in told.values()} == {len(told["tokens"])}
+    assert told["text_offset"][-1] < len(text)
+    kept = [offset for offset in whole.logprobs.text_offset or () if offset < whole.text.index(stop)]
+    shift = len("Era") if echo else 0
+    assert told["text_offset"][shift:] == [offset + shift for offset in kept]
+    assert told["tokens"][shift:] == (whole.logprobs.tokens or [])[: len(kept)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "param"),
+    [
+        ({"prompt": []}, "empty_prompt", "prompt"),
+        ({"prompt": [""]}, "empty_prompt", "prompt.0"),
+        ({"prompt": ["a", ""]}, "empty_prompt", "prompt.1"),
+        ({"prompt": [[97], []]}, "empty_prompt", "prompt.1"),
+        ({"prompt": [97, 256]}, "token_unknown", "prompt.1"),
+        ({"prompt": [[97], [97, 98, 256]]}, "token_unknown", "prompt.1.2"),
+        ({"prompt": [[97], [97, 98, 256]], "max_tokens": 0}, "token_unknown", "prompt.1.2"),
+        ({"prompt": [97, 256], "echo": True}, "token_unknown", "prompt.1"),
+        ({"prompt": [97, -1]}, "invalid_request", "prompt.1"),
+        ({"prompt": ["a", 1]}, "invalid_request", "prompt.1"),
+        ({"prompt": [1, "a"]}, "invalid_request", "prompt.1"),
+        ({"prompt": [[1], "a"]}, "invalid_request", "prompt.1"),
+        ({"prompt": [[1], ["a"]]}, "invalid_request", "prompt.1.0"),
+        ({"prompt": [True]}, "invalid_request", "prompt.0"),
+        ({"prompt": {"text": "a"}}, "invalid_request", "prompt"),
+        ({"prompt": ["a"] * 2049}, "invalid_request", "prompt"),
+        ({"prompt": ["a"] * 1025, "n": 2}, "too_many_choices", "prompt"),
+        ({"prompt": "a" * 16_385, "echo": True, "logprobs": 0}, "prompt_too_long", "prompt"),
+        ({"prompt": "a" * 1_000_000, "n": 17, "echo": True}, "prompt_too_long", "prompt"),
+        ({"n": 65}, "n_too_large", "n"),
+        ({"stop": [""]}, "invalid_request", "stop.0"),
+        ({"stop": ""}, "invalid_request", "stop"),
+        ({"stop": ["a"] * 17}, "invalid_request", "stop"),
+        ({"stop": ["a", "b" * 201]}, "invalid_request", "stop.1"),
+        ({"stop": 1}, "invalid_request", "stop"),
+    ],
+)
+def test_a_fault_in_a_list_is_named(api: Api, job_id: str, changes: dict[str, Any], code: str, param: str) -> None:
+    answer = complete(api, **{"model": job_id, "max_tokens": 1} | changes)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (422, code, param), error
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/generate", "/inspect"])
+def test_an_empty_prompt_is_told_why_it_cannot_be_continued(api: Api, job_id: str, path: str) -> None:
+    answer = api.http.post(path, json={"model" if path.startswith("/v1") else "job_id": job_id, "prompt": ""}).json()
+    told = answer.get("error", answer)
+    assert told["code"] == "empty_prompt"
+    assert "no token that stands for the start of a text" in told.get("message", told.get("detail"))
+
+
+def test_stop_strings_that_are_wrong_are_told_in_words(api: Api, job_id: str) -> None:
+    def message(stop: Any) -> str:
+        return str(complete(api, model=job_id, stop=stop).json()["error"]["message"])
+
+    assert message([""]) == "body.stop.0: String should have at least 1 character"
+    assert message(["a"] * 17) == "body.stop: List should have at most 16 items after validation, not 17"
+    assert message(["a" * 201]) == "body.stop.0: String should have at most 200 characters"
+    assert message(5) == "body.stop: Input should be a string or a list of strings"
