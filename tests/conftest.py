@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 
 # Before any test imports torch or transformers; the processes that tests start inherit them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -20,6 +21,12 @@ settings.register_profile("project", deadline=None, derandomize="CI" in os.envir
 settings.load_profile("project")
 
 _LONGEST_FIRST = ("test_readme.py", "test_exact_resume.py", "test_reference_run.py", "test_soak.py", "test_fuzz.py")
+
+
+@pytest.hookimpl(optionalhook=True)  # pytest-xdist's, which can be switched off
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores: a third of the time tests wait, for leases that pass and processes that start."""
+    return (len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1) + 1
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

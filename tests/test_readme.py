@@ -115,7 +115,7 @@ def _bring_compiled_loops(folder: Path) -> None:
     shutil.copytree(kept / by_path[0], folder / "nanomoe/kernels/__pycache__" / kept.name / by_path[1])
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_every_command_runs_and_answers_as_printed(copy: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

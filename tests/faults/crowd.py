@@ -16,7 +16,6 @@ import random
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from multiprocessing.synchronize import Event
 from typing import Any
 
 import httpx
@@ -25,6 +24,7 @@ import psutil
 from nanomoe.bench.models import MODELS, untrained
 from nanomoe.tokenizer import BUNDLED, load_tokenizer
 from service.cli.bench.site import Site, open_site
+from tests.faults.onlooker import look
 
 PROMPTS = ("Era uma vez", "A chuva caiu a noite toda", "O gato", "De manhã o quintal era um lago de barro, e o menino")
 MAX_RUNNING = 64
@@ -88,7 +88,7 @@ class Crowd:
         context = multiprocessing.get_context("spawn")
         over = context.Event()
         looking = context.Queue()
-        watcher = context.Process(target=_look, args=(self.site.url, self.job_id, over, looking))
+        watcher = context.Process(target=look, args=(self.site.url, self.job_id, over, looking))
         watcher.start()
         looking.get(timeout=60)  # it has begun
         asyncio.run(self._everybody(seen, seconds))
@@ -217,19 +217,6 @@ def _refused(seen: Round, answer: httpx.Response) -> None:
         seen.answers["told to come back"] += 1
     else:
         seen.answers[f"unexpected {answer.status_code} {code}"] += 1
-
-
-def _look(url: str, job_id: str, over: Event, said: "multiprocessing.Queue[Any]") -> None:
-    """In a process of its own, so that the clients' own work delays nothing: `GET /jobs/{id}` twenty times a second."""
-    taken = []
-    with httpx.Client(base_url=url, timeout=30) as http:
-        http.get(f"/jobs/{job_id}")
-        said.put(None)
-        while not over.wait(0.05):
-            began = time.perf_counter()
-            http.get(f"/jobs/{job_id}").raise_for_status()
-            taken.append(time.perf_counter() - began)
-    said.put(taken)
 
 
 def _percentile(values: list[float], share: int) -> float:

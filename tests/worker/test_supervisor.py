@@ -207,14 +207,21 @@ def test_a_trainer_that_says_something_else_than_the_protocol_has_crashed(place:
     assert "not the protocol" in (place.job(job).status_reason or "")
 
 
+def start_worker_that_waits(place: Workplace) -> None:
+    """Until it has looked at the database, and has not entered the list of workers."""
+    log = place.settings.data_dir / "worker.log"
+    worker = place.start_worker("succeed", log=log)
+    place.wait_until(lambda: log.exists() and "waiting_for_database" in log.read_text())
+    assert worker.wait(0) is None
+    assert store.list_workers(place.db) == []
+
+
 @ONLY_SQLITE
 def test_the_worker_waits_for_its_schema_revision(place: Workplace) -> None:
     job = place.submit()
     with place.db.engine.begin() as connection:
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = 'older'")
-    place.start_worker("succeed")
-    with pytest.raises(AssertionError, match="in vain"):
-        place.wait_until(lambda: store.list_workers(place.db), timeout=3)
+    start_worker_that_waits(place)
     with place.db.engine.begin() as connection:
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = ?", (store.REVISION,))
     place.wait_for(job, "succeeded")
@@ -225,9 +232,7 @@ def test_the_worker_waits_for_an_api_that_has_only_migrated_yet(place: Workplace
     job = place.submit()
     with place.db.write() as session:
         session.connection().exec_driver_sql("DELETE FROM installation")
-    worker = place.start_worker("succeed")
-    assert worker.wait(3) is None
-    assert store.list_workers(place.db) == []
+    start_worker_that_waits(place)
     store.join_installation(place.db, place.settings.data_dir, create=True)
     place.wait_for(job, "succeeded")
 

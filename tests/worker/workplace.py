@@ -134,7 +134,7 @@ class Workplace:
         self._workers.append(worker)
         return worker
 
-    def wait_until(self, holds: Callable[[], T], timeout: float = 60.0) -> T:
+    def wait_until(self, holds: Callable[[], T], timeout: float = 120.0) -> T:
         """The first true value of `holds`, asked again after every commit, and ten times a second."""
         give_up = time.monotonic() + timeout
         while not (value := holds()):
@@ -142,7 +142,7 @@ class Workplace:
             self.db.wait_for_change(0.1)
         return value
 
-    def wait_for(self, job: Job, *statuses: str, timeout: float = 60.0) -> Job:
+    def wait_for(self, job: Job, *statuses: str, timeout: float = 120.0) -> Job:
         """The job, once it has one of these statuses."""
         return self.wait_until(lambda: self._in(job, statuses), timeout)
 
