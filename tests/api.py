@@ -150,13 +150,13 @@ def serving(settings: Settings) -> Iterator[Api]:
 
     thread = threading.Thread(target=run, name="api")
     thread.start()
-    started = listening.get(timeout=30)
+    started = listening.get(timeout=120)
     if isinstance(started, BaseException):
         thread.join()
         raise started
     url, loop = started
     try:
-        with httpx.Client(base_url=url, timeout=30) as http:
+        with httpx.Client(base_url=url, timeout=120) as http:
             yield Api(url, app.state.context, http, loop, server)
     finally:
         if thread.is_alive():

@@ -1,4 +1,6 @@
-"""What holds for every test: one torch thread, no model hub, Ctrl-C, reproducible examples, shared fixtures."""
+"""What holds for every test: one torch thread, no model hub, an engine with its share of the CPU, Ctrl-C, reproducible
+examples, shared fixtures.
+"""
 
 import os
 import signal
@@ -7,6 +9,9 @@ import sys
 # Before any test imports torch or transformers; the processes that tests start inherit them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# An engine that yields the CPU gets next to none beside other tests, and whoever waits for it waits in vain.
+os.environ.setdefault("NANOMOE_ENGINE_NICE", "0")
+os.environ.setdefault("NANOMOE_ENGINE_WAIT_SECONDS", "120")
 
 import pytest
 from hypothesis import settings

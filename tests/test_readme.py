@@ -122,7 +122,13 @@ def test_every_command_runs_and_answers_as_printed(copy: Path) -> None:
         port = probe.getsockname()[1]
     ours = ("NANOMOE_", "MAKE", "MFLAGS", "NUMBA_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-    environment |= {"NANOMOE_PORT": str(port), "NO_COLOR": "1", "COLUMNS": "100", "TERM": "dumb"}
+    environment |= {
+        "NANOMOE_PORT": str(port),
+        "NANOMOE_ENGINE_NICE": "0",
+        "NO_COLOR": "1",
+        "COLUMNS": "100",
+        "TERM": "dumb",
+    }
     wrong: list[str] = []
     with ExitStack() as running:
         shell = Shell(copy, environment)

@@ -47,7 +47,7 @@ def test_a_claim_is_timed_with_as_many_jobs_in_line_as_it_says() -> None:
 
 def test_submissions_are_counted_and_taken_back() -> None:
     with open_site() as site:
-        seen = lifecycle.traffic(site, training=False, seconds=0.5)
+        seen = lifecycle.traffic(site, training=False, seconds=2)
         assert seen.submits_per_sec > 1
         assert 0 < seen.get_p50_seconds <= seen.get_p99_seconds
         assert lifecycle._n_queued(site.database) == 0

@@ -30,8 +30,9 @@ TINY = {
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """Nothing of the caller's settings; modules are found without being installed."""
+    """Nothing of the caller's settings but the engine's; modules are found without being installed."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("NANOMOE_", "COLUMNS"))}
+    kept |= {name: value for name, value in os.environ.items() if name.startswith("NANOMOE_ENGINE_")}
     return {**kept, "PYTHONPATH": str(ROOT), "NANOMOE_DATA_DIR": str(folder), "NANOMOE_PORT": "0"}
 
 
