@@ -12,7 +12,6 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +21,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import BinaryIO
 
+import structlog
 import torch
 from safetensors.torch import load as load_safetensors
 
@@ -33,6 +33,7 @@ from nanomoe.execution import find_device
 from nanomoe.generate import FEW_SEQUENCES, Continuation, Engine, useful_threads
 from nanomoe.sampling import Sampling
 from nanomoe.tokenizer import Tokenizer
+from service import logs
 from service.engine_messages import (
     Begun,
     Cancel,
@@ -54,6 +55,8 @@ from service.engine_messages import (
 )
 from service.examiner import examine, token_logprob, unknown_token
 from service.text_stream import TextStream
+
+log = structlog.get_logger(__name__)
 
 CHUNK_SECONDS = 0.02
 """Shortest time between two chunks of a streamed text: a reader sees no difference, and lines cost time."""
@@ -320,7 +323,7 @@ class Server:
         except CheckpointDamaged as error:
             return error.code, str(error)
         except Exception as error:  # whatever is wrong with one checkpoint is its requests' answer, not everybody's
-            traceback.print_exc()
+            log.exception("checkpoint_unreadable", folder=str(folder))
             return "checkpoint_unreadable", f"{folder.name}: {type(error).__name__}: {error}"
 
     def _keep(self, sha256: str, read: Loaded | tuple[str, str]) -> None:
@@ -351,7 +354,7 @@ class Server:
         except torch.AcceleratorError:
             raise  # the device answers this process no more: the next one finds it new
         except Exception as error:
-            traceback.print_exc()
+            log.exception("generation_failed")
             self._drop(loaded, f"{type(error).__name__}: {error}")
 
     def _drop(self, loaded: Loaded, reason: str) -> None:
@@ -486,7 +489,7 @@ def _read_requests(lines: BinaryIO, server: Server) -> None:
         for line in lines:
             server.receive(parse_to_engine(line))
     except BaseException:  # a line that is none of the API's: what follows it cannot be trusted either
-        traceback.print_exc()
+        log.exception("request_not_understood")
         os._exit(1)
     os._exit(0)  # the API has closed the pipe, or is gone
 
@@ -497,13 +500,14 @@ def main() -> None:
     output = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever prints must not break the lines
     start = Start.model_validate_json(sys.stdin.buffer.readline())
+    logs.configure(start.log_format)
     die_with_parent(start.parent)
     server = Server(start, output)
     threading.Thread(target=_read_requests, args=(sys.stdin.buffer, server), daemon=True).start()
     try:
         server.serve()
     except BaseException:
-        traceback.print_exc()
+        log.exception("generation_engine_died")
         os._exit(1)  # not a return: the thread that reads stdin cannot be stopped
 
 

@@ -408,6 +408,7 @@ class Generation:
                 device=settings.engine_device,
                 cache_bytes=settings.engine_cache_bytes,
                 max_running=settings.engine_max_running,
+                log_format=settings.log_format,
             )
             await self._send(process, start)
         except BaseException:

@@ -5,10 +5,12 @@ database connection.
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from service.logs import LogFormat
 
 MIB = 1024**2
 GIB = 1024**3
@@ -115,7 +117,7 @@ class Settings(BaseSettings):
     engine_max_new_tokens: int = Field(4096, ge=1, le=1_000_000)
     """Most tokens of one generated text."""
 
-    log_format: Literal["console", "json"] = "console"
+    log_format: LogFormat = "console"
     """How log lines are written to standard error."""
 
     @field_validator("allowed_hosts", mode="before")
