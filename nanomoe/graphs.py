@@ -44,7 +44,8 @@ class GraphedStep:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = _capture_stream(torch.cuda.current_device() if device.index is None else device.index)
+        with torch.cuda.device(device):
+            self._stream = _capture_stream(torch.cuda.current_device())
         self.forget()
 
     def forget(self) -> None:

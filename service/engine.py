@@ -2,11 +2,11 @@
 
 `python -m service.engine`, JSON lines on stdin and stdout (`service.engine_messages`), the log on stderr. The main
 thread generates; one thread reads requests, another loads checkpoints, so that a new one does not stop the others'
-texts, and one scores and inspects. The process ends when its parent does: by signal where the system has it, else at
-the end of stdin. Knows no job, no database and no HTTP.
+texts, one scores and inspects, and on a CPU one makes the compiled loops ready. Until they are, texts are generated
+with tensor operations, which gives the same texts: nobody waits for a compiler. The process ends when its parent does:
+by signal where the system has it, else at the end of stdin. Knows no job, no database and no HTTP.
 """
 
-import ctypes
 import os
 import signal
 import sys
@@ -22,6 +22,7 @@ from queue import Empty, SimpleQueue
 from typing import BinaryIO
 
 import structlog
+import tokenizers  # noqa: F401 # imported where a checkpoint is loaded; the first request shall not wait for that
 import torch
 from safetensors.torch import load as load_safetensors
 
@@ -33,7 +34,7 @@ from nanomoe.execution import find_device
 from nanomoe.generate import FEW_SEQUENCES, Continuation, Engine, useful_threads
 from nanomoe.sampling import Sampling
 from nanomoe.tokenizer import Tokenizer
-from service import logs
+from service import logs, loops
 from service.engine_messages import (
     Begun,
     Cancel,
@@ -54,6 +55,7 @@ from service.engine_messages import (
     to_line,
 )
 from service.examiner import examine, token_logprob, unknown_token
+from service.parent import die_with_parent
 from service.text_stream import TextStream
 
 log = structlog.get_logger(__name__)
@@ -68,18 +70,25 @@ _OWN_SHARE = 0.9
 """Of that time, what this thread gets of a processor at least, where nobody else wants it for long: 0.96 and more on an
 idle machine, 0.4 to 0.9 beside a training (measured)."""
 
-_LEFT_TO_OTHERS = 12.0
-"""How long to wait after a step, in lengths of it, where others want the processor."""
+LEAST_SHARE = 1 / 8
+"""Of a core's time, what few texts are generated in where others want the processor: they take no more, and are never
+held back below it. What the operating system leaves them at their priority may be less."""
 
-_PR_SET_PDEATHSIG = 1
+_SWITCH_SECONDS = 0.0005
+"""How long the main thread waits for the interpreter's lock where another thread computes in Python. It needs the lock
+after every tensor operation, and a token takes a hundred of them."""
 
 
 @dataclass
 class Loaded:
     """A checkpoint, ready to be continued from."""
 
+    folder: Path
     engine: Engine
     tokenizer: Tokenizer
+    lacks_loops: bool
+    """Whether it was loaded before the compiled loops were ready, and has not been loaded anew."""
+
     n_users: int = 0
     """Requests being generated from it; it stays loaded until there are none."""
 
@@ -118,7 +127,8 @@ class Pace:
 
     A low priority alone leaves a training three quarters of its speed (measured): it waits a little at every of its
     many small steps for a core and for the cache. So when the processor keeps this thread waiting, which tells that
-    others want it, most of the time is left to them. A text still comes faster than anybody reads.
+    others want it, most of the time is left to them: of a core, this thread takes `LEAST_SHARE`. Where waiting for the
+    processor alone takes longer than that, it does not pause on top.
     """
 
     def __init__(self) -> None:
@@ -132,13 +142,13 @@ class Pace:
         """Around a step; `alone`: whether it is of few texts."""
         wall, cpu = time.perf_counter(), time.thread_time()
         yield
-        taken = time.perf_counter() - wall
+        taken, computed = time.perf_counter() - wall, time.thread_time() - cpu
         self._wall += taken
-        self._cpu += time.thread_time() - cpu
+        self._cpu += computed
         if self._wall >= _PACE_SECONDS:
             self._gives_way = self._cpu < _OWN_SHARE * self._wall
             self._wall = self._cpu = 0.0
-        self.pause = _LEFT_TO_OTHERS * taken if self._gives_way and alone else 0.0
+        self.pause = max(0.0, computed / LEAST_SHARE - taken) if self._gives_way and alone else 0.0
 
 
 class Server:
@@ -159,7 +169,10 @@ class Server:
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self._cache: OrderedDict[str, Loaded] = OrderedDict()
         """By manifest sha256, the least recently used first."""
+        self._superseded: list[Loaded] = []
+        """No longer in the cache, because they were loaded anew, and still in use."""
         self._loading = False
+        self._has_loops = False
         self._queue: deque[Generate] = deque()
         self._running: dict[int, _Running] = {}
         self._owner: dict[Continuation, tuple[_Running, _Choice]] = {}
@@ -178,13 +191,27 @@ class Server:
         """Generate until the process ends."""
         self._say(Ready())
         self._flush()
+        self.prepare_loops()
         while True:
             self.turn()
+
+    def prepare_loops(self) -> None:
+        """Use compiled loops for what begins after they are ready, some time from now. On a GPU there are none."""
+        if self._device.type == "cpu":
+            threading.Thread(target=self._prepare_loops, name="loops", daemon=True).start()
+
+    def _prepare_loops(self) -> None:
+        if loops.prepare():
+            self._inbox.put(self._use_loops)
+
+    def _use_loops(self) -> None:
+        self._has_loops = True
 
     def turn(self) -> None:
         """Do what was asked for since the last turn, waiting for it if there is nothing else to do; then add one token
         to every text, and send what is due."""
         self._begin_what_fits()
+        self._renew()
         # Nothing runs: what waits, waits for a checkpoint that is being read, and what just failed shall be told.
         if not self._running:
             self._flush()
@@ -192,10 +219,9 @@ class Server:
         self._begin_what_fits()
         self._share_threads()
         with self._pace.working(alone=len(self._owner) < FEW_SEQUENCES):
-            for loaded in list(self._cache.values()):
-                if loaded.n_users:
-                    with self._sparing_others(loaded):
-                        self._step(loaded)
+            for loaded in self._in_use():
+                with self._sparing_others(loaded):
+                    self._step(loaded)
             self._flush()
 
     def _share_threads(self) -> None:
@@ -291,16 +317,30 @@ class Server:
 
     # Checkpoints
 
-    def _load(self, folder: Path, sha256: str) -> None:
-        """Let the loader's thread read a checkpoint, unless it is busy or those in use leave no room."""
-        in_use = sum(loaded.engine.n_bytes for loaded in self._cache.values() if loaded.n_users)
-        if self._loading or in_use >= self._start.cache_bytes:
-            return
-        self._loading = True
-        loading = self._loader.submit(self._read, folder, sha256)
-        loading.add_done_callback(lambda done: self._inbox.put(lambda: self._keep(sha256, done.result())))
+    def _in_use(self) -> list[Loaded]:
+        """The checkpoints that texts are being generated from."""
+        return [loaded for loaded in [*self._cache.values(), *self._superseded] if loaded.n_users]
 
-    def _read(self, folder: Path, sha256: str) -> Loaded | tuple[str, str]:
+    def _load(self, folder: Path, sha256: str) -> bool:
+        """Let the loader's thread read a checkpoint; whether it does: not while it is busy or those in use leave no
+        room."""
+        in_use = sum(loaded.engine.n_bytes for loaded in self._in_use())
+        if self._loading or in_use >= self._start.cache_bytes:
+            return False
+        self._loading = True
+        loading = self._loader.submit(self._read, folder, sha256, with_loops=self._has_loops)
+        loading.add_done_callback(lambda done: self._inbox.put(lambda: self._keep(sha256, done.result())))
+        return True
+
+    def _renew(self) -> None:
+        """Load one checkpoint anew, if there is one that was loaded before the loops were ready. What is generated from
+        it meanwhile is generated without them to its end."""
+        if self._has_loops:
+            for sha256, loaded in list(self._cache.items()):
+                if loaded.lacks_loops and self._load(loaded.folder, sha256):
+                    loaded.lacks_loops = False  # if it cannot be read any more, it stays as it is
+
+    def _read(self, folder: Path, sha256: str, *, with_loops: bool) -> Loaded | tuple[str, str]:
         """A checkpoint from the disk, every byte that is used verified; or the code and message of what is wrong."""
         try:
             files = {entry.name: entry for entry in checkpoint.read_manifest(folder, sha256).files}
@@ -315,11 +355,11 @@ class Server:
                 device=self._device,
                 max_running=self._start.max_running,
                 cache_bytes=self._start.cache_bytes // 4,
-                compiled=True,
+                compiled=with_loops or self._device.type != "cpu",
             )
             if tokenizer.vocab_size != engine.vocab_size:
                 raise ValueError(f"{tokenizer.vocab_size} tokens for {engine.vocab_size} embeddings")
-            return Loaded(engine, tokenizer)
+            return Loaded(folder, engine, tokenizer, lacks_loops=self._device.type == "cpu" and not with_loops)
         except CheckpointDamaged as error:
             return error.code, str(error)
         except Exception as error:  # whatever is wrong with one checkpoint is its requests' answer, not everybody's
@@ -329,6 +369,9 @@ class Server:
     def _keep(self, sha256: str, read: Loaded | tuple[str, str]) -> None:
         self._loading = False
         if isinstance(read, Loaded):
+            before = self._cache.get(sha256)
+            if before is not None and before.n_users:
+                self._superseded.append(before)
             self._cache[sha256] = read
             self._evict()
             return
@@ -360,6 +403,7 @@ class Server:
     def _drop(self, loaded: Loaded, reason: str) -> None:
         """Forget a checkpoint; what was being generated from it has failed."""
         self._cache = OrderedDict((sha256, kept) for sha256, kept in self._cache.items() if kept is not loaded)
+        self._superseded = [kept for kept in self._superseded if kept is not loaded]
         for running in [running for running in self._running.values() if running.loaded is loaded]:
             for choice in running.choices:
                 self._owner.pop(choice.continuation, None)
@@ -461,6 +505,7 @@ class Server:
             self._release(running, choice)
         del self._running[running.message.id]
         running.loaded.n_users -= 1
+        self._superseded = [loaded for loaded in self._superseded if loaded.n_users]
         self._evict()
 
     # Answers
@@ -473,14 +518,6 @@ class Server:
             self._output.write(b"".join(self._lines))
             self._output.flush()
             self._lines.clear()
-
-
-def die_with_parent(parent: int) -> None:
-    """Be killed when the thread that started this process ends; leave at once if `parent` is already gone."""
-    if sys.platform == "linux" and ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0):
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    if os.getppid() != parent:
-        os._exit(1)
 
 
 def _read_requests(lines: BinaryIO, server: Server) -> None:
@@ -502,6 +539,7 @@ def main() -> None:
     start = Start.model_validate_json(sys.stdin.buffer.readline())
     logs.configure(start.log_format)
     die_with_parent(start.parent)
+    sys.setswitchinterval(_SWITCH_SECONDS)
     server = Server(start, output)
     threading.Thread(target=_read_requests, args=(sys.stdin.buffer, server), daemon=True).start()
     try:

@@ -6,6 +6,8 @@ import signal
 # Before any test imports torch or transformers; the processes that tests start inherit them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Most of the services that tests start are never asked to generate.
+os.environ.setdefault("NANOMOE_ENGINE_PRELOAD", "false")
 
 import pytest
 from hypothesis import settings

@@ -417,13 +417,13 @@ def test_all_engines_of_a_device_capture_on_one_stream(monkeypatch: pytest.Monke
     current = [0]
 
     @contextmanager
-    def on(device: int) -> Iterator[None]:
-        current[0] = device
+    def on(device: torch.device | int) -> Iterator[None]:
+        current[0] = device if isinstance(device, int) else device.index or 0
         yield
 
     graphs._capture_stream.cache_clear()
     monkeypatch.setattr("torch.cuda.device", on)
-    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: current[0])
     monkeypatch.setattr("torch.cuda.Stream", lambda: made.append(current[0]))
     monkeypatch.setattr("torch.cuda.graph_pool_handle", lambda: (0, 0))
     for name in ("cuda", "cuda:0", "cuda:1", "cuda:0", "cuda:1"):
