@@ -3,6 +3,8 @@
 import gc
 import math
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -387,6 +389,25 @@ def test_text_by_captured_graphs_equals_the_uncached_float64_loop(name: str) -> 
         loading.result()
     assert _texts(continuations) == expected
     assert engine.n_recomputed < sum(len(text) for text in expected) / 4
+
+
+_ON_A_GPU = """
+import sys
+from nanomoe.config import ModelConfig
+from nanomoe.generate import Engine, Request
+from nanomoe.model import GPT
+config = ModelConfig(block_size=16, n_layer=1, n_head=1, n_embd=128)
+model = GPT.build(config, 16_384)
+model.init_weights(0)
+Engine(model.state_dict(), config, device="cuda", compiled=True).run([Request([1], 4)])
+print("numba" in sys.modules)
+"""
+
+
+@pytest.mark.gpu
+def test_an_engine_on_a_gpu_imports_no_loops() -> None:
+    done = subprocess.run([sys.executable, "-c", _ON_A_GPU], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 @pytest.mark.gpu

@@ -6,11 +6,14 @@ import threading
 import pytest
 from structlog.testing import capture_logs
 
+from service import store
 from service.context import open_context
+from service.database import Database
 from service.generation import Generation
 from service.queue import Rescuer
 from service.settings import Settings
 from tests.databases import ONLY_SQLITE
+from tests.queued import submit
 
 pytestmark = ONLY_SQLITE
 
@@ -77,10 +80,9 @@ def test_the_engine_is_started_with_the_first_sign_of_training(
             assert await asyncio.to_thread(looked.wait, 30)
             assert preloads == [], "an API without training starts nothing"
             if sign == "a job waits":
-                await asyncio.to_thread(submit_one, context.database)
+                await asyncio.to_thread(submit, context.database)
             elif sign == "a worker lives":
-                worker = store.WorkerIdentity(name="test")
-                await asyncio.to_thread(store.register_worker, context.database, worker)
+                await asyncio.to_thread(store.worker_started, context.database, store.WorkerIdentity(name="test"))
             if sign != "neither":
                 assert await asyncio.to_thread(preloaded.wait, 30)
 
