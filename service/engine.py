@@ -74,6 +74,9 @@ LEAST_SHARE = 1 / 8
 """Of a core's time, what few texts are generated in where others want the processor: they take no more, and are never
 held back below it. What the operating system leaves them at their priority may be less."""
 
+_MOST_CREDIT = 0.25
+"""Seconds of waiting for the processor, at most, that later steps need not pause for."""
+
 _SWITCH_SECONDS = 0.0005
 """How long the main thread waits for the interpreter's lock where another thread computes in Python. It needs the lock
 after every tensor operation, and a token takes a hundred of them."""
@@ -136,19 +139,27 @@ class Pace:
         """Seconds to leave before the next step."""
         self._wall = self._cpu = 0.0
         self._gives_way = False
+        self._ended = time.perf_counter()
+        self._owed = 0.0
+        """Seconds that must pass until this thread has had no more than its share; below 0 where it has had less."""
 
     @contextmanager
     def working(self, *, alone: bool) -> Iterator[None]:
         """Around a step; `alone`: whether it is of few texts."""
         wall, cpu = time.perf_counter(), time.thread_time()
         yield
-        taken, computed = time.perf_counter() - wall, time.thread_time() - cpu
+        ended, computed = time.perf_counter(), time.thread_time() - cpu
+        taken = ended - wall
+        self._owed = max(self._owed + computed / LEAST_SHARE - (ended - self._ended), -_MOST_CREDIT)
+        self._ended = ended
         self._wall += taken
         self._cpu += computed
         if self._wall >= _PACE_SECONDS:
             self._gives_way = self._cpu < _OWN_SHARE * self._wall
             self._wall = self._cpu = 0.0
-        self.pause = max(0.0, computed / LEAST_SHARE - taken) if self._gives_way and alone else 0.0
+        if not (self._gives_way and alone):
+            self._owed = min(self._owed, 0.0)  # what was free is not paid for later
+        self.pause = max(0.0, self._owed)
 
 
 class Server:
