@@ -4,6 +4,8 @@ A graph has fixed shapes and addresses: there is one for each number of rows and
 Knows no model: what is captured is a function of tokens and positions.
 """
 
+import functools
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +17,16 @@ Advance = Callable[[Tensor, Tensor, int], tuple[Tensor, list[Tensor]]]
 
 _WARM_UPS = 2
 """Runs before the capture, in which libraries choose their kernels and get their workspaces."""
+
+_ONE_CAPTURE_AT_A_TIME = threading.Lock()
+
+
+@functools.cache
+def _capture_stream(device_index: int) -> torch.cuda.Stream:
+    """The stream on which this process captures on a device. There is one, because cuBLAS keeps a workspace of 32 MiB
+    for each stream that it has ever run on, and never frees it."""
+    with torch.cuda.device(device_index):
+        return torch.cuda.Stream()
 
 
 @dataclass(frozen=True)
@@ -33,7 +45,7 @@ class GraphedStep:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         with torch.cuda.device(device):
-            self._stream = torch.cuda.Stream()
+            self._stream = _capture_stream(torch.cuda.current_device())
         self.forget()
 
     def forget(self) -> None:
@@ -59,14 +71,16 @@ class GraphedStep:
         with torch.cuda.device(self._device):
             captured = self._captured.get((n_rows, length))
             if captured is None:
-                captured = self._captured[n_rows, length] = self._capture(advance, given_2N.to(self._device), length)
+                with _ONE_CAPTURE_AT_A_TIME:
+                    captured = self._capture(advance, given_2N.to(self._device), length)
+                self._captured[n_rows, length] = captured
             captured.inputs_2N.copy_(given_2N)
             captured.graph.replay()
         hidden_NC, wanted = captured.outputs
         return hidden_NC[: len(tokens)], [each[: len(tokens)] for each in wanted]
 
     def _capture(self, advance: Advance, inputs_2N: Tensor, length: int) -> _Captured:
-        # Warm-ups run on the stream of the capture, because cuBLAS keeps a workspace for each stream.
+        # Warm-ups run on the stream of the capture, so that cuBLAS has its workspace for that stream before.
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             for _ in range(_WARM_UPS):  # with this step's own inputs: it is merely done more than once

@@ -6,18 +6,17 @@ standard error.
 
 import argparse
 import asyncio
-import logging
 import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import structlog
 import uvicorn
 from fastapi import FastAPI
 from pydantic import ValidationError
 
+from service import logs
 from service.app import create_app
 from service.errors import ServiceError, StartRefused
 from service.settings import Settings
@@ -83,36 +82,6 @@ async def serve(settings: Settings) -> None:
     await server.serve_until_stopped()
 
 
-def configure_logging(form: str) -> None:
-    """One form for every line on standard error, whoever logs it."""
-    shared: list[structlog.typing.Processor] = [
-        structlog.contextvars.merge_contextvars,
-        structlog.stdlib.add_log_level,
-        structlog.stdlib.add_logger_name,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-    ]
-    structlog.configure(
-        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
-        logger_factory=structlog.stdlib.LoggerFactory(),
-        cache_logger_on_first_use=True,
-    )
-    renderer: structlog.typing.Processor = (
-        structlog.processors.JSONRenderer()
-        if form == "json"
-        else structlog.dev.ConsoleRenderer(
-            colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
-        )
-    )
-    tail: list[structlog.typing.Processor] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta]
-    if form == "json":
-        tail.append(structlog.processors.format_exc_info)
-    handler = logging.StreamHandler()
-    handler.setFormatter(structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processors=[*tail, renderer]))
-    logging.basicConfig(handlers=[handler], level=logging.INFO, force=True)
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-
-
 def main(arguments: list[str] | None = None) -> int:
     """The exit code: 0 after a clean stop, 2 when the service refuses to start."""
     parser = argparse.ArgumentParser(prog="python -m service", description="Serve the nanomoe API.")
@@ -121,7 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
     try:
         settings = Settings(**given)
-        configure_logging(settings.log_format)
+        logs.configure(settings.log_format)
         asyncio.run(serve(settings))
     except ValidationError as error:
         for problem in error.errors(include_input=False):

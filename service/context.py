@@ -45,15 +45,17 @@ async def open_context(settings: Settings) -> AsyncIterator[Context]:
         wakeups = Wakeups(database)
         generation = Generation(settings)
         expose(generation.instruments, database)
-        await generation.start()
         rescuer = Rescuer(database, settings.rescue_seconds)
-        rescuing = asyncio.create_task(_rescue_now_and_then(rescuer, settings.rescue_seconds))
+        background = [asyncio.create_task(_rescue_now_and_then(rescuer, settings.rescue_seconds))]
+        if settings.engine_preload:
+            background.append(asyncio.create_task(_preload_engine(database, wakeups, generation)))
         try:
             yield Context(settings, database, wakeups, generation, CapacityLimiter(1))
         finally:
             wakeups.close()
-            rescuing.cancel()
-            await asyncio.wait([rescuing])  # however it ends: the engine is stopped in any case
+            for task in background:
+                task.cancel()
+            await asyncio.wait(background)  # however they end: the engine is stopped in any case
             await generation.stop()
 
 
@@ -79,3 +81,17 @@ async def _rescue_now_and_then(rescuer: Rescuer, seconds: float) -> None:
         except Exception:  # jobs would be stuck from now on, and nobody told
             log.exception("rescue_failed")
         await asyncio.sleep(seconds)
+
+
+async def _preload_engine(database: Database, wakeups: Wakeups, generation: Generation) -> None:
+    """Start the generation engine once there is training: before there is a checkpoint to ask for, and not for an API
+    that only keeps what was trained elsewhere or before."""
+    while not wakeups.closed:
+        change = wakeups.next()
+        try:
+            if await to_thread.run_sync(store.has_training, database):
+                return await generation.preload()
+        except ServiceError as error:
+            log.warning("generation_engine_not_preloaded", reason=error.detail)
+        await wakeups.wait(change)
+    return None

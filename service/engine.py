@@ -2,17 +2,16 @@
 
 `python -m service.engine`, JSON lines on stdin and stdout (`service.engine_messages`), the log on stderr. The main
 thread generates; one thread reads requests, another loads checkpoints, so that a new one does not stop the others'
-texts, and one scores and inspects. The process ends when its parent does: by signal where the system has it, else at
-the end of stdin. Knows no job, no database and no HTTP.
+texts, one scores and inspects, and on a CPU one makes the compiled loops ready. Until they are, texts are generated
+with tensor operations, which gives the same texts: nobody waits for a compiler. The process ends when its parent does:
+by signal where the system has it, else at the end of stdin. Knows no job, no database and no HTTP.
 """
 
-import ctypes
 import os
 import signal
 import sys
 import threading
 import time
-import traceback
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +21,8 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import BinaryIO
 
+import structlog
+import tokenizers  # noqa: F401 # imported where a checkpoint is loaded; the first request shall not wait for that
 import torch
 from safetensors.torch import load as load_safetensors
 
@@ -33,6 +34,7 @@ from nanomoe.execution import find_device
 from nanomoe.generate import FEW_SEQUENCES, Continuation, Engine, useful_threads
 from nanomoe.sampling import Sampling
 from nanomoe.tokenizer import Tokenizer
+from service import logs, loops
 from service.engine_messages import (
     Begun,
     Cancel,
@@ -53,7 +55,10 @@ from service.engine_messages import (
     to_line,
 )
 from service.examiner import examine, token_logprob, unknown_token
+from service.parent import die_with_parent
 from service.text_stream import TextStream
+
+log = structlog.get_logger(__name__)
 
 CHUNK_SECONDS = 0.02
 """Shortest time between two chunks of a streamed text: a reader sees no difference, and lines cost time."""
@@ -65,18 +70,28 @@ _OWN_SHARE = 0.9
 """Of that time, what this thread gets of a processor at least, where nobody else wants it for long: 0.96 and more on an
 idle machine, 0.4 to 0.9 beside a training (measured)."""
 
-_LEFT_TO_OTHERS = 12.0
-"""How long to wait after a step, in lengths of it, where others want the processor."""
+LEAST_SHARE = 1 / 8
+"""Of a core's time, what few texts are generated in where others want the processor: they take no more, and are never
+held back below it. What the operating system leaves them at their priority may be less."""
 
-_PR_SET_PDEATHSIG = 1
+_MOST_CREDIT = 0.25
+"""Seconds of waiting for the processor, at most, that later steps need not pause for."""
+
+_SWITCH_SECONDS = 0.0005
+"""How long the main thread waits for the interpreter's lock where another thread computes in Python. It needs the lock
+after every tensor operation, and a token takes a hundred of them."""
 
 
 @dataclass
 class Loaded:
     """A checkpoint, ready to be continued from."""
 
+    folder: Path
     engine: Engine
     tokenizer: Tokenizer
+    lacks_loops: bool
+    """Whether it was loaded before the compiled loops were ready, and has not been loaded anew."""
+
     n_users: int = 0
     """Requests being generated from it; it stays loaded until there are none."""
 
@@ -115,7 +130,8 @@ class Pace:
 
     A low priority alone leaves a training three quarters of its speed (measured): it waits a little at every of its
     many small steps for a core and for the cache. So when the processor keeps this thread waiting, which tells that
-    others want it, most of the time is left to them. A text still comes faster than anybody reads.
+    others want it, most of the time is left to them: of a core, this thread takes `LEAST_SHARE`. Where waiting for the
+    processor alone takes longer than that, it does not pause on top.
     """
 
     def __init__(self) -> None:
@@ -123,19 +139,27 @@ class Pace:
         """Seconds to leave before the next step."""
         self._wall = self._cpu = 0.0
         self._gives_way = False
+        self._ended = time.perf_counter()
+        self._owed = 0.0
+        """Seconds that must pass until this thread has had no more than its share; below 0 where it has had less."""
 
     @contextmanager
     def working(self, *, alone: bool) -> Iterator[None]:
         """Around a step; `alone`: whether it is of few texts."""
         wall, cpu = time.perf_counter(), time.thread_time()
         yield
-        taken = time.perf_counter() - wall
+        ended, computed = time.perf_counter(), time.thread_time() - cpu
+        taken = ended - wall
+        self._owed = max(self._owed + computed / LEAST_SHARE - (ended - self._ended), -_MOST_CREDIT)
+        self._ended = ended
         self._wall += taken
-        self._cpu += time.thread_time() - cpu
+        self._cpu += computed
         if self._wall >= _PACE_SECONDS:
             self._gives_way = self._cpu < _OWN_SHARE * self._wall
             self._wall = self._cpu = 0.0
-        self.pause = _LEFT_TO_OTHERS * taken if self._gives_way and alone else 0.0
+        if not (self._gives_way and alone):
+            self._owed = min(self._owed, 0.0)  # what was free is not paid for later
+        self.pause = max(0.0, self._owed)
 
 
 class Server:
@@ -156,7 +180,10 @@ class Server:
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self._cache: OrderedDict[str, Loaded] = OrderedDict()
         """By manifest sha256, the least recently used first."""
+        self._superseded: list[Loaded] = []
+        """No longer in the cache, because they were loaded anew, and still in use."""
         self._loading = False
+        self._has_loops = False
         self._queue: deque[Generate] = deque()
         self._running: dict[int, _Running] = {}
         self._owner: dict[Continuation, tuple[_Running, _Choice]] = {}
@@ -175,13 +202,27 @@ class Server:
         """Generate until the process ends."""
         self._say(Ready())
         self._flush()
+        self.prepare_loops()
         while True:
             self.turn()
+
+    def prepare_loops(self) -> None:
+        """Use compiled loops for what begins after they are ready, some time from now. On a GPU there are none."""
+        if self._device.type == "cpu":
+            threading.Thread(target=self._prepare_loops, name="loops", daemon=True).start()
+
+    def _prepare_loops(self) -> None:
+        if loops.prepare():
+            self._inbox.put(self._use_loops)
+
+    def _use_loops(self) -> None:
+        self._has_loops = True
 
     def turn(self) -> None:
         """Do what was asked for since the last turn, waiting for it if there is nothing else to do; then add one token
         to every text, and send what is due."""
         self._begin_what_fits()
+        self._renew()
         # Nothing runs: what waits, waits for a checkpoint that is being read, and what just failed shall be told.
         if not self._running:
             self._flush()
@@ -189,10 +230,9 @@ class Server:
         self._begin_what_fits()
         self._share_threads()
         with self._pace.working(alone=len(self._owner) < FEW_SEQUENCES):
-            for loaded in list(self._cache.values()):
-                if loaded.n_users:
-                    with self._sparing_others(loaded):
-                        self._step(loaded)
+            for loaded in self._in_use():
+                with self._sparing_others(loaded):
+                    self._step(loaded)
             self._flush()
 
     def _share_threads(self) -> None:
@@ -288,16 +328,30 @@ class Server:
 
     # Checkpoints
 
-    def _load(self, folder: Path, sha256: str) -> None:
-        """Let the loader's thread read a checkpoint, unless it is busy or those in use leave no room."""
-        in_use = sum(loaded.engine.n_bytes for loaded in self._cache.values() if loaded.n_users)
-        if self._loading or in_use >= self._start.cache_bytes:
-            return
-        self._loading = True
-        loading = self._loader.submit(self._read, folder, sha256)
-        loading.add_done_callback(lambda done: self._inbox.put(lambda: self._keep(sha256, done.result())))
+    def _in_use(self) -> list[Loaded]:
+        """The checkpoints that texts are being generated from."""
+        return [loaded for loaded in [*self._cache.values(), *self._superseded] if loaded.n_users]
 
-    def _read(self, folder: Path, sha256: str) -> Loaded | tuple[str, str]:
+    def _load(self, folder: Path, sha256: str) -> bool:
+        """Let the loader's thread read a checkpoint; whether it does: not while it is busy or those in use leave no
+        room."""
+        in_use = sum(loaded.engine.n_bytes for loaded in self._in_use())
+        if self._loading or in_use >= self._start.cache_bytes:
+            return False
+        self._loading = True
+        loading = self._loader.submit(self._read, folder, sha256, with_loops=self._has_loops)
+        loading.add_done_callback(lambda done: self._inbox.put(lambda: self._keep(sha256, done.result())))
+        return True
+
+    def _renew(self) -> None:
+        """Load one checkpoint anew, if there is one that was loaded before the loops were ready. What is generated from
+        it meanwhile is generated without them to its end."""
+        if self._has_loops:
+            for sha256, loaded in list(self._cache.items()):
+                if loaded.lacks_loops and self._load(loaded.folder, sha256):
+                    loaded.lacks_loops = False  # if it cannot be read any more, it stays as it is
+
+    def _read(self, folder: Path, sha256: str, *, with_loops: bool) -> Loaded | tuple[str, str]:
         """A checkpoint from the disk, every byte that is used verified; or the code and message of what is wrong."""
         try:
             files = {entry.name: entry for entry in checkpoint.read_manifest(folder, sha256).files}
@@ -312,20 +366,23 @@ class Server:
                 device=self._device,
                 max_running=self._start.max_running,
                 cache_bytes=self._start.cache_bytes // 4,
-                compiled=True,
+                compiled=with_loops or self._device.type != "cpu",
             )
             if tokenizer.vocab_size != engine.vocab_size:
                 raise ValueError(f"{tokenizer.vocab_size} tokens for {engine.vocab_size} embeddings")
-            return Loaded(engine, tokenizer)
+            return Loaded(folder, engine, tokenizer, lacks_loops=self._device.type == "cpu" and not with_loops)
         except CheckpointDamaged as error:
             return error.code, str(error)
         except Exception as error:  # whatever is wrong with one checkpoint is its requests' answer, not everybody's
-            traceback.print_exc()
+            log.exception("checkpoint_unreadable", folder=str(folder))
             return "checkpoint_unreadable", f"{folder.name}: {type(error).__name__}: {error}"
 
     def _keep(self, sha256: str, read: Loaded | tuple[str, str]) -> None:
         self._loading = False
         if isinstance(read, Loaded):
+            before = self._cache.get(sha256)
+            if before is not None and before.n_users:
+                self._superseded.append(before)
             self._cache[sha256] = read
             self._evict()
             return
@@ -351,12 +408,13 @@ class Server:
         except torch.AcceleratorError:
             raise  # the device answers this process no more: the next one finds it new
         except Exception as error:
-            traceback.print_exc()
+            log.exception("generation_failed")
             self._drop(loaded, f"{type(error).__name__}: {error}")
 
     def _drop(self, loaded: Loaded, reason: str) -> None:
         """Forget a checkpoint; what was being generated from it has failed."""
         self._cache = OrderedDict((sha256, kept) for sha256, kept in self._cache.items() if kept is not loaded)
+        self._superseded = [kept for kept in self._superseded if kept is not loaded]
         for running in [running for running in self._running.values() if running.loaded is loaded]:
             for choice in running.choices:
                 self._owner.pop(choice.continuation, None)
@@ -458,6 +516,7 @@ class Server:
             self._release(running, choice)
         del self._running[running.message.id]
         running.loaded.n_users -= 1
+        self._superseded = [loaded for loaded in self._superseded if loaded.n_users]
         self._evict()
 
     # Answers
@@ -472,21 +531,13 @@ class Server:
             self._lines.clear()
 
 
-def die_with_parent(parent: int) -> None:
-    """Be killed when the thread that started this process ends; leave at once if `parent` is already gone."""
-    if sys.platform == "linux" and ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0):
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    if os.getppid() != parent:
-        os._exit(1)
-
-
 def _read_requests(lines: BinaryIO, server: Server) -> None:
     """Until stdin ends, and the process with it: the main thread may be in the middle of a long step."""
     try:
         for line in lines:
             server.receive(parse_to_engine(line))
     except BaseException:  # a line that is none of the API's: what follows it cannot be trusted either
-        traceback.print_exc()
+        log.exception("request_not_understood")
         os._exit(1)
     os._exit(0)  # the API has closed the pipe, or is gone
 
@@ -497,13 +548,15 @@ def main() -> None:
     output = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever prints must not break the lines
     start = Start.model_validate_json(sys.stdin.buffer.readline())
+    logs.configure(start.log_format)
     die_with_parent(start.parent)
+    sys.setswitchinterval(_SWITCH_SECONDS)
     server = Server(start, output)
     threading.Thread(target=_read_requests, args=(sys.stdin.buffer, server), daemon=True).start()
     try:
         server.serve()
     except BaseException:
-        traceback.print_exc()
+        log.exception("generation_engine_died")
         os._exit(1)  # not a return: the thread that reads stdin cannot be stopped
 
 

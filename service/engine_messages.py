@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, TypeAdapter
 
 from nanomoe.config import Strict
+from service.logs import LogFormat
 
 FinishReason = Literal["length", "stop"]
 
@@ -88,6 +89,9 @@ class Start(Strict):
 
     max_running: int
     """Sequences generated at the same time."""
+
+    log_format: LogFormat = "console"
+    """How the engine writes log lines to standard error."""
 
 
 class Generate(Strict):

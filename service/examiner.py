@@ -6,10 +6,10 @@ Knows no HTTP.
 """
 
 import math
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+import structlog
 from safetensors.torch import load as load_safetensors
 from torch import device as TorchDevice
 
@@ -40,6 +40,8 @@ from service.engine_messages import (
     TokenLogProb,
 )
 
+log = structlog.get_logger(__name__)
+
 MAX_NUMBERS = 1 << 19
 """Most attention weights and router probabilities of one inspection, some 5 MB of JSON."""
 
@@ -59,7 +61,7 @@ def examine(question: Question, device: TorchDevice) -> Examined | Refused | Fai
     except CheckpointDamaged as error:
         return Failed(id=question.id, code=error.code, message=str(error))
     except Exception as error:
-        traceback.print_exc()
+        log.exception("question_failed", folder=question.folder)
         return Failed(id=question.id, code="checkpoint_unreadable", message=f"{type(error).__name__}: {error}")
 
 

@@ -1,7 +1,9 @@
 """The API's side of generation: admission, streams, and the engine process that does the work.
 
-The engine is started when the first request needs it, and again when it dies; requests of that moment are answered 503.
-A request that nobody reads any more is cancelled, which frees its slot. Never imports torch.
+The engine is started by `preload`, or when the first request needs it, and again when it dies; requests of that moment
+are answered 503. How long a request may wait counts from when the engine is ready, which has a limit of its own: an
+engine that is not ready by then is killed. A request that nobody reads any more is cancelled, which frees its slot.
+Never imports torch.
 """
 
 import asyncio
@@ -49,6 +51,7 @@ from service.settings import Settings
 
 log = structlog.get_logger(__name__)
 
+_ENGINE = ("-m", "service.engine")
 _LONGEST_LINE = 256 * 2**20
 _STOP_SECONDS = 3.0
 _MOST_SECONDS_BETWEEN_STARTS = 30.0
@@ -127,9 +130,11 @@ class _Pending:
         self.follows = follows
         """Whether it belongs to a request of several prompts of which one came before."""
         self.arrived_at = time.monotonic()
+        self.waits_since: float | None = None
+        """From when its time limits count; None while the engine is not ready."""
         self.begun_at: float | None = None
         self.answers: asyncio.Queue[Answer | None] = asyncio.Queue()
-        """None: the request has begun."""
+        """None: the engine has become ready, or the request has begun."""
         self.finished = False
         """Whether the engine has nothing more to say of it."""
         self.failed = False
@@ -159,8 +164,15 @@ class Generation:
         self._starting = asyncio.Lock()
         self._closed = False
 
-    async def start(self) -> None:
-        """Nothing runs yet: loading torch for an API that is never asked to generate would be a waste."""
+    async def preload(self) -> None:
+        """Start the engine before anybody asks; who asks meanwhile waits for the same one.
+
+        Raises:
+            Unavailable: it cannot be started now.
+        """
+        async with self._starting:
+            if self._process is None:
+                await self._start_engine()
 
     async def stop(self) -> None:
         """End the engine; what is being generated is answered 503."""
@@ -284,7 +296,7 @@ class Generation:
             while True:
                 answer = await self._next_answer(pending)
                 if answer is None:
-                    continue  # it has begun
+                    continue
                 pending.finished = True
                 if isinstance(answer, ServiceError):
                     raise answer
@@ -309,6 +321,8 @@ class Generation:
         self._last_id += 1
         request_id = self._last_id
         pending = self._pending[request_id] = _Pending(n, follows=follows)
+        if self._ready:
+            pending.waits_since = pending.arrived_at
         process: asyncio.subprocess.Process | None = None
         try:
             async with self._starting:
@@ -370,7 +384,8 @@ class Generation:
         patient = begun or pending.follows
         limit = settings.engine_request_seconds if patient else settings.engine_wait_seconds
         try:
-            async with asyncio.timeout_at(pending.arrived_at + limit):
+            # An engine that is not ready becomes so, or is killed, which is an answer too.
+            async with asyncio.timeout_at(None if pending.waits_since is None else pending.waits_since + limit):
                 return await pending.answers.get()
         except TimeoutError:
             if begun:
@@ -393,7 +408,7 @@ class Generation:
             environment["OMP_NUM_THREADS"] = str(settings.engine_threads)
         process = await asyncio.create_subprocess_exec(
             sys.executable,
-            *("-m", "service.engine"),
+            *_ENGINE,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             limit=_LONGEST_LINE,
@@ -408,6 +423,7 @@ class Generation:
                 device=settings.engine_device,
                 cache_bytes=settings.engine_cache_bytes,
                 max_running=settings.engine_max_running,
+                log_format=settings.log_format,
             )
             await self._send(process, start)
         except BaseException:
@@ -425,22 +441,37 @@ class Generation:
             await process.stdin.drain()
 
     async def _listen(self, process: asyncio.subprocess.Process) -> None:
-        """Hand the engine's answers to who waits for them, until it ends."""
+        """Hand the engine's answers to who waits for them, until it ends, or is killed because it is not ready in
+        time."""
         assert process.stdout is not None
+        seconds = self._settings.engine_start_seconds
+        too_late = False
         try:
-            async for line in process.stdout:
-                self._hand_over(parse_from_engine(line))
+            async with asyncio.timeout(seconds) as start:
+                async for line in process.stdout:
+                    self._hand_over(parse_from_engine(line))
+                    if self._ready:
+                        start.reschedule(None)
+        except TimeoutError:
+            too_late = True
+            log.error("generation_engine_not_ready", seconds=seconds)
         except Exception:  # a line that is too long, or none of ours: what follows it cannot be trusted either
             log.exception("generation_engine_not_understood")
         finally:
             if not process.stdout.at_eof():
                 _kill(process)
                 await process.stdout.read()  # what nobody reads keeps the pipe open, and the process waited for
-            self._forget(await process.wait())
+            status = await process.wait()
+            ended = f"was not ready after {seconds:g} seconds" if too_late else f"ended with status {status}"
+            self._forget(status, f"the generation engine {ended}")
 
     def _hand_over(self, message: FromEngine) -> None:
         if isinstance(message, Ready):
             self._ready, self._failures = True, 0
+            now = time.monotonic()
+            for waiting in self._pending.values():
+                waiting.waits_since = now
+                waiting.answers.put_nowait(None)
             return
         pending = self._pending.get(message.id)
         if pending is None:
@@ -457,19 +488,19 @@ class Generation:
         else:
             pending.answers.put_nowait(message)
 
-    def _forget(self, status: int) -> None:
+    def _forget(self, status: int, reason: str) -> None:
         """The engine has ended: answer what it leaves behind."""
         if not self._closed:
             log.warning("generation_engine_ended", status=status, requests=len(self._pending), was_ready=self._ready)
         error = Unavailable(
             "engine_restarted" if self._ready else "generation_unavailable",
-            f"the generation engine ended with status {status}",
+            reason,
             retry_after=_RETRY_SECONDS,
         )
         if not self._ready:
             self._failures += 1
             self._start_not_before = time.monotonic() + min(2.0**self._failures, _MOST_SECONDS_BETWEEN_STARTS)
-        self._process = None
+        self._process, self._ready = None, False
         self.instruments.cached.set(0)
         self.instruments.cache_bytes.set(0)
         for pending in self._pending.values():

@@ -5,10 +5,12 @@ database connection.
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from service.logs import LogFormat
 
 MIB = 1024**2
 GIB = 1024**3
@@ -100,8 +102,16 @@ class Settings(BaseSettings):
     engine_max_waiting: int = Field(256, ge=0, le=65_536)
     """Generation requests that may wait until others have ended; further ones are refused with 429."""
 
+    engine_preload: bool = True
+    """Start the generation process as soon as a worker is there or a job waits, so that the first text comes at once;
+    `false` starts it with the first request, and saves its memory (some 300 MB) until then."""
+
+    engine_start_seconds: float = Field(300, gt=0, le=3_600)
+    """Longest that the generation process may take to be ready before it is killed and its requests get a 503."""
+
     engine_wait_seconds: float = Field(30, gt=0, le=3_600)
-    """Longest that a generation request waits for its first step before it is refused with 503."""
+    """Longest that a generation request waits for its first step before it is refused with 503. Counted from when the
+    generation process is ready; loading the checkpoint is part of it."""
 
     engine_request_seconds: float = Field(600, gt=0, le=86_400)
     """Longest that a generation request may take in all before it is ended with 503."""
@@ -115,7 +125,7 @@ class Settings(BaseSettings):
     engine_max_new_tokens: int = Field(4096, ge=1, le=1_000_000)
     """Most tokens of one generated text."""
 
-    log_format: Literal["console", "json"] = "console"
+    log_format: LogFormat = "console"
     """How log lines are written to standard error."""
 
     @field_validator("allowed_hosts", mode="before")

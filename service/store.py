@@ -311,6 +311,16 @@ def list_workers(db: Database) -> list[tuple[Worker, list[Job]]]:
         return [(worker, running.get(worker.id, [])) for worker in workers]
 
 
+def has_training(db: Database) -> bool:
+    """Whether a worker is alive, or a job waits or runs."""
+    now = db.time()
+    with db.read() as session:
+        if session.exec(select(Job.id).where(col(Job.status).in_(("queued", "running"))).limit(1)).first() is not None:
+            return True
+        workers = session.exec(select(Worker).where(col(Worker.stopped_at).is_(None)))
+        return any(is_alive(worker, now) for worker in workers)
+
+
 # The installation
 
 

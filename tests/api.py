@@ -188,5 +188,5 @@ def api(tmp_path_factory: pytest.TempPathFactory, migrated_sqlite: Path) -> Iter
 def _settings(data_dir: Path, migrated_sqlite: Path, **changes: Any) -> Settings:
     data_dir.mkdir(exist_ok=True)
     shutil.copy(migrated_sqlite, data_dir / "nanomoe.db")
-    merged: dict[str, Any] = {"data_dir": data_dir, "port": 0} | changes
+    merged: dict[str, Any] = {"data_dir": data_dir, "port": 0, "engine_preload": False} | changes
     return Settings(_env_file=None, **merged)

@@ -11,7 +11,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # An engine that yields the CPU gets next to none beside other tests, and whoever waits for it waits in vain.
 os.environ.setdefault("NANOMOE_ENGINE_NICE", "0")
-os.environ.setdefault("NANOMOE_ENGINE_WAIT_SECONDS", "120")
+# Most of the services that tests start are never asked to generate.
+os.environ.setdefault("NANOMOE_ENGINE_PRELOAD", "false")
 
 import pytest
 from hypothesis import settings

@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("nanomoe", "service", "worker")
-SHARED_WITH_WORKER = {"service.queue", "service.store", "service.settings", "service.errors"}
+SHARED_WITH_WORKER = {"service.queue", "service.store", "service.settings", "service.errors", "service.logs"}
 
 
 def _sources(package: str) -> list[Path]:

@@ -1,15 +1,14 @@
 """`python -m worker`: flags, logging and signals of the supervisor."""
 
 import argparse
-import logging
 import platform
 import signal
 import sys
 from contextlib import closing
 
-import structlog
 from pydantic import ValidationError
 
+from service import logs
 from service.errors import DatabaseUnavailable, StartRefused
 from service.settings import Settings
 from service.store import is_alive, list_workers, open_database
@@ -27,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     slots, name, healthy = given.pop("slots", 1), given.pop("name", None), given.pop("healthy")
     try:
         settings = Settings(**given)
-        configure_logging(settings.log_format)
+        logs.configure(settings.log_format)
         if healthy:
             return 0 if is_healthy(settings) else 1
         devices = find_devices(settings.device)
@@ -74,27 +73,6 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError("must be 1 or more")
     return number
-
-
-def configure_logging(style: str) -> None:
-    """Everything to standard error, our own lines and those of libraries alike."""
-    shared: list[structlog.typing.Processor] = [
-        structlog.contextvars.merge_contextvars,
-        structlog.stdlib.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso"),
-    ]
-    renderer: structlog.typing.Processor = (
-        structlog.processors.JSONRenderer()
-        if style == "json"
-        else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
-    )
-    structlog.configure(
-        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
-        logger_factory=structlog.stdlib.LoggerFactory(),
-    )
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(structlog.stdlib.ProcessorFormatter(processor=renderer, foreign_pre_chain=shared))
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
 
 
 if __name__ == "__main__":

@@ -36,6 +36,25 @@ def _kept_in() -> Path:
 
 numba.config.CACHE_DIR = str(_kept_in())  # type: ignore[attr-defined] # set by numba at run time
 
+
+def _mark() -> Path:
+    """The file that says that all loops are kept for this processor, in the form that this numba reads."""
+    processor = numba.core.registry.cpu_target.target_context.codegen().magic_tuple()
+    digest = hashlib.sha256(repr((numba.__version__, processor)).encode()).hexdigest()[:16]
+    return Path(numba.config.CACHE_DIR) / f"compiled-{digest}"  # type: ignore[attr-defined] # set by numba at run time
+
+
+def are_compiled() -> bool:
+    """Whether every loop has been compiled for this processor and is kept, so that loading it compiles nothing."""
+    return _mark().exists()
+
+
+def mark_compiled() -> None:
+    """Note that every loop has been compiled for this processor and is kept."""
+    _mark().parent.mkdir(parents=True, exist_ok=True)
+    _mark().touch()
+
+
 _TORCH_THREADS = torch.get_num_threads()
 _MOST_THREADS: int = numba.get_num_threads()
 # With the OpenMP that both share, numba has just told torch to use every core; sums over other shares round otherwise.

@@ -3,15 +3,18 @@
 import gc
 import math
 import random
-from collections.abc import Callable, Sequence
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from nanomoe import generate
+from nanomoe import generate, graphs
 from nanomoe.choosing import Choosing
 from nanomoe.config import ModelConfig
 from nanomoe.generate import Continuation, Engine, Request, continue_tokens, generate_reference
@@ -388,19 +391,66 @@ def test_text_by_captured_graphs_equals_the_uncached_float64_loop(name: str) -> 
     assert engine.n_recomputed < sum(len(text) for text in expected) / 4
 
 
+_ON_A_GPU = """
+import sys
+from nanomoe.config import ModelConfig
+from nanomoe.generate import Engine, Request
+from nanomoe.model import GPT
+config = ModelConfig(block_size=16, n_layer=1, n_head=1, n_embd=128)
+model = GPT.build(config, 16_384)
+model.init_weights(0)
+Engine(model.state_dict(), config, device="cuda", compiled=True).run([Request([1], 4)])
+print("numba" in sys.modules)
+"""
+
+
+@pytest.mark.gpu
+def test_an_engine_on_a_gpu_imports_no_loops() -> None:
+    done = subprocess.run([sys.executable, "-c", _ON_A_GPU], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
 @pytest.mark.gpu
 def test_an_engine_that_nobody_has_any_more_frees_its_memory_at_once() -> None:
     model = _model()
+
+    def engine_that_has_run() -> Engine:
+        engine = _engine(model, device="cuda", compiled=True)
+        engine.run([Request([1], 8)])
+        return engine
+
+    engine_that_has_run()  # what libraries allocate once for a process
     gc.disable()
     try:
         before = torch.cuda.memory_allocated()
-        engine = _engine(model, device="cuda", compiled=True)
-        engine.run([Request([1], 8)])
-        assert torch.cuda.memory_allocated() > before
-        del engine
-        assert torch.cuda.memory_allocated() == before
+        for _ in range(3):
+            engine = engine_that_has_run()
+            assert torch.cuda.memory_allocated() > before
+            del engine
+            assert torch.cuda.memory_allocated() == before
     finally:
         gc.enable()
+
+
+def test_all_engines_of_a_device_capture_on_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuBLAS keeps a workspace for each stream that it has seen."""
+    made: list[int] = []
+    current = [0]
+
+    @contextmanager
+    def on(device: torch.device | int) -> Iterator[None]:
+        current[0] = device if isinstance(device, int) else device.index or 0
+        yield
+
+    graphs._capture_stream.cache_clear()
+    monkeypatch.setattr("torch.cuda.device", on)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: current[0])
+    monkeypatch.setattr("torch.cuda.Stream", lambda: made.append(current[0]))
+    monkeypatch.setattr("torch.cuda.graph_pool_handle", lambda: (0, 0))
+    for name in ("cuda", "cuda:0", "cuda:1", "cuda:0", "cuda:1"):
+        graphs.GraphedStep(torch.device(name))
+    graphs._capture_stream.cache_clear()
+    assert made == [0, 1]
 
 
 def test_sigmoid_scores_that_are_equal_in_float64_are_not_decided_by_their_logits() -> None:

@@ -400,30 +400,44 @@ def test_a_path_is_the_trainings_and_an_evaluation_in_another_type_still_runs() 
     moe.eval()(random_inputs(moe.config, 1, 4)[0])
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("path", ["masked", "grouped"])
-def test_the_gpu_equals_the_cpu_and_never_waits(path: ExpertPath) -> None:
+def assert_equal_on(device: str, path: ExpertPath) -> None:
+    """A layer there, beside the same one on the CPU: output, routing and every gradient. On a GPU nothing may wait."""
     config = moe_config(n_embd=64, n_experts=8, capacity_factor=1.0, n_shared_experts=1, router_noise=True)
     exact = random_moe(config, dtype=torch.float32)
     x, keep, noise, grad_y = random_inputs(config, 2, 48, dtype=torch.float32)
-    y, routing = exact(x, keep=keep, noise_TE=noise)
-    gradients = all_gradients((y * grad_y).sum() + routing.aux_loss + routing.z_loss, exact, x.requires_grad_())
+    there = [t.to(device) for t in (x, keep, noise, grad_y)]
+    y, routing = exact(x.requires_grad_(), keep=keep, noise_TE=noise)
+    gradients = all_gradients((y * grad_y).sum() + routing.aux_loss + routing.z_loss, exact, x)
+    assert all(gradient.any() for gradient in gradients.values()), "equal zeros would show nothing"
 
-    moe = MoE(config).cuda()
+    moe = MoE(config).to(device)
     moe.load_state_dict(exact.state_dict())
     moe.path = path
-    on_gpu = [t.detach().cuda() for t in (x, keep, noise, grad_y)]
-    torch.cuda.set_sync_debug_mode("error")
+    x_there = there[0].detach().clone().requires_grad_()
+    if device == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
     try:
         with torch.autocast("cuda", dtype=torch.bfloat16, enabled=path == "grouped"):
-            y_gpu, routing_gpu = moe(on_gpu[0].requires_grad_(), keep=on_gpu[1], noise_TE=on_gpu[2])
-        objective = (y_gpu * on_gpu[3]).sum() + routing_gpu.aux_loss + routing_gpu.z_loss
-        gradients_gpu = all_gradients(objective, moe, on_gpu[0])
+            y_there, routing_there = moe(x_there, keep=there[1], noise_TE=there[2])
+        objective = (y_there * there[3]).sum() + routing_there.aux_loss + routing_there.z_loss
+        gradients_there = all_gradients(objective, moe, x_there)
     finally:
-        torch.cuda.set_sync_debug_mode("default")
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
     tolerance = 0.02 if path == "grouped" else 1e-4
-    assert torch.equal(routing_gpu.chosen_TK.cpu(), routing.chosen_TK)
-    assert torch.equal(routing_gpu.dropped.cpu(), routing.dropped)
-    assert (y_gpu.cpu() - y).norm() <= tolerance * y.norm()
+    assert torch.equal(routing_there.chosen_TK.cpu(), routing.chosen_TK)
+    assert torch.equal(routing_there.dropped.cpu(), routing.dropped)
+    assert (y_there.cpu() - y).norm() <= tolerance * y.norm()
     for name, gradient in gradients.items():
-        assert (gradients_gpu[name].cpu() - gradient).norm() <= tolerance * gradient.norm(), name
+        assert (gradients_there[name].cpu() - gradient).norm() <= tolerance * gradient.norm(), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("path", ["masked", "grouped"])
+def test_the_gpu_equals_the_cpu_and_never_waits(path: ExpertPath) -> None:
+    assert_equal_on("cuda", path)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_what_is_compared_on_a_gpu_is_equal_on_the_cpu(path: ExpertPath) -> None:
+    assert_equal_on("cpu", path)

@@ -6,11 +6,14 @@ import threading
 import pytest
 from structlog.testing import capture_logs
 
+from service import store
 from service.context import open_context
+from service.database import Database
 from service.generation import Generation
 from service.queue import Rescuer
 from service.settings import Settings
 from tests.databases import ONLY_SQLITE
+from tests.queued import submit
 
 pytestmark = ONLY_SQLITE
 
@@ -53,3 +56,37 @@ def test_the_engine_is_stopped_however_the_rescuer_has_ended(
     monkeypatch.setattr("service.context._rescue_now_and_then", end)
     asyncio.run(open_and_close())
     assert len(stopped) == 1
+
+
+@pytest.mark.parametrize("sign", ["a job waits", "a worker lives", "neither"])
+def test_the_engine_is_started_with_the_first_sign_of_training(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, sign: str
+) -> None:
+    preloads: list[Generation] = []
+    preloaded, looked = threading.Event(), threading.Event()
+    has_training = store.has_training
+
+    async def preload(generation: Generation) -> None:
+        preloads.append(generation)
+        preloaded.set()
+
+    def look(db: Database) -> bool:
+        found = has_training(db)
+        looked.set()
+        return found
+
+    async def open_and_train() -> None:
+        async with open_context(settings.model_copy(update={"engine_preload": True})) as context:
+            assert await asyncio.to_thread(looked.wait, 30)
+            assert preloads == [], "an API without training starts nothing"
+            if sign == "a job waits":
+                await asyncio.to_thread(submit, context.database)
+            elif sign == "a worker lives":
+                await asyncio.to_thread(store.worker_started, context.database, store.WorkerIdentity(name="test"))
+            if sign != "neither":
+                assert await asyncio.to_thread(preloaded.wait, 30)
+
+    monkeypatch.setattr(Generation, "preload", preload)
+    monkeypatch.setattr(store, "has_training", look)
+    asyncio.run(open_and_train())
+    assert len(preloads) == (sign != "neither")

@@ -44,7 +44,7 @@ def _settings(**fields: object) -> Settings:
 @pytest.fixture(scope="module")
 def generation(run: Run) -> Iterator[Generation]:
     generation = Generation(_settings(engine_max_running=4, engine_max_new_tokens=100_000, engine_wait_seconds=60))
-    run(generation.start())
+    run(generation.preload())
     yield generation
     run(generation.stop())
 
@@ -60,6 +60,61 @@ async def _first(generation: Generation, tiny: TinyCheckpoint) -> contextlib.Abs
     stream = generation.stream(tiny.request(max_new_tokens=50_000))
     assert isinstance(await anext(stream), Chunk)
     return contextlib.aclosing(stream)
+
+
+def test_who_asks_while_an_engine_starts_waits_for_that_one(
+    run: Run, generation: Generation, tiny: TinyCheckpoint
+) -> None:
+    preloaded = generation._process
+    assert preloaded is not None
+    run(generation.preload())
+    run(generation.generate(tiny.request()))
+    assert generation._process is preloaded
+
+
+def _scripted(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    """Let engines be a few lines that need no torch; `told()` is the next message, `say()` answers."""
+    head = "import json, sys, time\ntold = lambda: json.loads(sys.stdin.readline())\n"
+    say = "say = lambda **message: print(json.dumps(message), flush=True)\ntold()\n"
+    monkeypatch.setattr("service.generation._ENGINE", ("-c", head + say + script))
+
+
+def test_waiting_counts_from_an_engine_that_is_ready(
+    run: Run, tiny: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _scripted(monkeypatch, """
+at, request = time.monotonic(), told()
+time.sleep(0.3)
+done = {"id": request["id"], "prompt_tokens": 1, "completion_tokens": 0, "window_slid": False, "numerics": "",
+        "first_token_at": at, "finished_at": at, "n_cached": 1, "cache_bytes": 1}
+print(json.dumps({"type": "ready"}), json.dumps({"type": "begun", "id": request["id"], "at": at}),
+      json.dumps(done | {"type": "done"}), sep="\\n", flush=True)
+told()
+say(type="begun", id=0, at=at)
+told()
+""")  # fmt: skip
+    generation = Generation(_settings(engine_wait_seconds=0.1))
+    run(generation.generate(tiny.request()))
+    error = run(_failure(generation.generate(tiny.request())))
+    assert error.code == "generation_wait_too_long"
+    run(generation.stop())
+
+
+def test_an_engine_that_does_not_become_ready_is_killed_and_answered_503(
+    run: Run, tiny: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _scripted(monkeypatch, "while True: told()")
+    generation = Generation(_settings(engine_start_seconds=0.3))
+
+    async def ask_two() -> list[ServiceError]:
+        return await asyncio.gather(*(_failure(generation.generate(tiny.request())) for _ in range(2)))
+
+    for error in run(ask_two()):
+        assert (error.status, error.code) == (503, "generation_unavailable")
+        assert "not ready after 0.3 seconds" in error.detail
+        assert error.retry_after is not None
+    assert generation._process is None
+    run(generation.stop())
 
 
 def test_a_request_is_answered_with_its_text_and_its_timing(

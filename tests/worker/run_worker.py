@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from nanomoe import checkpoint
-from service import database, queue
+from service import database, logs, queue
 from service.settings import Settings
 from service.store import open_database
 from worker import attempt
-from worker.__main__ import configure_logging
 from worker.devices import find_devices
 from worker.lock import SlotLock
 from worker.memory import oom_kills
@@ -95,7 +94,7 @@ def run(spec: dict[str, Any]) -> None:
 def _run(spec: dict[str, Any]) -> int:
     if spec["log"] is not None:
         os.dup2(os.open(spec["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND), sys.stderr.fileno())
-    configure_logging("console")
+    logs.configure("console")
     settings = Settings(_env_file=None, **spec["settings"])
     database.BUSY_SECONDS = spec["busy_seconds"]
     queue.MAX_CRASHES = spec["max_crashes"]

@@ -11,6 +11,12 @@ from worker.__main__ import main
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.fixture(autouse=True)
+def _own_logging(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`main` runs in this process, whose logging and hooks are pytest's."""
+    monkeypatch.setattr("service.logs.configure", lambda form: None)
+
+
 def test_a_worker_for_a_device_that_is_not_there_says_so_and_ends(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--devices", "tpu"]) == 2
     assert "'tpu'" in capsys.readouterr().err

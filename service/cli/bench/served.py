@@ -19,9 +19,13 @@ from nanomoe.generate import Engine, Request, useful_threads
 from nanomoe.sampling import Sampling
 from nanomoe.tokenizer import Tokenizer
 from service.cli.bench.site import open_site
+from service.client import Client
 
 _PROMPT_TOKENS = 10
 _NEW_TOKENS = 80
+_LOOPS_SECONDS = 300.0
+"""How long the service may take to have its compiled loops ready."""
+
 _HEAD = b"POST /generate HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
 _SAMPLING = Sampling(0.8, 200)
 """The defaults of nanoGPT's `sample.py`."""
@@ -54,9 +58,25 @@ def measure(model_name: str, vocab_size: int, *, at_once: tuple[int, ...], turns
     engine = Engine(model.state_dict(), model.config, max_running=max(at_once), compiled=True)
     with open_site(engine_max_running=max(at_once)) as site:
         job_id = site.record(model, tokenizer)
+        _until_loops(site.url, job_id)
         return [
             asyncio.run(_compare(site.url, job_id, engine, tokenizer, model_name, n, turns)) for n in at_once
         ]  # fmt: skip
+
+
+def _until_loops(url: str, job_id: str) -> None:
+    """Ask for single tokens until they are computed by compiled loops, as those of the engine in this process are.
+
+    Raises:
+        TimeoutError: they are not within `_LOOPS_SECONDS`.
+    """
+    deadline = time.monotonic() + _LOOPS_SECONDS
+    with Client(url) as client:
+        job = client.job(job_id)
+        while "compiled loops" not in job.generate("a", max_new_tokens=1).numerics:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no compiled loops after {_LOOPS_SECONDS:g} seconds; see the log of the service")
+            time.sleep(0.2)
 
 
 async def _compare(
