@@ -158,6 +158,7 @@ def _healthy(service: str, environment: dict[str, str]) -> bool:
 
 def test_the_health_commands_tell_a_running_service_from_none(tmp_path: Path) -> None:
     environment = os.environ | {"NANOMOE_DATA_DIR": str(tmp_path), "NANOMOE_DEVICE": "cpu", "NANOMOE_PORT": "0"}
+    environment["HTTP_PROXY"] = "http://127.0.0.1:9"  # nobody is there: the checks must not ask it
     with _running("service", environment) as api:
         assert api.stdout
         line = next((line for line in api.stdout if line.startswith("nanomoe listening on ")), "")

@@ -75,7 +75,7 @@ class AsyncClient:
     ) -> None:
         self.base_url = base_url.rstrip("/")
         self.retries = retries
-        self._http = httpx.AsyncClient(transport=transport, **connection_settings(base_url, key, timeout))
+        self._http = httpx.AsyncClient(**connection_settings(base_url, key, timeout, transport))
 
     estimate = _of_service(calls.estimate)
     list_jobs = _of_service(calls.list_jobs)

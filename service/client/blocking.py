@@ -77,7 +77,7 @@ class Client:
     ) -> None:
         self.base_url = base_url.rstrip("/")
         self.retries = retries
-        self._http = httpx.Client(transport=transport, **connection_settings(base_url, key, timeout))
+        self._http = httpx.Client(**connection_settings(base_url, key, timeout, transport))
 
     estimate = _of_service(calls.estimate)
     list_jobs = _of_service(calls.list_jobs)
