@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from pydantic import ValidationError
 
 from service.cli.knobs import complete_knob
 from service.cli.mistakes import Mistake
 from service.client import Client
-from service.settings import Settings
+from service.errors import StartRefused
+from service.settings import Settings, read_settings
 
 Url = Annotated[
     str | None,
@@ -32,10 +32,9 @@ ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE", hel
 def settings() -> Settings:
     """The environment's settings; a wrong one is a usage error that names its variable."""
     try:
-        return Settings()
-    except ValidationError as error:
-        faults = (f"NANOMOE_{'.'.join(map(str, fault['loc'])).upper()}: {fault['msg']}" for fault in error.errors())
-        raise Mistake("; ".join(faults)) from None
+        return read_settings()
+    except StartRefused as error:
+        raise Mistake(str(error).replace("\n", "; ")) from None
 
 
 def connect(url: str | None) -> Client:

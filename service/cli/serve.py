@@ -19,6 +19,7 @@ from service.cli.options import settings
 from service.cli.output import Json, print_json
 from service.cli.processes import ChildFailed, Processes, ended_by_signals
 from service.client import Client
+from service.settings import sqlite_url
 
 PARAGRAPH = "paragraph.pt.txt"
 PROMPT_WORDS = 4
@@ -88,7 +89,7 @@ def _demo(data: Path, as_json: bool) -> int:
     paragraph = files("nanomoe").joinpath("assets", PARAGRAPH).read_text(encoding="utf-8").strip()
     environment = {
         "NANOMOE_DATA_DIR": str(data),
-        "NANOMOE_DATABASE_URL": f"sqlite:///{data / 'nanomoe.db'}",
+        "NANOMOE_DATABASE_URL": sqlite_url(data / "nanomoe.db"),
         "NANOMOE_HOST": "127.0.0.1",
         "NANOMOE_PORT": "0",
     }
