@@ -18,7 +18,6 @@ from nanomoe.config import JobConfig
 from service.cli import text
 from service.cli.mistakes import Mistake
 from service.cli.output import Json, print_json
-from service.cli.references import Reference
 
 
 def config_of(file: Path | None, settings: list[str]) -> JobConfig:
@@ -66,6 +65,8 @@ def _value(name: str, field: FieldInfo, value: str) -> Any:
     if field.annotation is str and not value.startswith('"'):
         return value
     if name == "init_from" and not value.startswith(("{", "null")):
+        from service.cli.references import Reference  # and with it the client, for this alone
+
         return Reference.parse(value).init_from()
     try:
         return json.loads(value)

@@ -14,6 +14,7 @@ import typer
 from rich.text import Text
 
 from service.cli import text
+from service.cli.addresses import option_for
 from service.cli.jobs import INTERRUPTED, SUCCEEDED, introduce, show_generated, show_to_the_end
 from service.cli.options import settings
 from service.cli.output import Json, print_json
@@ -43,9 +44,8 @@ def serve(
                 print(json.dumps({"url": url, "data_dir": str(chosen.data_dir)}), flush=True)
             else:
                 console.print(Text.assemble("nanomoe is at ", (url, "bold cyan"), f", its data in {chosen.data_dir}"))
-                console.print(
-                    f"try: {text.program()} submit FILE --watch; docs at /docs; Ctrl-C stops both", style=text.DIM
-                )
+                hint = f"try: {text.program()} submit FILE --watch{option_for(url)}; docs at {url}/docs"
+                console.print(f"{hint}; Ctrl-C stops both", style=text.DIM, soft_wrap=True)
             with processes.watched():
                 Event().wait()
         except KeyboardInterrupt:
@@ -69,7 +69,7 @@ def demo(
     if code == SUCCEEDED:
         took = text.duration(time.monotonic() - began)
         console.print(f"done in {took}; API and worker are stopped", style=text.DIM)
-        console.print(f"with your own text: make serve, then {text.program()} submit FILE --watch", style=text.DIM)
+        console.print(f"with your own text: {text.program()} serve, which says how to submit it", style=text.DIM)
     raise typer.Exit(code)
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ import httpx
 from service import schemas
 from service.client import calls
 from service.client.calls import Call, Which
-from service.client.connection import connection_settings
+from service.client.connection import DEFAULT_URL, URL_VARIABLE, connection_settings
 from service.client.continuation import ContinuationReader, Piece
 from service.client.download import Download, file_names, make_folder, recorded_file
 from service.client.errors import ClientError
@@ -66,13 +67,14 @@ class AsyncClient:
 
     def __init__(
         self,
-        base_url: str = "http://127.0.0.1:8000",
+        base_url: str | None = None,
         *,
         key: str | None = None,
         timeout: float = 30.0,
         retries: int = 3,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
+        base_url = base_url or os.environ.get(URL_VARIABLE) or DEFAULT_URL
         self.base_url = base_url.rstrip("/")
         self.retries = retries
         self._http = httpx.AsyncClient(**connection_settings(base_url, key, timeout, transport))

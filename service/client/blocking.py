@@ -1,6 +1,7 @@
 """The client for ordinary programs and notebooks: each method waits for its answer. `asynchronous.py` is its twin."""
 
 import functools
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ import httpx
 from service import schemas
 from service.client import calls
 from service.client.calls import Call, Which
-from service.client.connection import connection_settings
+from service.client.connection import DEFAULT_URL, URL_VARIABLE, connection_settings
 from service.client.continuation import ContinuationReader, Piece
 from service.client.download import Download, file_names, make_folder, recorded_file
 from service.client.errors import ClientError
@@ -62,19 +63,21 @@ def _of_job(build: Callable[Concatenate[str, P], Call[T]]) -> Callable[Concatena
 class Client:
     """A connection to the service. Raises the classes of `service.client.errors`.
 
-    `key` is sent as `Authorization: Bearer`; `timeout` is the seconds without a byte after which an ordinary request
-    has failed; `retries` is how often one is sent again where that is safe.
+    `base_url` is the service's address; None is that of the environment variable NANOMOE_URL, or else
+    http://127.0.0.1:8000. `key` is sent as `Authorization: Bearer`; `timeout` is the seconds without a byte after which
+    an ordinary request has failed; `retries` is how often one is sent again where that is safe.
     """
 
     def __init__(
         self,
-        base_url: str = "http://127.0.0.1:8000",
+        base_url: str | None = None,
         *,
         key: str | None = None,
         timeout: float = 30.0,
         retries: int = 3,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
+        base_url = base_url or os.environ.get(URL_VARIABLE) or DEFAULT_URL
         self.base_url = base_url.rstrip("/")
         self.retries = retries
         self._http = httpx.Client(**connection_settings(base_url, key, timeout, transport))

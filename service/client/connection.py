@@ -10,6 +10,12 @@ import httpx
 from nanomoe import __version__
 from service.loopback import address_of, is_loopback
 
+DEFAULT_URL = "http://127.0.0.1:8000"
+"""Where a service listens that was told nothing else."""
+
+URL_VARIABLE = "NANOMOE_URL"
+"""The variable of the environment that says where the service is."""
+
 
 def connection_settings(
     base_url: str, key: str | None, timeout: float, transport: httpx.BaseTransport | httpx.AsyncBaseTransport | None

@@ -8,8 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.core import TyperGroup
+from typer.main import get_command
 
 from service import queue
+from service.cli import COMMANDS, app
+from service.cli.commands import LazyCommand
 from tests.api import TEXT, Api
 from tests.service.cli.conftest import Run
 
@@ -39,7 +43,7 @@ def test_submit_says_what_the_job_is_and_how_to_watch_it(at: Run, text_file: str
     first, size, *_, last = done.out.splitlines()
     assert first == f"{job['id']}  queued  uma rodada"
     assert size.endswith("65 tokens, 3 steps")
-    assert last == f"watch it: nanomoe watch {job['id']}"
+    assert last == f"watch it: nanomoe watch {job['id']} --url {api.url}"
     assert (job["tags"], job["priority"], job["config"]["epochs"]) == ({"a": "b"}, 3, 3)
 
 
@@ -116,7 +120,8 @@ def test_nobody_at_the_address_is_exit_code_3_and_says_what_to_do(nanomoe: Run) 
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
         done = nanomoe("jobs", "--url", url)
     assert done.code == 3
-    assert done.err == f"nanomoe: nothing answers at {url}; start it with: nanomoe serve\n"
+    said = f"nanomoe: nothing answers at {url}; another address is set with NANOMOE_URL or --url; "
+    assert done.err == f"{said}start the service with: nanomoe serve --port {url.rpartition(':')[2]}\n"
 
 
 def test_the_address_comes_from_the_settings(
@@ -146,9 +151,9 @@ def test_watching_shows_each_quarter_once_and_how_it_ended(at: Run, api: Api) ->
     assert "  reconstructs aaaaaaaaa" in lines
     assert "     continues abcdef" in lines
     assert lines[-1].startswith("succeeded in ")
-    assert lines[-1].endswith(f"; go on with: nanomoe generate {job_id} PROMPT")
+    assert lines[-1].endswith(f"; go on with: nanomoe generate {job_id} PROMPT --url {api.url}")
     assert "succeeded" not in lines
-    assert max(map(len, lines)) <= 100
+    assert max(map(len, lines[:-1])) <= 100
 
 
 def test_watching_a_job_that_fails_is_exit_code_1(at: Run, api: Api) -> None:
@@ -210,8 +215,72 @@ def test_the_version_and_the_help_need_no_service(nanomoe: Run) -> None:
     assert "KNOB=VALUE" in nanomoe("submit", "--help").out
 
 
-def test_a_command_starts_quickly_because_it_loads_little() -> None:
-    heavy = {"torch", "transformers", "tokenizers", "fastapi", "sqlalchemy", "numpy"}
-    script = f"import sys, service.cli; print(sorted({heavy} & set(sys.modules)))"
+def _loaded_by(*arguments: str) -> set[str]:
+    """The modules that a command has loaded when it ends."""
+    script = (
+        "import sys\nfrom service.cli import main\n"
+        f"sys.argv = {['nanomoe', *arguments]!r}\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code\n"
+        "print('LOADED', *sys.modules)"
+    )
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert ran.stdout == "[]\n"
+    return set(ran.stdout.rpartition("LOADED")[2].split())
+
+
+HEAVY = {"torch", "transformers", "tokenizers", "fastapi", "sqlalchemy", "numpy"}
+"""What takes a second or more to load, and what only a service needs."""
+
+
+def test_the_list_of_commands_loads_none_of_them() -> None:
+    loaded = _loaded_by("--help")
+    assert loaded & {*HEAVY, "pydantic", "pydantic_settings", "httpx", "asyncio", "nanomoe.config"} == set()
+    assert {name for name in loaded if name.startswith("service.")} == {
+        "service.cli",
+        "service.cli.commands",
+        "service.cli.mistakes",
+        "service.cli.output",
+    }
+
+
+def test_the_knobs_are_told_without_a_client() -> None:
+    assert _loaded_by("knobs", "lr") & {*HEAVY, "pydantic_settings", "httpx", "service.schemas"} == set()
+
+
+@pytest.mark.parametrize("arguments", [("jobs",), ("workers",), ("submit", "--dry-run", "LICENSE")], ids=lambda a: a[0])
+def test_a_command_for_the_service_loads_no_more_than_its_client(arguments: tuple[str, ...], api: Api) -> None:
+    loaded = _loaded_by(*arguments, "--url", api.url)
+    assert loaded & {*HEAVY, "pydantic_settings", "service.settings", "service.client.asynchronous"} == set()
+
+
+def _commands() -> list[tuple[str, str, LazyCommand]]:
+    """Panel, name and command, in the order of the list."""
+    group = get_command(app)
+    assert isinstance(group, TyperGroup)
+    found = []
+    for name, command in group.commands.items():
+        assert isinstance(command, LazyCommand)
+        found.append((command.rich_help_panel or "", name, command))
+    return found
+
+
+def test_the_list_of_commands_says_what_each_says_of_itself() -> None:
+    assert [(panel, name) for panel, name, _ in _commands()] == [
+        (panel, name) for panel, commands in COMMANDS.items() for name in commands
+    ]
+    for _, name, command in _commands():
+        own = command.load()
+        assert own.name == name
+        assert command.help == " ".join(own.help.partition("\n\n")[0].split())
+
+
+@pytest.mark.parametrize("name", [name for commands in COMMANDS.values() for name in commands])
+def test_every_command_has_a_help_of_its_own(nanomoe: Run, name: str) -> None:
+    done = nanomoe(name, "--help")
+    assert done.code == 0
+    assert f"Usage: nanomoe {name} " in done.out
+
+
+def test_a_command_that_is_not_there_is_named_with_what_is_close(nanomoe: Run) -> None:
+    done = nanomoe("sumbit")
+    assert done.code == 2
+    assert "No such command 'sumbit'. Did you mean 'submit'?" in " ".join(done.err.replace("│", " ").split())
