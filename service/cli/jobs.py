@@ -17,6 +17,7 @@ from service.cli.options import ConfigFile, Job, Set, Url, connect
 from service.cli.output import Json, print_json, to_json
 from service.cli.references import LATEST, Reference
 from service.client import JobHandle
+from service.schemas.jobs import split_tag
 
 SAMPLING = {
     name: field
@@ -67,7 +68,7 @@ def watch(job: Job = LATEST, url: Url = None, as_json: Json = False) -> None:
 
 def jobs(
     status: Annotated[str | None, typer.Option(help="Only these: queued, running, paused, succeeded, ...")] = None,
-    tag: Annotated[str | None, typer.Option(metavar="KEY[:VALUE]", help="Only those with this tag.")] = None,
+    tag: Annotated[str | None, typer.Option(metavar="KEY[=VALUE]", help="Only those with this tag.")] = None,
     limit: Annotated[int, typer.Option(help="At most so many.")] = 20,
     url: Url = None,
     as_json: Json = False,
@@ -285,11 +286,11 @@ def _show_job(job: schemas.JobView, as_json: bool) -> None:
         text.console().print(text.job_line(job))
 
 
-def _tags(given: list[str]) -> dict[str, Any]:
+def _tags(given: list[str]) -> dict[str, str]:
     tags = {}
     for tag in given:
-        key, equals, value = tag.partition("=")
-        if not equals:
+        key, value = split_tag(tag)
+        if value is None:
             raise Mistake(f"--tag {tag!r} must look like key=value")
         tags[key] = value
     return tags

@@ -18,6 +18,7 @@ from nanomoe.config import JobConfig
 from service.cli import text
 from service.cli.mistakes import Mistake
 from service.cli.output import Json, print_json
+from service.patterns import message_of
 
 
 def config_of(file: Path | None, settings: list[str]) -> JobConfig:
@@ -52,7 +53,7 @@ def _in_words(kind: type[BaseModel], fault: Any) -> str:
     place = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
         return f"there is no {place!r}{_suggestion(kind.model_fields, place)}"
-    message = fault["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    message = message_of(fault).removeprefix("Value error, ").removeprefix("Input ")
     return f"{place} {message}" if place else message
 
 

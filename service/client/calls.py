@@ -106,7 +106,7 @@ def estimate(text: str, config: Config | None = None) -> Call[schemas.Estimate]:
 def list_jobs(
     *, status: str | None = None, tag: str | None = None, limit: int | None = None, cursor: str | None = None
 ) -> Call[schemas.Page[schemas.JobView]]:
-    """A page of jobs, newest first; `tag` is `key` or `key:value`."""
+    """A page of jobs, newest first; `tag` is `key` or `key=value`."""
     params = {"status": status, "tag": tag, "limit": limit, "cursor": cursor}
     return Call("GET", "/jobs", _model(schemas.Page[schemas.JobView]), params=params)
 

@@ -76,6 +76,11 @@ def test_a_dry_run_tells_the_steps_and_makes_no_job(at: Run, text_file: str, api
         (["submit", "-", "--set", "n_head=3"], "n_embd (128) must be a multiple of n_head (3)"),
         (["submit", "-", "--config", "missing.json"], "cannot read missing.json: No such file or directory"),
         (["submit", "-", "--tag", "a"], "--tag 'a' must look like key=value"),
+        (["submit", "-", "--tag", "ç=1"], "must consist of the letters A to Z and a to z, digits, _, . and -"),
+        (["submit", "-", "--name", "a\nb"], "body.name: must not hold control characters, such as line ends"),
+        (["submit", "-", "--set", 'tokenizer="a\\nb"'], "tokenizer must not hold control characters"),
+        (["submit", "-", "--set", "init_from=x@50"], "init_from.job_id must be 32 hexadecimal digits"),
+        (["jobs", "--tag", "ç"], "query.tag: must look like key or key=value"),
         (["submit", "-"], "invalid_request: "),
         (["watch", "@50"], "'@50' names no job"),
         (["generate", "latest@33", "x"], "after @ comes 0, 25, 50, 75, 100 or latest"),
@@ -202,6 +207,16 @@ def test_jobs_are_a_table_that_a_pipe_gets_whole(at: Run, api: Api) -> None:
     assert all(row.endswith(f" ago  {name}") for row in rows)
     assert [job["id"] for job in at("jobs", "--limit", "2", "--json").json["data"]] == ids[::-1]
     assert at("jobs", "--tag", "nobody").out == "no jobs\n"
+
+
+@pytest.mark.parametrize("separator", ["=", ":"])
+def test_a_tag_is_set_and_found_in_one_notation(at: Run, text_file: str, separator: str) -> None:
+    tag = f"aula{separator}2=3:4"
+    job = at("submit", text_file, *TINY, "--tag", tag, "--json").json
+    assert job["tags"] == {"aula": "2=3:4"}
+    for given in ("aula", "aula=2=3:4", "aula:2=3:4"):
+        assert job["id"] in [found["id"] for found in at("jobs", "--tag", given, "--json").json["data"]]
+    assert at("jobs", "--tag", "aula=2").out == "no jobs\n"
 
 
 def test_workers_are_listed_or_missed(at: Run, api: Api) -> None:
