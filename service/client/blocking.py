@@ -13,12 +13,13 @@ import httpx
 
 from service import schemas
 from service.client import calls
-from service.client.calls import Call, Which
+from service.client.calls import Call, Which, method_signature
 from service.client.connection import DEFAULT_URL, URL_VARIABLE, connection_settings
 from service.client.continuation import ContinuationReader, Piece
 from service.client.download import Download, file_names, make_folder, recorded_file
 from service.client.errors import ClientError
 from service.client.events import EventCursor, JobEvent
+from service.client.job_fields import JobFields
 from service.client.patience import STREAM_RETRIES, Patience
 
 P = ParamSpec("P")
@@ -32,6 +33,7 @@ def _of_service(build: Callable[P, Call[T]]) -> Callable[Concatenate["Client", P
     def method(client: "Client", /, *args: P.args, **kwargs: P.kwargs) -> T:
         return client.ask(build(*args, **kwargs))
 
+    method.__signature__ = method_signature(build)  # type: ignore[attr-defined]
     return method
 
 
@@ -44,6 +46,7 @@ def _gives_job(
     def method(client: "Client", /, *args: P.args, **kwargs: P.kwargs) -> "JobHandle":
         return JobHandle(client, client.ask(build(*args, **kwargs)))
 
+    method.__signature__ = method_signature(build)  # type: ignore[attr-defined]
     return method
 
 
@@ -136,18 +139,12 @@ class Client:
         self.close()
 
 
-class JobHandle:
+class JobHandle(JobFields):
     """A job at the service."""
 
     def __init__(self, client: Client, view: schemas.JobView) -> None:
         self.client = client
         self.view = view
-        """The job as last seen; `refresh` looks again."""
-
-    @property
-    def id(self) -> str:
-        """32 hexadecimal digits."""
-        return self.view.id
 
     refresh = _of_job(calls.get_job)
     update = _of_job(calls.update)

@@ -7,6 +7,7 @@ only asks and answers is one line that names its function here.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from inspect import Parameter, Signature, signature
 from typing import Any, Generic, Literal, TypeVar
 from urllib.parse import quote
 from uuid import uuid4
@@ -234,6 +235,12 @@ def health() -> Call[schemas.Health]:
 def readiness() -> Call[schemas.Readiness]:
     """Whether the service can take jobs; raises `Unavailable` while it cannot."""
     return Call("GET", "/readyz", _model(schemas.Readiness))
+
+
+def method_signature(build: Callable[..., Any]) -> Signature:
+    """The signature of a client's method that makes this call, as `help` and notebooks show it."""
+    own = signature(build)
+    return own.replace(parameters=[Parameter("self", Parameter.POSITIONAL_ONLY), *own.parameters.values()])
 
 
 def _job(job_id: str, *parts: str) -> str:
