@@ -127,18 +127,15 @@ def env_example() -> str:
 
 def methods_table(kind: type) -> str:
     """Every public method and property of a class of the client, with the first sentence of its docstring."""
-    rows = []
+    fields, methods = [], []
     for name, member in inspect.getmembers(kind):
         if name.startswith("_") or name in ("ask", "open"):  # those two are for the client's own methods
             continue
         if isinstance(member, property):
-            rows.append(f"| `{name}` | {_sentence(member)} |")
+            fields.append(f"| `{name}` | {_sentence(member)} |")
         else:
-            rows.append(f"| `{name}({_parameters(member)})` | {_sentence(member)} |")
-    # Fields first: they are what one looks at.
-    return "\n".join(
-        ["| field or method | what it is or does |", "| --- | --- |", *sorted(rows, key=lambda row: "(" in row)]
-    )
+            methods.append(f"| `{name}({_parameters(member)})` | {_sentence(member)} |")
+    return "\n".join(["| field or method | what it is or does |", "| --- | --- |", *fields, *methods])
 
 
 def _sentence(member: object) -> str:
