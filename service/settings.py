@@ -37,6 +37,18 @@ def _absolute(given: Path) -> Path:
         raise ValueError(f"there is no user of {user}; a folder of that name is written ./{user}") from None
 
 
+def _database_in(data_dir: Path) -> Path:
+    """The database of a data folder. Earlier versions read the folder's path as a part of a URL, and put the database
+    of one whose name holds `%` or `?` elsewhere: where such a folder was used, its database is still found."""
+    file = data_dir / "nanomoe.db"
+    earlier = Path(unquote(str(file).partition("?")[0]))
+    try:
+        was_used = (data_dir / "installation").is_file() and not file.exists()
+        return earlier if was_used and earlier.is_file() else file
+    except OSError:  # no such folder can be, and opening it will say why
+        return file
+
+
 AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
 
 
@@ -60,7 +72,7 @@ class Settings(BaseSettings):
     data_dir: AbsolutePath = Path("data")
     """Folder of the job files and of the SQLite database; API and workers must see the same one."""
 
-    database_url: str = Field(default_factory=lambda given: sqlite_url(given["data_dir"] / "nanomoe.db"))
+    database_url: str = Field(default_factory=lambda given: sqlite_url(_database_in(given["data_dir"])))
     """`sqlite:///PATH` or `postgresql+psycopg://USER:PASSWORD@HOST/NAME`; the default is a file in the data folder. A
     URL: of `%`, `?` and `#` in a part of it write `%25`, `%3F` and `%23`."""
 

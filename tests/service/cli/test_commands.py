@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from service import queue
-from service.cli import COMMANDS, app
+from service.cli import COMMANDS, addresses, app
 from service.cli.commands import LazyCommand
 from tests.api import TEXT, Api
 from tests.service.cli.conftest import Run
@@ -45,6 +46,48 @@ def test_submit_says_what_the_job_is_and_how_to_watch_it(at: Run, text_file: str
     assert size.endswith("65 tokens, 3 steps")
     assert last == f"watch it: nanomoe watch {job['id']} --url {api.url}"
     assert (job["tags"], job["priority"], job["config"]["epochs"]) == ({"a": "b"}, 3, 3)
+
+
+def test_what_a_hint_says_can_be_typed_in_any_terminal(
+    at: Run, text_file: str, api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hints = [at("submit", text_file, *TINY).out.splitlines()[-1], at("watch", api.finished()).out.splitlines()[-1]]
+    monkeypatch.delenv("NANOMOE_URL")
+    for hint in hints:
+        name, *arguments = shlex.split(hint.rpartition(": ")[2])
+        assert name == "nanomoe"
+        if arguments[0] == "watch":
+            at("cancel", *arguments[1:])
+            assert at(*arguments).out.splitlines()[-1].startswith("cancelled")
+        else:
+            arguments[arguments.index("PROMPT")] = ""
+            assert at(*arguments).err.startswith("nanomoe: invalid_request: body.prompt")
+
+
+@pytest.mark.parametrize(
+    ("url", "environment", "option", "start"),
+    [
+        ("http://127.0.0.1:8000", {}, "", "serve"),
+        ("http://127.0.0.1:8000", {"NANOMOE_PORT": "9000"}, " --url http://127.0.0.1:8000", "serve --port 8000"),
+        ("http://127.0.0.1:9000", {"NANOMOE_PORT": "9000"}, " --url http://127.0.0.1:9000", "serve"),
+        ("http://[::1]:8000", {"NANOMOE_HOST": "::"}, " --url 'http://[::1]:8000'", "serve"),
+        (
+            "http://127.0.0.1:8000",
+            {"NANOMOE_URL": "http://a.test"},
+            " --url http://127.0.0.1:8000",
+            "serve --port 8000",
+        ),
+        ("http://a.test", {"NANOMOE_URL": "http://a.test"}, " --url http://a.test", None),
+    ],
+)
+def test_the_address_is_named_where_another_terminal_would_not_find_it(
+    url: str, environment: dict[str, str], option: str, start: str | None, nanomoe: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert addresses.option_for(url) == option
+    said = addresses.how_to_reach(url)
+    assert said == (" or --url" if start is None else f" or --url; start the service with: nanomoe {start}")
 
 
 def test_a_text_comes_from_a_pipe_and_a_config_from_a_file(at: Run, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from service.cli.processes import Processes
 from service.database import MAX_SQLITE_PATH_BYTES, open_database
 from service.errors import StartRefused
 from service.queue import NewJob, submit
-from service.settings import Settings
+from service.settings import Settings, sqlite_url
 from tests.api import TEXT
 from tests.service.cli.conftest import Run
 
@@ -80,6 +80,21 @@ def test_a_job_is_trained_backed_up_and_checked_in_such_a_folder(
         monkeypatch.setenv("NANOMOE_DATA_DIR", str(folder))
         done = nanomoe("fsck", "--json")
         assert (done.code, done.json["n_checkpoints"], done.json["orphans"]) == (0, 5, [])
+
+
+@pytest.mark.parametrize(("name", "earlier"), [("job%2Fmain", "job/main/data/nanomoe.db"), ("what?", "what")])
+def test_a_folder_of_an_earlier_version_keeps_its_database(name: str, earlier: str, tmp_path: Path) -> None:
+    data = tmp_path / name / "data"
+    before = Settings(_env_file=None, data_dir=data, database_url=sqlite_url(tmp_path / earlier))
+    with closing(open_database(before)) as db:
+        migrate.upgrade(db)
+        # A new folder beside another's database is none of its folders.
+        assert Settings(_env_file=None, data_dir=data).database_url == sqlite_url(data / "nanomoe.db")
+        store.join_installation(db, data, create=True)
+        submit(db, NewJob(text=TEXT, config={}))
+    with closing(open_database(Settings(_env_file=None, data_dir=data))) as db:
+        assert len(store.list_jobs(db)) == 1
+        assert store.join_installation(db, data)
 
 
 def test_a_backup_may_have_a_name_that_is_not_utf_8(tmp_path: Path) -> None:

@@ -101,8 +101,12 @@ def test_children_of_a_killed_serve_do_not_live_on(tmp_path: Path) -> None:
 
 
 def test_serve_says_which_child_ended_by_itself_and_ends_the_other(tmp_path: Path) -> None:
-    with command(tmp_path, "serve", "--json") as serve:
-        line_of(serve)
+    with command(tmp_path, "serve") as serve:
+        url = re.fullmatch(r"nanomoe is at (\S+), its data in .*\n", line_of(serve))
+        assert url is not None
+        # Another terminal does not know the port: the hint says it.
+        hint = f"try: nanomoe submit FILE --watch --url {url[1]}; docs at {url[1]}/docs; Ctrl-C stops both\n"
+        assert line_of(serve) == hint
         children = psutil.Process(serve.pid).children()
         (worker,) = [child for child in children if "worker" in child.cmdline()]
         worker.kill()
