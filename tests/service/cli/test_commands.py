@@ -61,7 +61,7 @@ def test_what_a_hint_says_can_be_typed_in_any_terminal(
             assert at(*arguments).out.splitlines()[-1].startswith("cancelled")
         else:
             arguments[arguments.index("PROMPT")] = ""
-            assert at(*arguments).err.startswith("nanomoe: invalid_request: body.prompt")
+            assert at(*arguments).err.startswith("nanomoe: empty_prompt: ")
 
 
 @pytest.mark.parametrize(
