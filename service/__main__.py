@@ -14,12 +14,11 @@ from contextlib import contextmanager
 
 import uvicorn
 from fastapi import FastAPI
-from pydantic import ValidationError
 
 from service import logs
 from service.app import create_app
 from service.errors import ServiceError, StartRefused
-from service.settings import Settings
+from service.settings import Settings, read_settings
 
 SHUTDOWN_SECONDS = 4
 """How long requests under way may take to end; event streams end at once."""
@@ -89,13 +88,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--port", type=int, help="TCP port; 0 takes a free one (NANOMOE_PORT)")
     given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
     try:
-        settings = Settings(**given)
+        settings = read_settings(**given)
         logs.configure(settings.log_format)
         asyncio.run(serve(settings))
-    except ValidationError as error:
-        for problem in error.errors(include_input=False):
-            print(f"NANOMOE_{'_'.join(map(str, problem['loc'])).upper()}: {problem['msg']}", file=sys.stderr)
-        return 2
     except (StartRefused, ServiceError) as error:
         print(f"nanomoe does not start: {error}", file=sys.stderr)
         return 2

@@ -7,6 +7,7 @@ job and no query of one.
 
 import json
 import logging
+import os
 import re
 import sqlite3
 from collections.abc import Iterator
@@ -41,6 +42,9 @@ BUSY_SECONDS = 10.0
 
 WRITES = {"writes": True}
 """Execution options of a connection whose transactions write."""
+
+MAX_SQLITE_PATH_BYTES = 504
+"""Of a database's absolute path: SQLite's limit of 512, less the suffix `-journal` (measured with 3.53)."""
 
 NETWORK_FILE_SYSTEMS = (
     *("nfs", "nfs4", "cifs", "smbfs", "smb2", "smb3", "afpfs", "afs", "webdav", "ncpfs"),
@@ -144,8 +148,9 @@ class Database:
         if file.exists():
             raise Invalid("file_exists", f"{file} exists already")
         with _told_as_service_errors(), self.engine.connect() as connection:
-            # Past SQLAlchemy's transaction, because VACUUM must run outside of one.
-            driver_connection(connection).execute("VACUUM INTO ?", (str(file),))
+            # Past SQLAlchemy's transaction, because VACUUM must run outside of one. As bytes, since a file's name need
+            # not be UTF-8.
+            driver_connection(connection).execute("VACUUM INTO CAST(? AS TEXT)", (os.fsencode(file.absolute()),))
 
     def close(self) -> None:
         """Stop watching for changes and close all connections."""
@@ -157,13 +162,21 @@ def open_database(settings: Settings) -> Database:
     """Open the database that the settings name, creating the data folder and an empty SQLite file if need be.
 
     Neither migrates nor checks the schema: the API migrates (`service.migrate`), workers wait for it.
-    Raises StartRefused for a network file system, a SQLite that is too old, and a driver that is not installed.
+    Raises StartRefused for a network file system, a SQLite that is too old, a driver that is not installed, and a
+    folder or a path that cannot be.
     """
     url = make_url(settings.database_url)
-    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    _make_folder(settings.data_dir)
     if url.get_backend_name() == "sqlite":
         return _open_sqlite(url)
     return _open_postgresql(url)
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StartRefused(f"the folder {folder} cannot be made: {error.strerror}") from error
 
 
 def read_revision(connection: Connection) -> str | None:
@@ -203,8 +216,13 @@ def _open_sqlite(url: URL) -> Database:
         raise StartRefused(f"SQLite {driver.sqlite_version} is too old: UPDATE ... RETURNING needs 3.35")
     if not url.database or url.database == ":memory:":
         raise StartRefused("the API and the worker are two processes: a SQLite database must be a file")
-    file = Path(url.database)
-    file.parent.mkdir(parents=True, exist_ok=True)
+    file = Path(url.database).absolute()
+    if (n_bytes := len(os.fsencode(file))) > MAX_SQLITE_PATH_BYTES:
+        raise StartRefused(
+            f"SQLite opens no path of more than {MAX_SQLITE_PATH_BYTES} bytes, and that of {file} has {n_bytes}: "
+            "choose a shorter NANOMOE_DATA_DIR or NANOMOE_DATABASE_URL"
+        )
+    _make_folder(file.parent)
     if (kind := file_system_type(file.parent)) in NETWORK_FILE_SYSTEMS:
         raise StartRefused(
             f"{file.parent} lies on a network file system ({kind}), where SQLite's locks do not hold and a database "

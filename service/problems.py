@@ -19,6 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from service.errors import Invalid, ServiceError
+from service.patterns import message_of
 from service.schemas import OpenAIError, OpenAIErrorDetail, Problem, ProblemError
 
 MEDIA_TYPE = "application/problem+json"
@@ -138,7 +139,7 @@ def _message(error: Mapping[str, Any]) -> str:
     """What is wrong, without the names of classes and exceptions."""
     if error["type"] in ("model_type", "model_attributes_type"):
         return f"{_INPUT}an object"
-    return str(error["msg"]).removeprefix("Value error, ")
+    return message_of(error).removeprefix("Value error, ")
 
 
 def _joined(messages: Sequence[str]) -> str:

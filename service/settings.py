@@ -4,18 +4,53 @@ Declared once; the README's table is made from these fields and the texts under 
 database connection.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import quote, unquote
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from service.errors import StartRefused
 from service.logs import LogFormat
 
 MIB = 1024**2
 GIB = 1024**3
 
 CommaSeparated = Annotated[tuple[str, ...], NoDecode]
+
+SQLITE = "sqlite:///"
+"""How the address of a SQLite database begins; a path follows, percent-encoded as in any URL."""
+
+
+def sqlite_url(file: Path) -> str:
+    """The address of the SQLite database in `file`, whatever characters its path holds."""
+    return SQLITE + quote(str(file))
+
+
+def _absolute(given: Path) -> Path:
+    """As seen from the working directory, `~` and `~user` expanded. Raises ValueError."""
+    try:
+        return given.expanduser().absolute()
+    except RuntimeError:
+        user = given.parts[0]
+        raise ValueError(f"there is no user of {user}; a folder of that name is written ./{user}") from None
+
+
+def _database_in(data_dir: Path) -> Path:
+    """The database of a data folder. Earlier versions read the folder's path as a part of a URL, and put the database
+    of one whose name holds `%` or `?` elsewhere: where such a folder was used, its database is still found."""
+    file = data_dir / "nanomoe.db"
+    earlier = Path(unquote(str(file).partition("?")[0]))
+    try:
+        was_used = (data_dir / "installation").is_file() and not file.exists()
+        return earlier if was_used and earlier.is_file() else file
+    except OSError:  # no such folder can be, and opening it will say why
+        return file
+
+
+AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
 
 
 class Settings(BaseSettings):
@@ -35,11 +70,12 @@ class Settings(BaseSettings):
         allow_inf_nan=False,
     )
 
-    data_dir: Path = Path("data")
+    data_dir: AbsolutePath = Path("data")
     """Folder of the job files and of the SQLite database; API and workers must see the same one."""
 
-    database_url: str = Field(default_factory=lambda given: f"sqlite:///{given['data_dir'] / 'nanomoe.db'}")
-    """`sqlite:///PATH` or `postgresql+psycopg://USER:PASSWORD@HOST/NAME`; the default is a file in the data folder."""
+    database_url: str = Field(default_factory=lambda given: sqlite_url(_database_in(given["data_dir"])))
+    """`sqlite:///PATH` or `postgresql+psycopg://USER:PASSWORD@HOST/NAME`; the default is a file in the data folder. A
+    URL: of `%`, `?` and `#` in a part of it write `%25`, `%3F` and `%23`."""
 
     host: str = "127.0.0.1"
     """Address that the API listens on. Any address but loopback needs keys, or `NANOMOE_ALLOW_NO_KEYS`."""
@@ -72,7 +108,7 @@ class Settings(BaseSettings):
     allow_hub: bool = False
     """Let a job name a tokenizer of the Hugging Face hub, which is then downloaded."""
 
-    tokenizer_dir: Path | None = None
+    tokenizer_dir: AbsolutePath | None = None
     """Folder under which a job may name local tokenizer folders; unset allows none."""
 
     max_text_bytes: int = Field(16 * MIB, ge=1, le=GIB)
@@ -128,21 +164,29 @@ class Settings(BaseSettings):
     log_format: LogFormat = "console"
     """How log lines are written to standard error."""
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _utf_8(cls, given: Any) -> Any:
+        # Paths travel in JSON, between processes and in the database's address; a host is encoded by the resolver.
+        try:
+            str(given).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"must be UTF-8, and holds {str(given)[error.start : error.end]!a}") from None
+        return given
+
     @field_validator("allowed_hosts", mode="before")
     @classmethod
     def _split(cls, given: Any) -> Any:
         return tuple(part.strip() for part in given.split(",") if part.strip()) if isinstance(given, str) else given
 
-    @field_validator("data_dir")
-    @classmethod
-    def _absolute(cls, given: Path) -> Path:
-        return given.expanduser().absolute()
-
     @field_validator("database_url")
     @classmethod
     def _known_database(cls, given: str) -> str:
-        if not given.startswith(("sqlite:///", "postgresql+psycopg://")):
-            raise ValueError("must start with sqlite:/// or postgresql+psycopg://")
+        if not given.startswith((SQLITE, "postgresql+psycopg://")):
+            raise ValueError(f"must start with {SQLITE} or postgresql+psycopg://")
+        path, question, query = given.removeprefix(SQLITE).partition("?")
+        if given.startswith(f"{SQLITE}~"):
+            return sqlite_url(_absolute(Path(unquote(path)))) + question + query
         return given
 
     @field_validator("heartbeat_seconds")
@@ -152,3 +196,20 @@ class Settings(BaseSettings):
         if lease is not None and given > lease / 3:
             raise ValueError(f"must be at most a third of NANOMOE_LEASE_SECONDS ({lease:g})")
         return given
+
+
+def read_settings(**given: Any) -> Settings:
+    """The settings of this process; `given` wins over the environment. Raises StartRefused, a line for each fault."""
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        raise StartRefused("\n".join(_in_words(error))) from None
+    except UnicodeDecodeError as error:
+        raise StartRefused(f".env is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}") from None
+
+
+def _in_words(error: ValidationError) -> Iterator[str]:
+    for fault in error.errors(include_input=False, include_url=False):
+        if fault["type"] != "default_factory_not_called":  # follows from a fault of another variable
+            name = "_".join(map(str, fault["loc"])).upper()
+            yield f"NANOMOE_{name}: {fault['msg'].removeprefix('Value error, ')}"

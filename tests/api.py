@@ -156,7 +156,7 @@ def serving(settings: Settings) -> Iterator[Api]:
         raise started
     url, loop = started
     try:
-        with httpx.Client(base_url=url, timeout=120) as http:
+        with httpx.Client(base_url=url, timeout=120, trust_env=False) as http:
             yield Api(url, app.state.context, http, loop, server)
     finally:
         if thread.is_alive():

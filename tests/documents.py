@@ -1,12 +1,14 @@
-"""What the README and `.env.example` say about the classes, made from the classes.
+"""What the README, `docs/client.md` and `.env.example` say about the classes, made from the classes.
 
 `python -m tests.documents` (`make readme`) writes it; test_readme.py and test_packaging.py compare.
 """
 
 import ast
+import inspect
 import os
 import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -14,10 +16,12 @@ from unittest.mock import patch
 from pydantic import BaseModel
 
 from nanomoe.config import JobConfig, ModelConfig, SampleConfig, TrainConfig
+from service import client
 from service.settings import Settings
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
+CLIENT = ROOT / "docs" / "client.md"
 ENV_EXAMPLE = ROOT / ".env.example"
 
 
@@ -121,10 +125,47 @@ def env_example() -> str:
     return "\n".join([head, *blocks])
 
 
+def methods_table(kind: type) -> str:
+    """Every public method and property of a class of the client, with the first sentence of its docstring."""
+    fields, methods = [], []
+    for name, member in inspect.getmembers(kind):
+        if name.startswith("_") or name in ("ask", "open"):  # those two are for the client's own methods
+            continue
+        if isinstance(member, property):
+            fields.append(f"| `{name}` | {_sentence(member)} |")
+        else:
+            methods.append(f"| `{name}({_parameters(member)})` | {_sentence(member)} |")
+    return "\n".join(["| field or method | what it is or does |", "| --- | --- |", *fields, *methods])
+
+
+def _sentence(member: object) -> str:
+    text = " ".join((inspect.getdoc(member) or "").partition("\n\n")[0].split())
+    return re.split(r"(?<=\.) ", text)[0]
+
+
+def _parameters(method: Callable[..., object]) -> str:
+    """Names and defaults as they are called, without types."""
+    _, *parameters = inspect.signature(method).parameters.values()
+    shown = []
+    for parameter in parameters:
+        if parameter.kind is parameter.KEYWORD_ONLY and "*" not in shown:
+            shown.append("*")
+        shown.append(str(parameter.replace(annotation=parameter.empty)))
+    return ", ".join(shown)
+
+
+def errors_table() -> str:
+    """Every exception of the client."""
+    kinds = [kind for name in client.__all__ if issubclass(kind := getattr(client, name), client.ClientError)]
+    rows = [f"| `{kind.__name__}` | `{kind.__base__.__name__}` | {inspect.getdoc(kind)} |" for kind in kinds]
+    return "\n".join(["| class | is a | means |", "| --- | --- | --- |", *rows])
+
+
 NOT_PYTHON = {
     "nanomoe/assets/README.md": "Where these files come from, and their licences.",
     "nanomoe/assets/paragraph.pt.txt": "The example text: one paragraph.",
     "nanomoe/assets/ptbr-8k": "The bundled tokenizer.",
+    "service/client/pyproject.toml": "The client as a distribution of its own, without torch.",
     "service/migrations/script.py.mako": "What a new migration starts as.",
     "service/migrations/versions": "Every step of the schema.",
     "service/static/vendor": "What the documentation in the browser needs, with licences.",
@@ -173,10 +214,20 @@ def _first_sentence(path: Path) -> str:
 
 def readme(text: str) -> str:
     """The README's text with its tables made anew, between `<!-- config -->` and `<!-- /config -->` and the like."""
-    for name, table in (("config", config_table()), ("settings", settings_table()), ("tree", tree())):
+    return _with_tables(text, {"config": config_table(), "settings": settings_table(), "tree": tree()})
+
+
+def client_page(text: str) -> str:
+    """The text of `docs/client.md` with its tables made anew."""
+    kinds = {kind.__name__: methods_table(kind) for kind in (client.Client, client.JobHandle)}
+    return _with_tables(text, {**kinds, "errors": errors_table()})
+
+
+def _with_tables(text: str, tables: dict[str, str]) -> str:
+    for name, table in tables.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
         text, n = re.subn(pattern, lambda found, table=table: f"{found[1]}{table}\n{found[2]}", text, flags=re.DOTALL)
-        assert n == 1, f"the README has {n} places for the {name} table"
+        assert n == 1, f"there are {n} places for the {name} table"
     return text
 
 
@@ -189,4 +240,5 @@ def tracked(*under: str) -> list[str]:
 
 if __name__ == "__main__":
     README.write_text(readme(README.read_text("utf-8")), "utf-8")
+    CLIENT.write_text(client_page(CLIENT.read_text("utf-8")), "utf-8")
     ENV_EXAMPLE.write_text(env_example(), "utf-8")

@@ -22,7 +22,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from service.settings import Settings
-from tests.documents import ENV_EXAMPLE, default_settings, env_example, tracked
+from tests.documents import CLIENT, ENV_EXAMPLE, client_page, default_settings, env_example, tracked
 from worker.timing import Timing
 
 ROOT = Path(__file__).parent.parent
@@ -158,6 +158,7 @@ def _healthy(service: str, environment: dict[str, str]) -> bool:
 
 def test_the_health_commands_tell_a_running_service_from_none(tmp_path: Path) -> None:
     environment = os.environ | {"NANOMOE_DATA_DIR": str(tmp_path), "NANOMOE_DEVICE": "cpu", "NANOMOE_PORT": "0"}
+    environment["HTTP_PROXY"] = "http://127.0.0.1:9"  # nobody is there: the checks must not ask it
     with _running("service", environment) as api:
         assert api.stdout
         line = next((line for line in api.stdout if line.startswith("nanomoe listening on ")), "")
@@ -185,6 +186,10 @@ def test_the_example_environment_can_be_used_as_it_stands(tmp_path: Path, monkey
     here, default = Settings(), Settings(_env_file=None)
     assert here.database_url.replace(":///", f":///{tmp_path}/") == default.database_url
     assert here.model_dump(exclude={"database_url"}) == default.model_dump(exclude={"database_url"})
+
+
+def test_the_client_s_page_has_every_method_and_field() -> None:
+    assert CLIENT.read_text("utf-8") == client_page(CLIENT.read_text("utf-8")), "make readme writes it"
 
 
 def test_every_dependency_is_pinned_within_its_range() -> None:

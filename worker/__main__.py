@@ -6,11 +6,9 @@ import signal
 import sys
 from contextlib import closing
 
-from pydantic import ValidationError
-
 from service import logs
 from service.errors import DatabaseUnavailable, StartRefused
-from service.settings import Settings
+from service.settings import Settings, read_settings
 from service.store import is_alive, list_workers, open_database
 from worker.devices import find_devices
 from worker.supervisor import Supervisor
@@ -25,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = {name: value for name, value in vars(options).items() if value is not None}
     slots, name, healthy = given.pop("slots", 1), given.pop("name", None), given.pop("healthy")
     try:
-        settings = Settings(**given)
+        settings = read_settings(**given)
         logs.configure(settings.log_format)
         if healthy:
             return 0 if is_healthy(settings) else 1
@@ -35,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, supervisor.stop)
             return supervisor.run()
-    except (StartRefused, ValidationError) as error:
+    except StartRefused as error:
         print(error, file=sys.stderr)
         return 2
     except DatabaseUnavailable as error:

@@ -3,7 +3,6 @@
 Knows no connection: `follow` feeds it from the service, `nanomoe train` from the training loop itself.
 """
 
-import json
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -13,6 +12,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from service import schemas
 from service.cli import text
+from service.cli.output import to_json
 from service.client import JobHandle
 
 
@@ -71,10 +71,10 @@ class JsonDisplay:
         self._line("checkpoint", checkpoint)
 
     def warning(self, code: str, message: str) -> None:
-        print(json.dumps({"event": "warning", "data": {"code": code, "message": message}}), flush=True)
+        print(to_json({"event": "warning", "data": {"code": code, "message": message}}), flush=True)
 
     def _line(self, event: str, data: BaseModel) -> None:
-        print(json.dumps({"event": event, "data": data.model_dump(mode="json")}, ensure_ascii=False), flush=True)
+        print(to_json({"event": event, "data": data}), flush=True)
 
     def __enter__(self) -> Self:
         return self

@@ -1,6 +1,5 @@
 """The commands that talk to a service about jobs. Each is a few calls of the client and a way to show their answers."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,13 +9,15 @@ from rich.text import Text
 
 from service import schemas
 from service.cli import text
+from service.cli.addresses import option_for
 from service.cli.display import JsonDisplay, TextDisplay, follow
 from service.cli.knobs import config_of, settings_of
 from service.cli.mistakes import Mistake
 from service.cli.options import ConfigFile, Job, Set, Url, connect
-from service.cli.output import Json, print_json
+from service.cli.output import Json, print_json, to_json
 from service.cli.references import LATEST, Reference
 from service.client import JobHandle
+from service.schemas.jobs import split_tag
 
 SAMPLING = {
     name: field
@@ -55,7 +56,8 @@ def submit(
         print_json(job.view)
     else:
         introduce(job.view)
-        text.console().print(f"watch it: {text.program()} watch {job.id}")
+        hint = f"watch it: {text.program()} watch {job.id}{option_for(client.base_url)}"
+        text.console().print(hint, soft_wrap=True)
 
 
 def watch(job: Job = LATEST, url: Url = None, as_json: Json = False) -> None:
@@ -66,7 +68,7 @@ def watch(job: Job = LATEST, url: Url = None, as_json: Json = False) -> None:
 
 def jobs(
     status: Annotated[str | None, typer.Option(help="Only these: queued, running, paused, succeeded, ...")] = None,
-    tag: Annotated[str | None, typer.Option(metavar="KEY[:VALUE]", help="Only those with this tag.")] = None,
+    tag: Annotated[str | None, typer.Option(metavar="KEY[=VALUE]", help="Only those with this tag.")] = None,
     limit: Annotated[int, typer.Option(help="At most so many.")] = 20,
     url: Url = None,
     as_json: Json = False,
@@ -79,7 +81,8 @@ def jobs(
     elif page.data:
         text.print_table(text.jobs_table(page.data))
     else:
-        text.console().print("no jobs" if status or tag else f"no jobs yet; submit one: {text.program()} submit FILE")
+        hint = f"no jobs yet; submit one: {text.program()} submit FILE{option_for(client.base_url)}"
+        text.console().print("no jobs" if status or tag else hint, soft_wrap=True)
 
 
 def metrics(
@@ -149,7 +152,7 @@ def _stream(targets: list[str], prompt: str, sampling: dict[str, Any], url: str 
         begun = False
         for piece in job.generate(prompt, reference.checkpoint or "latest", stream=True, **sampling):
             if as_json:
-                print(piece.model_dump_json(), flush=True)
+                print(to_json(piece), flush=True)
             elif isinstance(piece, schemas.GenerateChunk):
                 text.print_piece(console, "" if begun else prompt, piece.text)
                 begun = True
@@ -229,11 +232,13 @@ def watch_to_the_end(job: JobHandle, *, as_json: bool = False) -> int:
     """Show the job until it has ended; returns the exit code. Ctrl-C ends the showing, not the job."""
     if not as_json:
         introduce(job.view)
+    at = option_for(job.client.base_url)
     try:
-        hint = f"; go on with: {text.program()} generate {job.id} PROMPT"
+        hint = f"; go on with: {text.program()} generate {job.id} PROMPT{at}"
         return show_to_the_end(job, as_json=as_json, hint=hint)
     except KeyboardInterrupt:
-        text.console(stderr=True).print(f"the job goes on; come back with: {text.program()} watch {job.id}")
+        hint = f"the job goes on; come back with: {text.program()} watch {job.id}{at}"
+        text.console(stderr=True).print(hint, soft_wrap=True)
         return INTERRUPTED
 
 
@@ -242,9 +247,10 @@ def show_to_the_end(job: JobHandle, *, as_json: bool = False, n_lines: int = 1, 
     with JsonDisplay() if as_json else TextDisplay(text.console(), n_lines=n_lines) as display:
         ended = follow(job, display)
     if as_json:
-        print(json.dumps({"event": "job", "data": ended.model_dump(mode="json")}, ensure_ascii=False))
+        print(to_json({"event": "job", "data": ended}))
     else:
-        text.console().print(text.ending(ended).append(hint if ended.status == "succeeded" else "", text.DIM))
+        ending = text.ending(ended).append(hint if ended.status == "succeeded" else "", text.DIM)
+        text.console().print(ending, soft_wrap=True)
     return SUCCEEDED if ended.status == "succeeded" else FAILED
 
 
@@ -280,11 +286,11 @@ def _show_job(job: schemas.JobView, as_json: bool) -> None:
         text.console().print(text.job_line(job))
 
 
-def _tags(given: list[str]) -> dict[str, Any]:
+def _tags(given: list[str]) -> dict[str, str]:
     tags = {}
     for tag in given:
-        key, equals, value = tag.partition("=")
-        if not equals:
+        key, value = split_tag(tag)
+        if value is None:
             raise Mistake(f"--tag {tag!r} must look like key=value")
         tags[key] = value
     return tags

@@ -18,7 +18,7 @@ from nanomoe.config import JobConfig
 from service.cli import text
 from service.cli.mistakes import Mistake
 from service.cli.output import Json, print_json
-from service.cli.references import Reference
+from service.patterns import message_of
 
 
 def config_of(file: Path | None, settings: list[str]) -> JobConfig:
@@ -53,7 +53,7 @@ def _in_words(kind: type[BaseModel], fault: Any) -> str:
     place = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
         return f"there is no {place!r}{_suggestion(kind.model_fields, place)}"
-    message = fault["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    message = message_of(fault).removeprefix("Value error, ").removeprefix("Input ")
     return f"{place} {message}" if place else message
 
 
@@ -66,6 +66,8 @@ def _value(name: str, field: FieldInfo, value: str) -> Any:
     if field.annotation is str and not value.startswith('"'):
         return value
     if name == "init_from" and not value.startswith(("{", "null")):
+        from service.cli.references import Reference  # and with it the client, for this alone
+
         return Reference.parse(value).init_from()
     try:
         return json.loads(value)

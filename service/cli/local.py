@@ -131,7 +131,7 @@ def train(
     job_config = config_of(config, set_ or [])
     given = read_text(file)
     if job_config.init_from is not None:
-        raise Mistake("init_from names a job of a service; submit this one to it: nanomoe submit FILE")
+        raise Mistake(f"init_from names a job of a service; submit this one to it: {text.program()} submit FILE")
     if out is not None and out.exists():
         raise Mistake(f"{out} is there already; name a new folder")
     run = _prepare(given, job_config)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Self, cast, get_args
 
 from service import schemas
+from service.cli.addresses import option_for
 from service.cli.mistakes import Mistake
 from service.cli.text import program
 from service.client import Client, JobHandle
@@ -43,7 +44,8 @@ class Reference:
             return client.job(self.job)
         newest = client.list_jobs(limit=1).data
         if not newest:
-            raise Mistake(f"there is no job yet; submit one: {program()} submit FILE")
+            at = option_for(client.base_url)
+            raise Mistake(f"there is no job yet; submit one: {program()} submit FILE{at}")
         return JobHandle(client, newest[0])
 
     def init_from(self) -> dict[str, Any]:

@@ -14,11 +14,13 @@ import typer
 from rich.text import Text
 
 from service.cli import text
+from service.cli.addresses import option_for
 from service.cli.jobs import INTERRUPTED, SUCCEEDED, introduce, show_generated, show_to_the_end
 from service.cli.options import settings
 from service.cli.output import Json, print_json
 from service.cli.processes import ChildFailed, Processes, ended_by_signals
 from service.client import Client
+from service.settings import sqlite_url
 
 PARAGRAPH = "paragraph.pt.txt"
 PROMPT_WORDS = 4
@@ -42,9 +44,8 @@ def serve(
                 print(json.dumps({"url": url, "data_dir": str(chosen.data_dir)}), flush=True)
             else:
                 console.print(Text.assemble("nanomoe is at ", (url, "bold cyan"), f", its data in {chosen.data_dir}"))
-                console.print(
-                    f"try: {text.program()} submit FILE --watch; docs at /docs; Ctrl-C stops both", style=text.DIM
-                )
+                hint = f"try: {text.program()} submit FILE --watch{option_for(url)}; docs at {url}/docs"
+                console.print(f"{hint}; Ctrl-C stops both", style=text.DIM, soft_wrap=True)
             with processes.watched():
                 Event().wait()
         except KeyboardInterrupt:
@@ -68,7 +69,7 @@ def demo(
     if code == SUCCEEDED:
         took = text.duration(time.monotonic() - began)
         console.print(f"done in {took}; API and worker are stopped", style=text.DIM)
-        console.print(f"with your own text: make serve, then {text.program()} submit FILE --watch", style=text.DIM)
+        console.print(f"with your own text: {text.program()} serve, which says how to submit it", style=text.DIM)
     raise typer.Exit(code)
 
 
@@ -88,7 +89,7 @@ def _demo(data: Path, as_json: bool) -> int:
     paragraph = files("nanomoe").joinpath("assets", PARAGRAPH).read_text(encoding="utf-8").strip()
     environment = {
         "NANOMOE_DATA_DIR": str(data),
-        "NANOMOE_DATABASE_URL": f"sqlite:///{data / 'nanomoe.db'}",
+        "NANOMOE_DATABASE_URL": sqlite_url(data / "nanomoe.db"),
         "NANOMOE_HOST": "127.0.0.1",
         "NANOMOE_PORT": "0",
     }

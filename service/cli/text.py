@@ -4,6 +4,8 @@ Knows no connection. Texts that a model made are shown with their control charac
 to drive a terminal.
 """
 
+from __future__ import annotations
+
 import os
 import shutil
 import sys
@@ -11,17 +13,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from nanomoe.config import JobConfig
-from service import schemas
-
 if TYPE_CHECKING:
+    # For annotations only: `nanomoe knobs` and the list of commands start without them.
+    from nanomoe.config import JobConfig
     from nanomoe.explain import LayerExplanation
+    from service import schemas
 
 WRONG = "red"
 DIM = "dim"
@@ -241,7 +243,7 @@ def router_table(answer: schemas.InspectResponse) -> Table:
 # A token's routing
 
 
-def routing_table(layer: "LayerExplanation") -> Table:
+def routing_table(layer: LayerExplanation) -> Table:
     """What one layer's router says of each expert, and below it the sums."""
     biased = any(score.balance_bias != 0 for score in layer.experts)
     columns = [f"layer {layer.layer}", ">expert", ">logit", ">probability", ">choice", ">gate"]
@@ -261,7 +263,7 @@ def routing_table(layer: "LayerExplanation") -> Table:
     return table
 
 
-def gates_line(layer: "LayerExplanation", config: JobConfig) -> Text:
+def gates_line(layer: LayerExplanation, config: JobConfig) -> Text:
     """Where the gates come from, with the numbers: `gates: 0.2561 / 0.4563 = 0.5612, ...`."""
     chosen = [layer.experts[expert] for expert in layer.chosen]
     total = sum(score.probability for score in chosen)
@@ -277,7 +279,7 @@ def gates_line(layer: "LayerExplanation", config: JobConfig) -> Text:
 
 # Quarters
 
-_Column = tuple[str, int, Callable[[schemas.CheckpointMetrics], str]]
+_Column: TypeAlias = "tuple[str, int, Callable[[schemas.CheckpointMetrics], str]]"
 
 _COLUMNS: Sequence[_Column] = (
     ("quarter", 7, lambda c: f"{c.percent} %"),

@@ -6,7 +6,8 @@ with Client() as client:
     print(job.generate("Era uma", checkpoint=100).choices[0].text)
 """
 
-from service.client.asynchronous import AsyncClient, AsyncJobHandle
+from typing import TYPE_CHECKING, Any
+
 from service.client.blocking import Client, JobHandle
 from service.client.errors import (
     ClientError,
@@ -20,6 +21,9 @@ from service.client.errors import (
     Unreachable,
 )
 from service.client.events import JobEvent
+
+if TYPE_CHECKING:
+    from service.client.asynchronous import AsyncClient, AsyncJobHandle
 
 __all__ = [
     "AsyncClient",
@@ -37,3 +41,12 @@ __all__ = [
     "UnexpectedAnswer",
     "Unreachable",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The asynchronous client, imported when it is asked for: asyncio takes longer to load than most requests."""
+    if name in ("AsyncClient", "AsyncJobHandle"):
+        from service.client import asynchronous
+
+        return getattr(asynchronous, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

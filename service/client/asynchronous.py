@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,12 +13,13 @@ import httpx
 
 from service import schemas
 from service.client import calls
-from service.client.calls import Call, Which
-from service.client.connection import connection_settings
+from service.client.calls import Call, Which, method_signature
+from service.client.connection import DEFAULT_URL, URL_VARIABLE, connection_settings
 from service.client.continuation import ContinuationReader, Piece
 from service.client.download import Download, file_names, make_folder, recorded_file
 from service.client.errors import ClientError
 from service.client.events import EventCursor, JobEvent
+from service.client.job_fields import JobFields
 from service.client.patience import STREAM_RETRIES, Patience
 
 P = ParamSpec("P")
@@ -31,6 +33,7 @@ def _of_service(build: Callable[P, Call[T]]) -> Callable[Concatenate["AsyncClien
     async def method(client: "AsyncClient", /, *args: P.args, **kwargs: P.kwargs) -> T:
         return await client.ask(build(*args, **kwargs))
 
+    method.__signature__ = method_signature(build)  # type: ignore[attr-defined]
     return method
 
 
@@ -43,6 +46,7 @@ def _gives_job(
     async def method(client: "AsyncClient", /, *args: P.args, **kwargs: P.kwargs) -> "AsyncJobHandle":
         return AsyncJobHandle(client, await client.ask(build(*args, **kwargs)))
 
+    method.__signature__ = method_signature(build)  # type: ignore[attr-defined]
     return method
 
 
@@ -66,16 +70,17 @@ class AsyncClient:
 
     def __init__(
         self,
-        base_url: str = "http://127.0.0.1:8000",
+        base_url: str | None = None,
         *,
         key: str | None = None,
         timeout: float = 30.0,
         retries: int = 3,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
+        base_url = base_url or os.environ.get(URL_VARIABLE) or DEFAULT_URL
         self.base_url = base_url.rstrip("/")
         self.retries = retries
-        self._http = httpx.AsyncClient(transport=transport, **connection_settings(base_url, key, timeout))
+        self._http = httpx.AsyncClient(**connection_settings(base_url, key, timeout, transport))
 
     estimate = _of_service(calls.estimate)
     list_jobs = _of_service(calls.list_jobs)
@@ -131,18 +136,12 @@ class AsyncClient:
         await self.aclose()
 
 
-class AsyncJobHandle:
+class AsyncJobHandle(JobFields):
     """`JobHandle` for an event loop."""
 
     def __init__(self, client: AsyncClient, view: schemas.JobView) -> None:
         self.client = client
         self.view = view
-        """The job as last seen; `refresh` looks again."""
-
-    @property
-    def id(self) -> str:
-        """32 hexadecimal digits."""
-        return self.view.id
 
     refresh = _of_job(calls.get_job)
     update = _of_job(calls.update)

@@ -1,6 +1,7 @@
 """The client for ordinary programs and notebooks: each method waits for its answer. `asynchronous.py` is its twin."""
 
 import functools
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,12 +13,13 @@ import httpx
 
 from service import schemas
 from service.client import calls
-from service.client.calls import Call, Which
-from service.client.connection import connection_settings
+from service.client.calls import Call, Which, method_signature
+from service.client.connection import DEFAULT_URL, URL_VARIABLE, connection_settings
 from service.client.continuation import ContinuationReader, Piece
 from service.client.download import Download, file_names, make_folder, recorded_file
 from service.client.errors import ClientError
 from service.client.events import EventCursor, JobEvent
+from service.client.job_fields import JobFields
 from service.client.patience import STREAM_RETRIES, Patience
 
 P = ParamSpec("P")
@@ -31,6 +33,7 @@ def _of_service(build: Callable[P, Call[T]]) -> Callable[Concatenate["Client", P
     def method(client: "Client", /, *args: P.args, **kwargs: P.kwargs) -> T:
         return client.ask(build(*args, **kwargs))
 
+    method.__signature__ = method_signature(build)  # type: ignore[attr-defined]
     return method
 
 
@@ -43,6 +46,7 @@ def _gives_job(
     def method(client: "Client", /, *args: P.args, **kwargs: P.kwargs) -> "JobHandle":
         return JobHandle(client, client.ask(build(*args, **kwargs)))
 
+    method.__signature__ = method_signature(build)  # type: ignore[attr-defined]
     return method
 
 
@@ -62,22 +66,24 @@ def _of_job(build: Callable[Concatenate[str, P], Call[T]]) -> Callable[Concatena
 class Client:
     """A connection to the service. Raises the classes of `service.client.errors`.
 
-    `key` is sent as `Authorization: Bearer`; `timeout` is the seconds without a byte after which an ordinary request
-    has failed; `retries` is how often one is sent again where that is safe.
+    `base_url` is the service's address; None is that of the environment variable NANOMOE_URL, or else
+    http://127.0.0.1:8000. `key` is sent as `Authorization: Bearer`; `timeout` is the seconds without a byte after which
+    an ordinary request has failed; `retries` is how often one is sent again where that is safe.
     """
 
     def __init__(
         self,
-        base_url: str = "http://127.0.0.1:8000",
+        base_url: str | None = None,
         *,
         key: str | None = None,
         timeout: float = 30.0,
         retries: int = 3,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
+        base_url = base_url or os.environ.get(URL_VARIABLE) or DEFAULT_URL
         self.base_url = base_url.rstrip("/")
         self.retries = retries
-        self._http = httpx.Client(transport=transport, **connection_settings(base_url, key, timeout))
+        self._http = httpx.Client(**connection_settings(base_url, key, timeout, transport))
 
     estimate = _of_service(calls.estimate)
     list_jobs = _of_service(calls.list_jobs)
@@ -133,18 +139,12 @@ class Client:
         self.close()
 
 
-class JobHandle:
+class JobHandle(JobFields):
     """A job at the service."""
 
     def __init__(self, client: Client, view: schemas.JobView) -> None:
         self.client = client
         self.view = view
-        """The job as last seen; `refresh` looks again."""
-
-    @property
-    def id(self) -> str:
-        """32 hexadecimal digits."""
-        return self.view.id
 
     refresh = _of_job(calls.get_job)
     update = _of_job(calls.update)

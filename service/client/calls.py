@@ -7,6 +7,7 @@ only asks and answers is one line that names its function here.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from inspect import Parameter, Signature, signature
 from typing import Any, Generic, Literal, TypeVar
 from urllib.parse import quote
 from uuid import uuid4
@@ -106,7 +107,7 @@ def estimate(text: str, config: Config | None = None) -> Call[schemas.Estimate]:
 def list_jobs(
     *, status: str | None = None, tag: str | None = None, limit: int | None = None, cursor: str | None = None
 ) -> Call[schemas.Page[schemas.JobView]]:
-    """A page of jobs, newest first; `tag` is `key` or `key:value`."""
+    """A page of jobs, newest first; `tag` is `key` or `key=value`."""
     params = {"status": status, "tag": tag, "limit": limit, "cursor": cursor}
     return Call("GET", "/jobs", _model(schemas.Page[schemas.JobView]), params=params)
 
@@ -234,6 +235,12 @@ def health() -> Call[schemas.Health]:
 def readiness() -> Call[schemas.Readiness]:
     """Whether the service can take jobs; raises `Unavailable` while it cannot."""
     return Call("GET", "/readyz", _model(schemas.Readiness))
+
+
+def method_signature(build: Callable[..., Any]) -> Signature:
+    """The signature of a client's method that makes this call, as `help` and notebooks show it."""
+    own = signature(build)
+    return own.replace(parameters=[Parameter("self", Parameter.POSITIONAL_ONLY), *own.parameters.values()])
 
 
 def _job(job_id: str, *parts: str) -> str:

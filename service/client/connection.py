@@ -1,14 +1,29 @@
-"""What both clients tell httpx."""
+"""What both clients tell httpx: the address, the headers, how long to wait, and whether a proxy comes between."""
 
+import ssl
+from importlib.util import find_spec
 from typing import Any
+from urllib.request import getproxies, proxy_bypass
 
 import httpx
 
 from nanomoe import __version__
+from service.loopback import address_of, is_loopback
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+"""Where a service listens that was told nothing else."""
+
+URL_VARIABLE = "NANOMOE_URL"
+"""The variable of the environment that says where the service is."""
 
 
-def connection_settings(base_url: str, key: str | None, timeout: float) -> dict[str, Any]:
-    """Keyword arguments of `httpx.Client` and `httpx.AsyncClient`; raises ValueError for an address that is none."""
+def connection_settings(
+    base_url: str, key: str | None, timeout: float, transport: httpx.BaseTransport | httpx.AsyncBaseTransport | None
+) -> dict[str, Any]:
+    """Keyword arguments of `httpx.Client` and `httpx.AsyncClient`.
+
+    Raises ValueError for an address that is none, and for a proxy of the environment that cannot be used.
+    """
     try:
         url = httpx.URL(base_url)
     except httpx.InvalidURL as error:
@@ -18,4 +33,47 @@ def connection_settings(base_url: str, key: str | None, timeout: float) -> dict[
     headers = {"User-Agent": f"nanomoe/{__version__}"}
     if key is not None:
         headers["Authorization"] = f"Bearer {key}"
-    return {"base_url": url, "headers": headers, "timeout": httpx.Timeout(timeout, connect=5.0, write=60.0)}
+    return {
+        "base_url": url,
+        "headers": headers,
+        "timeout": httpx.Timeout(timeout, connect=5.0, write=60.0),
+        "transport": transport,
+        "verify": _certificates(url),
+        # The proxy is chosen here: httpx would send loopback's requests, and the training text in them, through it.
+        "trust_env": False,
+        "proxy": _proxy_of(url) if transport is None else None,
+    }
+
+
+def _certificates(url: httpx.URL) -> ssl.SSLContext:
+    """What TLS trusts; SSL_CERT_FILE and SSL_CERT_DIR are heeded. Nothing for http, since reading them all takes
+    20 ms."""
+    return httpx.create_ssl_context() if url.scheme == "https" else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+
+
+def _proxy_of(url: httpx.URL) -> httpx.Proxy | None:
+    """The proxy that the environment names for `url`; None where there is none, or it makes an exception, and always
+    for this machine itself. Raises ValueError for one that cannot be used."""
+    address = address_of(url.host)
+    if is_loopback(url.host) or (address is not None and address.is_unspecified):
+        return None
+    proxies = getproxies()
+    kind = url.scheme if proxies.get(url.scheme) else "all"
+    named = proxies.get(kind)
+    if not named or any(proxy_bypass(host) for host in (url.host, url.netloc.decode())):
+        return None
+    variable = f"{kind.upper()}_PROXY"
+    try:
+        proxy = httpx.Proxy(named if "://" in named else f"http://{named}")
+        usable = bool(proxy.url.host)
+    except (ValueError, httpx.InvalidURL):
+        usable = False
+    if not usable:
+        # Without the value, which may hold a password.
+        raise ValueError(f"{variable} is not the address of an http, https, socks5 or socks5h proxy")
+    if proxy.url.scheme.startswith("socks") and find_spec("socksio") is None:
+        raise ValueError(
+            f"{variable} names the {proxy.url.scheme} proxy of {url.host}, and socksio is not installed: "
+            "pip install socksio, or name the host in NO_PROXY"
+        )
+    return proxy

@@ -28,6 +28,11 @@ class ClientError(Exception):
 class Unreachable(ClientError):
     """No answer: nobody listens at this address, or the answer took too long."""
 
+    def __init__(self, message: str, address: str | None = None) -> None:
+        super().__init__(message)
+        self.address = address
+        """Where nobody listens; None when somebody did, and the exchange broke off."""
+
 
 class UnexpectedAnswer(ClientError):
     """An answer that this contract does not know, from another program or another version."""

@@ -6,6 +6,7 @@ or the service itself said "later" (`Retry-After`).
 
 import httpx
 
+from service.client.connection import URL_VARIABLE
 from service.client.errors import ClientError, Unavailable, Unreachable
 
 FIRST_PAUSE_SECONDS = 0.1
@@ -60,5 +61,5 @@ def unreachable(failure: httpx.TransportError) -> Unreachable:
     if isinstance(failure, httpx.ReadTimeout):
         return Unreachable(f"no answer from {address} in time")
     if isinstance(failure, httpx.ConnectError | httpx.ConnectTimeout):
-        return Unreachable(f"nothing answers at {address}")
+        return Unreachable(f"nothing answers at {address}; another address is set with {URL_VARIABLE}", address)
     return Unreachable(f"the connection to {address} broke: {failure}")

@@ -14,6 +14,7 @@ from service import schemas, store, views
 from service.context import Context
 from service.errors import ServiceError
 from service.openapi import problems
+from service.patterns import EVENT_ID
 from service.routes.parameters import JobId, Service
 from service.tables import TERMINAL, Event, Job
 
@@ -24,7 +25,7 @@ log = structlog.get_logger(__name__)
 LastEventId = Annotated[
     str | None,
     Header(
-        pattern=r"^[0-9]{1,18}$",
+        pattern=EVENT_ID,
         description="The `id` of the last event that was seen: the stream goes on after it.",
     ),
 ]

@@ -12,9 +12,11 @@ from service import files, line, queue, schemas, store, submission, views
 from service.context import Context
 from service.errors import DatabaseUnavailable
 from service.openapi import problems, ref
+from service.patterns import IDEMPOTENCY_KEY, TAG
 from service.routes.parameters import JobId, Service, StrictQuery
 from service.routes.submit_body import DOCUMENTED, Submission
 from service.schemas import JobView
+from service.schemas.jobs import split_tag
 from service.tables import TERMINAL, Job
 
 router = APIRouter(tags=["jobs"])
@@ -38,8 +40,8 @@ class ListQuery(StrictQuery):
     status: schemas.Status | None = None
     """Only jobs with this status."""
 
-    tag: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,64}(:[^\x00-\x1f\x7f]{0,200})?$")] | None = None
-    """Only jobs with this tag: `key`, or `key:value`."""
+    tag: Annotated[str, StringConstraints(pattern=TAG)] | None = None
+    """Only jobs with this tag: `key`, or `key=value`, for which `key:value` does as well."""
 
     limit: int = Field(50, ge=1, le=200)
     """Jobs of a page."""
@@ -59,7 +61,7 @@ class JobQuery(StrictQuery):
 
 
 IdempotencyKey = Annotated[
-    Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[\x21-\x7e]+$")] | None,
+    Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=IDEMPOTENCY_KEY)] | None,
     Header(description="The same key with the same request answers the first job instead of making a second."),
 ]
 
@@ -108,10 +110,7 @@ def _parent(service: Context, request: schemas.SubmitRequest) -> JobConfig | Non
 @router.get("/jobs", responses=problems(422, 503))
 def list_jobs(service: Service, query: Annotated[ListQuery, Query()]) -> schemas.Page[JobView]:
     """The jobs, newest first. Jobs that arrive meanwhile do not shift the pages."""
-    tag = None
-    if query.tag is not None:
-        key, separator, value = query.tag.partition(":")
-        tag = (key, value if separator else None)
+    tag = None if query.tag is None else split_tag(query.tag)
     rows = store.list_jobs(service.database, status=query.status, tag=tag, before=query.cursor, limit=query.limit + 1)
     return views.job_page(rows, query.limit)
 

@@ -4,7 +4,8 @@ Requests are strict and refuse unknown keys. Answers are lenient, so that an old
 torch, no FastAPI and no database.
 """
 
-from service.schemas.base import JOB_ID_PATTERN, TERMINAL, Listing, Page, Percent, Problem, ProblemError, Status, View
+from service.patterns import JOB_ID_PATTERN
+from service.schemas.base import TERMINAL, Listing, Page, Percent, Problem, ProblemError, Status, View
 from service.schemas.checkpoints import (
     Baselines,
     CheckpointFigures,

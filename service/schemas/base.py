@@ -9,8 +9,6 @@ TERMINAL: frozenset[Status] = frozenset({"succeeded", "failed", "cancelled"})
 
 Percent = Literal[0, 25, 50, 75, 100]
 
-JOB_ID_PATTERN = r"^[0-9a-f]{32}$"
-
 T = TypeVar("T")
 
 

@@ -5,7 +5,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from nanomoe.config import Strict
-from service.schemas.base import JOB_ID_PATTERN, Percent, View
+from service.patterns import JOB_ID_PATTERN
+from service.schemas.base import Percent, View
 
 
 class ScoreRequest(Strict):

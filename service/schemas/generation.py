@@ -5,7 +5,8 @@ from typing import Annotated, Literal
 from pydantic import Field, StringConstraints
 
 from nanomoe.config import Strict
-from service.schemas.base import JOB_ID_PATTERN, Percent, View
+from service.patterns import JOB_ID_PATTERN
+from service.schemas.base import Percent, View
 
 TextPrompt = Annotated[str, Field(strict=True, max_length=1_000_000, json_schema_extra={"minLength": 1})]
 """A text to continue. An empty one is refused by name (`empty_prompt`), where it is known why."""

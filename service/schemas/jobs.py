@@ -1,20 +1,26 @@
 """A job: how it is submitted and changed, how it looks, and how its status is told."""
 
+import re
 from datetime import datetime
 from typing import Annotated
 
 from pydantic import AwareDatetime, Field, JsonValue, StringConstraints
 
 from nanomoe.config import ConfigWarning, JobConfig, Strict
+from service.patterns import PRINTABLE, PRINTABLE_OR_EMPTY, TAG_KEY
 from service.schemas.base import TERMINAL, Status, View
 
 # Names and tags end up in terminals, tables and file names: no control characters.
-_PRINTABLE = r"^[^\x00-\x1f\x7f]+$"
-
-JobName = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=200, pattern=_PRINTABLE)]
-TagKey = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")]
-TagValue = Annotated[str, StringConstraints(strict=True, max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$")]
+JobName = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=200, pattern=PRINTABLE)]
+TagKey = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=64, pattern=TAG_KEY)]
+TagValue = Annotated[str, StringConstraints(strict=True, max_length=200, pattern=PRINTABLE_OR_EMPTY)]
 Tags = Annotated[dict[TagKey, TagValue], Field(max_length=32, json_schema_extra={"additionalProperties": False})]
+
+
+def split_tag(given: str) -> tuple[str, str | None]:
+    """`key=value` or `key:value` -> the key and the value; the value of a lone `key` is None."""
+    key, *value = re.split("[=:]", given, maxsplit=1)
+    return key, value[0] if value else None
 
 
 class SubmitRequest(Strict):

@@ -108,7 +108,7 @@ def test_loopback_is_served(tmp_path: Path, host: str) -> None:
 def test_a_wrong_setting_is_named(tmp_path: Path) -> None:
     found = run_to_its_end(NANOMOE_DATA_DIR=str(tmp_path), NANOMOE_MAX_STEPS="many")
     assert found.returncode == 2
-    assert found.stderr.startswith("NANOMOE_MAX_STEPS: ")
+    assert found.stderr.startswith("nanomoe does not start: NANOMOE_MAX_STEPS: ")
     assert "Traceback" not in found.stderr
 
 

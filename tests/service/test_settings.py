@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from service.settings import Settings
+from service.errors import StartRefused
+from service.settings import Settings, read_settings
 
 
 @pytest.fixture(autouse=True)
@@ -72,3 +73,42 @@ def test_a_wrong_value_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, name:
 
 def test_every_setting_says_what_it_does() -> None:
     assert [name for name, field in Settings.model_fields.items() if not field.description] == []
+
+
+def test_the_home_folder_is_expanded_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "h%me"))
+    for name, value in {
+        "DATA_DIR": "~/data",
+        "TOKENIZER_DIR": "~/tok",
+        "DATABASE_URL": "sqlite:///~/a%3Fb.db?x=1",
+    }.items():
+        monkeypatch.setenv(f"NANOMOE_{name}", value)
+    settings = Settings()
+    assert (settings.data_dir, settings.tokenizer_dir) == (tmp_path / "h%me/data", tmp_path / "h%me/tok")
+    assert settings.database_url == f"sqlite:///{tmp_path}/h%25me/a%3Fb.db?x=1"
+    paths = [name for name, field in Settings.model_fields.items() if "Path" in str(field.annotation)]
+    assert paths == ["data_dir", "tokenizer_dir"], "another path: see that it is expanded"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("DATA_DIR", "~nobody-here/x", "NANOMOE_DATA_DIR: there is no user of ~nobody-here; a folder of that name is"),
+        ("DATA_DIR", "ol\udce1", r"NANOMOE_DATA_DIR: must be UTF-8, and holds '\\udce1'"),
+        ("HOST", "ol\udce1", r"NANOMOE_HOST: must be UTF-8, and holds '\\udce1'"),
+        ("DATABASE_URL", "sqlite:///ol\udce1", r"NANOMOE_DATABASE_URL: must be UTF-8, and holds '\\udce1'"),
+        ("PORT", "http", "NANOMOE_PORT: Input should be a valid integer"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(name: str, value: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"NANOMOE_{name}", value)
+    with pytest.raises(StartRefused) as refused:
+        read_settings()
+    assert str(refused.value).startswith(said.replace("\\\\", "\\"))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_file_of_settings_in_another_encoding_is_refused(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_bytes("NANOMOE_DATA_DIR=olá".encode("latin-1"))
+    with pytest.raises(StartRefused, match=r"^\.env is not UTF-8: byte 19 is 0xe1$"):
+        read_settings()

@@ -7,6 +7,7 @@ import typer
 
 from service.cli import text
 from service.cli.bench import tables
+from service.cli.commands import Command
 from service.cli.mistakes import Mistake
 from service.cli.output import Json, print_json
 
@@ -24,7 +25,7 @@ app = typer.Typer(
 )
 
 
-@app.command()
+@app.command(cls=Command)
 def generate(
     vocab: Annotated[str, typer.Option(metavar="N,...", help="Sizes of the vocabulary.")] = "8192,50257",
     models: Annotated[str, typer.Option(metavar="NAME,...", help="dense, mixture.")] = "dense,mixture",
@@ -69,7 +70,7 @@ def generate(
         text.console().print(line, style=text.DIM)
 
 
-@app.command()
+@app.command(cls=Command)
 def jobs(
     queued: Annotated[
         str, typer.Option(metavar="N,...", help="Jobs in line when a claim is timed.")

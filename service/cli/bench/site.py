@@ -14,7 +14,7 @@ from service import queue, store
 from service.cli.processes import Processes
 from service.database import Database
 from service.queue import NewJob
-from service.settings import Settings
+from service.settings import Settings, sqlite_url
 
 if TYPE_CHECKING:
     from nanomoe.model import GPT
@@ -72,7 +72,11 @@ def open_site(database_url: str | None = None, **settings: object) -> Iterator[S
     """Start an API of its own and end it with the block. `settings` as in `Settings`; the data are in a temporary
     folder, and so is the database unless `database_url` names an empty one."""
     with tempfile.TemporaryDirectory(prefix="nanomoe-bench-") as folder:
-        chosen = {"data_dir": folder, "database_url": database_url or f"sqlite:///{folder}/nanomoe.db", **settings}
+        chosen = {
+            "data_dir": folder,
+            "database_url": database_url or sqlite_url(Path(folder) / "nanomoe.db"),
+            **settings,
+        }
         environment = {f"NANOMOE_{name.upper()}": str(value) for name, value in chosen.items()}
         environment |= {"NANOMOE_HOST": "127.0.0.1", "NANOMOE_PORT": "0"}
         logs = Path(folder) / "logs"

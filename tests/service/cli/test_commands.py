@@ -2,14 +2,19 @@
 
 import json
 import re
+import shlex
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from typer.core import TyperGroup
+from typer.main import get_command
 
 from service import queue
+from service.cli import COMMANDS, addresses, app
+from service.cli.commands import LazyCommand
 from tests.api import TEXT, Api
 from tests.service.cli.conftest import Run
 
@@ -39,8 +44,50 @@ def test_submit_says_what_the_job_is_and_how_to_watch_it(at: Run, text_file: str
     first, size, *_, last = done.out.splitlines()
     assert first == f"{job['id']}  queued  uma rodada"
     assert size.endswith("65 tokens, 3 steps")
-    assert last == f"watch it: nanomoe watch {job['id']}"
+    assert last == f"watch it: nanomoe watch {job['id']} --url {api.url}"
     assert (job["tags"], job["priority"], job["config"]["epochs"]) == ({"a": "b"}, 3, 3)
+
+
+def test_what_a_hint_says_can_be_typed_in_any_terminal(
+    at: Run, text_file: str, api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hints = [at("submit", text_file, *TINY).out.splitlines()[-1], at("watch", api.finished()).out.splitlines()[-1]]
+    monkeypatch.delenv("NANOMOE_URL")
+    for hint in hints:
+        name, *arguments = shlex.split(hint.rpartition(": ")[2])
+        assert name == "nanomoe"
+        if arguments[0] == "watch":
+            at("cancel", *arguments[1:])
+            assert at(*arguments).out.splitlines()[-1].startswith("cancelled")
+        else:
+            arguments[arguments.index("PROMPT")] = ""
+            assert at(*arguments).err.startswith("nanomoe: empty_prompt: ")
+
+
+@pytest.mark.parametrize(
+    ("url", "environment", "option", "start"),
+    [
+        ("http://127.0.0.1:8000", {}, "", "serve"),
+        ("http://127.0.0.1:8000", {"NANOMOE_PORT": "9000"}, " --url http://127.0.0.1:8000", "serve --port 8000"),
+        ("http://127.0.0.1:9000", {"NANOMOE_PORT": "9000"}, " --url http://127.0.0.1:9000", "serve"),
+        ("http://[::1]:8000", {"NANOMOE_HOST": "::"}, " --url 'http://[::1]:8000'", "serve"),
+        (
+            "http://127.0.0.1:8000",
+            {"NANOMOE_URL": "http://a.test"},
+            " --url http://127.0.0.1:8000",
+            "serve --port 8000",
+        ),
+        ("http://a.test", {"NANOMOE_URL": "http://a.test"}, " --url http://a.test", None),
+    ],
+)
+def test_the_address_is_named_where_another_terminal_would_not_find_it(
+    url: str, environment: dict[str, str], option: str, start: str | None, nanomoe: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert addresses.option_for(url) == option
+    said = addresses.how_to_reach(url)
+    assert said == (" or --url" if start is None else f" or --url; start the service with: nanomoe {start}")
 
 
 def test_a_text_comes_from_a_pipe_and_a_config_from_a_file(at: Run, tmp_path: Path) -> None:
@@ -72,6 +119,11 @@ def test_a_dry_run_tells_the_steps_and_makes_no_job(at: Run, text_file: str, api
         (["submit", "-", "--set", "n_head=3"], "n_embd (128) must be a multiple of n_head (3)"),
         (["submit", "-", "--config", "missing.json"], "cannot read missing.json: No such file or directory"),
         (["submit", "-", "--tag", "a"], "--tag 'a' must look like key=value"),
+        (["submit", "-", "--tag", "ç=1"], "must consist of the letters A to Z and a to z, digits, _, . and -"),
+        (["submit", "-", "--name", "a\nb"], "body.name: must not hold control characters, such as line ends"),
+        (["submit", "-", "--set", 'tokenizer="a\\nb"'], "tokenizer must not hold control characters"),
+        (["submit", "-", "--set", "init_from=x@50"], "init_from.job_id must be 32 hexadecimal digits"),
+        (["jobs", "--tag", "ç"], "query.tag: must look like key or key=value"),
         (["submit", "-"], "invalid_request: "),
         (["watch", "@50"], "'@50' names no job"),
         (["generate", "latest@33", "x"], "after @ comes 0, 25, 50, 75, 100 or latest"),
@@ -116,7 +168,8 @@ def test_nobody_at_the_address_is_exit_code_3_and_says_what_to_do(nanomoe: Run) 
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
         done = nanomoe("jobs", "--url", url)
     assert done.code == 3
-    assert done.err == f"nanomoe: nothing answers at {url}; start it with: nanomoe serve\n"
+    said = f"nanomoe: nothing answers at {url}; another address is set with NANOMOE_URL or --url; "
+    assert done.err == f"{said}start the service with: nanomoe serve --port {url.rpartition(':')[2]}\n"
 
 
 def test_the_address_comes_from_the_settings(
@@ -146,9 +199,9 @@ def test_watching_shows_each_quarter_once_and_how_it_ended(at: Run, api: Api) ->
     assert "  reconstructs aaaaaaaaa" in lines
     assert "     continues abcdef" in lines
     assert lines[-1].startswith("succeeded in ")
-    assert lines[-1].endswith(f"; go on with: nanomoe generate {job_id} PROMPT")
+    assert lines[-1].endswith(f"; go on with: nanomoe generate {job_id} PROMPT --url {api.url}")
     assert "succeeded" not in lines
-    assert max(map(len, lines)) <= 100
+    assert max(map(len, lines[:-1])) <= 100
 
 
 def test_watching_a_job_that_fails_is_exit_code_1(at: Run, api: Api) -> None:
@@ -199,6 +252,16 @@ def test_jobs_are_a_table_that_a_pipe_gets_whole(at: Run, api: Api) -> None:
     assert at("jobs", "--tag", "nobody").out == "no jobs\n"
 
 
+@pytest.mark.parametrize("separator", ["=", ":"])
+def test_a_tag_is_set_and_found_in_one_notation(at: Run, text_file: str, separator: str) -> None:
+    tag = f"aula{separator}2=3:4"
+    job = at("submit", text_file, *TINY, "--tag", tag, "--json").json
+    assert job["tags"] == {"aula": "2=3:4"}
+    for given in ("aula", "aula=2=3:4", "aula:2=3:4"):
+        assert job["id"] in [found["id"] for found in at("jobs", "--tag", given, "--json").json["data"]]
+    assert at("jobs", "--tag", "aula=2").out == "no jobs\n"
+
+
 def test_workers_are_listed_or_missed(at: Run, api: Api) -> None:
     assert at("workers", "--json").code == 0
     assert at("workers").out != ""
@@ -210,8 +273,72 @@ def test_the_version_and_the_help_need_no_service(nanomoe: Run) -> None:
     assert "KNOB=VALUE" in nanomoe("submit", "--help").out
 
 
-def test_a_command_starts_quickly_because_it_loads_little() -> None:
-    heavy = {"torch", "transformers", "tokenizers", "fastapi", "sqlalchemy", "numpy"}
-    script = f"import sys, service.cli; print(sorted({heavy} & set(sys.modules)))"
+def _loaded_by(*arguments: str) -> set[str]:
+    """The modules that a command has loaded when it ends."""
+    script = (
+        "import sys\nfrom service.cli import main\n"
+        f"sys.argv = {['nanomoe', *arguments]!r}\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code\n"
+        "print('LOADED', *sys.modules)"
+    )
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert ran.stdout == "[]\n"
+    return set(ran.stdout.rpartition("LOADED")[2].split())
+
+
+HEAVY = {"torch", "transformers", "tokenizers", "fastapi", "sqlalchemy", "numpy"}
+"""What takes a second or more to load, and what only a service needs."""
+
+
+def test_the_list_of_commands_loads_none_of_them() -> None:
+    loaded = _loaded_by("--help")
+    assert loaded & {*HEAVY, "pydantic", "pydantic_settings", "httpx", "asyncio", "nanomoe.config"} == set()
+    assert {name for name in loaded if name.startswith("service.")} == {
+        "service.cli",
+        "service.cli.commands",
+        "service.cli.mistakes",
+        "service.cli.output",
+    }
+
+
+def test_the_knobs_are_told_without_a_client() -> None:
+    assert _loaded_by("knobs", "lr") & {*HEAVY, "pydantic_settings", "httpx", "service.schemas"} == set()
+
+
+@pytest.mark.parametrize("arguments", [("jobs",), ("workers",), ("submit", "--dry-run", "LICENSE")], ids=lambda a: a[0])
+def test_a_command_for_the_service_loads_no_more_than_its_client(arguments: tuple[str, ...], api: Api) -> None:
+    loaded = _loaded_by(*arguments, "--url", api.url)
+    assert loaded & {*HEAVY, "pydantic_settings", "service.settings", "service.client.asynchronous"} == set()
+
+
+def _commands() -> list[tuple[str, str, LazyCommand]]:
+    """Panel, name and command, in the order of the list."""
+    group = get_command(app)
+    assert isinstance(group, TyperGroup)
+    found = []
+    for name, command in group.commands.items():
+        assert isinstance(command, LazyCommand)
+        found.append((command.rich_help_panel or "", name, command))
+    return found
+
+
+def test_the_list_of_commands_says_what_each_says_of_itself() -> None:
+    assert [(panel, name) for panel, name, _ in _commands()] == [
+        (panel, name) for panel, commands in COMMANDS.items() for name in commands
+    ]
+    for _, name, command in _commands():
+        own = command.load()
+        assert own.name == name
+        assert command.help == " ".join(own.help.partition("\n\n")[0].split())
+
+
+@pytest.mark.parametrize("name", [name for commands in COMMANDS.values() for name in commands])
+def test_every_command_has_a_help_of_its_own(nanomoe: Run, name: str) -> None:
+    done = nanomoe(name, "--help")
+    assert done.code == 0
+    assert f"Usage: nanomoe {name} " in done.out
+
+
+def test_a_command_that_is_not_there_is_named_with_what_is_close(nanomoe: Run) -> None:
+    done = nanomoe("sumbit")
+    assert done.code == 2
+    assert "No such command 'sumbit'. Did you mean 'submit'?" in " ".join(done.err.replace("│", " ").split())

@@ -124,6 +124,40 @@ def test_both_clients_offer_the_same() -> None:
     assert all(inspect.getdoc(getattr(kind, name)) for kind in (Client, JobHandle) for name in public(kind))
 
 
+def test_methods_show_the_parameters_that_they_take() -> None:
+    with Client("http://nanomoe.test") as client:
+        assert list(inspect.signature(client.submit).parameters)[:3] == ["text", "config", "name"]
+        assert list(inspect.signature(client.health).parameters) == []
+        assert list(inspect.signature(of_job(client).metrics).parameters) == ["points", "tokens"]
+
+
+def test_a_handle_has_every_field_of_its_job() -> None:
+    with Client("http://nanomoe.test") as client:
+        handle = of_job(client)
+        fields = [*schemas.JobView.model_fields, "is_terminal"]
+        fields.remove("text")  # on a handle this asks for the training text
+        for name in fields:
+            assert getattr(handle, name) == getattr(handle.view, name), name
+
+
+def test_a_client_that_is_told_nothing_looks_where_the_environment_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NANOMOE_URL", raising=False)
+    assert Client().base_url == "http://127.0.0.1:8000"
+    monkeypatch.setenv("NANOMOE_URL", "http://nanomoe.test/")
+    assert Client().base_url == AsyncClient().base_url == "http://nanomoe.test"
+    assert Client("http://127.0.0.1:9").base_url == "http://127.0.0.1:9"
+
+
+def test_nobody_there_is_an_error_with_the_address_and_how_to_set_another() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        with Client(url, retries=0) as client, pytest.raises(Unreachable) as missed:
+            client.health()
+    assert str(missed.value) == f"nothing answers at {url}; another address is set with NANOMOE_URL"
+    assert missed.value.address == url
+
+
 def test_a_retried_submit_carries_the_key_of_the_first_try(using: Any) -> None:
     script = Script(httpx.ReadError("lost"), httpx.Response(201, json=job()))
     handle = using(script, lambda client: client.submit("texto", {"lr": 0.001}, name="n", tags={"a": "b"}))

@@ -297,14 +297,14 @@ def test_a_list_is_filtered_by_status_and_by_tag(api: Api) -> None:
         return {job["id"] for job in api.http.get("/jobs", params=params).json()["data"]}
 
     assert found(tag=key) == {done, waiting}
-    assert found(tag=f"{key}:b:c") == {waiting}
+    assert found(tag=f"{key}:b:c") == found(tag=f"{key}=b:c") == {waiting}
     assert found(tag=key, status="succeeded") == {done}
     assert found(tag=f"{key}:nope") == set()
 
 
 @pytest.mark.parametrize(
     "params", [{"limit": 0}, {"limit": "x"}, {"limit": 10**30}, {"status": "nope"}, {"cursor": "x"}, {"tag": 'a"b'},
-               {"limits": 1}, {"tag": "a:\0"}]
+               {"limits": 1}, {"tag": "a:\0"}, {"tag": "a=\0"}, {"tag": "=a"}]
 )  # fmt: skip
 def test_a_bad_filter_is_refused(api: Api, params: dict[str, Any]) -> None:
     answer = api.http.get("/jobs", params=params)
