@@ -31,7 +31,7 @@ MAX_RUNNING = 64
 MAX_WAITING = 32
 
 BAD: list[tuple[dict[str, Any], tuple[int, str]]] = [
-    ({"prompt": ""}, (422, "invalid_request")),
+    ({"prompt": ""}, (422, "empty_prompt")),
     ({"max_new_tokens": 10**4}, (422, "max_new_tokens_too_large")),
     ({"n": MAX_RUNNING + 1}, (422, "n_too_large")),
     ({"job_id": "0" * 32}, (404, "job_not_found")),
