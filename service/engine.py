@@ -52,7 +52,7 @@ from service.engine_messages import (
     parse_to_engine,
     to_line,
 )
-from service.examiner import examine, token_logprob, unknown_token
+from service.examiner import Examiner, token_logprob, unknown_token
 from service.text_stream import TextStream
 
 CHUNK_SECONDS = 0.02
@@ -151,6 +151,7 @@ class Server:
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         """What the other threads have for the main one to do."""
         self._examiner = ThreadPoolExecutor(1, thread_name_prefix="examiner")
+        self._answer = Examiner(self._device).answer
         self._questions: dict[int, Future[Examined | Refused | Failed]] = {}
         """Being answered, or waiting for it."""
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
@@ -275,7 +276,7 @@ class Server:
 
         def answer() -> Examined | Refused | Failed:
             self._inbox.put(lambda: self._say(Begun(id=question.id, at=time.monotonic())))
-            return examine(question, self._device)
+            return self._answer(question)
 
         self._questions[question.id] = self._examiner.submit(answer)
         self._questions[question.id].add_done_callback(

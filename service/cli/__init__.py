@@ -26,7 +26,7 @@ app = typer.Typer(
 for panel, commands in {
     "Service": (serve.serve, serve.demo, jobs.workers, upkeep.backup, upkeep.fsck),
     "Jobs": (jobs.submit, jobs.watch, jobs.jobs, jobs.metrics, jobs.cancel, jobs.pause, jobs.resume, jobs.delete),
-    "Models": (jobs.generate, examine.score, examine.inspect, local.explain, local.export),
+    "Models": (jobs.generate, examine.score, examine.inspect, examine.explain, local.export),
     "Without a service": (local.train, knobs.knobs),
 }.items():
     for command in commands:

@@ -44,7 +44,7 @@ class Reference:
         newest = client.list_jobs(limit=1).data
         if not newest:
             raise Mistake(f"there is no job yet; submit one: {program()} submit FILE")
-        return JobHandle(client, newest[0])
+        return client.job(newest[0].id)  # a list leaves out its place in the line
 
     def init_from(self) -> dict[str, Any]:
         """As the knob `init_from`, whose default checkpoint is the last."""

@@ -31,7 +31,10 @@ class InspectRequest(Strict):
     """Percent of a recorded checkpoint, or the newest that is not damaged."""
 
     prompt: Annotated[str, Field(max_length=65_536, json_schema_extra={"minLength": 1})]
-    """A text of one token or more; its newest `block_size` tokens are read."""
+    """A text of one token or more; its newest `block_size` tokens are read, and nothing is generated."""
+
+    attention: bool = True
+    """Whether the attention weights are wanted, which are most of the answer."""
 
 
 class PromptToken(View):
@@ -103,7 +106,7 @@ class ScoreResponse(View):
 
 
 class NextTokenView(View):
-    """A token that may come next."""
+    """A token that may follow the last one that was read."""
 
     token: int
     """Its id."""
@@ -116,13 +119,33 @@ class NextTokenView(View):
 
 
 class LayerRoutingView(View):
-    """What the router of a mixture of experts says of each token."""
+    """How a mixture of experts routed each token that was read.
+
+    Row t of every table belongs to `tokens[t]`, the token that was read and sent to experts; what these say of it goes
+    into the prediction of the token that follows.
+    """
 
     layer: int
     """The block, from 0."""
 
+    logits: list[list[float]]
+    """The router's logits: one row a token, one number an expert."""
+
     probabilities: list[list[float]]
-    """One row a token, one number an expert."""
+    """The logits as probabilities, by `router_score`: one row a token, one number an expert; a row sums to 1."""
+
+    chosen: list[list[int]]
+    """The k experts that each token was sent to, in gate order."""
+
+    gates: list[list[float]]
+    """The weights of the outputs of the chosen experts, in the same order."""
+
+    balance_bias: list[float] | None
+    """What is added to each expert's score for choosing only, the same for all tokens; null with
+    `router_bias_update_rate` 0."""
+
+    n_shared_experts: int
+    """Experts that see every token whatever the router says, with gate 1."""
 
 
 class InspectResponse(View):
@@ -138,13 +161,14 @@ class InspectResponse(View):
     """Oldest tokens of the prompt that do not fit into the context."""
 
     tokens: list[PromptToken]
-    """The tokens that were read."""
+    """The tokens that were read, each of which attends and is routed."""
 
     likeliest: list[NextTokenView]
-    """The ten likeliest next tokens, best first."""
+    """The ten likeliest tokens to follow the last one that was read, best first."""
 
     attention: list[list[list[list[float]]]]
-    """By layer, head and token: how much the token takes from each token up to itself. A row sums to 1."""
+    """By layer, head and token: how much the token takes from each token up to itself. A row sums to 1. Empty with
+    `attention` false."""
 
     routing: list[LayerRoutingView]
-    """Of each mixture of experts; empty in a dense model."""
+    """How each mixture of experts routed the tokens that were read; empty in a dense model."""
