@@ -133,7 +133,7 @@ class TextDisplay:
         self._task = self._bar.add_task("waiting", total=None, detail="")
 
     def status(self, event: schemas.StatusEvent) -> None:
-        self._bar.update(self._task, description=event.status)
+        self._bar.update(self._task, description=event.status, detail="")
         reason = f" ({text.visible(event.status_reason)})" if event.status_reason else ""
         if event.status not in schemas.TERMINAL and (reason or not self._console.is_terminal):
             self._console.print(f"{event.status}{reason}")

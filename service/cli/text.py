@@ -370,8 +370,9 @@ def quarter_texts(checkpoint: schemas.CheckpointMetrics, console: Console, n_lin
     if checkpoint.reconstruction is not None:
         shown.append(("reconstructs", _reconstruction(checkpoint.reconstruction)))
     if checkpoint.continuation is not None:
-        prompt, text = checkpoint.continuation.prompt, checkpoint.continuation.text
-        shown.append(("continues", Text.assemble((visible(prompt), DIM), (PREFIX_END, DIM), visible(text))))
+        prompt = _end_of(checkpoint.continuation.prompt, _room(console) * n_lines - _LEFT_TO_CONTINUATION)
+        text = visible(checkpoint.continuation.text)
+        shown.append(("continues", Text.assemble((visible(prompt), DIM), (PREFIX_END, DIM), text)))
     if checkpoint.moe is not None:
         shown.append(("experts", _balance(checkpoint.moe.mean)))
     return [labelled(label, text, console, n_lines) for label, text in shown]
@@ -379,6 +380,14 @@ def quarter_texts(checkpoint: schemas.CheckpointMetrics, console: Console, n_lin
 
 PREFIX_END = "│"
 """Stands between the prefix that was given and what the model added."""
+
+_LEFT_TO_CONTINUATION = 12
+"""Columns that a long prefix leaves at least."""
+
+
+def _end_of(prefix: str, width: int) -> str:
+    """The prefix, or as much of its end as there is room for."""
+    return prefix if len(prefix) <= width else f"…{prefix[1 - width :]}"
 
 
 def untrained_note(console: Console) -> Text:
@@ -440,9 +449,14 @@ def _reconstruction(reconstruction: schemas.Reconstruction) -> Text:
 _LABEL_WIDTH = 15
 
 
+def _room(console: Console) -> int:
+    """Columns beside a label."""
+    return max(20, console.width - _LABEL_WIDTH - 1)
+
+
 def labelled(label: str, text: Text, console: Console, n_lines: int) -> Text:
     """The label in a column of its own, the text beside it, cut after `n_lines` lines."""
-    room = max(20, console.width - _LABEL_WIDTH - 1)
+    room = _room(console)
     wrapped = text.wrap(console, room, tab_size=1)
     lines = list(wrapped)[:n_lines]
     if len(wrapped) > n_lines:

@@ -41,13 +41,13 @@ class PromptToken(View):
     """A token of a text."""
 
     token: int
-    """Its id."""
+    """Id of the token."""
 
     text: str
-    """What it stands for; U+FFFD where it is part of a character."""
+    """Text of the token; U+FFFD where it is part of a character."""
 
     byte_offset: int
-    """Where it begins in the text, in bytes of UTF-8."""
+    """Where the token begins in the text, in bytes of UTF-8."""
 
 
 class ScoredToken(PromptToken):
@@ -65,13 +65,13 @@ class CopiedSpan(View):
     """The part, in whole characters."""
 
     n_bytes: int
-    """Its bytes of UTF-8."""
+    """Length of the part, in bytes of UTF-8."""
 
     start: int
-    """Where it begins in the text, in bytes of UTF-8."""
+    """Where the part begins in the text, in bytes of UTF-8."""
 
     training_start: int
-    """Where it first begins in the training text, in bytes of UTF-8."""
+    """Where the part first begins in the training text, in bytes of UTF-8."""
 
 
 class ScoreResponse(View):
@@ -109,13 +109,13 @@ class NextTokenView(View):
     """A token that may follow the last one that was read."""
 
     token: int
-    """Its id."""
+    """Id of the token."""
 
     text: str
-    """What it stands for; U+FFFD where it is part of a character."""
+    """Text of the token; U+FFFD where it is part of a character."""
 
     probability: float
-    """At temperature 1."""
+    """Probability of the token at temperature 1."""
 
 
 class LayerRoutingView(View):

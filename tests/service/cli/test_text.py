@@ -79,6 +79,16 @@ def test_wrong_tokens_of_a_reconstruction_are_red() -> None:
     assert coloured["a"] == text.WRONG
 
 
+@pytest.mark.parametrize("n_lines", [1, 3])
+def test_a_continuation_shows_where_its_prefix_ends_however_long_that_is(n_lines: int) -> None:
+    for prefix, shown in (("Era uma vez", "continues Era uma vez│ um gato"), ("ab" * 200, "ababab│ um gato")):
+        continuation = schemas.Continuation(prompt=prefix, text=" um gato")
+        checkpoint = schemas.CheckpointMetrics.model_construct(reconstruction=None, continuation=continuation, moe=None)
+        (line,) = text.quarter_texts(checkpoint, Console(width=80), n_lines)
+        assert line.plain.endswith(shown)
+        assert line.plain.count("\n") < n_lines
+
+
 def test_a_mixture_shows_how_evenly_it_routes() -> None:
     mean = schemas.MixtureFigures(load_cv=0.31234, max_violation=0.5, dropped_fraction=0.0)
     moe = schemas.MixtureMetrics(layers=[], mean=mean, max=mean)
