@@ -1,13 +1,15 @@
 """One token's routing, with the real numbers: logits, probabilities, choice, gates, sum.
 
-What a learner would compute by hand from the router's formula, layer by layer. Knows no HTTP and no terminal.
+What a learner would compute by hand from the router's formula, layer by layer. Knows no model, no torch, no HTTP and no
+terminal.
 """
 
+from collections.abc import Sequence
+from typing import Self
+
 from pydantic import Field
-from torch import no_grad, tensor
 
 from nanomoe.config import Strict
-from nanomoe.model import GPT
 
 
 class ExpertScore(Strict):
@@ -47,56 +49,47 @@ class LayerExplanation(Strict):
     shared_experts: int
     """Experts that see the token whatever the router says."""
 
+    @classmethod
+    def of_token(
+        cls,
+        layer: int,
+        *,
+        logits: Sequence[float],
+        probabilities: Sequence[float],
+        chosen: Sequence[int],
+        gates: Sequence[float],
+        balance_bias: Sequence[float] | None,
+        shared_experts: int,
+    ) -> Self:
+        """From what the router said of the token: one number an expert, but `chosen` and `gates` one a choice."""
+        gate_of = dict(zip(chosen, gates, strict=True))
+        scores = zip(logits, probabilities, balance_bias or [0.0] * len(logits), strict=True)
+        return cls(
+            layer=layer,
+            experts=[
+                ExpertScore(expert=e, logit=logit, probability=p, balance_bias=bias, gate=gate_of.get(e))
+                for e, (logit, p, bias) in enumerate(scores)
+            ],
+            chosen=list(chosen),
+            gate_sum=sum(gates),
+            shared_experts=shared_experts,
+        )
+
 
 class Explanation(Strict):
-    """How a prompt's last token was routed."""
+    """How the last token of a prompt was routed: the token that was read, not the one that follows it."""
 
     token: str
-    """Its text."""
+    """Text of the token that was read and routed."""
 
     token_id: int
-    """Its id."""
+    """Id of that token."""
 
     position: int = Field(ge=0)
-    """Its place in the context, from 0."""
+    """Place of that token in the context, from 0."""
+
+    predicted: str
+    """Text of the token that the model finds likeliest to follow."""
 
     layers: list[LayerExplanation]
-    """Of each mixture of experts."""
-
-
-@no_grad()
-def explain(model: GPT, tokens: list[int], text_of_token: str) -> Explanation:
-    """The routing of the last of `tokens` in evaluation mode, at most the newest `block_size` of them read.
-
-    Raises:
-        ValueError: there is no token, or the model has no mixture of experts.
-    """
-    if not tokens:
-        raise ValueError("the prompt has no token")
-    if not model.moe_layers:
-        raise ValueError("this model has no mixture of experts: it was trained with use_moe false")
-    context = tokens[-model.config.block_size :]
-    model.eval()
-    device = next(model.parameters()).device
-    routings = model(tensor([context], device=device)).routings
-    layers = []
-    for layer, routing in routings.items():
-        moe = model.moe_layers[layer]
-        chosen = routing.chosen_TK[-1].tolist()
-        gates = dict(zip(chosen, routing.gates_TK[-1].tolist(), strict=True))
-        bias = moe.router.balance_bias
-        biases = [0.0] * model.config.n_experts if bias is None else bias.tolist()
-        scores = zip(routing.logits_TE[-1].tolist(), routing.probs_TE[-1].tolist(), biases, strict=True)
-        layers.append(
-            LayerExplanation(
-                layer=layer,
-                experts=[
-                    ExpertScore(expert=e, logit=logit, probability=p, balance_bias=b, gate=gates.get(e))
-                    for e, (logit, p, b) in enumerate(scores)
-                ],
-                chosen=chosen,
-                gate_sum=sum(gates.values()),
-                shared_experts=model.config.n_shared_experts,
-            )
-        )
-    return Explanation(token=text_of_token, token_id=tokens[-1], position=len(context) - 1, layers=layers)
+    """How each mixture of experts routed the token, in the order of the blocks."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nanomoe.model import GPT, CausalSelfAttention
+from nanomoe.moe import Routing
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,8 @@ class Inspection:
     """Of the next token."""
     attention_LHTT: Tensor
     """Row t: how much token t takes from each token up to itself; rows sum to 1."""
-    routing: dict[int, Tensor]
-    """{layer: router probabilities (T, E)} of each mixture of experts."""
+    routing: dict[int, Routing]
+    """{layer: where its T tokens were sent} of each mixture of experts; row t is how token t itself was routed."""
 
 
 @torch.no_grad()
@@ -38,12 +39,12 @@ def inspect(model: GPT, tokens: list[int]) -> Inspection:
     context = torch.tensor([tokens[-model.config.block_size :]], device=parts.wte.weight.device)
     x_BTC = parts.wte(context) + parts.wpe(torch.arange(context.shape[1], device=context.device))
     attention: list[Tensor] = []
-    routing: dict[int, Tensor] = {}
+    routing: dict[int, Routing] = {}
     for block in model.blocks:
         attention.append(_attention_weights(block.attn, block.ln_1(x_BTC)))
         x_BTC, routed = block(x_BTC, None)
         if routed is not None:
-            routing[block.layer] = routed.probs_TE
+            routing[block.layer] = routed
     logits_V = parts.ln_f(x_BTC)[0, -1] @ parts.wte.weight.T
     return Inspection(logits_V.softmax(-1), torch.stack(attention), routing)
 

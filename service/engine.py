@@ -54,7 +54,7 @@ from service.engine_messages import (
     parse_to_engine,
     to_line,
 )
-from service.examiner import examine, token_logprob, unknown_token
+from service.examiner import Examiner, token_logprob, unknown_token
 from service.parent import die_with_parent
 from service.text_stream import TextStream
 
@@ -175,6 +175,7 @@ class Server:
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         """What the other threads have for the main one to do."""
         self._examiner = ThreadPoolExecutor(1, thread_name_prefix="examiner")
+        self._answer = Examiner(self._device).answer
         self._questions: dict[int, Future[Examined | Refused | Failed]] = {}
         """Being answered, or waiting for it."""
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
@@ -315,7 +316,7 @@ class Server:
 
         def answer() -> Examined | Refused | Failed:
             self._inbox.put(lambda: self._say(Begun(id=question.id, at=time.monotonic())))
-            return examine(question, self._device)
+            return self._answer(question)
 
         self._questions[question.id] = self._examiner.submit(answer)
         self._questions[question.id].add_done_callback(

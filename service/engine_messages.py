@@ -129,6 +129,8 @@ class Inspect(Strict):
 
     manifest_sha256: str
     prompt: str
+    attention: bool = True
+    """Whether attention weights are wanted."""
 
 
 class ReadPrompts(Strict):
@@ -269,11 +271,25 @@ class NextToken(Strict):
 
 
 class LayerRouting(Strict):
-    """What the router of one mixture of experts says of each token."""
+    """How one mixture of experts routed each token that was read; a row of a table is one token."""
 
     layer: int
+    logits: tuple[tuple[float, ...], ...]
+    """One number an expert."""
+
     probabilities: tuple[tuple[float, ...], ...]
-    """One row a token, one number an expert."""
+    """One number an expert."""
+
+    chosen: tuple[tuple[int, ...], ...]
+    """The experts that the token was sent to, in gate order."""
+
+    gates: tuple[tuple[float, ...], ...]
+    """The weights of their outputs."""
+
+    balance_bias: tuple[float, ...] | None
+    """One number an expert, the same for all tokens; None where the config has none."""
+
+    n_shared_experts: int
 
 
 class Inspected(Strict):
@@ -291,7 +307,7 @@ class Inspected(Strict):
     """Best first."""
 
     attention: tuple[tuple[tuple[tuple[float, ...], ...], ...], ...]
-    """By layer, head and token: what the token takes from each token up to itself."""
+    """By layer, head and token: what the token takes from each token up to itself; empty where it was not wanted."""
 
     routing: tuple[LayerRouting, ...]
 

@@ -266,12 +266,12 @@ class Generation:
         assert isinstance(answer, Scored)
         return answer
 
-    async def inspect(self, folder: str, manifest_sha256: str, prompt: str) -> Inspected:
-        """What the checkpoint in `folder` does with a prompt. Raises as `stream` does."""
+    async def inspect(self, folder: str, manifest_sha256: str, prompt: str, *, attention: bool = True) -> Inspected:
+        """What the checkpoint in `folder` does with a prompt, and its attention if wanted. Raises as `stream` does."""
         if not prompt:
             raise empty_prompt()
         answer = await self._examine(
-            lambda i: Inspect(id=i, folder=folder, manifest_sha256=manifest_sha256, prompt=prompt)
+            lambda i: Inspect(id=i, folder=folder, manifest_sha256=manifest_sha256, prompt=prompt, attention=attention)
         )
         assert isinstance(answer, Inspected)
         return answer

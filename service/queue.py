@@ -258,7 +258,8 @@ def record_prepared(
     warnings: Sequence[Mapping[str, Any]] = (),
 ) -> Intents:
     """Running stays running: what the first start decided. `model`: `{"n_params", "n_active_params"}`. An execution
-    that an earlier attempt decided stays. Raises LeaseLost."""
+    that an earlier attempt decided stays. The job keeps one warning of a kind; each that says what the job has not been
+    told yet is an event too. Raises LeaseLost."""
     with db.write() as session:
         owned = _own(
             db,
@@ -270,9 +271,12 @@ def record_prepared(
             n_active_params=model["n_active_params"],
         )
         job = load_job(session, claim.job_id)
-        known = {warning["code"] for warning in job.warnings}
-        job.warnings = [*job.warnings, *(dict(warning) for warning in warnings if warning["code"] not in known)]
         job.execution = dict(execution) if job.execution is None else job.execution
+        kinds = {warning["code"] for warning in job.warnings}
+        new = [dict(warning) for warning in warnings if warning not in job.warnings]
+        job.warnings = [*job.warnings, *(warning for warning in new if warning["code"] not in kinds)]
+        if new:
+            _log_warnings(db, session, job.id, _own(db, session, claim, n_events=len(new)).event_seq, new)
         return owned.intents
 
 
@@ -375,18 +379,21 @@ def finish(
     status: Literal["succeeded", "failed"],
     *,
     error: Mapping[str, Any] | None = None,
+    reason: str | None = None,
     progress: Mapping[str, Any] | None = None,
 ) -> Job:
     """From running to succeeded or failed; to cancelled when that was asked for before.
 
-    `error`: `{"code", "message"}`, with failed and only then. Raises LeaseLost.
+    `error`: `{"code", "message"}`, with failed and only then. `reason`: why it succeeded before its last step, where it
+    did. Raises LeaseLost.
     """
     assert (status == "failed") == (error is not None)
     with db.write() as session:
         owned = _own(db, session, claim, **_progress(progress))
         if owned.intents.cancel:
             return _leave(db, session, claim.job_id, "cancelled")
-        return _leave(db, session, claim.job_id, status, error=None if error is None else dict(error))
+        error = None if error is None else dict(error)
+        return _leave(db, session, claim.job_id, status, error=error, status_reason=reason)
 
 
 def release(db: Database, claim: Claim, *, crash: str | None = None, pause_reason: str | None = None) -> Job:
@@ -406,10 +413,9 @@ def release_smaller(
     is asked for. `reason`: for the job that waits; `warnings`: `{"code", "message"}` each. The trainer must be dead.
     Raises LeaseLost."""
     with db.write() as session:
-        seq = _own(db, session, claim, n_events=len(warnings)).event_seq - len(warnings)
+        owned = _own(db, session, claim, n_events=len(warnings))
         _set_micro_batch(session, claim.job_id, micro_batch)
-        for number, warning in enumerate(warnings, 1):
-            _log(db, session, claim.job_id, seq + number, "warning", warning)
+        _log_warnings(db, session, claim.job_id, owned.event_seq, warnings)
         return _give_up(db, session, load_job(session, claim.job_id), None, None, interrupted=reason)
 
 
@@ -687,6 +693,14 @@ def _log_status(db: Database, session: Session, job: Job) -> None:
         "error": job.error,
     }
     _log(db, session, job.id, job.event_seq, "status", data)
+
+
+def _log_warnings(
+    db: Database, session: Session, job_id: str, last_seq: int, warnings: Sequence[Mapping[str, str]]
+) -> None:
+    """One event a warning; the last has the number `last_seq`."""
+    for seq, warning in enumerate(warnings, last_seq - len(warnings) + 1):
+        _log(db, session, job_id, seq, "warning", warning)
 
 
 def _log(db: Database, session: Session, job_id: str, seq: int, kind: str, data: Mapping[str, Any]) -> None:

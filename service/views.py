@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, cast
 
+from nanomoe.checkpoint import stopped_early
 from nanomoe.config import ConfigWarning, JobConfig
 from service import schemas
 from service.addressing import Address
@@ -35,7 +36,7 @@ def job(row: Job, *, queue_position: int | None = None, estimated_start_at: date
         started_at=row.started_at,
         finished_at=row.finished_at,
         attempt=row.attempt,
-        status_reason=row.status_reason,
+        status_reason=row.status_reason or _stopped_early(row),
         priority=row.priority,
         run_at=row.run_at,
         execution=row.execution,
@@ -50,8 +51,17 @@ def job(row: Job, *, queue_position: int | None = None, estimated_start_at: date
 
 
 def progress(row: Job) -> schemas.Progress:
-    """How far a job has come."""
-    return schemas.Progress.model_validate({"total_steps": row.total_steps} | row.progress)
+    """How far a job has come. One that has succeeded is done, whether or not it needed all its steps."""
+    done = {"percent": 100.0, "eta_seconds": 0.0} if row.status == "succeeded" else {}
+    return schemas.Progress.model_validate({"total_steps": row.total_steps} | row.progress | done)
+
+
+def _stopped_early(row: Job) -> str | None:
+    """Why a job ended before its last step that succeeded before the reason was recorded; None for any other."""
+    step, total_steps = row.progress.get("step"), row.total_steps
+    if row.status != "succeeded" or step is None or total_steps is None or step >= total_steps:
+        return None
+    return stopped_early(step, None)
 
 
 def job_page(rows: Sequence[Job], limit: int) -> schemas.Page[schemas.JobView]:

@@ -81,7 +81,15 @@ class Api:
         """The id of a job that has succeeded, with checkpoints at 0 and 100 percent."""
         claim = self.running(**changes)
         self.record_checkpoint(claim, 100, 500)
-        queue.finish(self.db, claim, "succeeded")
+        queue.finish(self.db, claim, "succeeded", progress={"step": 500, "epoch": 500, "percent": 100.0})
+        return claim.job_id
+
+    def stopped_early(self, *, reason: str | None, **changes: Any) -> str:
+        """The id of a job that needed 42 of its 500 steps; without a reason as one of before there were any."""
+        claim = self.running(**changes)
+        progress = {"step": 42, "epoch": 42, "percent": 8.4, "eta_seconds": 91.6}
+        self.record_checkpoint(claim, 100, 42, stopped_early=True, perplexity=1.987)
+        queue.finish(self.db, claim, "succeeded", reason=reason, progress=progress)
         return claim.job_id
 
     def record_steps(self, claim: queue.Claim, first: int, last: int) -> None:
@@ -94,9 +102,9 @@ class Api:
         queue.record_steps(self.db, claim, columns, progress)
 
     def record_checkpoint(
-        self, claim: queue.Claim, percent: int, step: int, files: dict[str, bytes] | None = None
+        self, claim: queue.Claim, percent: int, step: int, files: dict[str, bytes] | None = None, **figures: Any
     ) -> None:
-        """A checkpoint whose files are really there: two small ones, or those given."""
+        """A checkpoint whose files are really there: two small ones, or those given. `figures`: unlike `metrics()`."""
         folder = store.checkpoint_folder(claim.job_id, claim.fence, percent)
         files = files or {"config.json": b"{}\n", "model.safetensors": bytes(range(256)) * 4}
         manifest, sha256 = checkpoint.write(self.context.settings.data_dir / folder, files)
@@ -109,7 +117,7 @@ class Api:
             folder=folder,
             manifest_sha256=sha256,
             files=[entry.model_dump(mode="json") for entry in manifest.files],
-            metrics=metrics(),
+            metrics=metrics() | figures,
         )
 
 

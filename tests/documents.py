@@ -17,6 +17,7 @@ from pydantic import BaseModel
 
 from nanomoe.config import JobConfig, ModelConfig, SampleConfig, TrainConfig
 from service import client
+from service.cli import glossary
 from service.settings import Settings
 
 ROOT = Path(__file__).parent.parent
@@ -85,6 +86,21 @@ def config_table() -> str:
             for name, field in group.model_fields.items()
         ]
     return "\n".join(["| key | may be | default | meaning |", "| --- | --- | --- | --- |", *rows])
+
+
+def figures_table() -> str:
+    """Every figure of a checkpoint, and its meaning."""
+    return _words("in a checkpoint", glossary.of_checkpoint())
+
+
+def mixture_table() -> str:
+    """Every figure of a mixture of experts, and its meaning."""
+    return _words("in `moe`", glossary.of_mixture())
+
+
+def _words(heading: str, words: dict[str, str]) -> str:
+    rows = [f"| `{word}` | {meaning} |" for word, meaning in words.items()]
+    return "\n".join([f"| {heading} | is |", "| --- | --- |", *rows])
 
 
 def default_settings() -> dict[str, str]:
@@ -214,7 +230,14 @@ def _first_sentence(path: Path) -> str:
 
 def readme(text: str) -> str:
     """The README's text with its tables made anew, between `<!-- config -->` and `<!-- /config -->` and the like."""
-    return _with_tables(text, {"config": config_table(), "settings": settings_table(), "tree": tree()})
+    tables = {
+        "figures": figures_table(),
+        "mixture": mixture_table(),
+        "config": config_table(),
+        "settings": settings_table(),
+        "tree": tree(),
+    }
+    return _with_tables(text, tables)
 
 
 def client_page(text: str) -> str:

@@ -242,7 +242,10 @@ class Attempt:
             case None if self._lease.is_uncertain:
                 return lambda: queue.release(db, claim)
             case Done(outcome="succeeded"):
-                return lambda: queue.finish(db, claim, "succeeded", progress=self._recorder.progress)
+                recorder = self._recorder
+                return lambda: queue.finish(
+                    db, claim, "succeeded", reason=recorder.stopped_early, progress=recorder.progress
+                )
             case Done(outcome="failed", error=Failure(code="disk_full", message=message)):
                 return lambda: queue.release(db, claim, pause_reason=message)
             case Done(outcome="failed", error=error):

@@ -13,6 +13,7 @@ from typing import Any, assert_never
 
 import structlog
 
+from nanomoe import checkpoint
 from service import queue, store
 from service.queue import Intents
 from service.store import Database
@@ -46,6 +47,8 @@ class Recorder:
         """Windows that it computes together, once it has decided."""
         self.snapshot_folder: str | None = None
         """Of the recorded snapshot, relative to the data folder."""
+        self.stopped_early: str | None = None
+        """Why training ended before its last step, if it did."""
         self._steps: dict[str, list[Any]] = {}
         """Figures that wait for the next commit."""
         self._last_commit = 0.0
@@ -164,6 +167,8 @@ class Recorder:
                 progress=self.progress,
             )
         )
+        if message.metrics.get("stopped_early"):
+            self.stopped_early = checkpoint.stopped_early(message.step, message.metrics["perplexity"])
 
     def _replace_snapshot(self, message: SnapshotWritten) -> None:
         """Record it in place of the one before, whose files nobody needs then."""

@@ -214,8 +214,6 @@ def _prepare(start: Start, wire: Wire) -> "Run":
             warnings=warnings,
         )
     )
-    if differences:  # the job keeps one warning of a kind, and every attempt may differ in its own way
-        wire.say(Warned(code="resume_not_exact", message=otherwise))
     return run
 
 

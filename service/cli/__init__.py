@@ -51,8 +51,8 @@ them all for the list takes most of a second."""
 _MODULES = {
     "service.cli.serve": ("serve", "demo"),
     "service.cli.upkeep": ("backup", "fsck"),
-    "service.cli.examine": ("score", "inspect"),
-    "service.cli.local": ("explain", "export", "train"),
+    "service.cli.examine": ("score", "inspect", "explain"),
+    "service.cli.local": ("export", "train"),
     "service.cli.knobs": ("knobs",),
 }
 """Where a command's function is, if not in `service.cli.jobs`."""

@@ -13,13 +13,15 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from service import schemas
 from service.cli import text
 from service.cli.output import to_json
-from service.client import JobHandle
+from service.client import JobHandle, Unavailable, Unreachable
 
 
 class Display(Protocol):
     """What can happen to a run."""
 
     def status(self, event: schemas.StatusEvent) -> None: ...
+
+    def waiting(self, job: schemas.JobView) -> None: ...
 
     def progress(self, progress: schemas.Progress) -> None: ...
 
@@ -34,6 +36,10 @@ class Display(Protocol):
     ) -> None: ...
 
 
+LOOK_SECONDS = 2.0
+"""Time between two looks at the place of a job that waits."""
+
+
 def follow(job: JobHandle, display: Display) -> schemas.JobView:
     """Show the job's events until it has ended, and return it as it then is."""
     shown: set[int] = set()
@@ -42,6 +48,8 @@ def follow(job: JobHandle, display: Display) -> schemas.JobView:
         match event.data:
             case schemas.StatusEvent():
                 display.status(event.data)
+                if event.data.status == "queued":
+                    _wait_in_line(job, display)
             case schemas.CheckpointMetrics(percent=percent) if percent not in shown:
                 shown.add(percent)
                 display.quarter(event.data)
@@ -58,8 +66,22 @@ def follow(job: JobHandle, display: Display) -> schemas.JobView:
     return job.view
 
 
+def _wait_in_line(job: JobHandle, display: Display) -> None:
+    """Show how the line moves until the job is not queued any more, as one that was queued long ago is not."""
+    try:
+        job.refresh()
+        while job.view.status == "queued":
+            display.waiting(job.view)
+            job.refresh(wait=LOOK_SECONDS, seen="queued")
+    except (Unreachable, Unavailable):
+        return  # the stream of events, which is open meanwhile, is more patient and tells what became of the service
+
+
 class JsonDisplay:
     """One JSON object a line: `{"event": "checkpoint", "data": {...}}`."""
+
+    def waiting(self, job: schemas.JobView) -> None:
+        """Nothing: a place in the line is no event."""
 
     def status(self, event: schemas.StatusEvent) -> None:
         self._line("status", event)
@@ -88,10 +110,14 @@ class JsonDisplay:
 class TextDisplay:
     """A row for each quarter as it is recorded; in a terminal a progress bar stays below them and goes at the end."""
 
-    def __init__(self, console: Console, *, n_lines: int = 1) -> None:
-        """`n_lines`: how much is shown of a quarter's reconstruction and continuation."""
+    def __init__(self, console: Console, *, introduced: schemas.JobView | None = None, n_lines: int = 1) -> None:
+        """`introduced`: the job as it was shown before, whose place and warnings are not news; None for a run without a
+        service. `n_lines`: how much is shown of a quarter's reconstruction and continuation."""
         self._console = console
         self._n_lines = n_lines
+        self._is_from_parent = introduced is not None and introduced.parent is not None
+        self._warned = set() if introduced is None else {(one.code, one.message) for one in introduced.warnings}
+        self._place = None if introduced is None else _place(introduced)
         self._header_shown = False
         self._bar = Progress(
             TextColumn("{task.description}", style="cyan"),
@@ -107,10 +133,17 @@ class TextDisplay:
         self._task = self._bar.add_task("waiting", total=None, detail="")
 
     def status(self, event: schemas.StatusEvent) -> None:
-        self._bar.update(self._task, description=event.status)
+        self._bar.update(self._task, description=event.status, detail="")
         reason = f" ({text.visible(event.status_reason)})" if event.status_reason else ""
         if event.status not in schemas.TERMINAL and (reason or not self._console.is_terminal):
             self._console.print(f"{event.status}{reason}")
+
+    def waiting(self, job: schemas.JobView) -> None:
+        """In a terminal the bar says how the line moves; elsewhere a line does when somebody has left it."""
+        self._bar.update(self._task, description="queued", detail=text.place_in_line(job))
+        place, self._place = self._place, _place(job)
+        if place != self._place and not self._console.is_terminal:
+            self._console.print(text.status_line(job))
 
     def progress(self, progress: schemas.Progress) -> None:
         detail = f"{progress.step:,}/{text.number(progress.total_steps)}"
@@ -131,9 +164,15 @@ class TextDisplay:
         self._console.print(text.quarter_row(checkpoint))
         for line in text.quarter_texts(checkpoint, self._console, self._n_lines):
             self._console.print(line)
+        if checkpoint.percent == 0 and checkpoint.reconstruction is not None and not self._is_from_parent:
+            self._console.print(text.untrained_note(self._console))
+        if checkpoint.stopped_early:
+            self._console.print(text.stopped_early_line(checkpoint))
 
     def warning(self, code: str, message: str) -> None:
-        self._console.print(text.warning_line(code, message))
+        if (code, message) not in self._warned:
+            self._warned.add((code, message))
+            self._console.print(text.warning_line(code, message, self._console))
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -143,3 +182,8 @@ class TextDisplay:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.stop()
+
+
+def _place(job: schemas.JobView) -> tuple[int | None, bool]:
+    """What of a job's place in the line is news when it changes: not each second of an estimate."""
+    return job.queue_position, job.estimated_start_at is not None

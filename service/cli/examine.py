@@ -3,17 +3,25 @@
 import codecs
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
 
+from nanomoe.checkpoint import CONFIG, WEIGHTS
+from nanomoe.config import JobConfig
+from nanomoe.explain import Explanation, LayerExplanation
 from service import schemas
 from service.cli import text
 from service.cli.jobs import read_text
+from service.cli.mistakes import Mistake
 from service.cli.options import Url, connect
 from service.cli.output import Json, print_json
 from service.cli.references import Reference
+
+if TYPE_CHECKING:
+    from service.engine_messages import Inspected
 
 Target = Annotated[str, typer.Argument(metavar="JOB[@CHECKPOINT]", help="A job, or latest; then perhaps @50.")]
 
@@ -30,7 +38,7 @@ def score(
     """How well a checkpoint knows any text: memorised or learned?"""
     reference = Reference.parse(target)
     given = read_text(file)
-    with connect(url) as client:
+    with connect(url) as client, text.waiting(f"loading {reference}", quiet=as_json):
         answer = reference.find(client).score(given, reference.checkpoint or "latest")
     if as_json:
         print_json(answer)
@@ -58,15 +66,99 @@ def inspect(
 ) -> None:
     """What a prompt makes a checkpoint do: next tokens, attention, routing. --json has every number."""
     reference = Reference.parse(target)
-    with connect(url) as client:
+    with connect(url) as client, text.waiting(f"loading {reference}", quiet=as_json):
         answer = reference.find(client).inspect(prompt, reference.checkpoint or "latest")
     if as_json:
         print_json(answer)
         return
-    text.print_table(text.next_tokens_table(answer.likeliest))
+    text.print_table(text.next_tokens_table(answer.tokens[-1].text, answer.likeliest))
     text.print_table(text.attention_table(answer))
     if answer.routing:
         text.print_table(text.router_table(answer))
+
+
+def explain(
+    source: Annotated[str, typer.Argument(metavar="JOB[@PERCENT]", help="The checkpoint, or a folder that holds one.")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The router is asked about its last token.")],
+    url: Url = None,
+    as_json: Json = False,
+) -> None:
+    """Show how a mixture of experts routes one token: logits, probabilities, choice, gates, sum."""
+    answer: schemas.InspectResponse | Inspected
+    if Path(source).is_dir():
+        with text.waiting(f"loading torch and {source}", quiet=as_json):
+            config, answer = _inspect_folder(Path(source), prompt)
+    else:
+        reference = Reference.parse(source)
+        with connect(url) as client, text.waiting(f"loading {reference}", quiet=as_json):
+            job = reference.find(client)
+            config = job.view.config
+            _check_is_mixture(source, config)
+            answer = job.inspect(prompt, reference.checkpoint or "latest", attention=False)
+    explanation = _of_last_token(answer)
+    if as_json:
+        print_json(explanation)
+        return
+    console = text.console()
+    console.print(
+        f"reads {explanation.token!r} (id {explanation.token_id}, position {explanation.position}), routes it, and "
+        f"predicts {explanation.predicted!r} to follow\n"
+        f"k = {config.k} of {config.n_experts} experts, router_score {config.router_score}"
+    )
+    for layer in explanation.layers:
+        console.print()
+        text.print_table(text.routing_table(layer))
+        console.print(text.gates_line(layer, config))
+
+
+def _inspect_folder(folder: Path, prompt: str) -> "tuple[JobConfig, Inspected]":
+    """What `POST /inspect` answers, without attention, from a checkpoint on this machine; raises Mistake."""
+    for name in (WEIGHTS, CONFIG):
+        if not (folder / name).is_file():
+            raise Mistake(f"{folder} holds no checkpoint: {name} is missing")
+    from torch import device
+
+    from service.engine_messages import Inspect, Refused
+    from service.examiner import OpenCheckpoint, answer_inspect
+
+    opened = OpenCheckpoint.load(folder, device("cpu"))
+    _check_is_mixture(str(folder), opened.config)
+    question = Inspect(id=0, folder=str(folder), manifest_sha256="", prompt=prompt, attention=False)
+    try:
+        answer = answer_inspect(question, opened.tokenizer, opened.model)
+    except ValueError as error:
+        raise Mistake(f"{folder} explains nothing: {error}") from None
+    if isinstance(answer, Refused):
+        raise Mistake(f"{folder} explains nothing: {answer.message}")
+    return opened.config, answer
+
+
+def _check_is_mixture(source: str, config: JobConfig) -> None:
+    if not config.use_moe:
+        raise Mistake(f"{source} is dense, it has no router to explain: train one with --set use_moe=true")
+
+
+def _of_last_token(answer: "schemas.InspectResponse | Inspected") -> Explanation:
+    """How the last token that was read was routed."""
+    last = answer.tokens[-1]
+    return Explanation(
+        token=last.text,
+        token_id=last.token,
+        position=len(answer.tokens) - 1,
+        predicted=answer.likeliest[0].text,
+        layers=[
+            LayerExplanation.of_token(
+                layer.layer,
+                logits=layer.logits[-1],
+                probabilities=layer.probabilities[-1],
+                chosen=layer.chosen[-1],
+                gates=layer.gates[-1],
+                balance_bias=layer.balance_bias,
+                shared_experts=layer.n_shared_experts,
+            )
+            for layer in answer.routing
+        ],
+    )
 
 
 def _coloured(given: bytes, tokens: Sequence[schemas.ScoredToken]) -> Text:

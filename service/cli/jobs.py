@@ -1,6 +1,7 @@
 """The commands that talk to a service about jobs. Each is a few calls of the client and a way to show their answers."""
 
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,7 +9,7 @@ import typer
 from rich.text import Text
 
 from service import schemas
-from service.cli import text
+from service.cli import glossary, text
 from service.cli.addresses import option_for
 from service.cli.display import JsonDisplay, TextDisplay, follow
 from service.cli.knobs import config_of, settings_of
@@ -16,7 +17,7 @@ from service.cli.mistakes import Mistake
 from service.cli.options import ConfigFile, Job, Set, Url, connect
 from service.cli.output import Json, print_json, to_json
 from service.cli.references import LATEST, Reference
-from service.client import JobHandle
+from service.client import Client, JobHandle
 from service.schemas.jobs import split_tag
 
 SAMPLING = {
@@ -76,23 +77,38 @@ def jobs(
     """The newest jobs."""
     with connect(url) as client:
         page = client.list_jobs(status=status, tag=tag, limit=limit)
+        shown = page.data if as_json else _placed(client, page.data)
     if as_json:
         print_json(page)
-    elif page.data:
-        text.print_table(text.jobs_table(page.data))
+    elif shown:
+        text.print_jobs(shown)
     else:
         hint = f"no jobs yet; submit one: {text.program()} submit FILE{option_for(client.base_url)}"
         text.console().print("no jobs" if status or tag else hint, soft_wrap=True)
+
+
+_N_PLACED = 20
+"""How many queued jobs are asked for their place: the first in line, for whom it matters most."""
+
+
+def _placed(client: Client, jobs: list[schemas.JobView]) -> list[schemas.JobView]:
+    """The jobs of a list, newest first, with the places in line that a list leaves out."""
+    first = [job.id for job in jobs if job.status == "queued"][-_N_PLACED:]
+    return [client.job(job.id).view if job.id in first else job for job in jobs]
 
 
 def metrics(
     job: Job = LATEST,
     points: Annotated[int, typer.Option(help="At most so many points of the step series.")] = 1000,
     csv: Annotated[bool, typer.Option("--csv", help="Print the step series as CSV.")] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Only say what the words mean.")] = False,
     url: Url = None,
     as_json: Json = False,
 ) -> None:
     """Figures of each quarter, what it reconstructs and continues, and the shape of the training loss."""
+    if explain:
+        _show_glossary(as_json)
+        return
     with connect(url) as client:
         handle = Reference.parse(job).find(client)
         if csv:
@@ -104,11 +120,25 @@ def metrics(
         return
     console = text.console()
     console.print(text.job_line(handle.view))
-    with TextDisplay(console, n_lines=3) as display:
+    with TextDisplay(console, introduced=handle.view, n_lines=3) as display:
         for checkpoint in measured.checkpoints:
             display.quarter(checkpoint)
     if measured.steps.step:
         console.print(text.loss_curve(measured.steps, console))
+    if handle.view.config.use_moe and measured.checkpoints:
+        console.print()
+        text.print_table(text.mixture_table(measured.checkpoints))
+    console.print(text.glossary_hint())
+
+
+def _show_glossary(as_json: bool) -> None:
+    sections = glossary.sections()
+    if as_json:
+        print_json(sections)
+        return
+    for heading, words in sections.items():
+        text.console().print(Text(heading, "bold"))
+        text.print_table(text.glossary_table(words))
 
 
 def generate(
@@ -132,8 +162,9 @@ def generate(
     answers = []
     with connect(url) as client:
         for reference in [Reference.parse(target) for target in targets]:
-            job = reference.find(client)
-            answer = job.generate(prompt, reference.checkpoint or "latest", **sampling)
+            with text.waiting(f"loading {reference}", quiet=as_json):
+                job = reference.find(client)
+                answer = job.generate(prompt, reference.checkpoint or "latest", **sampling)
             sampling.setdefault("seed", answer.seed)
             answers.append(answer)
             if not as_json:
@@ -148,9 +179,12 @@ def _stream(targets: list[str], prompt: str, sampling: dict[str, Any], url: str 
     reference = Reference.parse(targets[0])
     console = text.console()
     with connect(url) as client:
-        job = reference.find(client)
         begun = False
-        for piece in job.generate(prompt, reference.checkpoint or "latest", stream=True, **sampling):
+        with text.waiting(f"loading {reference}", quiet=as_json):
+            job = reference.find(client)
+            pieces = job.generate(prompt, reference.checkpoint or "latest", stream=True, **sampling)
+            first = next(pieces)
+        for piece in chain([first], pieces):
             if as_json:
                 print(to_json(piece), flush=True)
             elif isinstance(piece, schemas.GenerateChunk):
@@ -225,7 +259,7 @@ def introduce(job: schemas.JobView) -> None:
     console.print(text.job_line(job))
     console.print(text.size_line(job.config, job.model, job.text.n_tokens, job.progress.total_steps))
     for warning in job.warnings:
-        console.print(text.warning_line(warning.code, warning.message))
+        console.print(text.warning_line(warning.code, warning.message, console))
 
 
 def watch_to_the_end(job: JobHandle, *, as_json: bool = False) -> int:
@@ -244,13 +278,15 @@ def watch_to_the_end(job: JobHandle, *, as_json: bool = False) -> int:
 
 def show_to_the_end(job: JobHandle, *, as_json: bool = False, n_lines: int = 1, hint: str = "") -> int:
     """Show the job until it has ended, and say how, with a `hint` if it succeeded; returns the exit code."""
-    with JsonDisplay() if as_json else TextDisplay(text.console(), n_lines=n_lines) as display:
+    console = text.console()
+    with JsonDisplay() if as_json else TextDisplay(console, introduced=job.view, n_lines=n_lines) as display:
         ended = follow(job, display)
     if as_json:
         print(to_json({"event": "job", "data": ended}))
     else:
         ending = text.ending(ended).append(hint if ended.status == "succeeded" else "", text.DIM)
-        text.console().print(ending, soft_wrap=True)
+        console.print(ending, soft_wrap=True)
+        console.print(text.glossary_hint())
     return SUCCEEDED if ended.status == "succeeded" else FAILED
 
 
@@ -276,7 +312,7 @@ def _show_estimate(estimate: schemas.Estimate, as_json: bool) -> None:
     if estimate.training_bytes is not None:
         console.print(f"memory: about {text.millions(estimate.training_bytes)}B")
     for warning in estimate.warnings:
-        console.print(text.warning_line(warning.code, warning.message))
+        console.print(text.warning_line(warning.code, warning.message, console))
 
 
 def _show_job(job: schemas.JobView, as_json: bool) -> None:

@@ -1,4 +1,4 @@
-"""The commands that compute on this machine, `train`, `explain` and `export`: only they import torch, when run."""
+"""The commands that compute on this machine, `train` and `export`: they import torch when run."""
 
 import tempfile
 import time
@@ -43,7 +43,7 @@ def export(
     """Write a checkpoint in another program's format."""
     if folder.exists():
         raise Mistake(f"{folder} is there already; name a new folder")
-    with _found(source, url) as checkpoint:
+    with text.waiting(f"loading {source}", quiet=as_json), _found(source, url) as checkpoint:
         from nanomoe.export import NotExportable, export_hf
 
         _without_bars_of_others()
@@ -57,44 +57,8 @@ def export(
         text.console().print(f"wrote {folder}")
 
 
-def explain(
-    source: Annotated[str, typer.Argument(metavar="JOB[@PERCENT]", help="The checkpoint, or a folder that holds one.")],
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The router is asked about its last token.")],
-    url: Url = None,
-    as_json: Json = False,
-) -> None:
-    """Show how a mixture of experts routes one token: logits, probabilities, choice, gates, sum."""
-    with _found(source, url, only_mixtures=True) as folder:
-        from nanomoe import checkpoint
-        from nanomoe.explain import explain as explain_token
-        from nanomoe.model import GPT
-        from nanomoe.tokenizer import Tokenizer
-
-        config = checkpoint.read_config(folder)
-        tokenizer = Tokenizer.load(folder)
-        model = GPT.build(config, tokenizer.vocab_size)
-        model.load_state_dict(checkpoint.load_weights(folder))
-    tokens = tokenizer.encode(prompt)
-    try:
-        explanation = explain_token(model, tokens, tokenizer.decode(tokens[-1:]))
-    except ValueError as error:
-        raise Mistake(f"{source} explains nothing: {error}") from None
-    if as_json:
-        print_json(explanation)
-        return
-    console = text.console()
-    console.print(
-        f"token {text.visible(explanation.token)!r}, id {explanation.token_id}, position {explanation.position}; "
-        f"k = {config.k} of {config.n_experts} experts, router_score {config.router_score}"
-    )
-    for layer in explanation.layers:
-        console.print()
-        text.print_table(text.routing_table(layer))
-        console.print(text.gates_line(layer, config))
-
-
 @contextmanager
-def _found(source: str, url: str | None, *, only_mixtures: bool = False) -> Iterator[Path]:
+def _found(source: str, url: str | None) -> Iterator[Path]:
     """The folder of a checkpoint: `source` itself, or a download that is gone afterwards; raises Mistake."""
     with tempfile.TemporaryDirectory(prefix="nanomoe-") as downloads:
         folder = Path(source)
@@ -103,8 +67,6 @@ def _found(source: str, url: str | None, *, only_mixtures: bool = False) -> Iter
             reference = Reference.parse(source)
             with connect(url) as client:
                 job = reference.find(client)
-                if only_mixtures and not job.view.config.use_moe:
-                    raise Mistake(f"{source} is dense, it has no router to explain: train one with --set use_moe=true")
                 job.download_checkpoint(reference.checkpoint or "latest", folder)
         for name in (WEIGHTS, CONFIG):
             if not (folder / name).is_file():
@@ -134,9 +96,10 @@ def train(
         raise Mistake(f"init_from names a job of a service; submit this one to it: {text.program()} submit FILE")
     if out is not None and out.exists():
         raise Mistake(f"{out} is there already; name a new folder")
-    run = _prepare(given, job_config)
+    with text.waiting("loading torch", quiet=as_json):
+        run = _prepare(given, job_config)
 
-    from nanomoe.train import LossNotFinite
+        from nanomoe.train import LossNotFinite
 
     try:
         with JsonDisplay() if as_json else TextDisplay(text.console()) as display:

@@ -46,7 +46,7 @@ class Reference:
         if not newest:
             at = option_for(client.base_url)
             raise Mistake(f"there is no job yet; submit one: {program()} submit FILE{at}")
-        return JobHandle(client, newest[0])
+        return client.job(newest[0].id)  # a list leaves out its place in the line
 
     def init_from(self) -> dict[str, Any]:
         """As the knob `init_from`, whose default checkpoint is the last."""

@@ -112,7 +112,8 @@ def _demo(data: Path, as_json: bool) -> int:
             code = show_to_the_end(job, as_json=as_json, n_lines=4)
             if code == SUCCEEDED:
                 prompt = " ".join(paragraph.split()[:PROMPT_WORDS])
-                answers = [job.generate(prompt, percent, temperature=0) for percent in (25, 100)]
+                with text.waiting("loading the checkpoints at 25 and 100 %", quiet=as_json):
+                    answers = [job.generate(prompt, percent, temperature=0) for percent in (25, 100)]
                 if as_json:
                     print_json(answers)
                 else:

@@ -9,13 +9,15 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from rich.console import Console
+from rich.segment import Segment, Segments
 from rich.table import Table
 from rich.text import Text
 
@@ -51,11 +53,34 @@ def program() -> str:
     return os.path.relpath(called)
 
 
-def print_table(table: Table) -> None:
-    """Within the terminal's width; in a pipe as wide as it is, with nothing cut."""
+@contextmanager
+def waiting(what: str, *, quiet: bool = False) -> Iterator[None]:
+    """Say on standard error what is being waited for, until it is there; nothing where no person looks on."""
+    shown = console(stderr=True)
+    if quiet or not shown.is_terminal or not sys.stdout.isatty():
+        yield
+        return
+    with shown.status(Text(f"{what} ...", DIM)):
+        yield
+
+
+def print_table(table: Table, notes: Sequence[str] = ()) -> None:
+    """Within the terminal's width; in a pipe as wide as it is, with nothing cut.
+
+    `notes`: one a row, shown dimmed below the row, in a pipe at its end; an empty one is not shown.
+    """
     shown = console()
     shown.width = shown.width if shown.is_terminal else 10_000
-    shown.print(table)
+    if not any(notes):
+        shown.print(table)
+        return
+    header, *rows = shown.render_lines(table, pad=False)
+    shown.print(Segments([*header, Segment.line()]), end="")
+    for row, note in zip(rows, notes, strict=True):
+        shown.print(Segments(row), end="")
+        if note:
+            shown.print(Text(("\n  " if shown.is_terminal else "  ") + note, DIM), end="")
+        shown.print()
 
 
 def print_piece(console: Console, prompt: str, added: str) -> None:
@@ -111,16 +136,19 @@ def ago(moment: datetime) -> str:
     return f"{duration(max(0.0, (datetime.now(UTC) - moment).total_seconds()))} ago"
 
 
+def hanging(line: Text, console: Console, indent: int = 2) -> Text:
+    """The line, broken where a terminal ends and indented from there on; in a pipe as it is."""
+    if not console.is_terminal:
+        return line
+    return Text("\n" + " " * indent).join(line.wrap(console, max(20, console.width - indent)))
+
+
 # A job
 
 
 def job_line(job: schemas.JobView) -> Text:
     """`0192… succeeded  my run`."""
-    line = Text.assemble(job.id, "  ", status_text(job.status))
-    if job.status == "queued" and job.queue_position:
-        line.append(f", {job.queue_position} ahead")
-    if job.status_reason:
-        line.append(f" ({visible(job.status_reason)})", DIM)
+    line = Text.assemble(job.id, "  ", status_line(job))
     if job.name:
         line.append(f"  {visible(job.name)}")
     return line
@@ -129,6 +157,32 @@ def job_line(job: schemas.JobView) -> Text:
 def status_text(status: str) -> Text:
     """The status in its colour."""
     return Text(status, STATUS_STYLES.get(status, ""))
+
+
+def status_line(job: schemas.JobView) -> Text:
+    """The status, the place in the line and the reason: `queued, 2 ahead (interrupted, ...)`."""
+    line = status_text(job.status)
+    if place := place_in_line(job):
+        line.append(f", {place}", "default")
+    if job.status_reason:
+        line.append(f" ({visible(job.status_reason)})", DIM)
+    return line
+
+
+def place_in_line(job: schemas.JobView) -> str:
+    """How many jobs go first and when this one may start, as far as the service knows: `next, may start in 20 s`.
+
+    Empty where a worker is free for it, where the answer does not tell its place, and for a job that does not wait.
+    """
+    if job.status != "queued" or job.queue_position is None:
+        return ""
+    ahead = f"{job.queue_position:,} ahead" if job.queue_position else "next"
+    if job.estimated_start_at is None:
+        return ahead
+    seconds = round((job.estimated_start_at - datetime.now(UTC)).total_seconds())
+    if seconds < 1:
+        return "" if job.queue_position == 0 else ahead
+    return f"{ahead}, may start in about {f'{seconds} s' if seconds < 60 else duration(seconds)}"
 
 
 def size_line(config: JobConfig, model: schemas.ModelSize, n_tokens: int | None, steps: int | None) -> Text:
@@ -148,6 +202,8 @@ def ending(job: schemas.JobView) -> Text:
     if job.started_at is not None and job.finished_at is not None:
         took = f" in {duration((job.finished_at - job.started_at).total_seconds())}"
     line = status_text(job.status).append(took, "default")
+    if job.status_reason:
+        line.append(f", {visible(job.status_reason)}", "default")
     if job.error is not None:
         line.append(f": {job.error.code}: {visible(job.error.message)}", "default")
     return line
@@ -160,9 +216,15 @@ def millions(n: int | None) -> str:
     return f"{n / 1e6:,.2f} M" if n >= 1e6 else f"{n / 1e3:.1f} k" if n >= 1e3 else str(n)
 
 
-def warning_line(code: str, message: str) -> Text:
-    """`warning prefix_longer_than_text: ...`."""
-    return Text.assemble(("warning ", "yellow"), f"{code}: {visible(message)}")
+def warning_line(code: str, message: str, console: Console) -> Text:
+    """`warning prefix_longer_than_text: ...`, on as many lines as the terminal needs; in a pipe on one."""
+    return hanging(Text.assemble(("warning ", "yellow"), f"{code}: {visible(message)}"), console)
+
+
+def print_jobs(jobs: Sequence[schemas.JobView]) -> None:
+    """One row a job, and what is to be said of it: its place in the line, why it waits or why it ended early."""
+    notes = [", ".join(filter(None, [place_in_line(job), visible(job.status_reason or "")])) for job in jobs]
+    print_table(jobs_table(jobs), notes)
 
 
 def jobs_table(jobs: Iterable[schemas.JobView]) -> Table:
@@ -207,15 +269,19 @@ def new_table(*columns: str) -> Table:
 # What a prompt makes a model do
 
 
-def next_tokens_table(tokens: Iterable[schemas.NextTokenView]) -> Table:
-    """The likeliest next tokens."""
-    table = new_table("next", ">id", ">probability")
+def next_tokens_table(last: str, tokens: Iterable[schemas.NextTokenView]) -> Table:
+    """The likeliest tokens to follow `last`, the last one that was read."""
+    table = new_table(f"after {last!r}", ">id", ">probability")
     for token in tokens:
         table.add_row(repr(token.text), str(token.token), number(token.probability, 4))
     return table
 
 
 _N_SHOWN = 3
+"""Tokens that a head attends to most."""
+
+_N_ROUTED = 12
+"""Tokens whose experts are shown."""
 
 
 def attention_table(answer: schemas.InspectResponse) -> Table:
@@ -231,12 +297,11 @@ def attention_table(answer: schemas.InspectResponse) -> Table:
 
 
 def router_table(answer: schemas.InspectResponse) -> Table:
-    """The likeliest experts of the last token, in each layer that has some."""
-    table = new_table("layer", f"experts of {answer.tokens[-1].text!r}")
-    for layer in answer.routing:
-        of_last = layer.probabilities[-1]
-        most = sorted(range(len(of_last)), key=lambda expert: -of_last[expert])[:_N_SHOWN]
-        table.add_row(str(layer.layer), ", ".join(f"{expert}: {number(of_last[expert], 2)}" for expert in most))
+    """The experts that the last tokens read were sent to, in gate order: one row a token, one column a layer."""
+    table = new_table("read and sent to experts", *(f"layer {layer.layer}" for layer in answer.routing))
+    for t in range(len(answer.tokens))[-_N_ROUTED:]:
+        experts = (", ".join(map(str, layer.chosen[t])) for layer in answer.routing)
+        table.add_row(repr(answer.tokens[t].text), *experts)
     return table
 
 
@@ -308,20 +373,77 @@ def quarter_texts(checkpoint: schemas.CheckpointMetrics, console: Console, n_lin
     if checkpoint.reconstruction is not None:
         shown.append(("reconstructs", _reconstruction(checkpoint.reconstruction)))
     if checkpoint.continuation is not None:
-        prompt, text = checkpoint.continuation.prompt, checkpoint.continuation.text
-        shown.append(("continues", Text.assemble((visible(prompt), DIM), visible(text))))
+        prompt = _end_of(checkpoint.continuation.prompt, _room(console) * n_lines - _LEFT_TO_CONTINUATION)
+        text = visible(checkpoint.continuation.text)
+        shown.append(("continues", Text.assemble((visible(prompt), DIM), (PREFIX_END, DIM), text)))
     if checkpoint.moe is not None:
-        shown.append(("experts", _balance(checkpoint.moe)))
+        shown.append(("experts", _balance(checkpoint.moe.mean)))
     return [labelled(label, text, console, n_lines) for label, text in shown]
 
 
-def _balance(moe: Mapping[str, Any]) -> Text:
+PREFIX_END = "│"
+"""Stands between the prefix that was given and what the model added."""
+
+_LEFT_TO_CONTINUATION = 12
+"""Columns that a long prefix leaves at least."""
+
+
+def _end_of(prefix: str, width: int) -> str:
+    """The prefix, or as much of its end as there is room for."""
+    return prefix if len(prefix) <= width else f"…{prefix[1 - width :]}"
+
+
+def untrained_note(console: Console) -> Text:
+    """Why the reconstruction of a model that has not been trained looks as if it knew the text."""
+    note = "untrained, it mostly repeats the token it reads: its input and output layers share their weights"
+    return labelled("note", Text(note, DIM), console, 2)
+
+
+def stopped_early_line(checkpoint: schemas.CheckpointMetrics) -> Text:
+    """Why this checkpoint at 100 % is not that of the last step."""
+    from nanomoe.checkpoint import stopped_early
+
+    return Text(stopped_early(checkpoint.step, checkpoint.perplexity), DIM)
+
+
+def _balance(mean: schemas.MixtureFigures) -> Text:
     """How evenly tokens are routed, as the mean over the MoE layers."""
-    mean = moe["mean"]
     return Text(
-        f"load_cv {figure(mean.get('load_cv'))}, max_violation {figure(mean.get('max_violation'))}, "
-        f"dropped {share(mean.get('dropped_fraction'))}, churn {share(mean.get('churn'))}"
+        f"load_cv {number(mean.load_cv, 3)}, max_violation {number(mean.max_violation, 3)}, "
+        f"dropped {share(mean.dropped_fraction)}, churn {share(mean.churn)}"
     )
+
+
+def mixture_table(checkpoints: Sequence[schemas.CheckpointMetrics]) -> Table:
+    """How the experts shared the work at each quarter, as the mean over the MoE layers: one row a figure."""
+    from service.schemas import MixtureFigures
+
+    mixtures = {checkpoint.percent: checkpoint.moe.mean for checkpoint in checkpoints if checkpoint.moe is not None}
+    table = new_table("mean over MoE layers", *(f">{percent} %" for percent in mixtures))
+    for name in MixtureFigures.model_fields:
+        table.add_row(name, *(number(getattr(mean, name), 4) for mean in mixtures.values()))
+    return table
+
+
+# Words
+
+
+def glossary_table(words: Mapping[str, str]) -> Table:
+    """One row a word; a meaning is broken where the terminal ends."""
+    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True, style="bold", min_width=_GLOSSARY_WIDTH)
+    table.add_column()
+    for word, meaning in words.items():
+        table.add_row(word, meaning)
+    return table
+
+
+_GLOSSARY_WIDTH = 22
+
+
+def glossary_hint() -> Text:
+    """Where the words of a table are explained."""
+    return Text(f"what the words mean: {program()} metrics --explain", DIM)
 
 
 def _reconstruction(reconstruction: schemas.Reconstruction) -> Text:
@@ -334,9 +456,14 @@ def _reconstruction(reconstruction: schemas.Reconstruction) -> Text:
 _LABEL_WIDTH = 15
 
 
+def _room(console: Console) -> int:
+    """Columns beside a label."""
+    return max(20, console.width - _LABEL_WIDTH - 1)
+
+
 def labelled(label: str, text: Text, console: Console, n_lines: int) -> Text:
     """The label in a column of its own, the text beside it, cut after `n_lines` lines."""
-    room = max(20, console.width - _LABEL_WIDTH - 1)
+    room = _room(console)
     wrapped = text.wrap(console, room, tab_size=1)
     lines = list(wrapped)[:n_lines]
     if len(wrapped) > n_lines:

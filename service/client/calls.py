@@ -215,9 +215,14 @@ def score(job_id: str, /, text: str, checkpoint: Which = "latest") -> Call[schem
     return Call("POST", "/score", _model(schemas.ScoreResponse), body=body, read_seconds=GENERATE_SECONDS)
 
 
-def inspect(job_id: str, /, prompt: str, checkpoint: Which = "latest") -> Call[schemas.InspectResponse]:
-    """What `prompt` makes a checkpoint do: likeliest next tokens, attention, router probabilities."""
-    body = {"job_id": job_id, "checkpoint": checkpoint, "prompt": prompt}
+def inspect(
+    job_id: str, /, prompt: str, checkpoint: Which = "latest", *, attention: bool = True
+) -> Call[schemas.InspectResponse]:
+    """What `prompt` makes a checkpoint do: likeliest next tokens, attention, how each token was routed.
+
+    `attention` false leaves the attention weights out.
+    """
+    body = {"job_id": job_id, "checkpoint": checkpoint, "prompt": prompt, "attention": attention}
     return Call("POST", "/inspect", _model(schemas.InspectResponse), body=body, read_seconds=GENERATE_SECONDS)
 
 

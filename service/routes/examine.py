@@ -30,9 +30,12 @@ async def score(service: Service, asked: ScoreRequest, connection: Request) -> R
 
 @router.post("/inspect", response_model=InspectResponse, responses=problems(400, 404, 409, 413, 422, 429, 503))
 async def inspect(service: Service, asked: InspectRequest, connection: Request) -> Response:
-    """What a prompt makes a model do: likeliest next tokens, attention of each head, router probabilities."""
+    """What a prompt makes a model do: likeliest next tokens, attention of each head, and how each token was routed."""
     addresses = await to_thread.run_sync(find_checkpoints, service.database, asked.job_id, asked.checkpoint)
-    inspecting = first_whole(addresses, lambda one: service.generation.inspect(*_place(service, one), asked.prompt))
+    inspecting = first_whole(
+        addresses,
+        lambda one: service.generation.inspect(*_place(service, one), asked.prompt, attention=asked.attention),
+    )
     inspected = await unless_gone(connection, inspecting)
     return CLIENT_IS_GONE if inspected is None else as_json(views.inspected(*inspected))
 

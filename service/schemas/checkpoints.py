@@ -2,7 +2,7 @@
 
 from datetime import datetime
 
-from pydantic import ConfigDict, Field, JsonValue
+from pydantic import ConfigDict, Field
 
 from service.schemas.base import Status, View
 
@@ -74,7 +74,7 @@ class ReconstructionPage(View):
 
 
 class Continuation(View):
-    """What a checkpoint continues from the text's first tokens."""
+    """What a checkpoint continues from the first tokens of the training text."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -86,16 +86,16 @@ class Continuation(View):
 
 
 class Baselines(View):
-    """Loss of simpler predictors on a job's text, in nats per token."""
+    """Losses of simpler predictors on a job's text, in nats per token."""
 
     uniform: float
-    """Knows nothing: ln of the vocabulary's size."""
+    """Loss of a predictor that knows nothing: ln of the vocabulary's size."""
 
     unigram: float
-    """Knows how often each token is a target."""
+    """Loss of a predictor that knows only how often each token stands in the text."""
 
     bigram: float
-    """Knows that for each preceding token."""
+    """Loss of a predictor that knows how often each token follows the one before it."""
 
 
 class CheckpointFigures(View):
@@ -116,44 +116,143 @@ class CheckpointFigures(View):
     """When it was recorded."""
 
     loss: float
-    """Cross-entropy, in nats per token; no auxiliary loss mixed in."""
+    """Cross-entropy in nats per token of these weights on the training text: dropout off, float32, no auxiliary loss
+    mixed in. Whoever loads the weights can compute it again."""
 
     perplexity: float | None
-    """exp(loss); null where that is too large for a number."""
+    """exp(`loss`): as uncertain as a choice among so many equally likely tokens; null where that is too large for a
+    number."""
 
     bits_per_byte: float
-    """nats / ln 2 / UTF-8 bytes of the targets: compares across tokenizers."""
+    """`loss` in bits per byte of UTF-8: compares models with different tokenizers."""
 
     accuracy: float
-    """Share of the targets whose likeliest token is right."""
+    """Share of the targets that the model guesses right, 0 to 1."""
 
     train_loss: float | None = None
-    """The last training step's loss, with dropout on; null at percent 0."""
+    """Loss of the last training step, dropout on; null at percent 0. The series in `steps` holds this one, never
+    `loss`."""
 
     tok_per_sec: float | None = None
-    """Training speed since the last checkpoint; null at percent 0."""
+    """Training speed since the checkpoint before, in tokens a second; null at percent 0."""
 
     val_loss: float | None = None
-    """Loss on the held-out tokens; null when `val_fraction` is 0."""
+    """Loss of the tokens held out; null when `val_fraction` is 0."""
 
     baselines: Baselines | None = None
-    """What simpler predictors would reach on the same text."""
+    """Losses of simpler predictors on the same text, to compare `loss` with: ln V (`uniform`), and the entropies of the
+    text's own `unigram` and `bigram` counts."""
 
     stopped_early: bool = False
-    """Whether `stop_at_perplexity` ended training here."""
+    """Whether `stop_at_perplexity` ended training here, before its last step."""
+
+
+class MixtureFigures(View):
+    """What a router does with the tokens of the training text, in single numbers.
+
+    With n_e the assignments of expert e, T tokens, E experts and K experts per token.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    load_cv: float | None = None
+    """Standard deviation of n_e over its mean: 0 in perfect balance."""
+
+    max_violation: float | None = None
+    """How far the busiest expert is above its share: 0.5 is half as much again."""
+
+    load_entropy: float | None = None
+    """Entropy of `load` over ln E: 1 balanced, towards 0 collapsed."""
+
+    router_entropy: float | None = None
+    """Entropy of a token's router probabilities over ln E, on average: near 1 the router is undecided, near 0 it has no
+    doubt."""
+
+    dead_experts: int | float | None = None
+    """Experts with less than a tenth of their share."""
+
+    dropped_fraction: float | None = None
+    """Share of the assignments that `capacity_factor` would drop."""
+
+    unrouted_fraction: float | None = None
+    """Share of the tokens all of whose choices would be dropped."""
+
+    churn: float | None = None
+    """Share of the choices that differ from the checkpoint before: how stable each token's experts are; null at percent
+    0."""
+
+    aux_loss: float | None = None
+    """Load-balance loss before its coefficient; never part of `loss`."""
+
+    z_loss: float | None = None
+    """Router z-loss before its coefficient; never part of `loss`."""
+
+    train_dropped_fraction: float | None = None
+    """Share of the assignments that training dropped since the checkpoint before; null at percent 0."""
+
+    router_grad_norm: float | None = None
+    """Norm of the gradient that the cross-entropy gives the router: 0 means that it cannot learn."""
+
+
+class CardToken(View):
+    """A token that an expert was often given."""
+
+    token: str
+    """Text of the token."""
+
+    id: int
+    """Id of the token."""
+
+    times: int
+    """How often it was routed to the expert."""
+
+
+class MixtureLayer(MixtureFigures):
+    """What the router of one MoE layer does, expert by expert too."""
+
+    layer: int
+    """The block, from 0."""
+
+    load: list[float] | None = None
+    """n_e / (T K) of each expert: 1 / E when all work equally."""
+
+    importance: list[float] | None = None
+    """Mean probability that the router gives each expert."""
+
+    loss_without: list[float] | None = None
+    """`loss` when that expert says nothing: a busy expert need not be an important one; null for many experts."""
+
+    cards: list[list[CardToken]] | None = None
+    """Tokens that each expert was given most often, the most frequent first."""
+
+
+class MixtureMetrics(View):
+    """How the experts of a model share the work."""
+
+    model_config = ConfigDict(extra="allow")
+
+    layers: list[MixtureLayer]
+    """One entry an MoE layer, in the order of the blocks."""
+
+    mean: MixtureFigures
+    """Mean of each figure over the layers."""
+
+    max: MixtureFigures
+    """Largest of each figure over the layers."""
 
 
 class CheckpointMetrics(CheckpointFigures):
     """Everything that was measured at a checkpoint."""
 
     reconstruction: Reconstruction | None = None
-    """How well the model reconstructs the text."""
+    """The model's likeliest token at every position of the text, with the target and its loss. An untrained model
+    mostly repeats the token that it reads, because its input and output layers share their weights."""
 
     continuation: Continuation | None = None
-    """What it continues."""
+    """`cont_max_new_tokens` tokens after the first `cont_prefix_tokens` of the text; shown with │ where these end."""
 
-    moe: dict[str, JsonValue] | None = None
-    """Routing and balance, per layer; null for a dense model."""
+    moe: MixtureMetrics | None = None
+    """How the experts of each MoE layer share the work; null for a dense model."""
 
 
 class StepSeries(View):

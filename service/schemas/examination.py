@@ -32,20 +32,23 @@ class InspectRequest(Strict):
     """Percent of a recorded checkpoint, or the newest that is not damaged."""
 
     prompt: Annotated[str, Field(max_length=65_536, json_schema_extra={"minLength": 1})]
-    """A text of one token or more; its newest `block_size` tokens are read."""
+    """A text of one token or more; its newest `block_size` tokens are read, and nothing is generated."""
+
+    attention: bool = True
+    """Whether the attention weights are wanted, which are most of the answer."""
 
 
 class PromptToken(View):
     """A token of a text."""
 
     token: int
-    """Its id."""
+    """Id of the token."""
 
     text: str
-    """What it stands for; U+FFFD where it is part of a character."""
+    """Text of the token; U+FFFD where it is part of a character."""
 
     byte_offset: int
-    """Where it begins in the text, in bytes of UTF-8."""
+    """Where the token begins in the text, in bytes of UTF-8."""
 
 
 class ScoredToken(PromptToken):
@@ -63,13 +66,13 @@ class CopiedSpan(View):
     """The part, in whole characters."""
 
     n_bytes: int
-    """Its bytes of UTF-8."""
+    """Length of the part, in bytes of UTF-8."""
 
     start: int
-    """Where it begins in the text, in bytes of UTF-8."""
+    """Where the part begins in the text, in bytes of UTF-8."""
 
     training_start: int
-    """Where it first begins in the training text, in bytes of UTF-8."""
+    """Where the part first begins in the training text, in bytes of UTF-8."""
 
 
 class ScoreResponse(View):
@@ -104,26 +107,46 @@ class ScoreResponse(View):
 
 
 class NextTokenView(View):
-    """A token that may come next."""
+    """A token that may follow the last one that was read."""
 
     token: int
-    """Its id."""
+    """Id of the token."""
 
     text: str
-    """What it stands for; U+FFFD where it is part of a character."""
+    """Text of the token; U+FFFD where it is part of a character."""
 
     probability: float
-    """At temperature 1."""
+    """Probability of the token at temperature 1."""
 
 
 class LayerRoutingView(View):
-    """What the router of a mixture of experts says of each token."""
+    """How a mixture of experts routed each token that was read.
+
+    Row t of every table belongs to `tokens[t]`, the token that was read and sent to experts; what these say of it goes
+    into the prediction of the token that follows.
+    """
 
     layer: int
     """The block, from 0."""
 
+    logits: list[list[float]]
+    """The router's logits: one row a token, one number an expert."""
+
     probabilities: list[list[float]]
-    """One row a token, one number an expert."""
+    """The logits as probabilities, by `router_score`: one row a token, one number an expert; a row sums to 1."""
+
+    chosen: list[list[int]]
+    """The k experts that each token was sent to, in gate order."""
+
+    gates: list[list[float]]
+    """The weights of the outputs of the chosen experts, in the same order."""
+
+    balance_bias: list[float] | None
+    """What is added to each expert's score for choosing only, the same for all tokens; null with
+    `router_bias_update_rate` 0."""
+
+    n_shared_experts: int
+    """Experts that see every token whatever the router says, with gate 1."""
 
 
 class InspectResponse(View):
@@ -139,13 +162,14 @@ class InspectResponse(View):
     """Oldest tokens of the prompt that do not fit into the context."""
 
     tokens: list[PromptToken]
-    """The tokens that were read."""
+    """The tokens that were read, each of which attends and is routed."""
 
     likeliest: list[NextTokenView]
-    """The ten likeliest next tokens, best first."""
+    """The ten likeliest tokens to follow the last one that was read, best first."""
 
     attention: list[list[list[list[float]]]]
-    """By layer, head and token: how much the token takes from each token up to itself. A row sums to 1."""
+    """By layer, head and token: how much the token takes from each token up to itself. A row sums to 1. Empty with
+    `attention` false."""
 
     routing: list[LayerRoutingView]
-    """Of each mixture of experts; empty in a dense model."""
+    """How each mixture of experts routed the tokens that were read; empty in a dense model."""

@@ -68,13 +68,13 @@ class Progress(View):
     """Passes over the text done."""
 
     percent: float = 0
-    """0 to 100."""
+    """Share of the steps that are done, 0 to 100; 100 once the job has succeeded, even if it stopped early."""
 
     tok_per_sec: float | None = None
     """Recent training speed, in tokens a second."""
 
     eta_seconds: float | None = None
-    """Seconds of training left at that speed."""
+    """Seconds of training left at that speed; 0 once the job has succeeded."""
 
 
 class ModelSize(View):
@@ -155,7 +155,7 @@ class JobView(View):
     """Times a worker claimed it."""
 
     status_reason: str | None
-    """Why it is paused or waiting."""
+    """Why it is paused or waiting, or succeeded before its last step: `stopped early at step 42: perplexity 1.987`."""
 
     priority: int
     """Higher is claimed sooner."""
@@ -232,7 +232,7 @@ class StatusEvent(View):
     """The new status."""
 
     status_reason: str | None = None
-    """Why it is paused or waiting."""
+    """Why it is paused or waiting, or succeeded before its last step."""
 
     attempt: int = 0
     """Times a worker had claimed it."""

@@ -29,12 +29,13 @@ def test_attention_and_the_next_token_are_those_of_transformers_gpt2() -> None:
     torch.testing.assert_close(found.probabilities_V, output.logits[0, -1].softmax(-1).detach(), rtol=1e-4, atol=1e-6)
 
 
-def test_router_probabilities_are_those_of_the_forward_pass() -> None:
+def test_each_token_is_routed_as_in_the_forward_pass() -> None:
     model = built(use_moe=True, moe_stride=2)
     found = inspect(model, [1, 2, 3])
     routings = model(torch.tensor([[1, 2, 3]])).routings
     assert list(found.routing) == [1]
-    torch.testing.assert_close(found.routing[1], routings[1].probs_TE)
+    for name in ("logits_TE", "probs_TE", "chosen_TK", "gates_TK"):
+        torch.testing.assert_close(getattr(found.routing[1], name), getattr(routings[1], name))
 
 
 def test_only_the_newest_tokens_of_a_long_prompt_are_read() -> None:

@@ -135,12 +135,25 @@ def test_what_the_first_start_decided_stays(db: Database, worker: WorkerIdentity
     queue.release(db, held)
     again = claim(db, worker)
     assert again.job.execution == {"device": "cpu"}
-    repeated = [{"code": "known", "message": "again"}, {"code": "new", "message": "again"}]
+    repeated = [{"code": "known", "message": "from the config"}, {"code": "new", "message": "otherwise"}]
     queue.record_prepared(db, again, **first | {"execution": {"device": "cuda"}}, model=model, warnings=repeated)
     job = store.get_job(db, held.job_id)
     assert job.execution == {"device": "cpu"}
     assert (job.n_tokens, job.total_steps, job.n_params, job.n_active_params) == (9, 4, 5, 3)
     assert job.warnings == [{"code": "known", "message": "from the config"}, {"code": "new", "message": "m"}]
+    events = store.events_after(db, held.job_id, 0)
+    warned = [event.data for event in events if event.kind == "warning"]
+    assert warned == [{"code": "new", "message": "m"}, {"code": "new", "message": "otherwise"}]
+    assert [event.seq for event in events] == list(range(1, job.event_seq + 1))
+
+
+def test_a_job_that_needed_fewer_steps_says_why_in_its_row_and_its_last_event(
+    db: Database, worker: WorkerIdentity
+) -> None:
+    held = running(db, worker)
+    job = queue.finish(db, held, "succeeded", reason="stopped early at step 42: perplexity 1.987")
+    last = store.events_after(db, held.job_id, 0)[-1]
+    assert job.status_reason == last.data["status_reason"] == "stopped early at step 42: perplexity 1.987"
 
 
 def test_what_the_memory_does_not_hold_is_known_to_every_later_attempt(db: Database, worker: WorkerIdentity) -> None:

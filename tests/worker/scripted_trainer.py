@@ -86,7 +86,7 @@ class Script:
             )
         )
 
-    def checkpoint(self, percent: int) -> None:
+    def checkpoint(self, percent: int, **figures: Any) -> None:
         name = f"f{self.start.fence}-{percent}"
         manifest, sha256 = checkpoint.write(self.folder / name, {"step": str(self.step).encode()})
         say(
@@ -97,7 +97,7 @@ class Script:
                 folder=name,
                 manifest_sha256=sha256,
                 files=manifest.files,
-                metrics={"loss": 1.0},
+                metrics={"loss": 1.0} | figures,
             )
         )
 
@@ -150,6 +150,13 @@ def succeed(script: Script) -> None:
     """A job of no time at all."""
     (script.folder / "finish").touch()
     script.work()
+
+
+def succeed_early(script: Script) -> None:
+    script.prepared()
+    script.steps(42)
+    script.checkpoint(100, stopped_early=True, perplexity=1.9872)
+    end("succeeded")
 
 
 def fail(script: Script) -> None:
@@ -265,7 +272,7 @@ def deaf_child(script: Script, **options: Any) -> None:
 SCRIPTS: dict[str, Callable[[Script], None]] = {
     script.__name__: script
     for script in (
-        *(work, succeed, fail, disk_full, deaf, die, die_once, silent, hesitate, garbled, orphans),
+        *(work, succeed, succeed_early, fail, disk_full, deaf, die, die_once, silent, hesitate, garbled, orphans),
         *(starve, starve_always, starve_at_the_start),
     )
 }

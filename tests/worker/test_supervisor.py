@@ -38,6 +38,15 @@ def test_a_job_is_trained_to_its_end_and_all_that_was_said_is_recorded(place: Wo
     assert place.recorded_steps(job)[:5] == [1, 2, 3, 4, 5]
 
 
+@ONLY_SQLITE
+def test_a_job_that_needed_fewer_steps_says_why(place: Workplace) -> None:
+    job = place.submit()
+    place.start_worker("succeed_early")
+    done = place.wait_for(job, "succeeded")
+    assert done.progress["step"] == 42
+    assert done.status_reason == "stopped early at step 42: perplexity 1.987"
+
+
 @EITHER
 def test_an_idle_worker_is_woken_by_a_submission(place: Workplace) -> None:
     # It looks by itself only every minute: whoever finds the job at once was woken.

@@ -12,9 +12,10 @@ import pytest
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from service import queue
+from service import queue, schemas
 from service.cli import COMMANDS, addresses, app
 from service.cli.commands import LazyCommand
+from service.cli.display import TextDisplay
 from tests.api import TEXT, Api
 from tests.service.cli.conftest import Run
 
@@ -42,7 +43,7 @@ def test_submit_says_what_the_job_is_and_how_to_watch_it(at: Run, text_file: str
     assert done.err == ""
     job = api.http.get("/jobs?limit=1").json()["data"][0]
     first, size, *_, last = done.out.splitlines()
-    assert first == f"{job['id']}  queued  uma rodada"
+    assert first == f"{job['id']}  queued, next  uma rodada"
     assert size.endswith("65 tokens, 3 steps")
     assert last == f"watch it: nanomoe watch {job['id']} --url {api.url}"
     assert (job["tags"], job["priority"], job["config"]["epochs"]) == ({"a": "b"}, 3, 3)
@@ -197,9 +198,11 @@ def test_watching_shows_each_quarter_once_and_how_it_ended(at: Run, api: Api) ->
         ["100", "%", "500", "2.0000", "7.389", "25.0", "%", "2.880", "–"],
     ]
     assert "  reconstructs aaaaaaaaa" in lines
-    assert "     continues abcdef" in lines
-    assert lines[-1].startswith("succeeded in ")
-    assert lines[-1].endswith(f"; go on with: nanomoe generate {job_id} PROMPT --url {api.url}")
+    assert "     continues abcâdef" in lines
+    assert sum(line.startswith("          note untrained, ") for line in lines) == 1
+    assert lines[-2].startswith("succeeded in ")
+    assert lines[-2].endswith(f"; go on with: nanomoe generate {job_id} PROMPT --url {api.url}")
+    assert lines[-1] == "what the words mean: nanomoe metrics --explain"
     assert "succeeded" not in lines
     assert max(map(len, lines[:-1])) <= 100
 
@@ -209,7 +212,78 @@ def test_watching_a_job_that_fails_is_exit_code_1(at: Run, api: Api) -> None:
     queue.finish(api.db, claim, "failed", error={"code": "loss_not_finite", "message": "at step 4\x1b[31m"})
     done = at("watch", claim.job_id)
     assert done.code == 1
-    assert done.out.splitlines()[-1].endswith(": loss_not_finite: at step 4␛[31m")
+    assert done.out.splitlines()[-2].endswith(": loss_not_finite: at step 4␛[31m")
+
+
+@pytest.mark.parametrize("reason", ["stopped early at step 42: perplexity 1.987", None], ids=["recorded", "derived"])
+def test_a_job_that_stopped_early_is_done_and_says_so(at: Run, api: Api, reason: str | None) -> None:
+    job_id = api.stopped_early(reason=reason)
+    told = reason or "stopped early at step 42"
+    lines = at("watch", job_id).out.splitlines()
+    assert lines[0] == f"{job_id}  succeeded ({told})"
+    assert lines[-3] == "stopped early at step 42: perplexity 1.987", "below the quarter's row"
+    assert f", {told}; go on with: " in lines[-2]
+    row = next(line for line in at("jobs").out.splitlines() if line.startswith(job_id))
+    assert "100 %" in row
+    assert row.endswith(f"  {told}")
+    progress = at("jobs", "--limit", "1", "--json").json["data"][0]["progress"]
+    assert (progress["step"], progress["percent"], progress["eta_seconds"]) == (42, 100.0, 0.0)
+
+
+def test_a_job_that_ran_to_its_last_step_gives_no_reason(at: Run, api: Api) -> None:
+    assert "(" not in at("watch", api.finished()).out.splitlines()[0]
+
+
+def test_a_warning_is_shown_once(at: Run, api: Api) -> None:
+    job = api.submit(config={"tokenizer": "bytes", "cont_prefix_tokens": 90, "cont_max_new_tokens": 5})
+    claim = api.claim(job["id"])
+    at_the_start = [*job["warnings"], {"code": "new", "message": "since"}]
+    queue.record_prepared(
+        api.db,
+        claim,
+        execution={"device": "cpu"},
+        n_tokens=64,
+        total_steps=500,
+        model={"n_params": 1000, "n_active_params": 1000},
+        warnings=at_the_start,
+    )
+    queue.record_event(api.db, claim, "warning", {"code": "later", "message": "m"})
+    queue.finish(api.db, claim, "succeeded", progress={"step": 500})
+    lines = at("watch", claim.job_id).out.splitlines()
+    codes = [line.split()[1] for line in lines if line.startswith("warning ")]
+    assert codes == ["prefix_longer_than_text:", "new:", "later:"]
+
+
+def test_watching_a_job_that_waits_tells_how_the_line_moves(at: Run, api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = api.running()
+    second, third = api.submit()["id"], api.submit()["id"]
+    looks = iter(
+        [
+            lambda: queue.finish(api.db, first, "succeeded", progress={"step": 500}),
+            lambda: None,  # nothing has changed: no line
+            lambda: queue.request_cancel(api.db, second),
+            lambda: queue.request_cancel(api.db, third),
+        ]
+    )
+    waiting = TextDisplay.waiting
+
+    def look(display: TextDisplay, job: schemas.JobView) -> None:
+        waiting(display, job)
+        next(looks)()
+
+    monkeypatch.setattr(TextDisplay, "waiting", look)
+    monkeypatch.setattr("service.cli.display.LOOK_SECONDS", 0.0)
+    lines = at("watch", third).out.splitlines()
+    assert lines[0] == f"{third}  queued, 1 ahead"
+    assert [line for line in lines if line.startswith("queued")] == ["queued", "queued, next"]
+    assert lines[-2] == "cancelled"
+
+
+def test_jobs_in_line_are_listed_with_their_place(at: Run, api: Api) -> None:
+    api.running()
+    ids = [api.submit()["id"] for _ in range(2)]
+    rows = at("jobs", "--limit", "2").out.splitlines()[1:]
+    assert [(row.split()[0], row.rsplit("  ", 1)[1]) for row in rows] == [(ids[1], "1 ahead"), (ids[0], "next")]
 
 
 def test_watching_for_programs_is_a_line_of_json_for_each_event(at: Run, api: Api) -> None:
@@ -224,9 +298,38 @@ def test_metrics_show_the_quarters_and_the_curve(at: Run, api: Api) -> None:
     job_id = api.finished()
     done = at("metrics", job_id)
     assert "train loss 10.000 █" in done.out
-    assert done.out.splitlines()[-1].endswith(" 3.333")
+    curve, foot = done.out.splitlines()[-2:]
+    assert curve.endswith(" 3.333")
+    assert foot == "what the words mean: nanomoe metrics --explain"
     assert at("metrics", job_id, "--json").json["checkpoints"][0]["continuation"]["text"] == "def"
     assert at("metrics", job_id, "--csv").out.startswith("step,train_loss,lr,grad_norm\n1,10.0,")
+
+
+def test_the_metrics_of_a_mixture_show_its_figures_quarter_by_quarter(at: Run, api: Api) -> None:
+    claim = api.running(config={"tokenizer": "bytes", "use_moe": True})
+    figures = {"load_cv": 0.25, "max_violation": 0.5, "dead_experts": 1, "dropped_fraction": 0.0, "churn": 0.125}
+    mixture = {"layers": [{"layer": 1, "load": [1.0]} | figures], "mean": figures, "max": figures}
+    api.record_checkpoint(claim, 100, 500, moe=mixture)
+    queue.finish(api.db, claim, "succeeded", progress={"step": 500})
+    rows = [line.split() for line in at("metrics", claim.job_id).out.splitlines()]
+    assert ["load_cv", "0.2500"] in rows
+    assert ["churn", "0.1250"] in rows
+    assert at("metrics", claim.job_id, "--json").json["checkpoints"][-1]["moe"]["max"]["dead_experts"] == 1
+
+
+def test_the_words_of_a_run_are_explained_without_a_service(nanomoe: Run) -> None:
+    done = nanomoe("metrics", "--explain")
+    assert (done.code, done.err) == (0, "")
+    for word in ("churn", "max_violation", "load_cv", "unigram", "upcycling", "loss"):
+        assert word in done.out
+    shown = schemas.CheckpointMetrics.model_fields.keys() | schemas.MixtureLayer.model_fields.keys()
+    told = {
+        word: meaning
+        for words in nanomoe("metrics", "--explain", "--json").json.values()
+        for word, meaning in words.items()
+    }
+    assert shown - told.keys() == {"percent", "step", "epoch", "created_at", "layer"}
+    assert all(meaning.endswith(".") for meaning in told.values())
 
 
 def test_a_job_is_stopped_resumed_cancelled_and_deleted(at: Run, text_file: str) -> None:
@@ -247,7 +350,7 @@ def test_jobs_are_a_table_that_a_pipe_gets_whole(at: Run, api: Api) -> None:
     header, *rows = done.out.splitlines()
     assert header.split() == ["job", "status", "done", "submitted", "name"]
     assert [row.split()[0] for row in rows] == ids[::-1]
-    assert all(row.endswith(f" ago  {name}") for row in rows)
+    assert [row.partition(" ago  ")[2] for row in rows] == [f"{name}  1 ahead", f"{name}  next"]
     assert [job["id"] for job in at("jobs", "--limit", "2", "--json").json["data"]] == ids[::-1]
     assert at("jobs", "--tag", "nobody").out == "no jobs\n"
 

@@ -1,10 +1,12 @@
-"""`nanomoe score` and `nanomoe inspect` against a real server."""
+"""`nanomoe score`, `inspect` and `explain` against a real server, and `explain` of a folder."""
 
 from pathlib import Path
 
 import pytest
 
+from nanomoe import checkpoint
 from service import queue
+from service.client import JobHandle
 from tests.api import TEXT, Api
 from tests.service.cli.conftest import Run
 from tests.service.tiny_checkpoint import write_tiny_checkpoint
@@ -39,8 +41,88 @@ def test_a_prompt_is_inspected(nanomoe: Run, api: Api, job_id: str) -> None:
     assert shown.code == 0, shown.err
     lines = shown.out.splitlines()
     (of_attention,) = (n for n, line in enumerate(lines) if "'a' attends to" in line)
-    (of_router,) = (n for n, line in enumerate(lines) if "experts of 'a'" in line)
+    (of_router,) = (n for n, line in enumerate(lines) if line.startswith("read and sent to experts"))
+    assert lines[0].split() == ["after", "'a'", "id", "probability"]
     assert of_attention == 11, "ten next tokens below their heading"
     assert of_router - of_attention == 5, "two layers of two heads"
-    assert [line.split()[0] for line in lines[of_router + 1 :]] == ["1"]
-    assert len(nanomoe("inspect", job_id, "Era", "--url", api.url, "--json").json["likeliest"]) == 10
+    answer = nanomoe("inspect", job_id, "Era", "--url", api.url, "--json").json
+    assert len(answer["likeliest"]) == 10
+    (layer,) = answer["routing"]
+    assert [line.split() for line in lines[of_router + 1 :]] == [
+        [repr(letter), f"{first},", str(second)] for letter, (first, second) in zip("Era", layer["chosen"], strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("knobs", "origin"),
+    [
+        ({}, "each probability over the sum of the chosen ones"),
+        ({"norm_topk_prob": False}, "the probabilities as they are"),
+        ({"norm_topk_prob": False, "router_score": "sigmoid"}, "the sigmoid of each logit"),
+    ],
+    ids=["renormalised", "softmax", "sigmoid"],
+)
+def test_explain_shows_the_numbers_that_the_gates_come_from(
+    nanomoe: Run, tmp_path: Path, knobs: dict[str, object], origin: str
+) -> None:
+    write_tiny_checkpoint(tmp_path / "mixture", use_moe=True, n_experts=4, k=2, **knobs)
+    told = nanomoe("explain", "mixture", "Era uma vez", "--json").json
+    assert (told["token"], told["token_id"], told["position"]) == ("z", ord("z"), 10)
+    assert told["predicted"]
+    (layer,) = told["layers"]
+    chosen = [layer["experts"][expert] for expert in layer["chosen"]]
+    assert layer["gate_sum"] == pytest.approx(sum(score["gate"] for score in chosen))
+
+    done = nanomoe("explain", "mixture", "Era uma vez")
+    assert (done.code, done.err) == (0, "")
+    first, second, _, header, *rows, total, gates = done.out.splitlines()
+    assert first == f"reads 'z' (id 122, position 10), routes it, and predicts {told['predicted']!r} to follow"
+    assert second.startswith("k = 2 of 4 experts")
+    assert header.split() == ["layer", "1", "expert", "logit", "probability", "choice", "gate"]
+    for score, row in zip(layer["experts"], rows, strict=True):
+        choice = str(layer["chosen"].index(score["expert"]) + 1) if score["gate"] is not None else "–"
+        gate = "–" if score["gate"] is None else f"{score['gate']:.4f}"
+        numbers = [f"{score['logit']:,.4f}", f"{score['probability']:.4f}"]
+        assert row.split() == [str(score["expert"]), *numbers, choice, gate]
+    assert total.split() == ["sum", "1.0000", f"{layer['gate_sum']:.4f}"]
+    assert gates.endswith(f"({origin})")
+    for score in chosen:
+        assert f"{score['gate']:.4f}" in gates
+
+
+def test_explain_asks_the_service_about_the_checkpoint_of_a_job(
+    nanomoe: Run, api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NANOMOE_URL", api.url)
+    made = write_tiny_checkpoint(tmp_path / "mixture", use_moe=True, router_bias_update_rate=0.1, n_shared_experts=1)
+    files = {path.name: path.read_bytes() for path in made.folder.iterdir() if path.name != checkpoint.MANIFEST}
+    claim = api.running(config={"tokenizer": "bytes", "use_moe": True, "n_shared_experts": 1})
+    api.record_checkpoint(claim, 50, 250, files)
+    here = nanomoe("explain", "mixture", "Era", "--json")
+
+    def no_download(*_: object) -> None:
+        raise AssertionError("the weights stay where they are")
+
+    monkeypatch.setattr(JobHandle, "download_checkpoint", no_download)
+    monkeypatch.setattr("service.examiner.OpenCheckpoint.load", no_download)
+    assert nanomoe("explain", f"{claim.job_id}@50", "Era", "--json").json == here.json
+    assert "; 1 shared beside them" in nanomoe("explain", claim.job_id, "Era").out
+
+
+def test_what_cannot_be_explained_is_one_line_and_exit_code_2(
+    nanomoe: Run, api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NANOMOE_URL", api.url)
+    job = api.finished()
+    write_tiny_checkpoint(tmp_path / "dense")
+    for source in (f"{job}@100", "dense"):
+        done = nanomoe("explain", source, "Era")
+        assert (done.code, done.out) == (2, "")
+        assert done.err == (
+            f"nanomoe: {source} is dense, it has no router to explain: train one with --set use_moe=true\n"
+        )
+    write_tiny_checkpoint(tmp_path / "mixture", use_moe=True)
+    assert nanomoe("explain", "mixture", "").err == "nanomoe: mixture explains nothing: the prompt has no token\n"
+    (tmp_path / "empty").mkdir()
+    missing = "nanomoe: empty holds no checkpoint: model.safetensors is missing\n"
+    assert nanomoe("explain", "empty", "a").err == missing

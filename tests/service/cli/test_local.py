@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from nanomoe import checkpoint
-from tests.api import TEXT, Api
+from tests.api import TEXT
 from tests.service.cli.conftest import Run
-from tests.service.tiny_checkpoint import write_tiny_checkpoint
 
 TINY = [
     part
@@ -49,7 +48,6 @@ def test_train_for_programs_is_a_line_of_json_for_each_event(nanomoe: Run) -> No
         (["train", "-", "--set", "tokenizer=nobody/nothing"], "hub_not_allowed: "),
         (["export", "latest", "."], ". is there already"),
         (["export", "empty", "new"], "empty holds no checkpoint: model.safetensors is missing"),
-        (["explain", "empty", "a"], "empty holds no checkpoint: model.safetensors is missing"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
@@ -93,70 +91,3 @@ def test_ctrl_c_says_how_far_it_came_and_leaves_whole_checkpoints(
     assert done.code == 130
     n_steps = checkpoint.read_metrics(tmp_path / "run" / "25")["step"]
     assert done.err == f"stopped at step {n_steps}; its checkpoints are in run\n"
-
-
-@pytest.mark.parametrize(
-    ("knobs", "origin"),
-    [
-        ({}, "each probability over the sum of the chosen ones"),
-        ({"norm_topk_prob": False}, "the probabilities as they are"),
-        ({"norm_topk_prob": False, "router_score": "sigmoid"}, "the sigmoid of each logit"),
-    ],
-    ids=["renormalised", "softmax", "sigmoid"],
-)
-def test_explain_shows_the_numbers_that_the_gates_come_from(
-    nanomoe: Run, tmp_path: Path, knobs: dict[str, object], origin: str
-) -> None:
-    write_tiny_checkpoint(tmp_path / "mixture", use_moe=True, n_experts=4, k=2, **knobs)
-    told = nanomoe("explain", "mixture", "Era uma vez", "--json").json
-    assert (told["token"], told["token_id"], told["position"]) == ("z", ord("z"), 10)
-    (layer,) = told["layers"]
-    chosen = [layer["experts"][expert] for expert in layer["chosen"]]
-    assert layer["gate_sum"] == pytest.approx(sum(score["gate"] for score in chosen))
-
-    done = nanomoe("explain", "mixture", "Era uma vez")
-    assert (done.code, done.err) == (0, "")
-    first, _, header, *rows, total, gates = done.out.splitlines()
-    assert first.startswith("token 'z', id 122, position 10; k = 2 of 4 experts")
-    assert header.split() == ["layer", "1", "expert", "logit", "probability", "choice", "gate"]
-    for score, row in zip(layer["experts"], rows, strict=True):
-        choice = str(layer["chosen"].index(score["expert"]) + 1) if score["gate"] is not None else "–"
-        gate = "–" if score["gate"] is None else f"{score['gate']:.4f}"
-        numbers = [f"{score['logit']:,.4f}", f"{score['probability']:.4f}"]
-        assert row.split() == [str(score["expert"]), *numbers, choice, gate]
-    assert total.split() == ["sum", "1.0000", f"{layer['gate_sum']:.4f}"]
-    assert gates.endswith(f"({origin})")
-    for score in chosen:
-        assert f"{score['gate']:.4f}" in gates
-
-
-def test_explain_downloads_the_checkpoint_of_a_job(
-    nanomoe: Run, api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("NANOMOE_URL", api.url)
-    made = write_tiny_checkpoint(tmp_path / "mixture", use_moe=True, router_bias_update_rate=0.1, n_shared_experts=1)
-    files = {path.name: path.read_bytes() for path in made.folder.iterdir() if path.name != checkpoint.MANIFEST}
-    claim = api.running(config={"tokenizer": "bytes", "use_moe": True})
-    api.record_checkpoint(claim, 50, 250, files)
-    here = nanomoe("explain", "mixture", "Era", "--json")
-    assert nanomoe("explain", f"{claim.job_id}@50", "Era", "--json").json == here.json
-    assert "; 1 shared beside them" in nanomoe("explain", claim.job_id, "Era").out
-
-
-def test_a_dense_model_and_an_empty_prompt_are_one_line_and_exit_code_2(
-    nanomoe: Run, api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("NANOMOE_URL", api.url)
-    job = api.finished()
-    done = nanomoe("explain", f"{job}@100", "Era")
-    assert (done.code, done.out) == (2, "")
-    assert done.err == (
-        f"nanomoe: {job}@100 is dense, it has no router to explain: train one with --set use_moe=true\n"
-    )
-    write_tiny_checkpoint(tmp_path / "dense")
-    done = nanomoe("explain", "dense", "Era")
-    assert done.err == (
-        "nanomoe: dense explains nothing: this model has no mixture of experts: it was trained with use_moe false\n"
-    )
-    write_tiny_checkpoint(tmp_path / "mixture", use_moe=True)
-    assert nanomoe("explain", "mixture", "").err == "nanomoe: mixture explains nothing: the prompt has no token\n"

@@ -1,5 +1,6 @@
 """How figures and a model's text are shown."""
 
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -78,11 +79,72 @@ def test_wrong_tokens_of_a_reconstruction_are_red() -> None:
     assert coloured["a"] == text.WRONG
 
 
+@pytest.mark.parametrize("n_lines", [1, 3])
+def test_a_continuation_shows_where_its_prefix_ends_however_long_that_is(n_lines: int) -> None:
+    for prefix, shown in (("Era uma vez", "continues Era uma vez│ um gato"), ("ab" * 200, "ababab│ um gato")):
+        continuation = schemas.Continuation(prompt=prefix, text=" um gato")
+        checkpoint = schemas.CheckpointMetrics.model_construct(reconstruction=None, continuation=continuation, moe=None)
+        (line,) = text.quarter_texts(checkpoint, Console(width=80), n_lines)
+        assert line.plain.endswith(shown)
+        assert line.plain.count("\n") < n_lines
+
+
 def test_a_mixture_shows_how_evenly_it_routes() -> None:
-    moe = {"mean": {"load_cv": 0.3123, "max_violation": 0.5, "dropped_fraction": 0.0, "churn": None}}
+    mean = schemas.MixtureFigures(load_cv=0.31234, max_violation=0.5, dropped_fraction=0.0)
+    moe = schemas.MixtureMetrics(layers=[], mean=mean, max=mean)
     checkpoint = schemas.CheckpointMetrics.model_construct(reconstruction=None, continuation=None, moe=moe)
     (line,) = text.quarter_texts(checkpoint, Console(width=80))
-    assert line.plain == "       experts load_cv 0.3123, max_violation 0.5, dropped 0.0 %, churn –"
+    assert line.plain == "       experts load_cv 0.312, max_violation 0.500, dropped 0.0 %, churn –"
+
+
+def job(**fields: object) -> schemas.JobView:
+    return schemas.JobView.model_construct(**{"status": "queued", "status_reason": None} | fields)
+
+
+@pytest.mark.parametrize(
+    ("position", "seconds", "told"),
+    [
+        (None, None, ""),
+        (0, None, "next"),
+        (0, 0, ""),
+        (0, 42, "next, may start in about 42 s"),
+        (1, 200, "1 ahead, may start in about 3 min 20 s"),
+        (1000, None, "1,000 ahead"),
+    ],
+)
+def test_a_job_that_waits_tells_its_place_and_when_it_may_start(
+    position: int | None, seconds: float | None, told: str
+) -> None:
+    start = None if seconds is None else datetime.now(UTC) + timedelta(seconds=seconds)
+    assert text.place_in_line(job(queue_position=position, estimated_start_at=start)) == told
+
+
+def test_a_job_that_runs_has_no_place() -> None:
+    assert text.place_in_line(job(status="running", queue_position=None, estimated_start_at=None)) == ""
+
+
+def test_a_warning_is_broken_where_a_terminal_ends_and_one_line_in_a_pipe() -> None:
+    terminal = text.warning_line("code", "word " * 30, Console(width=40, force_terminal=True)).plain.split("\n")
+    assert len(terminal) > 3
+    assert all(len(line) <= 40 for line in terminal)
+    assert all(line.startswith("  w") for line in terminal[1:])
+    assert "\n" not in text.warning_line("code", "word " * 30, Console(width=40)).plain
+
+
+def test_what_is_waited_for_is_said_in_a_terminal_only(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seen, quiet in ((False, False), (True, True)):
+        monkeypatch.setattr("sys.stdout.isatty", lambda seen=seen: seen)
+        monkeypatch.setattr("sys.stderr.isatty", lambda seen=seen: seen)
+        with text.waiting("loading JOB@100", quiet=quiet):
+            pass
+        assert capsys.readouterr() == ("", "")
+    with text.waiting("loading JOB@100"):
+        pass
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "loading JOB@100 ..." in shown.err
 
 
 def test_a_hint_names_the_command_as_it_was_called(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -25,14 +25,22 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoint:
     return write_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint", use_moe=True, n_experts=4)
 
 
-@pytest.fixture(scope="module")
-def job_id(api: Api, tiny: TinyCheckpoint) -> str:
-    """A job that trained on `TEXT`, with a random mixture of experts at 25 percent."""
+def files_of(checkpoint: TinyCheckpoint) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in checkpoint.folder.iterdir() if path.name != "manifest.json"}
+
+
+def recorded(api: Api, checkpoint: TinyCheckpoint) -> str:
+    """The id of a job that trained on `TEXT`, with this checkpoint at 25 percent."""
     claim = api.claim(api.submit()["id"])
-    files = {path.name: path.read_bytes() for path in tiny.folder.iterdir() if path.name != "manifest.json"}
-    api.record_checkpoint(claim, 25, 125, files)
+    api.record_checkpoint(claim, 25, 125, files_of(checkpoint))
     queue.finish(api.db, claim, "succeeded")
     return claim.job_id
+
+
+@pytest.fixture(scope="module")
+def job_id(api: Api, tiny: TinyCheckpoint) -> str:
+    """A job whose checkpoint is a random mixture of experts."""
+    return recorded(api, tiny)
 
 
 @pytest.fixture(scope="module")
@@ -94,24 +102,38 @@ def test_a_prompt_is_inspected_as_the_model_reads_it(api: Api, job_id: str, mode
         for head, rows in enumerate(heads):
             for t, row in enumerate(rows):
                 assert row == pytest.approx(found.attention_LHTT[layer, head, t, : t + 1].tolist(), abs=2e-6)
-    assert [layer["layer"] for layer in answer["routing"]] == list(found.routing)
+    assert [layer["layer"] for layer in answer["routing"]] == list(found.routing) == [1]
     for layer in answer["routing"]:
-        torch.testing.assert_close(
-            torch.tensor(layer["probabilities"]), found.routing[layer["layer"]], rtol=0, atol=2e-6
-        )
+        routed = found.routing[layer["layer"]]
+        assert layer["chosen"] == routed.chosen_TK.tolist()
+        for name, expected in (
+            ("logits", routed.logits_TE),
+            ("probabilities", routed.probs_TE),
+            ("gates", routed.gates_TK),
+        ):
+            torch.testing.assert_close(torch.tensor(layer[name]), expected, rtol=0, atol=2e-6)
+        assert (layer["balance_bias"], layer["n_shared_experts"]) == (None, 0)
     assert answer["n_unread"] == 0
     long = api.http.post("/inspect", json={"job_id": job_id, "prompt": "a" * 50}).json()
     assert (long["n_unread"], len(long["tokens"]), long["tokens"][0]["byte_offset"]) == (18, 32, 18)
 
 
+def test_a_prompt_too_long_for_its_attention_is_routed_without(api: Api, tmp_path: Path) -> None:
+    wide = write_tiny_checkpoint(tmp_path / "wide", block_size=1024, use_moe=True, router_bias_update_rate=0.1)
+    job_id = recorded(api, wide)
+    asked = {"job_id": job_id, "prompt": "a" * 1000}
+    assert api.http.post("/inspect", json=asked).json()["code"] == "inspection_too_large"
+    answer = api.http.post("/inspect", json=asked | {"attention": False}).json()
+    assert answer["attention"] == []
+    assert len(answer["routing"][0]["chosen"]) == len(answer["tokens"]) == 1000
+    assert len(answer["routing"][0]["balance_bias"]) == wide.config.n_experts
+
+
 def test_what_cannot_be_examined_is_told(api: Api, job_id: str, tmp_path: Path) -> None:
     one = api.http.post("/score", json={"job_id": job_id, "text": "a"})
     assert (one.status_code, one.json()["code"]) == (422, "text_too_short")
-    wide = write_tiny_checkpoint(tmp_path / "wide", block_size=1024, n_head=2)
-    claim = api.claim(api.submit()["id"])
-    files = {path.name: path.read_bytes() for path in wide.folder.iterdir() if path.name != "manifest.json"}
-    api.record_checkpoint(claim, 0, 0, files)
-    large = api.http.post("/inspect", json={"job_id": claim.job_id, "prompt": "a" * 1000})
+    wide = recorded(api, write_tiny_checkpoint(tmp_path / "wide", block_size=1024, n_head=2))
+    large = api.http.post("/inspect", json={"job_id": wide, "prompt": "a" * 1000})
     assert (large.status_code, large.json()["code"]) == (422, "inspection_too_large")
     assert "2,002,000" in large.json()["detail"]
 
@@ -127,11 +149,11 @@ def test_a_damaged_checkpoint_is_told(api: Api, job_id: str, tmp_path: Path) -> 
     assert (answer.status_code, answer.json()["code"]) == (409, "checkpoint_damaged")
 
 
-def test_the_newest_checkpoint_that_is_whole_stands_in_for_a_damaged_one(api: Api, tiny: TinyCheckpoint) -> None:
+def test_the_newest_checkpoint_that_is_whole_stands_in_for_a_damaged_one(api: Api, tmp_path: Path) -> None:
     claim = api.claim(api.submit()["id"])
-    files = {path.name: path.read_bytes() for path in tiny.folder.iterdir() if path.name != "manifest.json"}
     for percent in (0, 25):
-        api.record_checkpoint(claim, percent, percent, files)
+        tiny = write_tiny_checkpoint(tmp_path / f"{percent}", seed=7 + percent)
+        api.record_checkpoint(claim, percent, percent, files_of(tiny))
     damage(api, claim.job_id, 25)
     for path, asked in (("/score", {"text": "abc"}), ("/inspect", {"prompt": "abc"})):
         newest = api.http.post(path, json={"job_id": claim.job_id} | asked)

@@ -1,0 +1,46 @@
+"""What the words of a run mean: each is a field, and its docstring is the explanation.
+
+`nanomoe metrics --explain` prints it, and the README's tables of figures are made from it.
+"""
+
+from collections.abc import Iterable
+
+from pydantic import BaseModel
+
+from nanomoe.config import JobConfig
+from service import schemas
+
+_NOT_FIGURES = ("percent", "step", "epoch", "created_at", "layer")
+"""Fields that say which checkpoint or layer it is."""
+
+
+NOTATION = "n_e: assignments of expert e; T tokens, E experts, K experts per token"
+"""Letters in the meanings of a mixture's figures."""
+
+
+def of_checkpoint() -> dict[str, str]:
+    """The figures of a checkpoint: {field: meaning}."""
+    return _meanings(schemas.CheckpointMetrics, _figures(schemas.CheckpointMetrics))
+
+
+def of_mixture() -> dict[str, str]:
+    """The figures of a mixture of experts, in `moe`: {field: meaning}."""
+    return _meanings(schemas.MixtureLayer, _figures(schemas.MixtureLayer))
+
+
+def sections() -> dict[str, dict[str, str]]:
+    """All of it: {heading: {word: meaning}}."""
+    return {
+        "a checkpoint": of_checkpoint(),
+        "its baselines": _meanings(schemas.Baselines, schemas.Baselines.model_fields),
+        f"its mixture of experts ({NOTATION})": of_mixture(),
+        "where its job started": _meanings(JobConfig, ("init_from", "upcycle_noise")),
+    }
+
+
+def _figures(model: type[BaseModel]) -> list[str]:
+    return [name for name in model.model_fields if name not in _NOT_FIGURES]
+
+
+def _meanings(model: type[BaseModel], names: Iterable[str]) -> dict[str, str]:
+    return {name: " ".join((model.model_fields[name].description or "").split()) for name in names}
