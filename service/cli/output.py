@@ -13,7 +13,7 @@ import typer
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
-_PLAIN = {"–": "-", "…": "...", "━": "-", "╸": "-", "╺": "-"} | dict(zip("▁▂▃▄▅▆▇█", "_.,:-=+#", strict=True))
+_PLAIN = {"–": "-", "…": "...", "│": "|", "━": "-", "╸": "-", "╺": "-"} | dict(zip("▁▂▃▄▅▆▇█", "_.,:-=+#", strict=True))
 """How our own ornaments look where they cannot be shown; a user's text is escaped instead."""
 
 

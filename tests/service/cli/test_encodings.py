@@ -129,20 +129,21 @@ NOTE = "nanomoe: some characters are not in this terminal's encoding, {}, and sh
 def test_what_the_output_lacks_is_escaped_and_said_once(printed: Print, api: Api) -> None:
     job_id = api.submit(name="canção 🐈")["id"]
     shown, said = printed("ascii", "jobs", "--limit", "1")
-    assert shown.decode("ascii").split()[-2:] == [r"can\xe7\xe3o", r"\U0001f408"]
+    assert {r"can\xe7\xe3o", r"\U0001f408"} <= set(shown.decode("ascii").split())
     assert said == NOTE.format("ascii") + "PYTHONIOENCODING=utf-8 prints them\n"
     shown, said = printed("latin-1", "jobs", "--limit", "1")
-    assert shown.decode("latin-1").split()[-2:] == ["canção", r"\U0001f408"]
+    assert {"canção", r"\U0001f408"} <= set(shown.decode("latin-1").split())
     assert said.startswith(NOTE.format("latin-1"))
     shown, said = printed("utf-8", "jobs", "--limit", "1")
-    assert (shown.decode().split()[-2:], said) == (["canção", "🐈"], "")
+    assert {"canção", "🐈"} <= set(shown.decode().split())
+    assert said == ""
     queue.request_cancel(api.db, job_id)
 
 
 def test_ornaments_have_a_plain_form_and_need_no_word(printed: Print, api: Api) -> None:
     shown, said = printed("ascii", "metrics", api.finished(name="feita"))
     assert shown.decode("ascii").splitlines()[2].split()[-1] == "-"
-    assert shown.decode("ascii").splitlines()[-1].strip().startswith("train loss 10.000 #")
+    assert any(line.strip().startswith("train loss 10.000 #") for line in shown.decode("ascii").splitlines())
     assert said == ""
 
 
@@ -173,9 +174,9 @@ def test_a_process_of_its_own_prints_whatever_its_locale_is(api: Api, environmen
     api.submit(name="canção")
     command = [sys.executable, "-c", "from service.cli import main; main()", "jobs", "--limit", "1", "--url", api.url]
     done = subprocess.run(command, capture_output=True, cwd=ROOT, env=os.environ | environment, check=True)
-    name = done.stdout.split()[-1]
-    assert name in ("canção".encode(), rb"can\xe7\xe3o")
-    assert (name == rb"can\xe7\xe3o") is (b"are not in this terminal's encoding" in done.stderr)
+    is_escaped = rb"can\xe7\xe3o" in done.stdout.split()
+    assert is_escaped or "canção".encode() in done.stdout.split()
+    assert is_escaped is (b"are not in this terminal's encoding" in done.stderr)
 
 
 def test_a_reader_that_goes_away_gets_no_traceback(api: Api) -> None:
