@@ -21,7 +21,7 @@ class Inspection:
     attention_LHTT: Tensor
     """Row t: how much token t takes from each token up to itself; rows sum to 1."""
     routing: dict[int, Tensor]
-    """{layer: router probabilities (T, E)} of each mixture of experts."""
+    """{layer: router probabilities (T, E)} of each mixture of experts; row t is how token t itself is routed."""
 
 
 @torch.no_grad()

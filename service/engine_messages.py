@@ -229,7 +229,7 @@ class NextToken(Strict):
 
 
 class LayerRouting(Strict):
-    """What the router of one mixture of experts says of each token."""
+    """What the router of one mixture of experts says of each token that was read."""
 
     layer: int
     probabilities: tuple[tuple[float, ...], ...]

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import sqlalchemy as sa
 from sqlmodel import Session
 
+from nanomoe.config_warnings import CODES as CONFIG_WARNING_CODES
 from service.database import REVISION, Database, alembic_version, insert_or_update, insert_unless_there
 from service.errors import Conflict, Invalid, LeaseLost, NotFound, SchemaMismatch, TooManyRequests
 from service.series import Columns, delete_steps_after, write_steps
@@ -258,7 +259,8 @@ def record_prepared(
     warnings: Sequence[Mapping[str, Any]] = (),
 ) -> Intents:
     """Running stays running: what the first start decided. `model`: `{"n_params", "n_active_params"}`. An execution
-    that an earlier attempt decided stays. Raises LeaseLost."""
+    that an earlier attempt decided stays. `warnings` of the config take the place of those said before; of any other
+    code the first stays. Raises LeaseLost."""
     with db.write() as session:
         owned = _own(
             db,
@@ -270,8 +272,10 @@ def record_prepared(
             n_active_params=model["n_active_params"],
         )
         job = load_job(session, claim.job_id)
-        known = {warning["code"] for warning in job.warnings}
-        job.warnings = [*job.warnings, *(dict(warning) for warning in warnings if warning["code"] not in known)]
+        # What was said of the config before the text was tokenised, or with another tokenizer, may not hold.
+        kept = [warning for warning in job.warnings if warning["code"] not in CONFIG_WARNING_CODES]
+        known = {warning["code"] for warning in kept}
+        job.warnings = [*kept, *(dict(warning) for warning in warnings if warning["code"] not in known)]
         job.execution = dict(execution) if job.execution is None else job.execution
         return owned.intents
 

@@ -175,6 +175,7 @@ def _train(start: Start, wire: Wire, supervision: Supervision, writer: Writer) -
 def _prepare(start: Start, wire: Wire) -> "Run":
     """Everything from the start message to a model that can train, on its device."""
     from nanomoe import checkpoint
+    from nanomoe.config_warnings import config_warnings
     from nanomoe.execution import Execution, find_device
     from nanomoe.run import Run
     from nanomoe.size import n_active_params, n_params
@@ -199,7 +200,7 @@ def _prepare(start: Start, wire: Wire) -> "Run":
         parent = starting_weights(checkpoint.load_weights(Path(start.parent.folder)), config, seed=config.seed)
     device = find_device(start.device)
     run = Run(config, tokens, tokenizer, execution, device=device, parent=parent, resume=resume)
-    warnings = config.warnings(len(tokens))
+    warnings = config_warnings(config, run.plan, n_bytes=len(text.encode()), vocab_size=tokenizer.vocab_size)
     if differences:
         otherwise = f"this attempt computes otherwise than the first one did: {'; '.join(differences)}"
         warnings.append(ConfigWarning(code="resume_not_exact", message=otherwise))

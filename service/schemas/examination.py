@@ -116,13 +116,14 @@ class NextTokenView(View):
 
 
 class LayerRoutingView(View):
-    """What the router of a mixture of experts says of each token."""
+    """What the router of a mixture of experts says of each token that was read."""
 
     layer: int
     """The block, from 0."""
 
     probabilities: list[list[float]]
-    """One row a token, one number an expert."""
+    """One row for each of `tokens`, one number for each expert. Row t is how token t itself was routed when read,
+    whatever comes after it."""
 
 
 class InspectResponse(View):
