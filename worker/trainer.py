@@ -229,11 +229,13 @@ def _keep(first: "Execution", now: "Execution") -> "Execution":
 
 
 def _tokenizer(start: Start, text: str) -> "Tokenizer":
-    """That of the weights we go on from, where there are any: a name may mean something else by now."""
-    from nanomoe.tokenizer import Tokenizer, load_tokenizer
+    """That of the weights or of the attempt that we go on from, where there is one: a name may mean something else by
+    now."""
+    from nanomoe import checkpoint
+    from nanomoe.tokenizer import load_tokenizer
 
-    if (origin := start.resume or start.parent) is not None:
-        return Tokenizer.load(Path(origin.folder))
+    if (origin := start.resume or start.parent or start.tokenizer) is not None:
+        return checkpoint.read_tokenizer(Path(origin.folder), origin.manifest_sha256)
     folders = () if start.tokenizer_dir is None else (Path(start.tokenizer_dir),)
     return load_tokenizer(start.config.tokenizer, text=text, allow_hub=start.allow_hub, allowed_folders=folders)
 

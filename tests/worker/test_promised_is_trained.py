@@ -213,6 +213,18 @@ def test_a_job_begun_with_an_earlier_bundle_goes_on_with_the_one_in_its_snapshot
     assert {m.percent: m.manifest_sha256 for m in written}.items() <= ended.items()
 
 
+def test_a_job_that_starts_again_at_step_0_goes_on_with_the_tokenizer_it_began_with(place: Place) -> None:
+    made = write_tiny_checkpoint(place.folder / "earlier", tokenizer=earlier_bundle(), **SHAPE)
+    heard = Heard()
+    folder = Folder(folder=str(made.folder), manifest_sha256=made.manifest_sha256)
+    run = _prepare(place.start(made.config, tokenizer=folder), heard)
+    assert run.tokenizer == made.tokenizer
+    assert run.windows.tokens == made.tokenizer.encode(TEXT)
+    (said,) = heard.messages
+    assert isinstance(said, Prepared)
+    assert said.resumed_at_step is None
+
+
 def test_a_job_that_was_counted_with_an_earlier_bundle_and_not_begun_says_what_it_trains_on(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
