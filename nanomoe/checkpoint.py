@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from nanomoe.config import JobConfig, Strict
+from nanomoe.tokenizer import TOKENIZER_FILES, Tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -218,6 +219,18 @@ def read_all(folder: Path, manifest_sha256: str) -> dict[str, bytes]:
         CheckpointDamaged: naming the file.
     """
     return {entry.name: read_file(folder, entry) for entry in read_manifest(folder, manifest_sha256).files}
+
+
+def read_tokenizer(folder: Path, manifest_sha256: str) -> Tokenizer:
+    """The tokenizer that the checkpoint's model was trained with, verified; no other file is read.
+
+    Raises:
+        CheckpointDamaged: naming the file.
+    """
+    entries = {entry.name: entry for entry in read_manifest(folder, manifest_sha256).files}
+    if missing := [name for name in TOKENIZER_FILES if name not in entries]:
+        raise CheckpointDamaged(f"{folder.name} holds no {' and no '.join(missing)}")
+    return Tokenizer.of_files({name: read_file(folder, entries[name]) for name in TOKENIZER_FILES})
 
 
 def read_config(folder: Path) -> JobConfig:

@@ -6,7 +6,6 @@ The same classes are the HTTP body, the OpenAPI document, the JSON column of the
 """
 
 import math
-from collections.abc import Callable
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -237,69 +236,3 @@ class SampleConfig(Strict):
 
 class JobConfig(ModelConfig, TrainConfig, SampleConfig):
     """The flat config of a job: `{"epochs": 500, "lr": 1e-4, "use_moe": true, "n_experts": 8, "k": 2}`."""
-
-    def warnings(self, n_tokens: int | None) -> list[ConfigWarning]:
-        """The legal traps of this config on a text of `n_tokens` tokens (None: not known yet)."""
-        found: list[ConfigWarning] = []
-
-        def warn(code: str, message: str) -> None:
-            found.append(ConfigWarning(code=code, message=message))
-
-        if n_tokens is not None and self.cont_prefix_tokens >= n_tokens:
-            warn(
-                "prefix_longer_than_text",
-                f"cont_prefix_tokens is {self.cont_prefix_tokens}, but the text has {n_tokens} tokens: "
-                "the whole text is the prompt, and nothing of it is left to compare the continuation with",
-            )
-        if self.cont_prefix_tokens + self.cont_max_new_tokens > self.block_size:
-            warn(
-                "continuation_slides",
-                f"prefix and continuation together are longer than block_size {self.block_size}: "
-                "the context slides, and the earliest tokens are forgotten",
-            )
-        if self.use_moe:
-            self._warn_of_router_traps(n_tokens, warn)
-        elif unused := sorted(_MOE_KNOBS & self.model_fields_set):
-            warn("moe_settings_unused", f"use_moe is false, so these do nothing: {', '.join(unused)}")
-        return found
-
-    def _warn_of_router_traps(self, n_tokens: int | None, warn: Callable[[str, str], None]) -> None:
-        if self.k == 1 and self.renormalises_gates and self.n_experts > 1:
-            warn(
-                "router_starved",
-                "k = 1 with renormalised gates makes every gate a constant 1: "
-                "the language-model loss gives the router no gradient",
-            )
-        if n_tokens is None:
-            return
-        n_micro = min(n_tokens, self.batch_size * self.block_size)
-        if self.n_experts > n_tokens:
-            warn(
-                "more_experts_than_tokens",
-                f"n_experts is {self.n_experts}, but the text has {n_tokens} tokens: some experts see none",
-            )
-        if self.capacity_factor is not None and self.capacity_factor * n_micro * self.k / self.n_experts < 1:
-            warn(
-                "capacity_below_one",
-                f"capacity_factor {self.capacity_factor:g} gives each expert less than one assignment "
-                f"of a micro-batch of {n_micro} tokens; it is rounded up to 1",
-            )
-
-
-_MOE_KNOBS = frozenset(
-    {
-        "n_experts",
-        "k",
-        "moe_stride",
-        "norm_topk_prob",
-        "router_score",
-        "router_noise",
-        "capacity_factor",
-        "n_shared_experts",
-        "expert_hidden_ratio",
-        "router_aux_loss_coef",
-        "router_z_loss_coef",
-        "router_bias_update_rate",
-        "upcycle_noise",
-    }
-)

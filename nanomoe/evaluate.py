@@ -28,7 +28,10 @@ LOGITS_BYTES = 64 * 2**20
 """Logits held at once; a longer text is evaluated in several batches."""
 
 Choices = dict[int, Tensor]
-"""{layer: (targets, K) int16}: the experts of each token that has a target, in the text's order."""
+"""{layer: (targets, K) int16}: the experts of each token that has a target, in the text's order.
+
+Row i is the routing of token i, after which token i + 1 is predicted: what `routing.safetensors` holds, and `churn`
+compares."""
 
 
 @dataclass(frozen=True)
@@ -173,13 +176,18 @@ def _read_text(model: GPT, windows: Windows) -> _Reading:
 
 
 def _reconstruction(tokens: list[int], read: _Reading, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The model's prediction in place of every target: the first `MAX_RECONSTRUCTED` of them."""
+    """The model's prediction in place of every target: the first `MAX_RECONSTRUCTED` of them.
+
+    Position i holds the token that was seen and routed there, `input`, and what was predicted after it: `experts` are
+    those of `input`, `target` is the token that follows it.
+    """
     shown = min(len(tokens) - 1, MAX_RECONSTRUCTED)
     chosen = [routing.chosen_TK[:shown].tolist() for routing in read.routing.values()]
     entries = []
     byte_offset = len(tokenizer.token_bytes(tokens[0]))
     for i, target in enumerate(tokens[1 : shown + 1]):
         entry: dict[str, Any] = {
+            "input": tokenizer.decode([tokens[i]]),
             "target": tokenizer.decode([target]),
             "predicted": tokenizer.decode([read.predicted[i]]),
             "loss": read.losses[i],

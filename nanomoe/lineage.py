@@ -26,6 +26,15 @@ def misfits(child: ModelConfig, parent: ModelConfig) -> list[str]:
     ]
 
 
+def warnings(child: ModelConfig, parent: ModelConfig) -> list[ConfigWarning]:
+    """What a child that fits should know of its start."""
+    found = [] if (grown := upcycle_warning(child, parent)) is None else [grown]
+    if parent.use_moe and child.upcycle_noise > 0:
+        message = "upcycle_noise does nothing: the parent is a mixture, so no expert is a copy of an MLP"
+        found.append(ConfigWarning(code="upcycle_noise_unused", message=message))
+    return found
+
+
 def upcycle_warning(child: ModelConfig, parent: ModelConfig) -> ConfigWarning | None:
     """Why a mixture grown from a dense parent does not begin with the parent's logits; None when it does.
 

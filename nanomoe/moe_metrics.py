@@ -151,7 +151,10 @@ def _figures(
 
 
 def churn(chosen_TK: Tensor, previous_TK: Tensor) -> float:
-    """1 - the mean share of each token's experts that it had at the checkpoint before: 0 is stable, 1 all new."""
+    """1 - the mean share of each token's experts that it had at the checkpoint before: 0 is stable, 1 all new.
+
+    Row t of both is the routing of the text's token t, as an input.
+    """
     kept_TK = (chosen_TK[:, :, None] == previous_TK.to(chosen_TK)[:, None, :]).any(-1)
     return 1 - kept_TK.double().mean().item()
 

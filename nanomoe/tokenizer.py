@@ -8,7 +8,7 @@ Knows no model, no checkpoint and no settings: the caller says which folders, an
 import codecs
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -19,8 +19,14 @@ if TYPE_CHECKING:
 
 BUNDLED = "ptbr-8k"
 BUNDLED_VOCAB_SIZE = 8192
-TRAINED_VOCAB_SIZES = range(257, 65_537)
+MIN_VOCAB_SIZE = 256
+"""Every tokenizer has an entry for each byte."""
+
+TRAINED_VOCAB_SIZES = range(MIN_VOCAB_SIZE + 1, 65_537)
 """The N of `train:N`: at least one merge beyond the 256 bytes, at most what 16 bits number."""
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+"""The files that a tokenizer is saved as."""
 
 ErrorCode = Literal["tokenizer_name_invalid", "tokenizer_not_found", "hub_not_allowed", "tokenizer_unsuitable"]
 
@@ -67,8 +73,13 @@ class Tokenizer:
         Raises:
             OSError: a file is missing or cannot be read.
         """
-        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-        return cls(config["name_or_path"], (folder / "tokenizer.json").read_text(encoding="utf-8"))
+        return cls.of_files({name: (folder / name).read_bytes() for name in TOKENIZER_FILES})
+
+    @classmethod
+    def of_files(cls, files: Mapping[str, bytes]) -> Self:
+        """The tokenizer whose `files` these are; others among them are left alone."""
+        config = json.loads(files["tokenizer_config.json"])
+        return cls(config["name_or_path"], files["tokenizer.json"].decode())
 
     def files(self) -> dict[str, bytes]:
         """The files that transformers' AutoTokenizer opens, by name; equal tokenizers give equal bytes."""
@@ -219,17 +230,9 @@ def train_bpe(name: str, pieces: Iterable[str], vocab_size: int) -> Tokenizer:
     The same pieces give the same bytes. At most `vocab_size` entries: a pair that occurs once is not merged. No token
     crosses from one piece to the next.
     """
-    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
-    from tokenizers import Tokenizer as Backend
+    from tokenizers import pre_tokenizers, trainers
 
-    backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_WORDS), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    backend.decoder = decoders.ByteLevel()
+    backend = byte_level_bpe()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=2,
@@ -238,6 +241,25 @@ def train_bpe(name: str, pieces: Iterable[str], vocab_size: int) -> Tokenizer:
     )
     backend.train_from_iterator(pieces, trainer)
     return Tokenizer(name, backend.to_str())
+
+
+def byte_level_bpe(vocab: Mapping[str, int] | None = None, merges: Sequence[tuple[str, str]] = ()) -> "Backend":
+    """A byte-level BPE of these entries and merges, written in GPT-2's alphabet; empty, as `train_bpe` begins, without.
+
+    It splits a text into words before it merges, and gives every text back byte for byte.
+    """
+    from tokenizers import Regex, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Backend
+
+    backend = Backend(models.BPE(vocab=dict(vocab), merges=list(merges)) if vocab is not None else models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    return backend
 
 
 def _trained_vocab_size(name: str) -> int:

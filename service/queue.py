@@ -20,6 +20,7 @@ from typing import Any, Literal
 import sqlalchemy as sa
 from sqlmodel import Session
 
+from nanomoe.config_warnings import CODES as CONFIG_WARNING_CODES
 from service.database import REVISION, Database, alembic_version, insert_or_update, insert_unless_there
 from service.errors import Conflict, Invalid, LeaseLost, NotFound, SchemaMismatch, TooManyRequests
 from service.series import Columns, delete_steps_after, write_steps
@@ -258,8 +259,8 @@ def record_prepared(
     warnings: Sequence[Mapping[str, Any]] = (),
 ) -> Intents:
     """Running stays running: what the first start decided. `model`: `{"n_params", "n_active_params"}`. An execution
-    that an earlier attempt decided stays. The job keeps one warning of a kind; each that says what the job has not been
-    told yet is an event too. Raises LeaseLost."""
+    that an earlier attempt decided stays. `warnings` of the config take the place of those said before; of any other
+    code the first stays. Each that says what the job has not been told yet is an event too. Raises LeaseLost."""
     with db.write() as session:
         owned = _own(
             db,
@@ -271,10 +272,12 @@ def record_prepared(
             n_active_params=model["n_active_params"],
         )
         job = load_job(session, claim.job_id)
-        job.execution = dict(execution) if job.execution is None else job.execution
-        kinds = {warning["code"] for warning in job.warnings}
         new = [dict(warning) for warning in warnings if warning not in job.warnings]
-        job.warnings = [*job.warnings, *(warning for warning in new if warning["code"] not in kinds)]
+        # What was said of the config before the text was tokenised, or with another tokenizer, may not hold.
+        kept = [warning for warning in job.warnings if warning["code"] not in CONFIG_WARNING_CODES]
+        kinds = {warning["code"] for warning in kept}
+        job.warnings = [*kept, *(dict(warning) for warning in warnings if warning["code"] not in kinds)]
+        job.execution = dict(execution) if job.execution is None else job.execution
         if new:
             _log_warnings(db, session, job.id, _own(db, session, claim, n_events=len(new)).event_seq, new)
         return owned.intents

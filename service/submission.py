@@ -10,8 +10,16 @@ from typing import Self
 
 from nanomoe import lineage, size
 from nanomoe.config import ConfigWarning, JobConfig
+from nanomoe.config_warnings import config_warnings
 from nanomoe.plan import Plan, TextTooShort
-from nanomoe.tokenizer import Tokenizer, TokenizerError, known_vocab_size, load_tokenizer
+from nanomoe.tokenizer import (
+    MIN_VOCAB_SIZE,
+    Tokenizer,
+    TokenizerError,
+    check_tokenizer_name,
+    known_vocab_size,
+    load_tokenizer,
+)
 from service.errors import Invalid, TooLarge
 from service.queue import NewJob
 from service.schemas import SubmitRequest
@@ -19,6 +27,20 @@ from service.settings import Settings
 
 TOKENISED_AT_ONCE_BYTES = 256 * 1024
 """Longer texts are tokenised when training starts; until then their tokens and steps are not known."""
+
+
+@dataclass(frozen=True)
+class Parent:
+    """The checkpoint in `init_from`, as far as it decides what a job will be."""
+
+    config: JobConfig
+    """Of the job that recorded it."""
+
+    tokenizer: Tokenizer
+    """The one in the checkpoint's files, which the job goes on with whatever its name stands for today."""
+
+    text_sha256: str
+    """Of the text that it was trained on."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +100,8 @@ class Assessment:
         )
 
 
-def assess(request: SubmitRequest, settings: Settings, parent: JobConfig | None) -> Assessment:
-    """Measure what a request asks for against what this server allows. `parent`: the config of the job in `init_from`.
+def assess(request: SubmitRequest, settings: Settings, parent: Parent | None) -> Assessment:
+    """Measure what a request asks for against what this server allows. `parent`: the checkpoint in `init_from`.
 
     Raises:
         TooLarge: `text_too_large`.
@@ -87,46 +109,73 @@ def assess(request: SubmitRequest, settings: Settings, parent: JobConfig | None)
             `TokenizerError`.
     """
     config = request.config
-    of_parent = [] if parent is None else _warning_of_parent(config, parent)
     n_bytes = _n_bytes(request.text, settings.max_text_bytes)
-    try:
-        vocab_size = known_vocab_size(config.tokenizer)
-        if vocab_size is not None:
-            # Before the tokenizer is loaded, let alone trained: what is absurd is refused at once.
-            _refuse_if_over(settings, parameters=size.n_params(config, vocab_size))
-        tokenizer = _tokenizer(request, n_bytes, settings)
-    except TokenizerError as error:
-        where = [{"loc": ["body", "config", "tokenizer"], "msg": str(error)}]
-        raise Invalid(error.code, str(error), errors=where) from error
+    of_parent = [] if parent is None else _warnings_of_parent(request, parent, settings)
+    # Before a tokenizer is loaded, let alone trained: what is absurd with the fewest entries is refused at once.
+    _refuse_if_over(settings, parameters=size.n_params(config, MIN_VOCAB_SIZE))
+    tokenizer = _tokenizer(request, n_bytes, settings) if parent is None else parent.tokenizer
 
     n_tokens: int | None = None
-    if tokenizer is not None:
-        vocab_size = tokenizer.vocab_size
-        if n_bytes <= TOKENISED_AT_ONCE_BYTES:
-            n_tokens = len(tokenizer.encode(request.text))
+    if tokenizer is not None and n_bytes <= TOKENISED_AT_ONCE_BYTES:
+        n_tokens = len(tokenizer.encode(request.text))
     plan = None if n_tokens is None else _plan(config, n_tokens)
-    # Every token holds a byte or more, so the bytes bound the tokens that are not counted yet.
+    # Every token holds a byte or more, so the bytes bound the tokens that are not counted yet; and the N of train:N
+    # bounds the entries of a tokenizer that is not trained yet.
     n_at_most = n_bytes if n_tokens is None else n_tokens
-    sizes = Sizes() if vocab_size is None else Sizes.of(config, vocab_size, n_at_most)
+    vocab_size = None if tokenizer is None else tokenizer.vocab_size
+    at_most = Sizes.of(config, vocab_size or _most_entries(config.tokenizer), n_at_most)
     _refuse_if_over(
         settings,
-        parameters=sizes.n_params,
-        training_bytes=sizes.training_bytes,
+        parameters=at_most.n_params,
+        training_bytes=at_most.training_bytes,
         steps=None if plan is None else plan.total_steps,
     )
-    return Assessment(request, n_bytes, n_tokens, plan, sizes, config.warnings(n_tokens) + of_parent)
+    warnings = config_warnings(config, plan, n_bytes=n_bytes, vocab_size=vocab_size) + of_parent
+    sizes = at_most if tokenizer is not None else Sizes(training_bytes=at_most.training_bytes)
+    return Assessment(request, n_bytes, n_tokens, plan, sizes, warnings)
 
 
-def _warning_of_parent(config: JobConfig, parent: JobConfig) -> list[ConfigWarning]:
-    """What growing the parent changes. Refuses to start from weights that have no place in this model."""
-    if reasons := lineage.misfits(config, parent):
+def _most_entries(tokenizer: str) -> int:
+    """Entries that `train:N` has at most."""
+    most = known_vocab_size(tokenizer)
+    assert most is not None, "every other tokenizer is loaded"
+    return most
+
+
+def _warnings_of_parent(request: SubmitRequest, parent: Parent, settings: Settings) -> list[ConfigWarning]:
+    """What the parent decides otherwise than the config says. Refuses weights that have no place in this model."""
+    config = request.config
+    todays = _todays_tokenizer(config.tokenizer, settings)
+    is_same = todays is not None and todays.definition == parent.tokenizer.definition
+    # A tokenizer is what its files say, under whatever name.
+    named_alike = config.model_copy(update={"tokenizer": parent.config.tokenizer}) if is_same else config
+    if reasons := lineage.misfits(named_alike, parent.config):
         raise Invalid(
             "parent_does_not_fit",
             f"the weights of init_from do not fit this model: {'; '.join(reasons)}",
             errors=[{"loc": ["body", "config"], "msg": reason} for reason in reasons],
         )
-    warning = lineage.upcycle_warning(config, parent)
-    return [] if warning is None else [warning]
+    found = lineage.warnings(config, parent.config)
+    is_known = todays is not None or config.tokenizer.startswith("train:")
+    is_same |= todays is None and parent.text_sha256 == hashlib.sha256(request.text.encode()).hexdigest()
+    if is_known and not is_same:
+        message = (
+            f"the job goes on with the {config.tokenizer} of its parent, {parent.tokenizer.vocab_size:,} entries: the "
+            "name alone would give another tokenizer today"
+        )
+        found.append(ConfigWarning(code="tokenizer_of_parent", message=message))
+    return found
+
+
+def _todays_tokenizer(name: str, settings: Settings) -> Tokenizer | None:
+    """What the name stands for on this machine; None for one that would be trained, or fetched from the hub."""
+    if name.startswith("train:"):
+        return None
+    folders = [] if settings.tokenizer_dir is None else [settings.tokenizer_dir]
+    try:
+        return load_tokenizer(name, allowed_folders=folders)
+    except TokenizerError:
+        return None
 
 
 def _n_bytes(text: str, limit: int) -> int:
@@ -140,12 +189,18 @@ def _n_bytes(text: str, limit: int) -> int:
 
 
 def _tokenizer(request: SubmitRequest, n_bytes: int, settings: Settings) -> Tokenizer | None:
-    """The job's tokenizer; None for one that must be trained on a text that is too long for that now."""
+    """The tokenizer of a job without a parent; None for one that must be trained on a text that is too long for that
+    now."""
     name = request.config.tokenizer
-    if name.startswith("train:") and n_bytes > TOKENISED_AT_ONCE_BYTES:
-        return None
     folders = [] if settings.tokenizer_dir is None else [settings.tokenizer_dir]
-    return load_tokenizer(name, text=request.text, allow_hub=settings.allow_hub, allowed_folders=folders)
+    try:
+        check_tokenizer_name(name)
+        if name.startswith("train:") and n_bytes > TOKENISED_AT_ONCE_BYTES:
+            return None
+        return load_tokenizer(name, text=request.text, allow_hub=settings.allow_hub, allowed_folders=folders)
+    except TokenizerError as error:
+        where = [{"loc": ["body", "config", "tokenizer"], "msg": str(error)}]
+        raise Invalid(error.code, str(error), errors=where) from error
 
 
 def _plan(config: JobConfig, n_tokens: int) -> Plan:

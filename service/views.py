@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from nanomoe.checkpoint import stopped_early
 from nanomoe.config import ConfigWarning, JobConfig
+from nanomoe.config_warnings import unused_moe_settings
 from service import schemas
 from service.addressing import Address
 from service.engine_messages import Chunk, Inspected, LogProbs, Scored
@@ -25,6 +26,7 @@ def _config(stored: dict[str, Any]) -> JobConfig:
 
 def job(row: Job, *, queue_position: int | None = None, estimated_start_at: datetime | None = None) -> schemas.JobView:
     """A job as `GET /jobs/{id}` answers it."""
+    config = _config(row.config)
     return schemas.JobView(
         id=row.id,
         name=row.name,
@@ -41,13 +43,21 @@ def job(row: Job, *, queue_position: int | None = None, estimated_start_at: date
         run_at=row.run_at,
         execution=row.execution,
         progress=progress(row),
-        config=_config(row.config),
+        config=config,
         model=schemas.ModelSize(n_params=row.n_params, n_active_params=row.n_active_params),
         text=schemas.TextInfo(sha256=row.text_sha256, n_bytes=row.text_n_bytes, n_tokens=row.n_tokens),
-        warnings=[ConfigWarning.model_validate(warning) for warning in row.warnings],
+        warnings=_warnings(row, config),
         error=None if row.error is None else schemas.JobError.model_validate(row.error),
         parent=_parent(row),
     )
+
+
+def _warnings(row: Job, config: JobConfig) -> list[ConfigWarning]:
+    """Of the row, but `moe_settings_unused` as the config deserves it: rows of earlier versions name every setting of
+    a mixture in it, for each dense job."""
+    warnings = [ConfigWarning.model_validate(warning) for warning in row.warnings]
+    unused = {warning.code: warning for warning in unused_moe_settings(config)}
+    return [unused.get(w.code, w) for w in warnings if w.code != "moe_settings_unused" or unused]
 
 
 def progress(row: Job) -> schemas.Progress:

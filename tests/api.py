@@ -18,6 +18,7 @@ import httpx
 import pytest
 
 from nanomoe import checkpoint
+from nanomoe.tokenizer import load_tokenizer
 from service import queue, store
 from service.__main__ import Server
 from service.app import create_app
@@ -25,6 +26,8 @@ from service.context import Context
 from service.database import Database
 from service.generation import _Pending
 from service.settings import Settings
+
+_BYTES = load_tokenizer("bytes")
 
 TEXT = "O gato dorme no sofá, e o rato rói a roupa do rei de Roma. 🐈"
 
@@ -104,9 +107,9 @@ class Api:
     def record_checkpoint(
         self, claim: queue.Claim, percent: int, step: int, files: dict[str, bytes] | None = None, **figures: Any
     ) -> None:
-        """A checkpoint whose files are really there: two small ones, or those given. `figures`: unlike `metrics()`."""
+        """A checkpoint whose files are really there: small ones, or those given. `figures`: unlike `metrics()`."""
         folder = store.checkpoint_folder(claim.job_id, claim.fence, percent)
-        files = files or {"config.json": b"{}\n", "model.safetensors": bytes(range(256)) * 4}
+        files = files or {"config.json": b"{}\n", "model.safetensors": bytes(range(256)) * 4, **_BYTES.files()}
         manifest, sha256 = checkpoint.write(self.context.settings.data_dir / folder, files)
         queue.record_checkpoint(
             self.db,

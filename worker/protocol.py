@@ -50,6 +50,9 @@ class Start(Strict):
     parent: Folder | None
     """The checkpoint whose weights the job starts from."""
 
+    tokenizer: Folder | None = None
+    """The checkpoint of an earlier attempt whose tokenizer the job goes on with, where it starts again at step 0."""
+
     device: str
     """For example `cpu` or `cuda:0`."""
 

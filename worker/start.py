@@ -36,6 +36,7 @@ def compose(
     config = JobConfig.model_validate(job.config)
     snapshot = store.find_snapshot(db, job.id)
     resume, warnings = _verified(snapshot, settings.data_dir, meanwhile)
+    parent = _find_parent(db, config, settings.data_dir, meanwhile) if resume is None else None
     start = Start(
         job_id=job.id,
         fence=job.fence,
@@ -44,7 +45,8 @@ def compose(
         folder=str(folder),
         execution=job.execution,
         resume=resume,
-        parent=_find_parent(db, config, settings.data_dir, meanwhile) if resume is None else None,
+        parent=parent,
+        tokenizer=_find_tokenizer(db, job, settings.data_dir) if resume is None and parent is None else None,
         device=device,
         snapshot_seconds=settings.snapshot_seconds,
         allow_hub=settings.allow_hub,
@@ -78,6 +80,19 @@ def _find_parent(db: store.Database, config: JobConfig, data_dir: Path, meanwhil
         name = f"{config.init_from.job_id}@{config.init_from.checkpoint}"
         raise ParentUnusable(f"cannot start from {name}: {error}") from error
     return parent
+
+
+def _find_tokenizer(db: store.Database, job: Job, data_dir: Path) -> Folder | None:
+    """The first undamaged checkpoint that an earlier attempt recorded: its files hold the tokenizer that the job began
+    with, whose name may stand for another by now."""
+    for row in store.list_checkpoints(db, job.id):
+        found = Folder(folder=str(data_dir / row.folder), manifest_sha256=row.manifest_sha256)
+        try:
+            checkpoint.read_tokenizer(Path(found.folder), found.manifest_sha256)
+        except CheckpointDamaged:
+            continue
+        return found
+    return None
 
 
 def _write_text(db: store.Database, job: Job, folder: Path) -> Path:

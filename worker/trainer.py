@@ -175,6 +175,7 @@ def _train(start: Start, wire: Wire, supervision: Supervision, writer: Writer) -
 def _prepare(start: Start, wire: Wire) -> "Run":
     """Everything from the start message to a model that can train, on its device."""
     from nanomoe import checkpoint
+    from nanomoe.config_warnings import config_warnings
     from nanomoe.execution import Execution, find_device
     from nanomoe.run import Run
     from nanomoe.size import n_active_params, n_params
@@ -199,7 +200,7 @@ def _prepare(start: Start, wire: Wire) -> "Run":
         parent = starting_weights(checkpoint.load_weights(Path(start.parent.folder)), config, seed=config.seed)
     device = find_device(start.device)
     run = Run(config, tokens, tokenizer, execution, device=device, parent=parent, resume=resume)
-    warnings = config.warnings(len(tokens))
+    warnings = config_warnings(config, run.plan, n_bytes=len(text.encode()), vocab_size=tokenizer.vocab_size)
     if differences:
         otherwise = f"this attempt computes otherwise than the first one did: {'; '.join(differences)}"
         warnings.append(ConfigWarning(code="resume_not_exact", message=otherwise))
@@ -226,11 +227,13 @@ def _keep(first: "Execution", now: "Execution") -> "Execution":
 
 
 def _tokenizer(start: Start, text: str) -> "Tokenizer":
-    """That of the weights we go on from, where there are any: a name may mean something else by now."""
-    from nanomoe.tokenizer import Tokenizer, load_tokenizer
+    """That of the weights or of the attempt that we go on from, where there is one: a name may mean something else by
+    now."""
+    from nanomoe import checkpoint
+    from nanomoe.tokenizer import load_tokenizer
 
-    if (origin := start.resume or start.parent) is not None:
-        return Tokenizer.load(Path(origin.folder))
+    if (origin := start.resume or start.parent or start.tokenizer) is not None:
+        return checkpoint.read_tokenizer(Path(origin.folder), origin.manifest_sha256)
     folders = () if start.tokenizer_dir is None else (Path(start.tokenizer_dir),)
     return load_tokenizer(start.config.tokenizer, text=text, allow_hub=start.allow_hub, allowed_folders=folders)
 

@@ -103,7 +103,7 @@ def train(
 
     try:
         with JsonDisplay() if as_json else TextDisplay(text.console()) as display:
-            _train(run, display, out)
+            _train(run, len(given.encode()), display, out)
     except KeyboardInterrupt:
         kept = f"; its checkpoints are in {out}" if out is not None else ""
         text.console(stderr=True).print(f"stopped at step {run.progress.step:,}{kept}")
@@ -135,12 +135,15 @@ def _prepare(given: str, config: "JobConfig") -> "Run":
         raise Mistake(f"{error.code}: {error}") from None
 
 
-def _train(run: "Run", display: Display, out: Path | None) -> None:
+def _train(run: "Run", n_bytes: int, display: Display, out: Path | None) -> None:
+    """`n_bytes`: of the text, in UTF-8."""
     from nanomoe import checkpoint
     from nanomoe import train as training
+    from nanomoe.config_warnings import config_warnings
 
     began = time.monotonic()
-    for warning in run.config.warnings(run.plan.n_train_tokens + run.plan.n_val_tokens):
+    vocab_size = run.tokenizer.vocab_size
+    for warning in config_warnings(run.config, run.plan, n_bytes=n_bytes, vocab_size=vocab_size):
         display.warning(warning.code, warning.message)
     for happened in training.train(run):
         match happened:

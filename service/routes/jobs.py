@@ -7,10 +7,11 @@ from anyio import to_thread
 from fastapi import APIRouter, Header, Query, Response
 from pydantic import Field, StringConstraints
 
-from nanomoe.config import JobConfig
+from nanomoe import checkpoint
+from nanomoe.checkpoint import CheckpointDamaged
 from service import files, line, queue, schemas, store, submission, views
 from service.context import Context
-from service.errors import DatabaseUnavailable
+from service.errors import Conflict, DatabaseUnavailable
 from service.openapi import problems, ref
 from service.patterns import IDEMPOTENCY_KEY, TAG
 from service.routes.parameters import JobId, Service, StrictQuery
@@ -75,7 +76,7 @@ IdempotencyKey = Annotated[
             "description": "The job that this key made before; or the estimate of a dry run.",
             "content": {"application/json": {"schema": {"anyOf": [ref(JobView), ref(schemas.Estimate)]}}},
         },
-        **problems(400, 404, 413, 415, 422, 429, 503, 507),
+        **problems(400, 404, 409, 413, 415, 422, 429, 503, 507),
     },
     openapi_extra=DOCUMENTED,
 )
@@ -98,13 +99,23 @@ def submit(
     return _placed(service, row)
 
 
-def _parent(service: Context, request: schemas.SubmitRequest) -> JobConfig | None:
-    """The config of the job that another is to start from; its checkpoint must have been recorded."""
+def _parent(service: Context, request: schemas.SubmitRequest) -> submission.Parent | None:
+    """The checkpoint that a job is to start from, which must have been recorded.
+
+    Raises:
+        NotFound: `job_not_found`, `checkpoint_not_found`.
+        Conflict: `checkpoint_damaged`.
+    """
     origin = request.config.init_from
     if origin is None:
         return None
-    store.get_checkpoint(service.database, origin.job_id, origin.checkpoint)
-    return views.job(store.get_job(service.database, origin.job_id)).config
+    recorded = store.get_checkpoint(service.database, origin.job_id, origin.checkpoint)
+    job = store.get_job(service.database, origin.job_id)
+    try:
+        tokenizer = checkpoint.read_tokenizer(service.settings.data_dir / recorded.folder, recorded.manifest_sha256)
+    except CheckpointDamaged as error:
+        raise Conflict(error.code, f"cannot start from {origin.job_id}@{origin.checkpoint}: {error}") from error
+    return submission.Parent(views.job(job).config, tokenizer, job.text_sha256)
 
 
 @router.get("/jobs", responses=problems(422, 503))

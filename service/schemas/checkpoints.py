@@ -8,15 +8,19 @@ from service.schemas.base import Status, View
 
 
 class ReconstructedToken(View):
-    """One target of the training text, and what the model predicts in its place."""
+    """One position of the training text: the token that was seen there, the one that follows, and the model's guess."""
 
     model_config = ConfigDict(extra="allow")
 
+    input: str | None = None
+    """Text of the token at this position, which the model saw and routed; U+FFFD where it splits a character. Null in
+    checkpoints of earlier versions."""
+
     target: str
-    """The token's text; U+FFFD where it splits a character."""
+    """Text of the token that follows `input`, which is to be predicted; U+FFFD where it splits a character."""
 
     predicted: str
-    """The likeliest token's text."""
+    """Text of the token that the model finds likeliest after `input`."""
 
     loss: float
     """Cross-entropy of the target, in nats."""
@@ -28,7 +32,7 @@ class ReconstructedToken(View):
     """Where the target starts in the text's UTF-8 bytes."""
 
     experts: list[list[int]] | None = None
-    """The chosen experts of each MoE layer, in gate order."""
+    """The experts that `input` was sent to, of each MoE layer, in gate order; null for a dense model."""
 
 
 class Reconstruction(View):

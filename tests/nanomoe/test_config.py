@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from nanomoe.config import _MOE_KNOBS, JobConfig, ModelConfig, SampleConfig, TrainConfig
+from nanomoe.config import JobConfig, ModelConfig, SampleConfig, TrainConfig
 
 
 def test_the_defaults_are_the_reference_run() -> None:
@@ -66,36 +66,7 @@ def test_an_impossible_combination_is_refused_with_its_figures(wrong: dict[str, 
         JobConfig.model_validate(wrong)
 
 
-@pytest.mark.parametrize(
-    ("config", "n_tokens", "code"),
-    [
-        ({"cont_prefix_tokens": 90, "cont_max_new_tokens": 5}, 87, "prefix_longer_than_text"),
-        ({"cont_max_new_tokens": 95}, 87, "continuation_slides"),
-        ({"use_moe": True, "k": 1, "norm_topk_prob": True}, 87, "router_starved"),
-        ({"use_moe": True, "n_experts": 128}, 87, "more_experts_than_tokens"),
-        ({"use_moe": True, "capacity_factor": 0.01}, 87, "capacity_below_one"),
-        ({"n_experts": 4}, 87, "moe_settings_unused"),
-    ],
-)
-def test_a_legal_trap_gets_a_warning_and_the_reference_run_none(
-    config: dict[str, Any], n_tokens: int, code: str
-) -> None:
-    assert [w.code for w in JobConfig.model_validate(config).warnings(n_tokens)] == [code]
-    assert JobConfig().warnings(n_tokens) == []
-    assert JobConfig(use_moe=True).warnings(n_tokens) == []
-
-
-def test_an_unknown_length_gives_no_warning_about_the_length() -> None:
-    config = JobConfig(use_moe=True, n_experts=128, cont_prefix_tokens=20)
-    assert config.warnings(None) == []
-
-
 def test_every_knob_is_declared_once_with_its_meaning() -> None:
     owners = [cls.model_fields for cls in (ModelConfig, TrainConfig, SampleConfig)]
     assert sum(map(len, owners)) == len(JobConfig.model_fields)
     assert all(field.description for field in JobConfig.model_fields.values())
-
-
-def test_the_knobs_of_a_mixture_are_those_between_use_moe_and_the_end_of_the_model() -> None:
-    fields = list(ModelConfig.model_fields)
-    assert set(fields[fields.index("use_moe") + 1 :]) == _MOE_KNOBS

@@ -64,7 +64,7 @@ def test_a_reconstruction_names_every_target_with_its_place_in_the_text() -> Non
     assert not reconstruction["truncated"]
     assert [t["id"] for t in reconstruction["tokens"]] == list(text[1:])
     assert [t["byte_offset"] for t in reconstruction["tokens"]] == list(range(1, len(text)))
-    assert reconstruction["tokens"][0]["target"] == " "
+    assert [reconstruction["tokens"][0][name] for name in ("input", "target")] == ["a", " "]
     assert all("experts" not in t for t in reconstruction["tokens"])
 
 
@@ -115,6 +115,30 @@ def test_metrics_of_a_mixture_cover_every_layer_and_token() -> None:
     counts = Counter(expert for t in tokens for expert in t["experts"][0])
     assert layers[0]["load"] == pytest.approx([counts[e] / (2 * n_targets) for e in range(4)])
     assert evaluation.metrics["moe"]["max"]["train_dropped_fraction"] == 0.25
+
+
+@pytest.mark.parametrize("block_size", [100, 8])
+def test_the_experts_of_a_position_are_those_its_input_token_is_routed_to(block_size: int) -> None:
+    config = small(use_moe=True, moe_stride=1, n_experts=8, block_size=block_size)
+    model, windows = model_and_windows(config)
+    evaluation = evaluated(config)
+    positions = evaluation.metrics["reconstruction"]["tokens"]
+    tokens = BYTES.encode(TEXT)
+    assert [BYTES.decode([token]) for token in tokens[:-1]] == [position["input"] for position in positions]
+    start = 0
+    for window in range(windows.count):
+        first = windows.start(window)
+        context = torch.tensor([tokens[first : first + windows.length]])
+        routings = model.eval()(context).routings
+        for at in range(start, min(first + windows.length, len(tokens) - 1)):
+            # Nothing after the input has a part in it: the router sees the text up to there.
+            seen = model(context[:, : at - first + 1]).routings
+            expected = [seen[layer].chosen_TK[-1].tolist() for layer in routings]
+            assert positions[at]["experts"] == expected
+            assert [evaluation.choices[layer][at].tolist() for layer in routings] == expected
+            start = at + 1
+    assert start == len(positions)
+    assert len({str(position["experts"]) for position in positions}) > 5  # else any position would do
 
 
 def test_the_loss_without_an_expert_is_that_of_a_model_whose_expert_answers_zero() -> None:

@@ -15,6 +15,7 @@ from tokenizers import Regex, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from nanomoe import tokenizer as module
+from nanomoe.assets.make_ptbr_8k import count_words, folded, learn_bpe, listed_words
 from nanomoe.tokenizer import (
     BUNDLED_VOCAB_SIZE,
     IncrementalDecoder,
@@ -174,12 +175,37 @@ def test_the_bundled_file_is_the_one_whose_making_is_documented() -> None:
     assert load_tokenizer("ptbr-8k") is BUNDLED
 
 
+def test_no_entry_of_the_bundled_tokenizer_is_a_listed_vulgar_word() -> None:
+    words = {folded(BUNDLED.decode([token])) for token in range(BUNDLED.vocab_size)}
+    assert len(words) > 5000
+    assert words & listed_words() == set()
+
+
+def test_learning_without_a_refused_word_is_training_as_ever() -> None:
+    text = "".join(path.read_text(encoding="utf-8") for path in HELD_OUT)
+    learnt = learn_bpe("same", count_words([(text, 1)]), 700, frozenset())
+    assert learnt == train_bpe("same", [text], 700)
+
+
+def test_a_refused_word_is_no_entry_with_or_without_space_capitals_and_accents() -> None:
+    text = "A pata e o pato: patas, PATAS, patá, pata-choca e computador. "
+    counts = count_words([(text, 100)])
+    entries = {refused: learn_bpe("some", counts, 400, refused) for refused in (frozenset(), frozenset({"pata"}))}
+    for refused, tokenizer in entries.items():
+        words = {folded(tokenizer.decode([token])) for token in range(tokenizer.vocab_size)}
+        assert ("pata" in words) is (not refused)
+        assert "patas" in words  # a longer word is made of other parts
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
 def test_the_script_makes_the_same_bytes_in_every_process(tmp_path: Path) -> None:
-    help_page = tmp_path / "prose/usr/share/help/pt_BR/gnome-help/a.page"
-    chapter = tmp_path / "prose/usr/share/doc/debian-handbook/html/pt-BR/a.html"
+    help_page = tmp_path / "sources/usr/share/help/pt_BR/gnome-help/a.page"
+    chapter = tmp_path / "sources/usr/share/doc/debian-handbook/html/pt-BR/a.html"
+    vulgar = tmp_path / "sources/safetext/languages/pt/words.txt"
     for path, text in (
         (help_page, '<page xmlns="http://projectmallard.org/1.0/"><p>Olá, <em>mundo</em>!</p></page>'),
         (chapter, '<div>menu<div class="para">Um <b>dia</b>:\n<ul><li>x</li></ul></div></div>'),
+        (vulgar, "Você\n\n"),
     ):
         path.parent.mkdir(parents=True)
         path.write_text(text, encoding="utf-8")
@@ -189,13 +215,17 @@ def test_the_script_makes_the_same_bytes_in_every_process(tmp_path: Path) -> Non
     for n_threads, seed in (("1", "1"), ("2", "2")):
         out = tmp_path / n_threads
         subprocess.run(
-            [sys.executable, "-c", code, str(tmp_path / "prose"), "--out", str(out)],
+            [sys.executable, "-c", code, str(tmp_path / "sources"), "--out", str(out)],
             env={**os.environ, "RAYON_NUM_THREADS": n_threads, "PYTHONHASHSEED": seed},
             check=True,
             capture_output=True,
         )
         made.append([(path.name, path.read_bytes()) for path in sorted(out.iterdir())])
     assert made[0] == made[1]
+    tokenizer = Tokenizer.load(tmp_path / "1")
+    words = {folded(tokenizer.decode([token])) for token in range(tokenizer.vocab_size)}
+    assert "para" in words
+    assert words & ({"voce"} | listed_words()) == set()
 
 
 def test_the_script_reads_the_prose_of_both_manuals(tmp_path: Path) -> None:

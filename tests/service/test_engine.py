@@ -14,6 +14,7 @@ from structlog.testing import capture_logs
 
 from nanomoe.generate import Request, generate_reference
 from nanomoe.sampling import Sampling
+from nanomoe.tokenizer import load_tokenizer
 from service.engine import LEAST_SHARE, Pace, Server
 from service.engine_messages import (
     Begun,
@@ -24,10 +25,16 @@ from service.engine_messages import (
     Failed,
     FromEngine,
     Generate,
+    Inspect,
+    Inspected,
+    Score,
+    Scored,
     Start,
     parse_from_engine,
     to_line,
 )
+from service.examiner import examine
+from tests.nanomoe.sample_tokenizers import PARAGRAPH, other_meaning
 from tests.service.tiny_checkpoint import TinyCheckpoint, write_tiny_checkpoint
 
 
@@ -105,6 +112,28 @@ def test_a_request_is_answered_with_its_text(tiny: TinyCheckpoint, stream: bool)
     assert isinstance(done, Done)
     assert (done.prompt_tokens, done.completion_tokens, done.window_slid) == (11, 40, True)
     assert begun.at <= done.first_token_at <= done.finished_at <= time.monotonic()
+
+
+def test_a_checkpoint_is_read_with_the_tokenizer_in_its_files_whatever_its_name_stands_for_today(
+    tmp_path: Path,
+) -> None:
+    earlier = other_meaning(load_tokenizer("ptbr-8k"))
+    made = write_tiny_checkpoint(tmp_path / "earlier", tokenizer=earlier)
+    driver = Driver()
+    request_id = driver.ask(made.request("Era uma vez", 8))
+    driver.finish(request_id)
+    expected = _reference(made, "Era uma vez", 8, Sampling(0))
+    (chunk,) = driver.chunks(request_id)
+    assert (list(chunk.tokens), chunk.text) == (expected, earlier.decode(expected))
+
+    there = {"id": 1, "folder": str(made.folder), "manifest_sha256": made.manifest_sha256}
+    for question in (Score(**there, text=PARAGRAPH), Inspect(**there, prompt="Era uma vez")):
+        answer = examine(question, torch.device("cpu"))
+        assert isinstance(answer, Scored | Inspected)
+        text = PARAGRAPH if isinstance(question, Score) else "Era uma vez"
+        assert [token.token for token in answer.tokens] == earlier.encode(text)
+        assert "".join(token.text for token in answer.tokens) == text
+    assert earlier.encode(PARAGRAPH) != load_tokenizer("ptbr-8k").encode(PARAGRAPH)
 
 
 def test_every_choice_of_a_request_is_a_text_of_its_own(tiny: TinyCheckpoint) -> None:

@@ -137,6 +137,8 @@ def test_every_documented_status_is_reached_and_no_other(serve: Serve, tmp_path:
     next((api.context.settings.data_dir / "jobs" / damaged).rglob("manifest.json")).unlink()
     send("POST", "/v1/completions", json={"model": damaged, "prompt": "a"})
     send("POST", "/jobs", json={"text": TEXT, "config": {"init_from": {"job_id": NOBODY}}})
+    from_damaged = {"tokenizer": "bytes", "init_from": {"job_id": damaged, "checkpoint": 0}}
+    send("POST", "/jobs", json={"text": TEXT, "config": from_damaged})
     send("POST", "/jobs", data={"text": TEXT})
     send("POST", "/jobs", json={"text": TEXT}, params={"dry_run": True})
     for _ in range(3):

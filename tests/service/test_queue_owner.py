@@ -156,6 +156,20 @@ def test_a_job_that_needed_fewer_steps_says_why_in_its_row_and_its_last_event(
     assert job.status_reason == last.data["status_reason"] == "stopped early at step 42: perplexity 1.987"
 
 
+def test_what_a_config_warns_of_is_what_it_does_once_the_text_is_tokenised(
+    db: Database, worker: WorkerIdentity
+) -> None:
+    outdated = [{"code": code, "message": "of 9 tokens"} for code in ("warmup_beyond_end", "prefix_longer_than_text")]
+    held = running(db, worker, warnings=[*outdated, {"code": "upcycle_not_equal", "message": "of the parent"}])
+    current = {"code": "warmup_beyond_end", "message": "of 12 tokens"}
+    decided = {"execution": EXECUTION, "n_tokens": 12, "total_steps": 4, "model": {"n_params": 1, "n_active_params": 1}}
+    for _ in range(2):
+        queue.record_prepared(db, held, **decided, warnings=[current])
+        job = store.get_job(db, held.job_id)
+        assert job.warnings == [{"code": "upcycle_not_equal", "message": "of the parent"}, current]
+        assert job.n_tokens == 12
+
+
 def test_what_the_memory_does_not_hold_is_known_to_every_later_attempt(db: Database, worker: WorkerIdentity) -> None:
     held = running(db, worker)
     prepare(db, held)

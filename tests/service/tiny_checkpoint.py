@@ -39,16 +39,21 @@ class TinyCheckpoint:
 
 
 def write_tiny_checkpoint(
-    folder: Path, *, seed: int = 0, tokenizer: str = "bytes", claimed: dict[str, object] | None = None, **knobs: object
+    folder: Path,
+    *,
+    seed: int = 0,
+    tokenizer: str | Tokenizer = "bytes",
+    claimed: dict[str, object] | None = None,
+    **knobs: object,
 ) -> TinyCheckpoint:
     """A checkpoint with random weights, spread so widely that the likeliest token changes with the prompt.
 
     `claimed`: knobs that its config.json has otherwise than the model.
     """
+    loaded = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
     config = JobConfig.model_validate(
-        {"tokenizer": tokenizer, "block_size": 32, "n_layer": 2, "n_head": 2, "n_embd": 16, **knobs}
+        {"tokenizer": loaded.name, "block_size": 32, "n_layer": 2, "n_head": 2, "n_embd": 16, **knobs}
     )
-    loaded = load_tokenizer(tokenizer)
     model = GPT(config, loaded.vocab_size)
     model.init_weights(seed)
     with torch.no_grad():

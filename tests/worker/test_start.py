@@ -8,6 +8,7 @@ from service.queue import Claim, NewJob
 from service.settings import Settings
 from service.store import Database
 from tests.databases import ONLY_SQLITE
+from tests.service.tiny_checkpoint import write_tiny_checkpoint
 from tests.worker.workplace import SHORT_LEASE, Workplace
 from worker.start import compose
 
@@ -34,6 +35,28 @@ def test_a_text_whose_bytes_changed_between_two_attempts_is_written_again(db: Da
     written = file.stat().st_mtime_ns
     compose(db, job, device="cpu", settings=settings)
     assert file.stat().st_mtime_ns == written
+
+
+@ONLY_SQLITE
+def test_a_job_that_starts_again_at_step_0_keeps_the_tokenizer_of_its_checkpoints(
+    db: Database, settings: Settings
+) -> None:
+    claim = claimed(db)
+    assert compose(db, claim.job, device="cpu", settings=settings)[0].tokenizer is None
+    for percent in (0, 25):
+        made = write_tiny_checkpoint(
+            settings.data_dir / store.checkpoint_folder(claim.job_id, claim.fence, percent), seed=percent
+        )
+        queue.record_checkpoint(
+            db, claim, percent=percent, step=percent, epoch=0, manifest_sha256=made.manifest_sha256,
+            folder=store.checkpoint_folder(claim.job_id, claim.fence, percent), files=[], metrics={},
+        )  # fmt: skip
+    first, second = (settings.data_dir / row.folder for row in store.list_checkpoints(db, claim.job_id))
+    for damaged, expected in ((None, first), (first, second), (second, None)):
+        if damaged is not None:
+            (damaged / "tokenizer.json").write_bytes(b"{}")
+        found = compose(db, claim.job, device="cpu", settings=settings)[0].tokenizer
+        assert (found and found.folder) == (expected and str(expected))
 
 
 @ONLY_SQLITE

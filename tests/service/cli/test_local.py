@@ -8,8 +8,15 @@ from pathlib import Path
 import pytest
 
 from nanomoe import checkpoint
+from nanomoe.tokenizer import load_tokenizer
+from service.cli.knobs import config_of
+from service.schemas import SubmitRequest
+from service.settings import Settings
+from service.submission import assess
 from tests.api import TEXT
+from tests.nanomoe.sample_tokenizers import other_meaning
 from tests.service.cli.conftest import Run
+from tests.service.tiny_checkpoint import write_tiny_checkpoint
 
 TINY = [
     part
@@ -91,3 +98,29 @@ def test_ctrl_c_says_how_far_it_came_and_leaves_whole_checkpoints(
     assert done.code == 130
     n_steps = checkpoint.read_metrics(tmp_path / "run" / "25")["step"]
     assert done.err == f"stopped at step {n_steps}; its checkpoints are in run\n"
+
+
+def test_a_checkpoint_of_an_earlier_bundle_is_explained_and_exported_with_its_own_tokenizer(
+    nanomoe: Run, tmp_path: Path
+) -> None:
+    earlier = other_meaning(load_tokenizer("ptbr-8k"))
+    made = write_tiny_checkpoint(tmp_path / "earlier", tokenizer=earlier, use_moe=True)
+    token = earlier.encode("Era uma vez")[-1]
+    answer = nanomoe("explain", "earlier", "Era uma vez", "--json").json
+    assert (answer["token_id"], answer["token"]) == (token, earlier.decode([token]))
+    assert nanomoe("export", "earlier", "hf").code == 0
+    assert (tmp_path / "hf" / "tokenizer.json").read_text("utf-8") == earlier.definition
+    assert made.tokenizer == earlier
+
+
+def test_train_warns_of_what_a_job_warns_of(nanomoe: Run) -> None:
+    traps = ("min_lr=1e-5", "n_experts=4", "warmup_steps=1000", "tokenizer=ptbr-8k")
+    settings = [part for trap in traps for part in ("--set", trap)]
+    text = "Жил-был царь, и была у него мантия. " * 2
+    done = nanomoe("train", "-", *TINY, *settings, "--json", stdin=text.encode())
+    events = [json.loads(line) for line in done.out.splitlines()]
+    codes = {event["data"]["code"] for event in events if event["event"] == "warning"}
+    assert codes >= {"settings_unused", "moe_settings_unused", "warmup_beyond_end", "tokenizer_far_from_text"}
+    request = SubmitRequest(text=text, config=config_of(None, [*TINY[1::2], *traps]))
+    found = assess(request, Settings(_env_file=None), None)
+    assert codes == {warning.code for warning in found.warnings}

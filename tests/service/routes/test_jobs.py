@@ -14,6 +14,8 @@ import httpx
 import pytest
 from structlog.testing import capture_logs
 
+from nanomoe import size
+from nanomoe.config import JobConfig
 from nanomoe.tokenizer import load_tokenizer
 from service import line, queue, store
 from tests.api import TEXT, Api, Serve, serving
@@ -84,7 +86,7 @@ def test_a_text_over_256_kib_is_tokenised_later(api: Api) -> None:
     job = api.submit(text=text, config={"tokenizer": "train:300"})
     assert job["text"] == {"sha256": hashlib.sha256(text.encode()).hexdigest(), "n_bytes": len(text), "n_tokens": None}
     assert job["progress"]["total_steps"] is None
-    assert job["model"]["n_params"] is not None
+    assert job["model"] == {"n_params": None, "n_active_params": None}  # the text may have fewer than 300 entries
 
 
 @pytest.mark.parametrize(
@@ -462,14 +464,64 @@ def test_a_job_that_is_not_finished_or_has_children_is_not_deleted(api: Api) -> 
 
 
 def test_weights_that_do_not_fit_or_are_not_there_are_no_start(api: Api) -> None:
-    parent = api.finished()
+    parent, damaged = api.finished(), api.finished()
+    recorded = store.get_checkpoint(api.db, damaged, 100)
+    (api.context.settings.data_dir / recorded.folder / "tokenizer.json").write_bytes(b"{}")
+    claim = api.running()
+    api.record_checkpoint(claim, 100, 500, {"model.safetensors": b"weights"})
+    queue.finish(api.db, claim, "succeeded")
+    without_tokenizer = claim.job_id
     cases: list[tuple[dict[str, Any], int, str]] = [
         ({"n_layer": 2, "init_from": {"job_id": parent}}, 422, "parent_does_not_fit"),
         ({"init_from": {"job_id": parent, "checkpoint": 50}}, 404, "checkpoint_not_found"),
+        ({"init_from": {"job_id": damaged}}, 409, "checkpoint_damaged"),
+        ({"init_from": {"job_id": without_tokenizer}}, 409, "checkpoint_damaged"),
     ]
     for config, status, expected in cases:
         answer = api.http.post("/jobs", json={"text": TEXT, "config": {"tokenizer": "bytes", **config}})
         assert (answer.status_code, code(answer)) == (status, expected)
+
+
+def test_a_child_counts_with_the_tokenizer_in_its_parents_files_and_its_dry_run_says_the_same(api: Api) -> None:
+    parents = load_tokenizer("train:300", text="outro texto, outro texto, e mais outro texto")
+    claim = api.running(config={"tokenizer": "train:300"})
+    api.record_checkpoint(claim, 100, 500, parents.files())
+    queue.finish(api.db, claim, "succeeded")
+    config = JobConfig.model_validate({"tokenizer": "train:300", "init_from": {"job_id": claim.job_id}})
+    request = {"text": TEXT, "config": config.model_dump(mode="json")}
+    dry = api.http.post("/jobs", params={"dry_run": True}, json=request).json()
+    made = api.http.post("/jobs", json=request).json()
+    assert dry["text"] == made["text"]
+    assert (
+        made["text"]["n_tokens"]
+        == len(parents.encode(TEXT))
+        != len(load_tokenizer("train:300", text=TEXT).encode(TEXT))
+    )
+    assert dry["model"] == made["model"]
+    assert made["model"]["n_params"] == size.n_params(config, parents.vocab_size)
+    assert dry["total_steps"] == made["progress"]["total_steps"]
+    assert dry["warnings"] == made["warnings"]
+    too_small = api.http.post(
+        "/jobs", json={"text": "outro texto", "config": request["config"] | {"val_fraction": 0.9}}
+    )
+    assert (too_small.status_code, code(too_small)) == (422, "text_too_short")  # 11 bytes would do
+
+
+def test_a_row_of_an_earlier_version_says_no_more_that_a_dense_job_has_unused_settings(api: Api) -> None:
+    false = {"code": "moe_settings_unused", "message": "use_moe is false, so these do nothing: all thirteen"}
+    other = {"code": "dead_expert", "message": "expert 3"}
+    warnings: dict[str, list[dict[str, str]]] = {}
+    for name, config in {"default": {}, "changed": {"n_experts": 4}}.items():
+        new = queue.NewJob(
+            text=TEXT, config=JobConfig.model_validate(config).model_dump(mode="json"), warnings=[false, other]
+        )
+        job, _ = queue.submit(api.db, new)
+        warnings[name] = api.http.get(f"/jobs/{job.id}").json()["warnings"]
+    assert warnings["default"] == [other]
+    assert warnings["changed"] == [
+        {"code": "moe_settings_unused", "message": "use_moe is false, so these do nothing: n_experts"},
+        other,
+    ]
 
 
 def test_a_job_can_wait_for_its_time(serve: Serve) -> None:
