@@ -33,7 +33,7 @@ from service.engine_messages import (
     parse_from_engine,
     to_line,
 )
-from service.examiner import examine
+from service.examiner import Examiner
 from tests.nanomoe.sample_tokenizers import PARAGRAPH, other_meaning
 from tests.service.tiny_checkpoint import TinyCheckpoint, write_tiny_checkpoint
 
@@ -128,7 +128,7 @@ def test_a_checkpoint_is_read_with_the_tokenizer_in_its_files_whatever_its_name_
 
     there = {"id": 1, "folder": str(made.folder), "manifest_sha256": made.manifest_sha256}
     for question in (Score(**there, text=PARAGRAPH), Inspect(**there, prompt="Era uma vez")):
-        answer = examine(question, torch.device("cpu"))
+        answer = Examiner(torch.device("cpu")).answer(question)
         assert isinstance(answer, Scored | Inspected)
         text = PARAGRAPH if isinstance(question, Score) else "Era uma vez"
         assert [token.token for token in answer.tokens] == earlier.encode(text)
