@@ -11,7 +11,6 @@ from uuid import uuid4
 
 from anyio import to_thread
 from fastapi import APIRouter, Path, Request, Response
-from fastapi.responses import StreamingResponse
 from fastapi.sse import format_sse_event
 
 from service import addressing, problems, schemas
@@ -23,6 +22,8 @@ from service.generation import empty_prompt
 from service.openai_choices import ChoiceWriter, text_of
 from service.openapi import openai_errors, ref
 from service.prompts import Count, Gain, continue_all
+from service.routes import event_stream
+from service.routes.event_stream import EventStream
 from service.routes.leaving import CLIENT_IS_GONE, unless_gone
 from service.routes.parameters import Service
 from service.routes.responses import as_json
@@ -57,7 +58,7 @@ _MAX_IGNORED = 20
             "headers": {"X-Ignored": {"description": "Fields that had no effect.", "schema": {"type": "string"}}},
             "content": {
                 "application/json": {"schema": ref(Completion)},
-                "text/event-stream": {"schema": {"type": "string"}},
+                **event_stream.documented("Chunks, each the data of an event, then `[DONE]`."),
             },
         },
         **openai_errors(400, 404, 409, 413, 422, 429, 503),
@@ -87,7 +88,7 @@ async def complete(service: Service, asked: CompletionRequest, connection: Reque
         raise resolved.in_prompt(error) from error
     if begun is None:
         return CLIENT_IS_GONE
-    return StreamingResponse(_events(*begun[1]), headers=headers, media_type="text/event-stream")
+    return EventStream(_events(*begun[1]), headers)
 
 
 @dataclass(frozen=True)
