@@ -12,6 +12,8 @@ import nanomoe
 from service import openapi, problems
 from service.context import open_context
 from service.guard import Guard, check_address
+from service.head import HeadAsGet
+from service.request_body import RequestBody
 from service.routes import checkpoints, docs, events, examine, generate, jobs, leaving, metrics, openai, system
 from service.settings import Settings
 
@@ -46,6 +48,9 @@ def create_app(settings: Settings) -> FastAPI:
         # `/jobs/` is not `/jobs`; a redirect would also drop the body of a POST.
         redirect_slashes=False,
     )
+    # The last is the first that a request meets.
+    app.add_middleware(RequestBody)
+    app.add_middleware(HeadAsGet)
     app.add_middleware(Guard, settings=settings)
     problems.install(app)
     app.add_exception_handler(events.NothingMore, events.nothing_more)

@@ -20,14 +20,19 @@ _MEANINGS = {
     403: "`Host` or `Origin` is not allowed.",
     404: "There is no such thing.",
     409: "The state forbids it.",
+    412: "A precondition of the request (`If-Match`, `If-Unmodified-Since`) is not met.",
     413: "The body or the text is too large.",
-    415: "The body is neither JSON nor a form.",
+    415: "The body is of another media type, compressed, or JSON in another charset than UTF-8.",
     416: "The range lies outside of the file.",
     422: "The request is not valid; `errors` says where.",
     429: "Too many are waiting; `Retry-After` says when to come back.",
     503: "Out of reach for now; `Retry-After` says when to come back.",
     507: "The disk is full.",
 }
+
+
+NOT_MODIFIED: dict[str, Any] = {"description": "The client holds it already: `If-None-Match`, `If-Modified-Since`."}
+"""Answered without content."""
 
 
 def ref(model: type[BaseModel]) -> dict[str, str]:

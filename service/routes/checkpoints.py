@@ -8,8 +8,10 @@ from pydantic import Field
 
 from service import schemas, store, views
 from service.files import RecordedFile
-from service.openapi import problems
+from service.openapi import NOT_MODIFIED, problems
 from service.routes.parameters import FileName, JobId, Service, StrictQuery, Which, which
+
+_BYTES = {"type": "string", "format": "binary"}
 
 router = APIRouter(tags=["checkpoints"], prefix="/jobs/{job_id}/checkpoints")
 
@@ -49,12 +51,19 @@ def get_reconstruction(
     "/{percent}/files/{name}",
     response_class=FileResponse,
     responses={
-        200: {"description": "The file.", "content": {"application/octet-stream": {}}},
-        206: {"description": "The range of it that was asked for.", "content": {"application/octet-stream": {}}},
-        **problems(404, 409, 416, 503),
+        200: {"description": "The whole file.", "content": {"application/octet-stream": {"schema": _BYTES}}},
+        206: {
+            "description": "The range of the file that was asked for; several come as `multipart/byteranges`.",
+            "content": {
+                "application/octet-stream": {"schema": _BYTES},
+                "multipart/byteranges": {"schema": _BYTES},
+            },
+        },
+        304: NOT_MODIFIED,
+        **problems(404, 409, 412, 416, 503),
     },
 )
-def get_file(service: Service, job_id: JobId, percent: Which, name: FileName) -> FileResponse:
+def get_checkpoint_file(service: Service, job_id: JobId, percent: Which, name: FileName) -> FileResponse:
     """A file of a checkpoint. `Repr-Digest` is the sha256 that was recorded of it."""
     row = store.get_checkpoint(service.database, job_id, which(percent))
     return RecordedFile.of(row, name, service.settings.data_dir)

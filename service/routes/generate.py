@@ -41,7 +41,7 @@ router = APIRouter(tags=["generation"])
                 ),
             },
         },
-        **documented(400, 404, 409, 413, 422, 429, 503),
+        **documented(400, 404, 409, 413, 415, 422, 429, 503),
     },
 )
 async def generate(service: Service, asked: GenerateRequest, connection: Request) -> Response:

@@ -10,9 +10,10 @@ from pydantic import Field, StringConstraints
 from nanomoe import checkpoint
 from nanomoe.checkpoint import CheckpointDamaged
 from service import files, line, queue, schemas, store, submission, views
+from service.conditional import ConditionalResponse
 from service.context import Context
 from service.errors import Conflict, DatabaseUnavailable
-from service.openapi import problems, ref
+from service.openapi import NOT_MODIFIED, problems, ref
 from service.patterns import IDEMPOTENCY_KEY, TAG
 from service.routes.parameters import JobId, Service, StrictQuery
 from service.routes.submit_body import DOCUMENTED, Submission
@@ -80,7 +81,7 @@ IdempotencyKey = Annotated[
     },
     openapi_extra=DOCUMENTED,
 )
-def submit(
+def submit_job(
     service: Service,
     request: Submission,
     query: Annotated[SubmitQuery, Query()],
@@ -163,7 +164,7 @@ def _placed(service: Context, row: Job) -> JobView:
     return views.job(row, queue_position=place.position, estimated_start_at=place.estimated_start_at)
 
 
-@router.patch("/jobs/{job_id}", responses=problems(400, 404, 413, 422, 503, 507))
+@router.patch("/jobs/{job_id}", responses=problems(400, 404, 413, 415, 422, 503, 507))
 def patch_job(service: Service, job_id: JobId, patch: schemas.JobPatch) -> JobView:
     """Change the name or the tags."""
     return views.job(store.relabel(service.database, job_id, patch.model_dump(exclude_unset=True)))
@@ -173,36 +174,41 @@ def patch_job(service: Service, job_id: JobId, patch: schemas.JobPatch) -> JobVi
     "/jobs/{job_id}/text",
     response_class=Response,
     responses={
-        200: {"description": "The text.", "content": {"text/plain": {"schema": {"type": "string"}}}},
-        **problems(404, 503),
+        200: {"description": "The training text.", "content": {"text/plain": {"schema": {"type": "string"}}}},
+        304: NOT_MODIFIED,
+        **problems(404, 412, 503),
     },
 )
-def get_text(service: Service, job_id: JobId) -> Response:
+def get_job_text(service: Service, job_id: JobId) -> Response:
     """The training text."""
     row = store.get_job(service.database, job_id)
-    return Response(store.get_text(service.database, row.text_sha256), media_type="text/plain; charset=utf-8")
+    return ConditionalResponse(
+        store.get_text(service.database, row.text_sha256),
+        headers={"ETag": f'"{row.text_sha256}"', "Cache-Control": "no-cache"},
+        media_type="text/plain; charset=utf-8",
+    )
 
 
 @router.post("/jobs/{job_id}/cancel", status_code=202, responses=problems(404, 409, 503, 507))
-def cancel(service: Service, job_id: JobId) -> JobView:
+def cancel_job(service: Service, job_id: JobId) -> JobView:
     """Ask the job to stop for good. Its checkpoints stay."""
     return views.job(queue.request_cancel(service.database, job_id))
 
 
 @router.post("/jobs/{job_id}/pause", status_code=202, responses=problems(404, 409, 503, 507))
-def pause(service: Service, job_id: JobId) -> JobView:
+def pause_job(service: Service, job_id: JobId) -> JobView:
     """Ask the job to stop until it is resumed."""
     return views.job(queue.request_pause(service.database, job_id))
 
 
 @router.post("/jobs/{job_id}/resume", status_code=202, responses=problems(404, 409, 503, 507))
-def resume(service: Service, job_id: JobId) -> JobView:
+def resume_job(service: Service, job_id: JobId) -> JobView:
     """Let a paused job go on where it stopped."""
     return views.job(queue.resume(service.database, job_id))
 
 
 @router.delete("/jobs/{job_id}", status_code=204, responses=problems(404, 409, 503, 507))
-def delete(service: Service, job_id: JobId) -> None:
+def delete_job(service: Service, job_id: JobId) -> None:
     """Delete a finished job, its files, and its text if no other job has it."""
     queue.delete(service.database, job_id)
     files.remove_job(job_id, service.settings.data_dir)

@@ -27,7 +27,7 @@ class MetricsQuery(StrictQuery):
 
 
 @router.get("/jobs/{job_id}/metrics", responses=problems(404, 422, 503))
-def get_metrics(service: Service, job_id: JobId, query: Annotated[MetricsQuery, Query()]) -> schemas.Metrics:
+def get_job_metrics(service: Service, job_id: JobId, query: Annotated[MetricsQuery, Query()]) -> schemas.Metrics:
     """Each checkpoint's figures, and the step series."""
     row = store.get_job(service.database, job_id)
     checkpoints = store.list_checkpoints(service.database, job_id)
@@ -43,7 +43,7 @@ def get_metrics(service: Service, job_id: JobId, query: Annotated[MetricsQuery, 
         **problems(404, 503),
     },
 )
-def get_csv(service: Service, job_id: JobId) -> StreamingResponse:
+def get_job_metrics_csv(service: Service, job_id: JobId) -> StreamingResponse:
     """The whole step series as CSV."""
     store.get_job(service.database, job_id)
     return StreamingResponse(_csv(service, job_id), media_type="text/csv; charset=utf-8")

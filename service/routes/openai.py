@@ -61,10 +61,10 @@ _MAX_IGNORED = 20
                 **event_stream.documented("Chunks, each the data of an event, then `[DONE]`."),
             },
         },
-        **openai_errors(400, 404, 409, 413, 422, 429, 503),
+        **openai_errors(400, 404, 409, 413, 415, 422, 429, 503),
     },
 )
-async def complete(service: Service, asked: CompletionRequest, connection: Request) -> Response:
+async def create_completion(service: Service, asked: CompletionRequest, connection: Request) -> Response:
     """Continue prompts, as OpenAI's legacy completions do."""
     resolved = _Resolved.of(asked, service.settings)
     addresses = await to_thread.run_sync(addressing.find_models, service.database, asked.model)

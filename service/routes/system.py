@@ -40,6 +40,6 @@ def get_readiness(service: Service) -> schemas.Readiness:
     response_class=Response,
     responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **problems(503)},
 )
-def get_metrics(service: Service) -> Response:
+def get_prometheus_metrics(service: Service) -> Response:
     """What a Prometheus server scrapes: jobs, queue, workers, training speed, generation."""
     return Response(generate_latest(service.generation.instruments.registry), media_type=CONTENT_TYPE_LATEST)

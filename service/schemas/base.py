@@ -1,13 +1,23 @@
 """What all answers share: how they are read, how lists come in pages, and what an error looks like."""
 
-from typing import Generic, Literal, TypeVar
+from typing import Annotated, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 Status = Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
 TERMINAL: frozenset[Status] = frozenset({"succeeded", "failed", "cancelled"})
 
 Percent = Literal[0, 25, 50, 75, 100]
+
+BYTE_ORDER_MARK = "\ufeff"
+
+
+def _without_mark(given: object) -> object:
+    return given.removeprefix(BYTE_ORDER_MARK) if isinstance(given, str) else given
+
+
+Text = Annotated[str, BeforeValidator(_without_mark)]
+"""What is read from files: a byte-order mark at its start says how the file is encoded, and is no part of the text."""
 
 T = TypeVar("T")
 

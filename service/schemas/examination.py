@@ -6,7 +6,7 @@ from pydantic import Field
 
 from nanomoe.config import Strict
 from service.patterns import JOB_ID_PATTERN
-from service.schemas.base import Percent, View
+from service.schemas.base import Percent, Text, View
 
 
 class ScoreRequest(Strict):
@@ -18,8 +18,8 @@ class ScoreRequest(Strict):
     checkpoint: Percent | Literal["latest"] = "latest"
     """Percent of a recorded checkpoint, or the newest that is not damaged."""
 
-    text: str = Field(min_length=1, max_length=65_536)
-    """Any text of two tokens or more."""
+    text: Text = Field(min_length=1, max_length=65_536)
+    """Any text of two tokens or more. A byte-order mark at its start is dropped, as in a training text."""
 
 
 class InspectRequest(Strict):

@@ -8,7 +8,7 @@ from pydantic import AwareDatetime, Field, JsonValue, StringConstraints
 
 from nanomoe.config import ConfigWarning, JobConfig, Strict
 from service.patterns import PRINTABLE, PRINTABLE_OR_EMPTY, TAG_KEY
-from service.schemas.base import TERMINAL, Status, View
+from service.schemas.base import TERMINAL, Status, Text, View
 
 # Names and tags end up in terminals, tables and file names: no control characters.
 JobName = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=200, pattern=PRINTABLE)]
@@ -26,8 +26,9 @@ def split_tag(given: str) -> tuple[str, str | None]:
 class SubmitRequest(Strict):
     """The body of `POST /jobs`."""
 
-    text: str = Field(min_length=1)
-    """The training text: 2 tokens or more, at most the server's `max_text_bytes` in UTF-8."""
+    text: Text = Field(min_length=1)
+    """The training text: 2 tokens or more, at most the server's `max_text_bytes` in UTF-8. A byte-order mark at its
+    start is dropped."""
 
     name: JobName | None = None
     """What to call the job."""

@@ -112,6 +112,7 @@ def test_every_documented_status_is_reached_and_no_other(serve: Serve, tmp_path:
             send(method, path, content=b"{", headers=JSON)
             send(method, path, content=b" " * 2_000_000, headers=JSON)
             send(method, path, json={"nope": 1})
+            send(method, path, json=body, headers={"Content-Encoding": "gzip"})
         if "/jobs/" in path or "/models/" in path:
             send(method, path.replace(queued, NOBODY).replace(finished, NOBODY), json=body)
     for path in (
@@ -132,6 +133,9 @@ def test_every_documented_status_is_reached_and_no_other(serve: Serve, tmp_path:
     file = f"/jobs/{finished}/checkpoints/0/files/config.json"
     send("GET", file, headers={"Range": "bytes=0-1"})
     send("GET", file, headers={"Range": "bytes=999999-"})
+    for path in (file, f"/jobs/{finished}/text"):
+        send("GET", path, headers={"If-None-Match": "*"})
+        send("GET", path, headers={"If-Match": '"other"'})
     next((api.context.settings.data_dir / "jobs" / finished).rglob("config.json")).unlink()
     send("GET", file)
     next((api.context.settings.data_dir / "jobs" / damaged).rglob("manifest.json")).unlink()
