@@ -21,7 +21,8 @@ _DESCRIPTION = """
 Train very small language models on your own machine, and look inside while they learn.
 
 `POST /jobs {"text": "..."}` runs the reference run; every knob of `config` changes one thing of it.
-Errors are `application/problem+json` with a stable `code`.
+Errors are `application/problem+json` with a stable `code`; under `/v1` they have OpenAI's shape.
+`HEAD` works wherever `GET` does. A body is JSON in UTF-8 or a form, and not compressed.
 """
 
 
@@ -47,6 +48,8 @@ def create_app(settings: Settings) -> FastAPI:
         redoc_url=None,
         # `/jobs/` is not `/jobs`; a redirect would also drop the body of a POST.
         redirect_slashes=False,
+        # Generated clients name their functions after these: to rename a route's function breaks them.
+        generate_unique_id_function=lambda route: route.name,
     )
     # The last is the first that a request meets.
     app.add_middleware(RequestBody)

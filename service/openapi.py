@@ -11,7 +11,15 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from service.problems import MEDIA_TYPE
-from service.schemas import Estimate, OpenAIError, Problem, SubmitRequest
+from service.schemas import (
+    Estimate,
+    GenerateChunk,
+    GenerateEnd,
+    OpenAIError,
+    Problem,
+    StatusEvent,
+    SubmitRequest,
+)
 
 _REF = "#/components/schemas/"
 
@@ -56,8 +64,8 @@ def openai_errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     }
 
 
-# Schemas that FastAPI does not find, because those bodies and answers are read or written by hand.
-_BY_HAND = (Problem, OpenAIError, SubmitRequest, Estimate)
+# Schemas that FastAPI does not find, because those bodies, answers and events are read or written by hand.
+_BY_HAND = (Problem, OpenAIError, SubmitRequest, Estimate, StatusEvent, GenerateChunk, GenerateEnd)
 # FastAPI documents its own validation error wherever there is a parameter; here it is a problem, or it cannot happen.
 _NOT_OURS = ("HTTPValidationError", "ValidationError")
 
@@ -75,6 +83,7 @@ def document(app: FastAPI) -> dict[str, Any]:
     )
     _, by_hand = models_json_schema([(model, "validation") for model in _BY_HAND], ref_template=_REF + "{model}")
     schemas = made["components"]["schemas"] | by_hand["$defs"]
+    schemas["JsonValue"]["description"] = "Any JSON value."
     made["components"]["schemas"] = {name: schemas[name] for name in sorted(schemas) if name not in _NOT_OURS}
     for path in made["paths"].values():
         for operation in path.values():

@@ -20,25 +20,40 @@ class ReconstructionQuery(StrictQuery):
     """Of `GET /jobs/{id}/checkpoints/{percent}/reconstruction`."""
 
     start: int = Field(0, ge=0, le=2**31, alias="from")
-    """Index of the first target."""
+    """Index of the first target of the page."""
 
     count: int = Field(500, ge=1, le=5000)
-    """Most targets."""
+    """Most targets of a page."""
 
 
-@router.get("", responses=problems(404, 503))
+@router.get(
+    "",
+    summary="List a job's checkpoints",
+    response_description="The recorded checkpoints.",
+    responses=problems(404, 503),
+)
 def list_checkpoints(service: Service, job_id: JobId) -> schemas.Listing[schemas.CheckpointView]:
     """The recorded checkpoints, by percent."""
     return schemas.Listing(data=[views.checkpoint(row) for row in store.list_checkpoints(service.database, job_id)])
 
 
-@router.get("/{percent}", responses=problems(404, 503))
+@router.get(
+    "/{percent}",
+    summary="Get a checkpoint",
+    response_description="The checkpoint.",
+    responses=problems(404, 503),
+)
 def get_checkpoint(service: Service, job_id: JobId, percent: Which) -> schemas.CheckpointView:
     """One checkpoint, or the newest."""
     return views.checkpoint(store.get_checkpoint(service.database, job_id, which(percent)))
 
 
-@router.get("/{percent}/reconstruction", responses=problems(404, 422, 503))
+@router.get(
+    "/{percent}/reconstruction",
+    summary="Page through a reconstruction",
+    response_description="A page of the reconstruction.",
+    responses=problems(404, 422, 503),
+)
 def get_reconstruction(
     service: Service, job_id: JobId, percent: Which, query: Annotated[ReconstructionQuery, Query()]
 ) -> schemas.ReconstructionPage:
@@ -49,6 +64,7 @@ def get_reconstruction(
 
 @router.get(
     "/{percent}/files/{name}",
+    summary="Download a file of a checkpoint",
     response_class=FileResponse,
     responses={
         200: {"description": "The whole file.", "content": {"application/octet-stream": {"schema": _BYTES}}},

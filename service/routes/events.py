@@ -58,6 +58,7 @@ async def _resume_after(service: Service, job_id: JobId, last_event_id: LastEven
 
 @router.get(
     "/jobs/{job_id}/events",
+    summary="Follow a job's events",
     status_code=200,
     response_class=EventStream,
     responses={

@@ -29,6 +29,7 @@ router = APIRouter(tags=["generation"])
 
 @router.post(
     "/generate",
+    summary="Continue a prompt",
     response_model=GenerateResponse,
     responses={
         200: {

@@ -51,6 +51,7 @@ _MAX_IGNORED = 20
 
 @router.post(
     "/completions",
+    summary="Continue a prompt, in OpenAI's shape",
     response_model=Completion,
     responses={
         200: {
@@ -202,13 +203,23 @@ async def _nothing_added(resolved: _Resolved, read: Sequence[Sequence[PromptToke
     yield Count(prompt_tokens=sum(map(len, read)), completion_tokens=0)
 
 
-@router.get("/models", responses=openai_errors(503))
+@router.get(
+    "/models",
+    summary="List checkpoints as OpenAI's models",
+    response_description="The checkpoints as models.",
+    responses=openai_errors(503),
+)
 def list_models(service: Service) -> ModelList:
     """The recorded checkpoints, those of the newest jobs first, at most 1,000."""
     return ModelList(data=[_model(address) for address in addressing.list_models(service.database)])
 
 
-@router.get("/models/{model}", responses=openai_errors(404, 503))
+@router.get(
+    "/models/{model}",
+    summary="Get a checkpoint as OpenAI's model",
+    response_description="The checkpoint as a model.",
+    responses=openai_errors(404, 503),
+)
 def get_model(
     service: Service,
     model: Annotated[
