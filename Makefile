@@ -58,6 +58,8 @@ $(RUN): pyproject.toml constraints.txt
 $(DEV): $(RUN)
 	@echo "Installing the tools for tests and checks ..." >&2
 	@$(INSTALL) -e '.[dev]'
+	@# Apart: its command line, which nobody here calls, wants an older typer.
+	@$(INSTALL) --no-deps --upgrade --target .venv/openapi-python-client openapi-python-client
 	@touch $(DEV)
 
 demo: $(RUN) ## train the example text, show its quarters, generate, stop

@@ -8,9 +8,29 @@ The same classes are the HTTP body, the OpenAPI document, the JSON column of the
 import math
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticKnownError
 
 Beta = Annotated[float, Field(strict=True, ge=0, lt=1)]
+
+
+def _as_integer(given: object) -> object:
+    """A number without a fraction is an integer (JSON Schema 2020-12, 6.1.1), however it is written; true is none."""
+    if isinstance(given, bool):
+        raise PydanticKnownError("int_type")
+    return int(given) if isinstance(given, float) and given.is_integer() else given
+
+
+Whole = BeforeValidator(_as_integer)
+"""Marks what is an integer in JSON: 50 and 50.0 are read as 50; `true` and `"50"` are refused.
+
+It comes last in an `Annotated`: a bound after it would be missing from the JSON schema."""
+
+Integer = Annotated[int, Whole]
+"""An integer in what users send."""
+
+Percent = Literal[0, 25, 50, 75, 100]
+"""A checkpoint of a job: how much of the training came before."""
 
 
 class Strict(BaseModel):
@@ -25,7 +45,7 @@ class ConfigWarning(Strict):
     """A config that is legal but a trap: said in the job's answer, never an error."""
 
     code: str
-    """Stable and machine-readable."""
+    """Stable, machine-readable name of the warning."""
 
     message: str
     """What will happen, with the figures."""
@@ -35,10 +55,10 @@ class InitFrom(Strict):
     """The checkpoint whose weights a job starts from."""
 
     job_id: str = Field(pattern=r"^[0-9a-f]{32}$")
-    """The job that recorded the checkpoint."""
+    """Id of the job that recorded the checkpoint."""
 
-    checkpoint: Literal[0, 25, 50, 75, 100] = 100
-    """Its percent."""
+    checkpoint: Annotated[Percent, Whole] = 100
+    """Percent of the checkpoint."""
 
 
 class ModelConfig(Strict):
@@ -48,16 +68,16 @@ class ModelConfig(Strict):
     """`ptbr-8k` (bundled, 8,192 entries), `bytes` (256), `train:N` (byte-level BPE of N entries on the job's own text),
     or a local folder or hub name that the server's settings allow."""
 
-    block_size: int = Field(100, ge=1, le=65_536)
+    block_size: Integer = Field(100, ge=1, le=65_536)
     """Tokens: the longest context, and the length of a training window."""
 
-    n_layer: int = Field(4, ge=1, le=256)
+    n_layer: Integer = Field(4, ge=1, le=256)
     """Blocks: attention followed by an MLP or a mixture of experts."""
 
-    n_head: int = Field(4, ge=1, le=256)
+    n_head: Integer = Field(4, ge=1, le=256)
     """Attention heads of a block; must divide `n_embd`."""
 
-    n_embd: int = Field(128, ge=1, le=65_536)
+    n_embd: Integer = Field(128, ge=1, le=65_536)
     """Channels C of the residual stream."""
 
     dropout: float = Field(0.2, ge=0, lt=1)
@@ -69,13 +89,13 @@ class ModelConfig(Strict):
     use_moe: bool = False
     """Replace the MLP of every `moe_stride`-th block by a mixture of experts."""
 
-    n_experts: int = Field(8, ge=1, le=4096)
+    n_experts: Integer = Field(8, ge=1, le=4096)
     """Experts E of an MoE layer."""
 
-    k: int = Field(2, ge=1, le=4096)
+    k: Integer = Field(2, ge=1, le=4096)
     """Experts that each token is sent to (`top_k` is sampling)."""
 
-    moe_stride: int = Field(2, ge=1, le=256)
+    moe_stride: Integer = Field(2, ge=1, le=256)
     """Layer i is an MoE when (i + 1) % moe_stride == 0: with 2, every other layer, the dense first."""
 
     norm_topk_prob: bool | None = None
@@ -91,7 +111,7 @@ class ModelConfig(Strict):
     """Each expert takes at most ceil(capacity_factor * T * k / E) of a training micro-batch's T * k assignments;
     null drops nothing."""
 
-    n_shared_experts: int = Field(0, ge=0, le=64)
+    n_shared_experts: Integer = Field(0, ge=0, le=64)
     """Experts that see every token with gate 1, beside the routed ones (DeepSeekMoE, arXiv 2401.06066)."""
 
     expert_hidden_ratio: float = Field(4.0, gt=0, le=64)
@@ -152,10 +172,10 @@ class ModelConfig(Strict):
 class TrainConfig(Strict):
     """How a model is trained."""
 
-    epochs: int = Field(500, ge=1, le=10_000_000)
+    epochs: Integer = Field(500, ge=1, le=10_000_000)
     """Passes over the training text."""
 
-    max_steps: int | None = Field(None, ge=1, le=1_000_000_000)
+    max_steps: Annotated[int, Field(ge=1, le=1_000_000_000), Whole] | None = None
     """Optimizer steps after which training ends although epochs remain; null is no limit."""
 
     lr: float = Field(1e-4, gt=0, le=10)
@@ -164,7 +184,7 @@ class TrainConfig(Strict):
     min_lr: float = Field(0.0, ge=0, le=10)
     """Learning rate at the end of a cosine schedule; at most `lr`."""
 
-    warmup_steps: int = Field(0, ge=0, le=1_000_000_000)
+    warmup_steps: Integer = Field(0, ge=0, le=1_000_000_000)
     """Steps over which the learning rate rises linearly to `lr`."""
 
     lr_schedule: Literal["constant", "cosine"] = "constant"
@@ -182,13 +202,13 @@ class TrainConfig(Strict):
     grad_clip: float | None = Field(None, gt=0, le=1e6)
     """Largest norm of the whole gradient; null does not clip."""
 
-    batch_size: int = Field(12, ge=1, le=65_536)
+    batch_size: Integer = Field(12, ge=1, le=65_536)
     """Windows of a micro-batch. A text of at most `block_size` tokens is a single window."""
 
-    gradient_accumulation_steps: int = Field(1, ge=1, le=65_536)
+    gradient_accumulation_steps: Integer = Field(1, ge=1, le=65_536)
     """Micro-batches of an optimizer step; never crossing an epoch."""
 
-    seed: int = Field(42, ge=0, lt=2**63)
+    seed: Integer = Field(42, ge=0, lt=2**63)
     """Decides the initial weights, the order of windows, dropout and the sampling at checkpoints."""
 
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -201,7 +221,7 @@ class TrainConfig(Strict):
     stop_at_perplexity: float | None = Field(None, gt=1, le=1e9)
     """End early, at percent 100, once the training text's evaluation perplexity is at most this; null never does."""
 
-    eval_interval: int | None = Field(None, ge=1, le=1_000_000_000)
+    eval_interval: Annotated[int, Field(ge=1, le=1_000_000_000), Whole] | None = None
     """Steps between the evaluations that `stop_at_perplexity` looks at; null is one epoch."""
 
     deterministic: bool = False
@@ -221,16 +241,16 @@ class TrainConfig(Strict):
 class SampleConfig(Strict):
     """What is continued at each checkpoint, and how the next token is chosen."""
 
-    cont_prefix_tokens: int = Field(10, ge=1, le=65_536)
+    cont_prefix_tokens: Integer = Field(10, ge=1, le=65_536)
     """Tokens from the start of the text that every checkpoint continues."""
 
-    cont_max_new_tokens: int = Field(25, ge=0, le=65_536)
+    cont_max_new_tokens: Integer = Field(25, ge=0, le=65_536)
     """Tokens of the continuation."""
 
     temperature: float = Field(0.1, ge=0, le=100)
     """Divides the logits before sampling; 0 takes the likeliest token."""
 
-    top_k: int | None = Field(1, ge=1, le=1_000_000)
+    top_k: Annotated[int, Field(ge=1, le=1_000_000), Whole] | None = 1
     """Sample among this many likeliest tokens; null among all."""
 
 

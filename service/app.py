@@ -12,6 +12,8 @@ import nanomoe
 from service import openapi, problems
 from service.context import open_context
 from service.guard import Guard, check_address
+from service.head import HeadAsGet
+from service.request_body import RequestBody
 from service.routes import checkpoints, docs, events, examine, generate, jobs, leaving, metrics, openai, system
 from service.settings import Settings
 
@@ -19,7 +21,8 @@ _DESCRIPTION = """
 Train very small language models on your own machine, and look inside while they learn.
 
 `POST /jobs {"text": "..."}` runs the reference run; every knob of `config` changes one thing of it.
-Errors are `application/problem+json` with a stable `code`.
+Errors are `application/problem+json` with a stable `code`; under `/v1` they have OpenAI's shape.
+`HEAD` works wherever `GET` does. A body is JSON in UTF-8 or a form, and not compressed.
 """
 
 
@@ -45,7 +48,12 @@ def create_app(settings: Settings) -> FastAPI:
         redoc_url=None,
         # `/jobs/` is not `/jobs`; a redirect would also drop the body of a POST.
         redirect_slashes=False,
+        # Generated clients name their functions after these: to rename a route's function breaks them.
+        generate_unique_id_function=lambda route: route.name,
     )
+    # The last is the first that a request meets.
+    app.add_middleware(RequestBody)
+    app.add_middleware(HeadAsGet)
     app.add_middleware(Guard, settings=settings)
     problems.install(app)
     app.add_exception_handler(events.NothingMore, events.nothing_more)

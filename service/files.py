@@ -7,9 +7,9 @@ from typing import Self
 
 import structlog
 from fastapi.responses import FileResponse
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
-from service import problems, store
+from service import conditional, problems, store
 from service.errors import Conflict, NotFound
 from service.tables import Checkpoint
 
@@ -29,7 +29,7 @@ def remove_job(job_id: str, data_dir: Path) -> None:
 
 
 class RecordedFile(FileResponse):
-    """A file that answers ranges; one that cannot be read as a range, or lies outside, is answered with a problem."""
+    """A file that answers ranges and conditions; a range that lies outside of it is answered with a problem."""
 
     @classmethod
     def of(cls, row: Checkpoint, name: str, data_dir: Path) -> Self:
@@ -43,26 +43,25 @@ class RecordedFile(FileResponse):
         if recorded is None:
             raise NotFound("file_not_found", f"checkpoint {row.percent} of job {row.job_id} has no file {name!r}")
         path = data_dir / row.folder / name
-        if not path.is_file() or path.stat().st_size != recorded["size"]:
+        if not path.is_file() or (found := path.stat()).st_size != recorded["size"]:
             raise Conflict("checkpoint_damaged", f"{name} of checkpoint {row.percent} is not what was recorded")
         digest = base64.b64encode(bytes.fromhex(recorded["sha256"])).decode()
-        headers = {"ETag": f'"{recorded["sha256"]}"', "Repr-Digest": f"sha-256=:{digest}:"}
-        return cls(path, headers=headers, media_type="application/octet-stream", filename=name)
+        headers = {
+            "ETag": f'"{recorded["sha256"]}"',
+            "Repr-Digest": f"sha-256=:{digest}:",
+            # `latest` is another checkpoint tomorrow.
+            "Cache-Control": "no-cache",
+        }
+        return cls(path, headers=headers, media_type="application/octet-stream", filename=name, stat_result=found)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send it. Starlette refuses a range in plain text; that refusal is held back and sent as a problem."""
-        refused: Message | None = None
-
-        async def send_unless_refused(message: Message) -> None:
-            nonlocal refused
-            if message["type"] == "http.response.start" and message["status"] >= 400:
-                refused = message
-            if refused is None:
-                await send(message)
-
-        await super().__call__(scope, receive, send_unless_refused)
-        if refused is not None:
-            size = self.headers.get("content-length", "*")
+        """Send it whole, in the ranges that lie inside of it, or not at all."""
+        if (answer := conditional.settled(scope, self.headers)) is not None:
+            await answer(scope, receive, send)
+            return
+        size = int(self.headers["content-length"])
+        ranges = conditional.wanted_ranges(scope, self.headers, size)
+        if ranges == []:
             problem = problems.respond(
                 scope["path"],
                 416,
@@ -71,3 +70,10 @@ class RecordedFile(FileResponse):
                 headers={"Content-Range": f"bytes */{size}"},
             )
             await problem(scope, receive, send)
+            return
+        # Starlette is left nothing to decide: it refuses units that it does not know, and several ranges for one.
+        headers = [(name, value) for name, value in scope["headers"] if name not in (b"range", b"if-range")]
+        if ranges:
+            wanted = ",".join(f"{first}-{last}" for first, last in ranges)
+            headers.append((b"range", f"bytes={wanted}".encode()))
+        await super().__call__({**scope, "headers": headers}, receive, send)

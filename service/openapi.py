@@ -11,7 +11,15 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from service.problems import MEDIA_TYPE
-from service.schemas import Estimate, OpenAIError, Problem, SubmitRequest
+from service.schemas import (
+    Estimate,
+    GenerateChunk,
+    GenerateEnd,
+    OpenAIError,
+    Problem,
+    StatusEvent,
+    SubmitRequest,
+)
 
 _REF = "#/components/schemas/"
 
@@ -20,14 +28,19 @@ _MEANINGS = {
     403: "`Host` or `Origin` is not allowed.",
     404: "There is no such thing.",
     409: "The state forbids it.",
+    412: "A precondition of the request (`If-Match`, `If-Unmodified-Since`) is not met.",
     413: "The body or the text is too large.",
-    415: "The body is neither JSON nor a form.",
+    415: "The body is of another media type, compressed, or JSON in another charset than UTF-8.",
     416: "The range lies outside of the file.",
     422: "The request is not valid; `errors` says where.",
     429: "Too many are waiting; `Retry-After` says when to come back.",
     503: "Out of reach for now; `Retry-After` says when to come back.",
     507: "The disk is full.",
 }
+
+
+NOT_MODIFIED: dict[str, Any] = {"description": "The client holds it already: `If-None-Match`, `If-Modified-Since`."}
+"""Answered without content."""
 
 
 def ref(model: type[BaseModel]) -> dict[str, str]:
@@ -51,8 +64,8 @@ def openai_errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     }
 
 
-# Schemas that FastAPI does not find, because those bodies and answers are read or written by hand.
-_BY_HAND = (Problem, OpenAIError, SubmitRequest, Estimate)
+# Schemas that FastAPI does not find, because those bodies, answers and events are read or written by hand.
+_BY_HAND = (Problem, OpenAIError, SubmitRequest, Estimate, StatusEvent, GenerateChunk, GenerateEnd)
 # FastAPI documents its own validation error wherever there is a parameter; here it is a problem, or it cannot happen.
 _NOT_OURS = ("HTTPValidationError", "ValidationError")
 
@@ -70,6 +83,7 @@ def document(app: FastAPI) -> dict[str, Any]:
     )
     _, by_hand = models_json_schema([(model, "validation") for model in _BY_HAND], ref_template=_REF + "{model}")
     schemas = made["components"]["schemas"] | by_hand["$defs"]
+    schemas["JsonValue"]["description"] = "Any JSON value."
     made["components"]["schemas"] = {name: schemas[name] for name in sorted(schemas) if name not in _NOT_OURS}
     for path in made["paths"].values():
         for operation in path.values():

@@ -16,7 +16,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
-from starlette.routing import Match
+from starlette.routing import Match, Mount
 
 from service.errors import Invalid, ServiceError
 from service.patterns import message_of
@@ -167,19 +167,27 @@ async def _http_error(request: Request, error: Exception) -> Response:
     headers, detail = dict(error.headers or {}), error.detail
     if error.status_code == 404:
         detail = f"there is no {request.url.path}"
-    elif "Allow" in headers:
-        # Starlette names the methods of one route; several routes share this path.
+    elif error.status_code == 405:
         headers["Allow"] = ", ".join(_methods_of(request))
+        if request.method == "OPTIONS":
+            return Response(status_code=204, headers=headers)
     return respond(request.url.path, error.status_code, code, detail, headers=headers)
 
 
 def _methods_of(request: Request) -> list[str]:
-    """The methods of all routes with the path of `request`."""
-    return [
-        method
-        for method in ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
-        if any(route.matches({**request.scope, "method": method})[0] is Match.FULL for route in request.app.routes)
-    ]
+    """The methods of all routes with the path of `request`; Starlette names those of one of them."""
+
+    # Where something is mounted, the path was taken apart to find it.
+    root_path = request.scope.get("app_root_path", request.scope["root_path"])
+
+    def is_served(method: str) -> bool:
+        scope = {**request.scope, "method": method, "root_path": root_path}
+        found = [route for route in request.app.routes if route.matches(scope)[0] is Match.FULL]
+        # What is mounted are files; Starlette takes every method for theirs.
+        return any(method == "GET" or not isinstance(route, Mount) for route in found)
+
+    served = {method for method in ("DELETE", "GET", "PATCH", "POST", "PUT") if is_served(method)}
+    return sorted(served | {"OPTIONS"} | ({"HEAD"} if "GET" in served else set()))
 
 
 async def _unexpected(request: Request, error: Exception) -> Response:

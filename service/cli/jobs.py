@@ -243,10 +243,10 @@ def workers(url: Url = None, as_json: Json = False) -> None:
 
 
 def read_text(file: str) -> str:
-    """The text of a file, or of standard input for `-`; raises Mistake."""
+    """The text of a file, or of standard input for `-`, without a byte-order mark; raises Mistake."""
     try:
         content = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-        return content.decode("utf-8")
+        return content.decode("utf-8").removeprefix(schemas.BYTE_ORDER_MARK)
     except OSError as error:
         raise Mistake(f"cannot read {file}: {error.strerror}") from None
     except UnicodeDecodeError as error:

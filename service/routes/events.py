@@ -1,12 +1,13 @@
 """What happens to a job, as server-sent events that can be taken up again where they broke off."""
 
+import asyncio
 from collections.abc import AsyncIterator
-from typing import Annotated, Any
+from typing import Annotated
 
 import structlog
 from anyio import to_thread
 from fastapi import APIRouter, Depends, Header, Response
-from fastapi.sse import EventSourceResponse, ServerSentEvent
+from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 from pydantic import BaseModel
 
 from nanomoe.config import ConfigWarning
@@ -15,12 +16,18 @@ from service.context import Context
 from service.errors import ServiceError
 from service.openapi import problems
 from service.patterns import EVENT_ID
+from service.routes import event_stream
+from service.routes.event_stream import EventStream
 from service.routes.parameters import JobId, Service
 from service.tables import TERMINAL, Event, Job
 
 router = APIRouter(tags=["events"])
 
 log = structlog.get_logger(__name__)
+
+KEEPALIVE_SECONDS = 15.0
+"""After so long without an event a stream sends a comment, at its next look: a proxy closes a connection over which
+nothing comes, nginx after 60 seconds."""
 
 LastEventId = Annotated[
     str | None,
@@ -51,14 +58,31 @@ async def _resume_after(service: Service, job_id: JobId, last_event_id: LastEven
 
 @router.get(
     "/jobs/{job_id}/events",
-    response_class=EventSourceResponse,
-    responses={204: {"description": "The job has ended, and its last event was seen."}, **problems(404, 422, 503)},
+    summary="Follow a job's events",
+    status_code=200,
+    response_class=EventStream,
+    responses={
+        200: {
+            "description": "The events as they come.",
+            "content": event_stream.documented(
+                "Events `status` (a `StatusEvent`), `step` (a `Progress`), `checkpoint` (a `CheckpointMetrics` without "
+                "tokens) and `warning` (a `ConfigWarning`); all but `step` carry an `id`."
+            ),
+        },
+        204: {"description": "The job has ended, and its last event was seen."},
+        **problems(404, 422, 503),
+    },
 )
-async def get_events(
-    service: Service, job_id: JobId, after: Annotated[int, Depends(_resume_after)]
-) -> AsyncIterator[ServerSentEvent]:
+async def get_job_events(service: Service, job_id: JobId, after: Annotated[int, Depends(_resume_after)]) -> EventStream:
     """Changes of the status, steps, checkpoints and warnings, as they come; ends after the last status."""
+    return EventStream(_events(service, job_id, after))
+
+
+async def _events(service: Context, job_id: str, after: int) -> AsyncIterator[bytes]:
+    """The events after number `after`, and a comment where there have been none for `KEEPALIVE_SECONDS`."""
     seen, step = after, None
+    clock = asyncio.get_running_loop().time
+    last_sent_at = clock()
     while not service.wakeups.closed:
         change = service.wakeups.next()
         try:
@@ -67,20 +91,26 @@ async def get_events(
             # The answer has begun: all that is left is to end it. Whoever comes back is told why.
             log.info("events_broken_off", job_id=job_id, reason=error.detail)
             return
-        for number, kind, data in happened:
-            yield ServerSentEvent(event=kind, id=str(number), data=data)
-            seen = number
+        lines = [
+            format_sse_event(event=kind, id=str(seq), data_str=data.model_dump_json()) for seq, kind, data in happened
+        ]
+        seen = happened[-1][0] if happened else seen
         progress = views.progress(row)
         if row.status == "running" and progress.step != step:
             step = progress.step
-            yield ServerSentEvent(event="step", data=progress)
+            lines.append(format_sse_event(event="step", data_str=progress.model_dump_json()))
+        if not lines and clock() - last_sent_at >= KEEPALIVE_SECONDS:
+            lines.append(KEEPALIVE_COMMENT)
+        for line in lines:
+            yield line
+            last_sent_at = clock()
         if row.status in TERMINAL and seen >= row.event_seq:
             return
         if not happened:
             await service.wakeups.wait(change)
 
 
-def _look(service: Context, job_id: str, seen: int) -> tuple[Job, list[tuple[int, str, Any]]]:
+def _look(service: Context, job_id: str, seen: int) -> tuple[Job, list[tuple[int, str, BaseModel]]]:
     """The job, and what happened to it after event number `seen`.
 
     What happens between the two reads is left for the next look: else the step of a job that has ended meanwhile would

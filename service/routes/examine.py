@@ -16,7 +16,13 @@ from service.schemas import CopiedSpan, InspectRequest, InspectResponse, ScoreRe
 router = APIRouter(tags=["generation"])
 
 
-@router.post("/score", response_model=ScoreResponse, responses=problems(400, 404, 409, 413, 422, 429, 503))
+@router.post(
+    "/score",
+    summary="Score a text",
+    response_description="The loss of each token, and the copied span.",
+    response_model=ScoreResponse,
+    responses=problems(400, 404, 409, 413, 415, 422, 429, 503),
+)
 async def score(service: Service, asked: ScoreRequest, connection: Request) -> Response:
     """The loss of each token of a text, and the longest span of it that stands in the training text."""
     addresses = await to_thread.run_sync(find_checkpoints, service.database, asked.job_id, asked.checkpoint)
@@ -28,7 +34,13 @@ async def score(service: Service, asked: ScoreRequest, connection: Request) -> R
     return as_json(views.scored(scored[0], asked.text, scored[1], copied))
 
 
-@router.post("/inspect", response_model=InspectResponse, responses=problems(400, 404, 409, 413, 422, 429, 503))
+@router.post(
+    "/inspect",
+    summary="Look into a model at a prompt",
+    response_description="The likeliest next tokens, the attention and the routing.",
+    response_model=InspectResponse,
+    responses=problems(400, 404, 409, 413, 415, 422, 429, 503),
+)
 async def inspect(service: Service, asked: InspectRequest, connection: Request) -> Response:
     """What a prompt makes a model do: likeliest next tokens, attention of each head, and how each token was routed."""
     addresses = await to_thread.run_sync(find_checkpoints, service.database, asked.job_id, asked.checkpoint)

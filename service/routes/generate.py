@@ -6,7 +6,6 @@ from contextlib import aclosing
 
 from anyio import to_thread
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import StreamingResponse
 from fastapi.sse import format_sse_event
 from pydantic import BaseModel
 
@@ -18,6 +17,8 @@ from service.errors import ServiceError
 from service.generation import Summary
 from service.openapi import problems as documented
 from service.openapi import ref
+from service.routes import event_stream
+from service.routes.event_stream import EventStream
 from service.routes.leaving import CLIENT_IS_GONE, unless_gone
 from service.routes.parameters import Service
 from service.routes.responses import as_json
@@ -28,16 +29,20 @@ router = APIRouter(tags=["generation"])
 
 @router.post(
     "/generate",
+    summary="Continue a prompt",
     response_model=GenerateResponse,
     responses={
         200: {
             "description": "The continuations; with `stream`, as events `chunk` and, at the end, `end`, then `[DONE]`.",
             "content": {
                 "application/json": {"schema": ref(GenerateResponse)},
-                "text/event-stream": {"schema": {"type": "string"}},
+                **event_stream.documented(
+                    "Events `chunk` (a `GenerateChunk`) and at the end `end` (a `GenerateEnd`), then `[DONE]`; "
+                    "`error` (a `Problem`) ends a stream that fails."
+                ),
             },
         },
-        **documented(400, 404, 409, 413, 422, 429, 503),
+        **documented(400, 404, 409, 413, 415, 422, 429, 503),
     },
 )
 async def generate(service: Service, asked: GenerateRequest, connection: Request) -> Response:
@@ -61,7 +66,7 @@ async def generate(service: Service, asked: GenerateRequest, connection: Request
     if begun is None:
         return CLIENT_IS_GONE
     address, (first, items) = begun
-    return StreamingResponse(_events(address, seed, first, items), media_type="text/event-stream")
+    return EventStream(_events(address, seed, first, items))
 
 
 def _request(service: Context, asked: GenerateRequest, seed: int, address: Address) -> EngineRequest:

@@ -10,9 +10,10 @@ from pydantic import Field, StringConstraints
 from nanomoe import checkpoint
 from nanomoe.checkpoint import CheckpointDamaged
 from service import files, line, queue, schemas, store, submission, views
+from service.conditional import ConditionalResponse
 from service.context import Context
 from service.errors import Conflict, DatabaseUnavailable
-from service.openapi import problems, ref
+from service.openapi import NOT_MODIFIED, problems, ref
 from service.patterns import IDEMPOTENCY_KEY, TAG
 from service.routes.parameters import JobId, Service, StrictQuery
 from service.routes.submit_body import DOCUMENTED, Submission
@@ -69,6 +70,8 @@ IdempotencyKey = Annotated[
 
 @router.post(
     "/jobs",
+    summary="Submit a job",
+    response_description="The new job.",
     status_code=201,
     response_model=JobView,
     responses={
@@ -80,7 +83,7 @@ IdempotencyKey = Annotated[
     },
     openapi_extra=DOCUMENTED,
 )
-def submit(
+def submit_job(
     service: Service,
     request: Submission,
     query: Annotated[SubmitQuery, Query()],
@@ -118,7 +121,12 @@ def _parent(service: Context, request: schemas.SubmitRequest) -> submission.Pare
     return submission.Parent(views.job(job).config, tokenizer, job.text_sha256)
 
 
-@router.get("/jobs", responses=problems(422, 503))
+@router.get(
+    "/jobs",
+    summary="List jobs",
+    response_description="A page of jobs.",
+    responses=problems(422, 503),
+)
 def list_jobs(service: Service, query: Annotated[ListQuery, Query()]) -> schemas.Page[JobView]:
     """The jobs, newest first. Jobs that arrive meanwhile do not shift the pages."""
     tag = None if query.tag is None else split_tag(query.tag)
@@ -126,7 +134,12 @@ def list_jobs(service: Service, query: Annotated[ListQuery, Query()]) -> schemas
     return views.job_page(rows, query.limit)
 
 
-@router.get("/jobs/{job_id}", responses=problems(404, 422, 503))
+@router.get(
+    "/jobs/{job_id}",
+    summary="Get a job, or wait for its status",
+    response_description="The job.",
+    responses=problems(404, 422, 503),
+)
 async def get_job(service: Service, job_id: JobId, query: Annotated[JobQuery, Query()]) -> JobView:
     """One job. With `wait`, answers once its status is another than `seen`, or its last, or when the time is over.
 
@@ -163,7 +176,12 @@ def _placed(service: Context, row: Job) -> JobView:
     return views.job(row, queue_position=place.position, estimated_start_at=place.estimated_start_at)
 
 
-@router.patch("/jobs/{job_id}", responses=problems(400, 404, 413, 422, 503, 507))
+@router.patch(
+    "/jobs/{job_id}",
+    summary="Rename or retag a job",
+    response_description="The changed job.",
+    responses=problems(400, 404, 413, 415, 422, 503, 507),
+)
 def patch_job(service: Service, job_id: JobId, patch: schemas.JobPatch) -> JobView:
     """Change the name or the tags."""
     return views.job(store.relabel(service.database, job_id, patch.model_dump(exclude_unset=True)))
@@ -171,38 +189,68 @@ def patch_job(service: Service, job_id: JobId, patch: schemas.JobPatch) -> JobVi
 
 @router.get(
     "/jobs/{job_id}/text",
+    summary="Get a job's training text",
     response_class=Response,
     responses={
-        200: {"description": "The text.", "content": {"text/plain": {"schema": {"type": "string"}}}},
-        **problems(404, 503),
+        200: {"description": "The training text.", "content": {"text/plain": {"schema": {"type": "string"}}}},
+        304: NOT_MODIFIED,
+        **problems(404, 412, 503),
     },
 )
-def get_text(service: Service, job_id: JobId) -> Response:
+def get_job_text(service: Service, job_id: JobId) -> Response:
     """The training text."""
     row = store.get_job(service.database, job_id)
-    return Response(store.get_text(service.database, row.text_sha256), media_type="text/plain; charset=utf-8")
+    return ConditionalResponse(
+        store.get_text(service.database, row.text_sha256),
+        headers={"ETag": f'"{row.text_sha256}"', "Cache-Control": "no-cache"},
+        media_type="text/plain; charset=utf-8",
+    )
 
 
-@router.post("/jobs/{job_id}/cancel", status_code=202, responses=problems(404, 409, 503, 507))
-def cancel(service: Service, job_id: JobId) -> JobView:
+@router.post(
+    "/jobs/{job_id}/cancel",
+    summary="Cancel a job",
+    response_description="The job, which will stop or has stopped.",
+    status_code=202,
+    responses=problems(404, 409, 503, 507),
+)
+def cancel_job(service: Service, job_id: JobId) -> JobView:
     """Ask the job to stop for good. Its checkpoints stay."""
     return views.job(queue.request_cancel(service.database, job_id))
 
 
-@router.post("/jobs/{job_id}/pause", status_code=202, responses=problems(404, 409, 503, 507))
-def pause(service: Service, job_id: JobId) -> JobView:
+@router.post(
+    "/jobs/{job_id}/pause",
+    summary="Pause a job",
+    response_description="The job, which will pause or has paused.",
+    status_code=202,
+    responses=problems(404, 409, 503, 507),
+)
+def pause_job(service: Service, job_id: JobId) -> JobView:
     """Ask the job to stop until it is resumed."""
     return views.job(queue.request_pause(service.database, job_id))
 
 
-@router.post("/jobs/{job_id}/resume", status_code=202, responses=problems(404, 409, 503, 507))
-def resume(service: Service, job_id: JobId) -> JobView:
+@router.post(
+    "/jobs/{job_id}/resume",
+    summary="Resume a paused job",
+    response_description="The job, which waits for a worker again.",
+    status_code=202,
+    responses=problems(404, 409, 503, 507),
+)
+def resume_job(service: Service, job_id: JobId) -> JobView:
     """Let a paused job go on where it stopped."""
     return views.job(queue.resume(service.database, job_id))
 
 
-@router.delete("/jobs/{job_id}", status_code=204, responses=problems(404, 409, 503, 507))
-def delete(service: Service, job_id: JobId) -> None:
+@router.delete(
+    "/jobs/{job_id}",
+    summary="Delete a finished job",
+    response_description="The job is deleted.",
+    status_code=204,
+    responses=problems(404, 409, 503, 507),
+)
+def delete_job(service: Service, job_id: JobId) -> None:
     """Delete a finished job, its files, and its text if no other job has it."""
     queue.delete(service.database, job_id)
     files.remove_job(job_id, service.settings.data_dir)

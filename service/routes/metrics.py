@@ -26,8 +26,13 @@ class MetricsQuery(StrictQuery):
     """Whether reconstructions list their tokens."""
 
 
-@router.get("/jobs/{job_id}/metrics", responses=problems(404, 422, 503))
-def get_metrics(service: Service, job_id: JobId, query: Annotated[MetricsQuery, Query()]) -> schemas.Metrics:
+@router.get(
+    "/jobs/{job_id}/metrics",
+    summary="Get a job's figures",
+    response_description="The figures of each checkpoint, and the step series.",
+    responses=problems(404, 422, 503),
+)
+def get_job_metrics(service: Service, job_id: JobId, query: Annotated[MetricsQuery, Query()]) -> schemas.Metrics:
     """Each checkpoint's figures, and the step series."""
     row = store.get_job(service.database, job_id)
     checkpoints = store.list_checkpoints(service.database, job_id)
@@ -37,13 +42,17 @@ def get_metrics(service: Service, job_id: JobId, query: Annotated[MetricsQuery, 
 
 @router.get(
     "/jobs/{job_id}/metrics.csv",
+    summary="Get a job's step series as CSV",
     response_class=StreamingResponse,
     responses={
-        200: {"description": "The series.", "content": {"text/csv": {"schema": {"type": "string"}}}},
+        200: {
+            "description": "The step series, a line for each step.",
+            "content": {"text/csv": {"schema": {"type": "string"}}},
+        },
         **problems(404, 503),
     },
 )
-def get_csv(service: Service, job_id: JobId) -> StreamingResponse:
+def get_job_metrics_csv(service: Service, job_id: JobId) -> StreamingResponse:
     """The whole step series as CSV."""
     store.get_job(service.database, job_id)
     return StreamingResponse(_csv(service, job_id), media_type="text/csv; charset=utf-8")

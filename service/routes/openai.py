@@ -11,7 +11,6 @@ from uuid import uuid4
 
 from anyio import to_thread
 from fastapi import APIRouter, Path, Request, Response
-from fastapi.responses import StreamingResponse
 from fastapi.sse import format_sse_event
 
 from service import addressing, problems, schemas
@@ -23,6 +22,8 @@ from service.generation import empty_prompt
 from service.openai_choices import ChoiceWriter, text_of
 from service.openapi import openai_errors, ref
 from service.prompts import Count, Gain, continue_all
+from service.routes import event_stream
+from service.routes.event_stream import EventStream
 from service.routes.leaving import CLIENT_IS_GONE, unless_gone
 from service.routes.parameters import Service
 from service.routes.responses import as_json
@@ -50,6 +51,7 @@ _MAX_IGNORED = 20
 
 @router.post(
     "/completions",
+    summary="Continue a prompt, in OpenAI's shape",
     response_model=Completion,
     responses={
         200: {
@@ -57,13 +59,13 @@ _MAX_IGNORED = 20
             "headers": {"X-Ignored": {"description": "Fields that had no effect.", "schema": {"type": "string"}}},
             "content": {
                 "application/json": {"schema": ref(Completion)},
-                "text/event-stream": {"schema": {"type": "string"}},
+                **event_stream.documented("Chunks, each the data of an event, then `[DONE]`."),
             },
         },
-        **openai_errors(400, 404, 409, 413, 422, 429, 503),
+        **openai_errors(400, 404, 409, 413, 415, 422, 429, 503),
     },
 )
-async def complete(service: Service, asked: CompletionRequest, connection: Request) -> Response:
+async def create_completion(service: Service, asked: CompletionRequest, connection: Request) -> Response:
     """Continue prompts, as OpenAI's legacy completions do."""
     resolved = _Resolved.of(asked, service.settings)
     addresses = await to_thread.run_sync(addressing.find_models, service.database, asked.model)
@@ -87,7 +89,7 @@ async def complete(service: Service, asked: CompletionRequest, connection: Reque
         raise resolved.in_prompt(error) from error
     if begun is None:
         return CLIENT_IS_GONE
-    return StreamingResponse(_events(*begun[1]), headers=headers, media_type="text/event-stream")
+    return EventStream(_events(*begun[1]), headers)
 
 
 @dataclass(frozen=True)
@@ -201,13 +203,23 @@ async def _nothing_added(resolved: _Resolved, read: Sequence[Sequence[PromptToke
     yield Count(prompt_tokens=sum(map(len, read)), completion_tokens=0)
 
 
-@router.get("/models", responses=openai_errors(503))
+@router.get(
+    "/models",
+    summary="List checkpoints as OpenAI's models",
+    response_description="The checkpoints as models.",
+    responses=openai_errors(503),
+)
 def list_models(service: Service) -> ModelList:
     """The recorded checkpoints, those of the newest jobs first, at most 1,000."""
     return ModelList(data=[_model(address) for address in addressing.list_models(service.database)])
 
 
-@router.get("/models/{model}", responses=openai_errors(404, 503))
+@router.get(
+    "/models/{model}",
+    summary="Get a checkpoint as OpenAI's model",
+    response_description="The checkpoint as a model.",
+    responses=openai_errors(404, 503),
+)
 def get_model(
     service: Service,
     model: Annotated[

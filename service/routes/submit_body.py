@@ -2,6 +2,7 @@
 document describes both.
 """
 
+import codecs
 import sys
 from typing import Annotated, Any
 
@@ -9,7 +10,7 @@ from fastapi import Depends, HTTPException, Request
 from fastapi.datastructures import FormData
 from pydantic import ValidationError
 from pydantic_core import from_json, to_json
-from starlette.datastructures import UploadFile
+from starlette.datastructures import MutableHeaders, UploadFile
 
 from nanomoe.config import JobConfig
 from service.errors import Invalid, TooLarge
@@ -58,9 +59,21 @@ async def _read(request: Request, service: Service) -> SubmitRequest:
     if kind == "multipart/form-data":
         limit = service.settings.max_text_bytes
         # A part may be as large as the body may be, which is bounded: what is too large is told as of a JSON body.
-        async with request.form(max_files=len(_FIELDS), max_fields=len(_FIELDS), max_part_size=sys.maxsize) as form:
+        async with _with_bytes_for_characters(request).form(
+            max_files=len(_FIELDS), max_fields=len(_FIELDS), max_part_size=sys.maxsize
+        ) as form:
             return _validate(to_json(await _values(form, limit), inf_nan_mode="constants"))
     raise HTTPException(415, "send the job as application/json or multipart/form-data (curl: -H, or -F)")
+
+
+def _with_bytes_for_characters(request: Request) -> Request:
+    """The request as one whose form is in Latin-1, where each byte is a character.
+
+    Starlette takes what is not UTF-8 for Latin-1, and nobody could tell afterwards that it has guessed.
+    """
+    headers = MutableHeaders(raw=list(request.scope["headers"]))
+    headers["content-type"] += "; charset=latin-1"
+    return Request({**request.scope, "headers": headers.raw}, request.receive)
 
 
 Submission = Annotated[SubmitRequest, Depends(_read)]
@@ -83,18 +96,21 @@ def _validate(body: bytes) -> SubmitRequest:
 async def _values(form: FormData, limit: int) -> dict[str, Any]:
     """The parts by name, each once; `limit`: bytes of the text."""
     values: dict[str, Any] = {}
-    for name, part in form.multi_items():
+    for latin1_name, part in form.multi_items():
+        name = latin1_name.encode("latin-1").decode("utf-8", "replace")
         if name in values:
             raise Invalid(
                 "invalid_request", "a part is sent twice", errors=[{"loc": ["body", name], "msg": "sent twice"}]
             )
         content = await _content(part, limit if name == "text" else None)
+        # A file may begin with the mark that says how it is encoded.
+        content = content.removeprefix(codecs.BOM_UTF8)
         values[name] = _parse(name, content) if name in _JSON_PARTS else _decode(name, content)
     return values
 
 
 async def _content(part: str | UploadFile, limit: int | None) -> bytes:
-    content = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else await part.read()
+    content = part.encode("latin-1") if isinstance(part, str) else await part.read()
     if limit is not None and len(content) > limit:
         raise TooLarge("text_too_large", f"the text has {len(content):,} bytes; this server takes at most {limit:,}")
     return content

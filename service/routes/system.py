@@ -11,19 +11,34 @@ from service.routes.parameters import Service
 router = APIRouter(tags=["service"])
 
 
-@router.get("/workers", responses=problems(503))
+@router.get(
+    "/workers",
+    summary="List the workers",
+    response_description="The workers.",
+    responses=problems(503),
+)
 def list_workers(service: Service) -> schemas.Listing[schemas.WorkerView]:
     """The workers, as they last reported themselves."""
     return schemas.Listing(data=[views.worker(row, running) for row, running in store.list_workers(service.database)])
 
 
-@router.get("/healthz", responses=problems())
+@router.get(
+    "/healthz",
+    summary="Tell whether the process lives",
+    response_description="The process lives.",
+    responses=problems(),
+)
 async def get_health() -> schemas.Health:
     """Whether the process answers at all."""
     return schemas.Health(version=nanomoe.__version__)
 
 
-@router.get("/readyz", responses=problems(503))
+@router.get(
+    "/readyz",
+    summary="Tell whether jobs can be submitted",
+    response_description="Jobs can be submitted.",
+    responses=problems(503),
+)
 def get_readiness(service: Service) -> schemas.Readiness:
     """Whether jobs can be submitted: the database is within reach, and at this code's revision."""
     service.database.check_revision()
@@ -37,9 +52,13 @@ def get_readiness(service: Service) -> schemas.Readiness:
 
 @router.get(
     "/metrics",
+    summary="Get metrics for Prometheus",
     response_class=Response,
-    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **problems(503)},
+    responses={
+        200: {"description": "The metrics as text.", "content": {"text/plain": {"schema": {"type": "string"}}}},
+        **problems(503),
+    },
 )
-def get_metrics(service: Service) -> Response:
+def get_prometheus_metrics(service: Service) -> Response:
     """What a Prometheus server scrapes: jobs, queue, workers, training speed, generation."""
     return Response(generate_latest(service.generation.instruments.registry), media_type=CONTENT_TYPE_LATEST)

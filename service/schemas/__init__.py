@@ -5,7 +5,17 @@ torch, no FastAPI and no database.
 """
 
 from service.patterns import JOB_ID_PATTERN
-from service.schemas.base import TERMINAL, Listing, Page, Percent, Problem, ProblemError, Status, View
+from service.schemas.base import (
+    BYTE_ORDER_MARK,
+    TERMINAL,
+    Listing,
+    Page,
+    Percent,
+    Problem,
+    ProblemError,
+    Status,
+    View,
+)
 from service.schemas.checkpoints import (
     Baselines,
     CardToken,
@@ -71,6 +81,7 @@ from service.schemas.openai import (
 from service.schemas.system import Device, Health, Readiness, WorkerView
 
 __all__ = [
+    "BYTE_ORDER_MARK",
     "JOB_ID_PATTERN",
     "TERMINAL",
     "Baselines",

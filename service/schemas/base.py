@@ -1,13 +1,23 @@
 """What all answers share: how they are read, how lists come in pages, and what an error looks like."""
 
-from typing import Generic, Literal, TypeVar
+from typing import Annotated, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict
+
+from nanomoe.config import Percent as Percent
 
 Status = Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
 TERMINAL: frozenset[Status] = frozenset({"succeeded", "failed", "cancelled"})
 
-Percent = Literal[0, 25, 50, 75, 100]
+BYTE_ORDER_MARK = "\ufeff"
+
+
+def _without_mark(given: object) -> object:
+    return given.removeprefix(BYTE_ORDER_MARK) if isinstance(given, str) else given
+
+
+Text = Annotated[str, BeforeValidator(_without_mark)]
+"""What is read from files: a byte-order mark at its start says how the file is encoded, and is no part of the text."""
 
 T = TypeVar("T")
 
@@ -21,28 +31,33 @@ class View(BaseModel):
 class Page(View, Generic[T]):
     """One page of a list, newest first."""
 
+    # pydantic gives `Page[JobView]` no docstring.
+    model_config = ConfigDict(json_schema_extra={"description": "One page of a list, newest first."})
+
     data: list[T]
-    """The entries."""
+    """Entries of this page."""
 
     next_cursor: str | None
-    """Ask with `cursor=` for the next page; null at the end."""
+    """Value of `cursor` that asks for the next page; null at the end."""
 
 
 class Listing(View, Generic[T]):
     """A list short enough for one page."""
 
+    model_config = ConfigDict(json_schema_extra={"description": "A list short enough for one page."})
+
     data: list[T]
-    """The entries."""
+    """All entries of the list."""
 
 
 class ProblemError(View):
     """One thing that is wrong with a request."""
 
     loc: list[str | int]
-    """Where: `body`, `query`, `path` or `header`, then the path to the field."""
+    """Path to the faulty field: `body`, `query`, `path` or `header` first."""
 
     msg: str
-    """What is wrong there."""
+    """What is wrong with the field."""
 
 
 class Problem(View):
@@ -52,16 +67,16 @@ class Problem(View):
     """`about:blank`, or an address that names the problem."""
 
     title: str
-    """The status in words."""
+    """The HTTP status in words."""
 
     status: int
     """The HTTP status."""
 
     detail: str
-    """What went wrong this time."""
+    """What went wrong this time, for a person."""
 
     code: str
-    """Stable and machine-readable."""
+    """Stable, machine-readable name of the error."""
 
     errors: list[ProblemError] = []
-    """Each thing that is wrong, for an invalid request."""
+    """Each fault of an invalid request, up to 20."""

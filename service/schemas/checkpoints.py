@@ -26,7 +26,7 @@ class ReconstructedToken(View):
     """Cross-entropy of the target, in nats."""
 
     id: int | None = None
-    """The target's token id."""
+    """Id of the target token in the vocabulary."""
 
     byte_offset: int | None = None
     """Where the target starts in the text's UTF-8 bytes."""
@@ -41,38 +41,38 @@ class Reconstruction(View):
     model_config = ConfigDict(extra="allow")
 
     text: str
-    """The predictions joined."""
+    """The predicted tokens, joined."""
 
     tokens: list[ReconstructedToken] | None = None
-    """Null with `?tokens=false`."""
+    """Each target with the prediction; null with `?tokens=false`."""
 
     truncated: bool = False
-    """Whether the text has more targets than these."""
+    """Whether the text has more targets than are recorded."""
 
 
 class ReconstructionPage(View):
     """A stretch of a reconstruction."""
 
     job_id: str
-    """The job."""
+    """Id of the job."""
 
     percent: int
-    """The checkpoint."""
+    """Percent of the checkpoint."""
 
     start: int = Field(alias="from", serialization_alias="from")
-    """Index of the first of these targets."""
+    """Index of the first target on this page."""
 
     n_tokens: int
-    """Targets recorded in all."""
+    """Number of targets that are recorded."""
 
     truncated: bool
     """Whether the text has more targets than were recorded."""
 
     data: list[ReconstructedToken]
-    """The targets."""
+    """Targets on this page, with the predictions."""
 
     next_from: int | None
-    """Ask with `from=` for the next stretch; null at the end."""
+    """Value of `from` that asks for the next page; null at the end."""
 
     model_config = ConfigDict(populate_by_name=True)
 
@@ -86,7 +86,7 @@ class Continuation(View):
     """The first `cont_prefix_tokens` tokens of the text."""
 
     text: str
-    """What the model adds."""
+    """The text that the model adds to the prompt."""
 
 
 class Baselines(View):
@@ -108,16 +108,16 @@ class CheckpointFigures(View):
     model_config = ConfigDict(extra="allow")
 
     percent: int
-    """0, 25, 50, 75 or 100."""
+    """Percent of the checkpoint: 0, 25, 50, 75 or 100."""
 
     step: int
-    """Optimizer steps before it."""
+    """Optimizer steps before the checkpoint."""
 
     epoch: float
-    """Passes over the text before it."""
+    """Passes over the text before the checkpoint."""
 
     created_at: datetime
-    """When it was recorded."""
+    """Time at which the checkpoint was recorded."""
 
     loss: float
     """Cross-entropy in nats per token of these weights on the training text: dropout off, float32, no auxiliary loss
@@ -208,7 +208,7 @@ class CardToken(View):
     """Id of the token."""
 
     times: int
-    """How often it was routed to the expert."""
+    """How often the token was routed to the expert."""
 
 
 class MixtureLayer(MixtureFigures):
@@ -263,45 +263,45 @@ class StepSeries(View):
     """Training steps, column by column; thinned, its minima and maxima are kept."""
 
     step: list[int]
-    """Optimizer step, from 1."""
+    """Number of each optimizer step, from 1."""
 
     train_loss: list[float | None]
-    """Loss of the step's batch, with dropout on."""
+    """Loss of each step's batch, with dropout on, in nats per token."""
 
     lr: list[float | None]
-    """Learning rate."""
+    """Learning rate of each step."""
 
     grad_norm: list[float | None]
-    """Norm of the whole gradient before clipping."""
+    """Norm of each step's whole gradient, before clipping."""
 
 
 class Metrics(View):
     """The answer to `GET /jobs/{id}/metrics`."""
 
     job_id: str
-    """The job."""
+    """Id of the job."""
 
     status: Status
-    """Its status."""
+    """Status of the job."""
 
     checkpoints: list[CheckpointMetrics]
-    """By percent; the first is the model before training."""
+    """The recorded checkpoints by percent; the first is the model before training."""
 
     steps: StepSeries
-    """The step series, at most `points` long."""
+    """The step series, thinned to at most `points` steps."""
 
 
 class FileView(View):
     """A file of a checkpoint."""
 
     name: str
-    """As in `/checkpoints/{percent}/files/{name}`."""
+    """Name of the file, as in `/checkpoints/{percent}/files/{name}`."""
 
     size: int
-    """Bytes."""
+    """Size of the file in bytes."""
 
     sha256: str
-    """Of its bytes."""
+    """SHA-256 of the file, hexadecimal."""
 
 
 class CheckpointView(CheckpointFigures):

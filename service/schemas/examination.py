@@ -4,9 +4,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from nanomoe.config import Strict
+from nanomoe.config import Strict, Whole
 from service.patterns import JOB_ID_PATTERN
-from service.schemas.base import Percent, View
+from service.schemas.base import Percent, Text, View
 
 
 class ScoreRequest(Strict):
@@ -15,11 +15,11 @@ class ScoreRequest(Strict):
     job_id: str = Field(pattern=JOB_ID_PATTERN)
     """The job whose checkpoint reads the text."""
 
-    checkpoint: Percent | Literal["latest"] = "latest"
+    checkpoint: Annotated[Percent, Whole] | Literal["latest"] = "latest"
     """Percent of a recorded checkpoint, or the newest that is not damaged."""
 
-    text: str = Field(min_length=1, max_length=65_536)
-    """Any text of two tokens or more."""
+    text: Text = Field(min_length=1, max_length=65_536)
+    """Any text of two tokens or more. A byte-order mark at its start is dropped, as in a training text."""
 
 
 class InspectRequest(Strict):
@@ -28,7 +28,7 @@ class InspectRequest(Strict):
     job_id: str = Field(pattern=JOB_ID_PATTERN)
     """The job whose checkpoint reads the prompt."""
 
-    checkpoint: Percent | Literal["latest"] = "latest"
+    checkpoint: Annotated[Percent, Whole] | Literal["latest"] = "latest"
     """Percent of a recorded checkpoint, or the newest that is not damaged."""
 
     prompt: Annotated[str, Field(max_length=65_536, json_schema_extra={"minLength": 1})]
@@ -63,7 +63,7 @@ class CopiedSpan(View):
     """The longest part of the text that stands in the training text word for word; of several the first."""
 
     text: str
-    """The part, in whole characters."""
+    """The copied part, in whole characters."""
 
     n_bytes: int
     """Length of the part, in bytes of UTF-8."""
@@ -79,10 +79,10 @@ class ScoreResponse(View):
     """The answer to `POST /score`."""
 
     job_id: str
-    """The job."""
+    """Id of the job."""
 
     checkpoint: int
-    """The percent that was used."""
+    """Percent of the checkpoint that was used."""
 
     n_tokens: int
     """Tokens of the text; all but the first are predicted."""
@@ -91,7 +91,7 @@ class ScoreResponse(View):
     """Nats per predicted token, dropout off; a text longer than `block_size` is read in windows, as in training."""
 
     total_loss: float | None
-    """Nats of the whole text."""
+    """Loss of the whole text, in nats."""
 
     perplexity: float | None
     """exp(loss); null where that is too large for a number."""
@@ -100,7 +100,7 @@ class ScoreResponse(View):
     """Bits per byte of UTF-8 of the predicted tokens: compares models with different tokenizers."""
 
     tokens: list[ScoredToken]
-    """The tokens, in order."""
+    """Tokens of the text, in order."""
 
     copied: CopiedSpan | None
     """Memorised or learned: the longest span shared with the training text; null where not one character is."""
@@ -127,7 +127,7 @@ class LayerRoutingView(View):
     """
 
     layer: int
-    """The block, from 0."""
+    """Index of the block, from 0."""
 
     logits: list[list[float]]
     """The router's logits: one row a token, one number an expert."""
@@ -153,10 +153,10 @@ class InspectResponse(View):
     """The answer to `POST /inspect`."""
 
     job_id: str
-    """The job."""
+    """Id of the job."""
 
     checkpoint: int
-    """The percent that was used."""
+    """Percent of the checkpoint that was used."""
 
     n_unread: int
     """Oldest tokens of the prompt that do not fit into the context."""
@@ -168,8 +168,8 @@ class InspectResponse(View):
     """The ten likeliest tokens to follow the last one that was read, best first."""
 
     attention: list[list[list[list[float]]]]
-    """By layer, head and token: how much the token takes from each token up to itself. A row sums to 1. Empty with
-    `attention` false."""
+    """Attention by layer, head and token: how much the token takes from each token up to itself. A row sums to 1.
+    Empty with `attention` false."""
 
     routing: list[LayerRoutingView]
     """How each mixture of experts routed the tokens that were read; empty in a dense model."""

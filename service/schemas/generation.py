@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints
 
-from nanomoe.config import Strict
+from nanomoe.config import Integer, Strict, Whole
 from service.patterns import JOB_ID_PATTERN
 from service.schemas.base import Percent, View
 
@@ -23,28 +23,28 @@ class GenerateRequest(Strict):
     job_id: str = Field(pattern=JOB_ID_PATTERN)
     """The job whose checkpoint continues the prompt."""
 
-    checkpoint: Percent | Literal["latest"] = "latest"
+    checkpoint: Annotated[Percent, Whole] | Literal["latest"] = "latest"
     """Percent of a recorded checkpoint, or the newest that is not damaged."""
 
     prompt: TextPrompt
     """The text to continue."""
 
-    max_new_tokens: int = Field(25, ge=1, le=65_536)
+    max_new_tokens: Integer = Field(25, ge=1, le=65_536)
     """Tokens of each continuation, at most the server's limit."""
 
     temperature: float = Field(1.0, ge=0, le=100)
     """Divides the logits before sampling; 0 takes the likeliest token."""
 
-    top_k: int | None = Field(None, ge=1, le=1_000_000)
+    top_k: Annotated[int, Field(ge=1, le=1_000_000), Whole] | None = None
     """Sample among this many likeliest tokens; null among all."""
 
     top_p: float | None = Field(None, gt=0, le=1)
     """Sample among the likeliest tokens that together hold this much probability; null among all."""
 
-    seed: int | None = Field(None, ge=0, lt=2**63)
+    seed: Annotated[int, Field(ge=0, lt=2**63), Whole] | None = None
     """The same seed gives the same text, whoever else is being served; null draws one."""
 
-    n: int = Field(1, ge=1, le=128)
+    n: Integer = Field(1, ge=1, le=128)
     """Continuations of the same prompt, at most the server's limit."""
 
     stop: list[StopString] = Field(default=[], max_length=MAX_STOP_STRINGS)
@@ -61,32 +61,32 @@ class TokenLogProb(View):
     """A token that was chosen, and how probable it was."""
 
     token: int
-    """Its id."""
+    """Id of the token in the vocabulary."""
 
     text: str
-    """What it stands for; U+FFFD where it is part of a character."""
+    """Text of the token; U+FFFD where it is part of a character."""
 
     logprob: float
-    """ln of its probability under the model's own softmax, at temperature 1."""
+    """ln of the token's probability under the model's own softmax, at temperature 1."""
 
 
 class Choice(View):
     """One continuation."""
 
     index: int = 0
-    """0 to n - 1."""
+    """Number of the continuation, 0 to n - 1."""
 
     text: str
-    """What was added to the prompt."""
+    """Text that was added to the prompt."""
 
     tokens: list[int]
-    """Its token ids, up to the last that begins before the text's end."""
+    """Token ids of the continuation, up to the last that begins before the text's end."""
 
     finish_reason: Literal["length", "stop"]
     """Whether `max_new_tokens` or a stop string ended it."""
 
     logprobs: list[TokenLogProb] | None = None
-    """Of each token; null unless asked for."""
+    """Log-probability of each token; null unless asked for."""
 
 
 class Usage(View):
@@ -103,13 +103,13 @@ class Usage(View):
 
 
 class Timing(View):
-    """How long it took."""
+    """Durations and speed of a generation."""
 
     queue_seconds: float
-    """From the request's arrival to its first step in the engine."""
+    """Seconds from the request's arrival to its first step in the engine."""
 
     first_token_seconds: float
-    """From the request's arrival to its first token."""
+    """Seconds from the request's arrival to its first token."""
 
     tok_per_sec: float | None
     """New tokens a second, over all continuations; null when there was nothing to time."""
@@ -119,19 +119,19 @@ class GenerateEnd(View):
     """What is known of a generation at its end: the last event of a stream, and the rest of a plain answer."""
 
     job_id: str
-    """The job."""
+    """Id of the job."""
 
     checkpoint: int
-    """The percent that was used."""
+    """Percent of the checkpoint that was used."""
 
     usage: Usage
-    """What was counted."""
+    """Numbers of tokens."""
 
     timing: Timing
-    """How long it took."""
+    """How long the generation took."""
 
     seed: int
-    """The seed that was used: it gives the same texts again."""
+    """Seed that was used: the same seed gives the same texts again."""
 
     window_slid: bool
     """Whether the context grew past `block_size`, so that its earliest tokens were forgotten."""
@@ -144,7 +144,7 @@ class GenerateResponse(GenerateEnd):
     """The answer to `POST /generate`."""
 
     prompt: str
-    """As sent."""
+    """The prompt, as sent."""
 
     choices: list[Choice]
     """The `n` continuations."""
@@ -154,16 +154,16 @@ class GenerateChunk(View):
     """`event: chunk`: what a continuation has gained since its last chunk."""
 
     index: int
-    """Which of the `n` continuations."""
+    """Number of the continuation, 0 to n - 1."""
 
     text: str
-    """Never cut inside a character."""
+    """Text that the continuation gained, never cut inside a character."""
 
     tokens: list[int]
     """The new tokens that begin in the text so far."""
 
     logprobs: list[TokenLogProb] | None = None
-    """Of each of `tokens`; null unless asked for."""
+    """Log-probability of each new token; null unless asked for."""
 
     finish_reason: Literal["length", "stop"] | None
-    """Set in a continuation's last chunk."""
+    """Whether `max_new_tokens` or a stop string ended the continuation; null until its last chunk."""

@@ -6,9 +6,9 @@ from typing import Annotated
 
 from pydantic import AwareDatetime, Field, JsonValue, StringConstraints
 
-from nanomoe.config import ConfigWarning, JobConfig, Strict
+from nanomoe.config import ConfigWarning, Integer, JobConfig, Strict
 from service.patterns import PRINTABLE, PRINTABLE_OR_EMPTY, TAG_KEY
-from service.schemas.base import TERMINAL, Status, View
+from service.schemas.base import TERMINAL, Status, Text, View
 
 # Names and tags end up in terminals, tables and file names: no control characters.
 JobName = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=200, pattern=PRINTABLE)]
@@ -26,23 +26,24 @@ def split_tag(given: str) -> tuple[str, str | None]:
 class SubmitRequest(Strict):
     """The body of `POST /jobs`."""
 
-    text: str = Field(min_length=1)
-    """The training text: 2 tokens or more, at most the server's `max_text_bytes` in UTF-8."""
+    text: Text = Field(min_length=1)
+    """The training text: 2 tokens or more, at most the server's `max_text_bytes` in UTF-8. A byte-order mark at its
+    start is dropped."""
 
     name: JobName | None = None
-    """What to call the job."""
+    """Name of the job, for people."""
 
     tags: Tags = Field(default_factory=dict)
     """Labels to find the job by."""
 
     config: JobConfig = JobConfig()
-    """What to change of the reference run."""
+    """Knobs that differ from the reference run."""
 
-    priority: int = Field(0, ge=-100, le=100)
-    """Higher is claimed sooner."""
+    priority: Integer = Field(0, ge=-100, le=100)
+    """Priority of the job: a higher one is claimed sooner."""
 
     run_at: AwareDatetime | None = None
-    """Not to be claimed before this time; null is now."""
+    """Time before which no worker claims the job; null is now."""
 
 
 class JobPatch(Strict):
@@ -81,111 +82,112 @@ class ModelSize(View):
     """Parameters of a job's model; null until the vocabulary is known."""
 
     n_params: int | None = None
-    """All of them, the tied output layer counted once."""
+    """All parameters, the tied output layer counted once."""
 
     n_active_params: int | None = None
-    """Those that one token passes through."""
+    """Parameters that one token passes through."""
 
 
 class TextInfo(View):
     """The training text, without the text."""
 
     sha256: str
-    """Of its UTF-8 bytes."""
+    """SHA-256 of the text's UTF-8 bytes, hexadecimal."""
 
     n_bytes: int
-    """UTF-8 bytes."""
+    """Length of the text in bytes of UTF-8."""
 
     n_tokens: int | None = None
-    """Tokens; null until it is tokenised."""
+    """Length of the text in tokens; null until it is tokenised."""
 
 
 class JobError(View):
     """Why a job failed."""
 
     code: str
-    """Stable and machine-readable."""
+    """Stable, machine-readable name of the error."""
 
     message: str
-    """For a person, with the figures."""
+    """What went wrong, for a person, with the figures."""
 
 
 class Parent(View):
     """The checkpoint that a job started from."""
 
     job_id: str
-    """The job that recorded it."""
+    """Id of the job that recorded the checkpoint."""
 
     checkpoint: int
-    """Its percent."""
+    """Percent of the checkpoint."""
 
 
 class JobView(View):
     """A job."""
 
     id: str
-    """32 hexadecimal digits, sortable by time."""
+    """Id of the job: 32 hexadecimal digits, sortable by time."""
 
     name: str | None
-    """As submitted or patched."""
+    """Name of the job, as submitted or changed; null for none."""
 
     tags: dict[str, str]
-    """As submitted or patched."""
+    """Tags of the job, as submitted or changed."""
 
     status: Status
-    """queued, running or paused; succeeded, failed or cancelled at the end."""
+    """Status of the job: queued, running or paused; succeeded, failed or cancelled at the end."""
 
     queue_position: int | None = None
     """Jobs that will be claimed before this one, up to 1,000; null unless queued, and in lists."""
 
     estimated_start_at: datetime | None = None
-    """When a worker will be free for it, by the recent speed of the running jobs; null unless queued and among the next
-    to be claimed, where that is not known, and in lists."""
+    """Time at which a worker will be free for the job, by the recent speed of the running jobs; null in lists, where
+    that is not known, and unless the job is queued and among the next to be claimed."""
 
     created_at: datetime
-    """When it was submitted."""
+    """Time at which the job was submitted."""
 
     started_at: datetime | None
-    """When a worker first claimed it."""
+    """Time at which a worker first claimed the job; null before."""
 
     finished_at: datetime | None
-    """When it reached its last status."""
+    """Time at which the job reached its last status; null before."""
 
     attempt: int
-    """Times a worker claimed it."""
+    """Number of times that a worker claimed the job."""
 
     status_reason: str | None
-    """Why it is paused or waiting, or succeeded before its last step: `stopped early at step 42: perplexity 1.987`."""
+    """Why the job is paused or waiting, or succeeded before its last step:
+    `stopped early at step 42: perplexity 1.987`."""
 
     priority: int
-    """Higher is claimed sooner."""
+    """Priority of the job: a higher one is claimed sooner."""
 
     run_at: datetime
-    """Not to be claimed before this time."""
+    """Time before which no worker claims the job."""
 
     execution: dict[str, JsonValue] | None
     """Device, precision, threads and paths, fixed at the first start; `micro_batch` shrinks when memory runs out."""
 
     progress: Progress
-    """How far it has come."""
+    """How far the training has come."""
 
     config: JobConfig
-    """Complete, defaults filled in."""
+    """The complete config, defaults filled in."""
 
     model: ModelSize
     """How large the model is."""
 
     text: TextInfo
-    """What it is trained on."""
+    """The training text, described."""
 
     warnings: list[ConfigWarning]
     """Legal traps of the config, and what happened on the way."""
 
     error: JobError | None
-    """Why it failed; null unless it did."""
+    """Why the job failed; null unless it did."""
 
     parent: Parent | None
-    """The checkpoint that it started from; null for random weights."""
+    """The checkpoint whose weights the job started from; null for random weights."""
 
     @property
     def is_terminal(self) -> bool:
@@ -197,16 +199,16 @@ class Estimate(View):
     """The answer to a dry run: what the job would be. Null stands for what is known only once training starts."""
 
     config: JobConfig
-    """Complete, defaults filled in."""
+    """The complete config, defaults filled in."""
 
     text: TextInfo
-    """What it would be trained on."""
+    """The training text, described."""
 
     model: ModelSize
     """How large the model would be."""
 
     training_bytes: int | None
-    """Memory for weights, gradients, optimizer and activations."""
+    """Bytes of memory for weights, gradients, optimizer and activations."""
 
     flops_per_token: int | None
     """Floating-point operations of training on one token, of the experts only those that it goes to."""
@@ -229,13 +231,13 @@ class StatusEvent(View):
     `CheckpointMetrics` without tokens, `warning` events a `ConfigWarning`."""
 
     status: Status
-    """The new status."""
+    """The job's new status."""
 
     status_reason: str | None = None
-    """Why it is paused or waiting, or succeeded before its last step."""
+    """Why the job is paused or waiting, or succeeded before its last step."""
 
     attempt: int = 0
-    """Times a worker had claimed it."""
+    """Number of times that a worker had claimed the job."""
 
     error: JobError | None = None
-    """Why it failed; null unless it did."""
+    """Why the job failed; null unless it did."""

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Discriminator, Field, Tag
 
-from nanomoe.config import Strict
+from nanomoe.config import Strict, Whole
 from service.schemas.base import View
 from service.schemas.generation import MAX_STOP_STRINGS, StopString, TextPrompt
 
@@ -36,7 +36,7 @@ Stop = Annotated[
 ]
 
 TokenPrompt = Annotated[
-    list[Annotated[int, Field(ge=0, lt=2**31)]],
+    list[Annotated[int, Field(ge=0, lt=2**31), Whole]],
     Field(max_length=1_000_000, fail_fast=True, json_schema_extra={"minItems": 1}),
 ]
 """Token ids of the model's own tokenizer."""
@@ -76,7 +76,7 @@ class CompletionRequest(Strict):
     prompt: Prompt
     """The text to continue, or its token ids; or a list of up to 2,048 of either, each continued by itself."""
 
-    max_tokens: int | None = Field(None, ge=0, le=65_536)
+    max_tokens: Annotated[int, Field(ge=0, le=65_536), Whole] | None = None
     """Tokens of each continuation, at most the server's limit; null stands for 16, 0 adds nothing."""
 
     temperature: float | None = Field(None, ge=0, le=100)
@@ -85,23 +85,23 @@ class CompletionRequest(Strict):
     top_p: float | None = Field(None, gt=0, le=1)
     """Sample among the likeliest tokens that together hold this much probability; null among all."""
 
-    top_k: int | None = Field(None, ge=1, le=1_000_000)
+    top_k: Annotated[int, Field(ge=1, le=1_000_000), Whole] | None = None
     """Sample among this many likeliest tokens; null among all. Not a field of OpenAI's."""
 
-    n: int | None = Field(None, ge=1, le=128)
+    n: Annotated[int, Field(ge=1, le=128), Whole] | None = None
     """Continuations of each prompt; null stands for 1."""
 
     stop: Stop | None = None
     """A continuation ends before the first of these strings, of which there may be 16."""
 
-    seed: int | None = Field(None, ge=0, lt=2**63)
+    seed: Annotated[int, Field(ge=0, lt=2**63), Whole] | None = None
     """The same seed gives a prompt the same text, whoever else is being served and whatever prompts stand beside it;
     null draws one for each prompt."""
 
     echo: bool | None = None
     """Whether the text begins with the prompt, and `logprobs` with the prompt's own."""
 
-    logprobs: int | None = Field(None, ge=0, le=5)
+    logprobs: Annotated[int, Field(ge=0, le=5), Whole] | None = None
     """How many likeliest tokens to report beside each token of the text; 0 the token alone."""
 
     stream: bool | None = None
@@ -162,10 +162,10 @@ class CompletionChoice(View):
     """The place of the prompt in the list, from 0, times `n`, plus the number of its continuation, from 0."""
 
     text: str
-    """What was added to the prompt; with `echo`, the prompt first. Never cut inside a character."""
+    """Text that was added to the prompt; with `echo`, the prompt first. Never cut inside a character."""
 
     logprobs: CompletionLogprobs | None
-    """Null unless asked for."""
+    """Log-probabilities of the tokens; null unless asked for."""
 
     finish_reason: Literal["length", "stop"] | None
     """Whether `max_tokens` or a stop string ended it; in a stream null until then."""
@@ -188,13 +188,13 @@ class Completion(View):
     """The answer to `POST /v1/completions`, and each chunk of its stream."""
 
     id: str
-    """The same in all chunks of a stream."""
+    """Id of the completion, the same in all chunks of a stream."""
 
     object: Literal["text_completion"] = "text_completion"
-    """Always this."""
+    """Type of the object: always `text_completion`."""
 
     created: int
-    """Seconds since 1970."""
+    """Time of the request, in seconds since 1970."""
 
     model: str
     """The checkpoint that was used: `JOB_ID@PERCENT`."""
@@ -206,30 +206,30 @@ class Completion(View):
     """The `n` continuations of each prompt, in the order of the prompts."""
 
     usage: CompletionUsage | None
-    """In a stream null, but for the last chunk where `include_usage` asks for it."""
+    """Numbers of tokens; in a stream null, but for the last chunk where `include_usage` asks for it."""
 
 
 class Model(View):
     """A recorded checkpoint, as OpenAI describes a model."""
 
     id: str
-    """`JOB_ID@PERCENT`."""
+    """Id of the checkpoint: `JOB_ID@PERCENT`."""
 
     object: Literal["model"] = "model"
-    """Always this."""
+    """Type of the object: always `model`."""
 
     created: int
-    """When it was recorded, in seconds since 1970."""
+    """Time at which the checkpoint was recorded, in seconds since 1970."""
 
     owned_by: str = "nanomoe"
-    """Always this."""
+    """Owner of the model: always `nanomoe`."""
 
 
 class ModelList(View):
     """The answer to `GET /v1/models`."""
 
     object: Literal["list"] = "list"
-    """Always this."""
+    """Type of the object: always `list`."""
 
     data: list[Model]
     """The newest jobs' checkpoints first, at most 1,000."""
@@ -239,20 +239,20 @@ class OpenAIErrorDetail(View):
     """What went wrong, as OpenAI says it."""
 
     message: str
-    """One sentence for a person."""
+    """What went wrong, in one sentence for a person."""
 
     type: str
-    """`invalid_request_error`, `rate_limit_error` or `server_error`."""
+    """Kind of the error: `invalid_request_error`, `rate_limit_error` or `server_error`."""
 
     param: str | None
-    """The field that is wrong."""
+    """Name of the field that is wrong; null where no single one is."""
 
     code: str
-    """Stable and machine-readable; the same as in the problems of the other routes."""
+    """Stable, machine-readable name of the error; the same as in the problems of the other routes."""
 
 
 class OpenAIError(View):
     """The body of every error under `/v1`."""
 
     error: OpenAIErrorDetail
-    """The error."""
+    """What went wrong."""

@@ -14,50 +14,50 @@ class Device(View):
     model_config = ConfigDict(extra="allow")
 
     device: str
-    """`cpu`, or `cuda:N`."""
+    """Name of the device in torch: `cpu`, or `cuda:N`."""
 
     name: str | None = None
-    """The maker's name of it."""
+    """The maker's name of the device."""
 
     memory_bytes: int | None = None
-    """All of its memory."""
+    """The device's whole memory, in bytes."""
 
 
 class WorkerView(View):
     """A worker, as it last reported itself."""
 
     id: str
-    """Of this start of the worker."""
+    """Id of this start of the worker."""
 
     name: str
-    """Stable across starts."""
+    """Name of the worker, the same at every start."""
 
     host: str
-    """The machine's name."""
+    """Name of the machine."""
 
     pid: int
-    """Its process there."""
+    """Id of the worker's process."""
 
     devices: list[Device]
-    """What it trains on."""
+    """Devices that the worker trains on."""
 
     slots: int
-    """Jobs that it trains at once."""
+    """Number of jobs that the worker trains at once."""
 
     versions: dict[str, str]
-    """Of the code and its libraries."""
+    """Versions of the code and its libraries."""
 
     current_jobs: list[str]
-    """Ids of the jobs that it owns."""
+    """Ids of the jobs that the worker owns."""
 
     started_at: datetime
-    """When it started."""
+    """Time at which the worker started."""
 
     last_seen_at: datetime
-    """Its last sign of life."""
+    """Time of the worker's last sign of life."""
 
     stopped_at: datetime | None
-    """When it said that it stops; null while it runs, or if it never said so."""
+    """Time at which the worker said that it stops; null while it runs, or if it never said so."""
 
 
 class Health(View):
@@ -67,7 +67,7 @@ class Health(View):
     """The process answers."""
 
     version: str
-    """Of the service."""
+    """Version of the service."""
 
 
 class Readiness(View):
@@ -77,10 +77,10 @@ class Readiness(View):
     """Jobs can be submitted."""
 
     database: str
-    """`sqlite` or `postgresql`."""
+    """Kind of the database: `sqlite` or `postgresql`."""
 
     revision: str
-    """The schema's revision."""
+    """Revision of the database's schema."""
 
     n_workers: int
-    """Workers seen lately; none are needed to be ready."""
+    """Number of workers seen lately; none are needed to be ready."""

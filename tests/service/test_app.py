@@ -171,8 +171,25 @@ def test_an_unknown_path_and_an_unknown_method_are_problems(api: Api) -> None:
 
 
 def test_a_wrong_method_is_told_all_the_right_ones(api: Api) -> None:
-    answer = api.http.put(f"/jobs/{'0' * 32}")
-    assert answer.headers["allow"] == "DELETE, GET, PATCH"
+    for path, allowed in [
+        (f"/jobs/{'0' * 32}", "DELETE, GET, HEAD, OPTIONS, PATCH"),
+        ("/jobs", "GET, HEAD, OPTIONS, POST"),
+        ("/generate", "OPTIONS, POST"),
+        ("/openapi.json", "GET, HEAD, OPTIONS"),
+        ("/static/vendor/README.md", "GET, HEAD, OPTIONS"),
+    ]:
+        wrong, asked = api.http.put(path), api.http.options(path)
+        assert (wrong.status_code, wrong.headers["allow"]) == (405, allowed)
+        assert (asked.status_code, asked.headers["allow"], asked.content) == (204, allowed, b"")
+    answer = api.http.head("/generate")
+    assert (answer.status_code, answer.headers["allow"], answer.content) == (405, "OPTIONS, POST", b"")
+
+
+def test_a_page_from_elsewhere_is_not_told_that_it_may_ask(api: Api) -> None:
+    asked = {"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}
+    answer = api.http.options("/jobs", headers=asked)
+    assert answer.status_code == 204
+    assert not [name for name in answer.headers if name.startswith("access-control")]
 
 
 def test_the_docs_fetch_nothing_from_elsewhere(api: Api) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from openapi_spec_validator import validate
 
 from service import queue
 from service.app import create_app
@@ -112,6 +113,7 @@ def test_every_documented_status_is_reached_and_no_other(serve: Serve, tmp_path:
             send(method, path, content=b"{", headers=JSON)
             send(method, path, content=b" " * 2_000_000, headers=JSON)
             send(method, path, json={"nope": 1})
+            send(method, path, json=body, headers={"Content-Encoding": "gzip"})
         if "/jobs/" in path or "/models/" in path:
             send(method, path.replace(queued, NOBODY).replace(finished, NOBODY), json=body)
     for path in (
@@ -132,6 +134,9 @@ def test_every_documented_status_is_reached_and_no_other(serve: Serve, tmp_path:
     file = f"/jobs/{finished}/checkpoints/0/files/config.json"
     send("GET", file, headers={"Range": "bytes=0-1"})
     send("GET", file, headers={"Range": "bytes=999999-"})
+    for path in (file, f"/jobs/{finished}/text"):
+        send("GET", path, headers={"If-None-Match": "*"})
+        send("GET", path, headers={"If-Match": '"other"'})
     next((api.context.settings.data_dir / "jobs" / finished).rglob("config.json")).unlink()
     send("GET", file)
     next((api.context.settings.data_dir / "jobs" / damaged).rglob("manifest.json")).unlink()
@@ -207,3 +212,82 @@ def test_no_parameter_can_be_null(made: dict[str, Any]) -> None:
     ]
     assert len(parameters) > 20
     assert not [parameter for parameter in parameters if "null" in json.dumps(parameter["schema"])]
+
+
+def operations_of(made: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    for path, operations in made["paths"].items():
+        for method, operation in operations.items():
+            yield method, path, operation
+
+
+def test_the_document_is_valid(made: dict[str, Any]) -> None:
+    validate(made)
+
+
+# Generated clients name their functions after these.
+OPERATIONS = {
+    "cancel_job", "create_completion", "delete_job", "generate", "get_checkpoint", "get_checkpoint_file", "get_health",
+    "get_job", "get_job_events", "get_job_metrics", "get_job_metrics_csv", "get_job_text", "get_model",
+    "get_prometheus_metrics", "get_readiness", "get_reconstruction", "inspect", "list_checkpoints", "list_jobs",
+    "list_models", "list_workers", "patch_job", "pause_job", "resume_job", "score", "submit_job",
+}  # fmt: skip
+
+
+def test_operations_have_stable_names(made: dict[str, Any]) -> None:
+    found = [operation["operationId"] for _, _, operation in operations_of(made)]
+    assert len(found) == len(set(found))
+    assert set(found) >= OPERATIONS, "a name that is gone breaks generated clients"
+
+
+def test_operations_are_summarised_in_words(made: dict[str, Any]) -> None:
+    summaries = [operation["summary"] for _, _, operation in operations_of(made)]
+    assert len(summaries) == len(set(summaries))
+    for summary in summaries:
+        first, *rest = summary.split()
+        assert first[0].isupper(), summary
+        assert rest, summary
+        assert any(word[0].islower() for word in rest), f"{summary}: a name in capitals"
+        assert not summary.endswith("."), summary
+        assert len(summary) <= 50, summary
+
+
+# A description is read without the name of its schema, and without its neighbours.
+LEANS_ON_SOMETHING = re.compile(
+    r"(of|its|their|both|always|as|that|those|this|these|they|it|null|from|at|in|by|never)\b"
+    r"|(when|why|how|what|where|whether)( \w+)? (it|its|they|this)\b",
+    re.IGNORECASE,
+)
+
+
+def descriptions(made: dict[str, Any]) -> Iterator[tuple[str, str | None]]:
+    for method, path, operation in operations_of(made):
+        yield f"{method} {path}", operation.get("description")
+        for status, answer in operation["responses"].items():
+            yield f"{method} {path} {status}", answer["description"]
+        for parameter in operation.get("parameters", []):
+            yield f"{method} {path} {parameter['name']}", parameter.get("description")
+    for name, schema in made["components"]["schemas"].items():
+        yield name, schema.get("description")
+        for field, described in schema.get("properties", {}).items():
+            yield f"{name}.{field}", described.get("description")
+
+
+def test_every_description_stands_alone(made: dict[str, Any]) -> None:
+    wrong = [
+        (where, text)
+        for where, text in descriptions(made)
+        if text is None
+        or len(text.split()) < 2
+        or not text.rstrip().endswith((".", "`"))
+        or LEANS_ON_SOMETHING.match(text)
+        or text.startswith("Successful Response")
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["Of its bytes.", "Both.", "Always this.", "Its id.", "When it was recorded.", "How far it has come.", "Bytes."],
+)
+def test_the_check_sees_a_description_that_does_not(text: str) -> None:
+    assert LEANS_ON_SOMETHING.match(text) or len(text.split()) < 2

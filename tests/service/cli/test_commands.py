@@ -16,6 +16,7 @@ from service import queue, schemas
 from service.cli import COMMANDS, addresses, app
 from service.cli.commands import LazyCommand
 from service.cli.display import TextDisplay
+from service.cli.jobs import read_text
 from tests.api import TEXT, Api
 from tests.service.cli.conftest import Run
 
@@ -156,6 +157,12 @@ def test_an_empty_prompt_is_one_line_that_says_why(api: Api, at: Run, command: s
 
 def test_an_unknown_option_is_exit_code_2(nanomoe: Run) -> None:
     assert nanomoe("jobs", "--nope").code == 2
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path: Path) -> None:
+    file = tmp_path / "texto.txt"
+    file.write_text("olá", "utf-8-sig")
+    assert read_text(str(file)) == "olá"
 
 
 def test_a_file_that_is_not_utf_8_is_refused_with_the_place(at: Run) -> None:

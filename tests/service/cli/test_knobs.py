@@ -18,6 +18,8 @@ JOB_ID = "0123456789abcdef" * 2
         ("lr=1e-3", 0.001),
         ("lr=.5", 0.5),
         ("epochs=7", 7),
+        ("epochs=7.0", 7),
+        ("epochs=1e2", 100),
         ("use_moe=true", True),
         ("max_steps=null", None),
         ("betas=[0.8, 0.9]", (0.8, 0.9)),
@@ -40,6 +42,12 @@ def test_a_setting_wins_over_the_file_and_a_later_one_over_an_earlier(tmp_path: 
     file.write_text('{"epochs": 1, "seed": 5}')
     config = config_of(file, ["epochs=2", "epochs=3"])
     assert (config.epochs, config.seed) == (3, 5)
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text('{"epochs": 3}', "utf-8-sig")
+    assert config_of(file, []).epochs == 3
 
 
 @pytest.mark.parametrize(

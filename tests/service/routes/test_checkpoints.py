@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+from email import message_from_bytes
 
 import pytest
 
@@ -64,7 +65,18 @@ def test_a_file_comes_whole_and_with_its_digest(api: Api, finished: str) -> None
 
 @pytest.mark.parametrize(
     ("asked", "start", "end"),
-    [("bytes=0-9", 0, 10), ("bytes=1000-", 1000, 1024), ("bytes=-24", 1000, 1024), ("bytes=1020-5000", 1020, 1024)],
+    [
+        ("bytes=0-9", 0, 10),
+        ("bytes=1000-", 1000, 1024),
+        ("bytes=-24", 1000, 1024),
+        ("bytes=-5000", 0, 1024),
+        ("bytes=1020-5000", 1020, 1024),
+        ("Bytes = 0-9", 0, 10),
+        (f"bytes=1020-{'9' * 5000}", 1020, 1024),
+        ("bytes=5000-,0-9", 0, 10),
+        ("bytes=,0-9,", 0, 10),
+        ("bytes=0-5,4-9", 0, 10),
+    ],
 )
 def test_a_file_comes_in_ranges(api: Api, finished: str, asked: str, start: int, end: int) -> None:
     where = f"{finished}/checkpoints/100/files/model.safetensors"
@@ -77,11 +89,112 @@ def test_a_file_comes_in_ranges(api: Api, finished: str, asked: str, start: int,
 def test_a_range_goes_on_only_with_the_same_bytes(api: Api, finished: str) -> None:
     where = f"{finished}/checkpoints/100/files/model.safetensors"
     etag = api.http.get(where).headers["etag"]
-    for known, status in ((etag, 206), ('"other"', 200)):
-        assert api.http.get(where, headers={"Range": "bytes=5-", "If-Range": known}).status_code == status
+    date = api.http.get(where).headers["last-modified"]
+    for known, status in (
+        (etag, 206),
+        (date, 206),
+        ('"other"', 200),
+        (f"W/{etag}", 200),
+        ("Thu, 01 Jan 1970 00:00:00 GMT", 200),
+        ("", 200),
+    ):
+        for asked in ("bytes=5-", "bytes=5000-"):
+            answer = api.http.get(where, headers={"Range": asked, "If-Range": known})
+            assert answer.status_code == (416 if (status, asked) == (206, "bytes=5000-") else status), known
 
 
-@pytest.mark.parametrize("asked", ["bytes=1024-", "bytes=5-1", "bytes=x", "bytes=", "lines=1-2", "bytes=-0"])
+def test_a_file_comes_in_several_ranges_at_once(api: Api, finished: str) -> None:
+    where = f"{finished}/checkpoints/100/files/model.safetensors"
+    answer = api.http.get(where, headers={"Range": "bytes=0-1,5000-,-2"})
+    assert answer.status_code == 206
+    assert answer.headers["content-length"] == str(len(answer.content))
+    parts = message_from_bytes(b"Content-Type: " + answer.headers["content-type"].encode() + b"\n\n" + answer.content)
+    assert [
+        (part["content-range"], part.get_payload(decode=True)) for part in parts.walk() if not part.is_multipart()
+    ] == [
+        ("bytes 0-1/1024", b"\x00\x01"),
+        ("bytes 1022-1023/1024", b"\xfe\xff"),
+    ]
+
+
+@pytest.mark.parametrize("asked", ["lines=1-2", "x", "bytes", "bytes 0-9", "=0-9", "bytes2=0-9"])
+def test_a_range_in_an_unknown_unit_is_ignored(api: Api, finished: str, asked: str) -> None:
+    answer = api.http.get(f"{finished}/checkpoints/100/files/model.safetensors", headers={"Range": asked})
+    assert (answer.status_code, answer.content) == (200, WEIGHTS)
+
+
+@pytest.fixture(scope="module", params=["checkpoints/100/files/model.safetensors", "text"])
+def kept(request: pytest.FixtureRequest, api: Api, finished: str) -> str:
+    """The path of something that a client may keep."""
+    return f"{finished}/{request.param}"
+
+
+def test_what_a_client_holds_is_not_sent_again(api: Api, kept: str) -> None:
+    whole = api.http.get(kept)
+    etag = whole.headers["etag"]
+    for held in (etag, f"W/{etag}", f'"other", {etag}', f'"other",W/{etag}', "*"):
+        for method in ("GET", "HEAD"):
+            answer = api.http.request(method, kept, headers={"If-None-Match": held, "Range": "bytes=5000-"})
+            assert (answer.status_code, answer.content, answer.headers["etag"]) == (304, b"", etag), held
+            assert answer.headers["cache-control"] == "no-cache"
+            assert "content-length" not in answer.headers
+    for other in ('"other"', etag.strip('"'), f'"x{etag[1:]}', "", '"*"'):
+        answer = api.http.get(
+            kept, headers={"If-None-Match": other, "If-Modified-Since": "Fri, 01 Jan 2100 00:00:00 GMT"}
+        )
+        assert (answer.status_code, answer.content) == (200, whole.content), other
+
+
+def test_a_condition_that_is_not_met_is_412(api: Api, kept: str) -> None:
+    etag = api.http.get(kept).headers["etag"]
+    for asked, status in [(etag, 200), ("*", 200), (f'"other", {etag}', 200), ('"other"', 412), (f"W/{etag}", 412)]:
+        answer = api.http.get(kept, headers={"If-Match": asked})
+        assert answer.status_code == status, asked
+        if status == 412:
+            assert answer.json()["code"] == "precondition_failed"
+    assert api.http.head(kept, headers={"If-Match": '"other"'}).status_code == 412
+
+
+def test_a_file_answers_conditions_on_its_date(api: Api, finished: str) -> None:
+    where = f"{finished}/checkpoints/100/files/model.safetensors"
+    date = api.http.get(where).headers["last-modified"]
+    before, after = "Thu, 01 Jan 1970 00:00:00 GMT", "Fri, 01 Jan 2100 00:00:00 GMT"
+    for header, given, status in [
+        ("If-Modified-Since", date, 304),
+        ("If-Modified-Since", after, 304),
+        ("If-Modified-Since", before, 200),
+        ("If-Modified-Since", "yesterday", 200),
+        ("If-Unmodified-Since", date, 200),
+        ("If-Unmodified-Since", before, 412),
+        ("If-Unmodified-Since", "yesterday", 200),
+    ]:
+        assert api.http.get(where, headers={header: given}).status_code == status, (header, given)
+
+
+def test_the_head_of_a_file_tells_its_size_and_reads_no_range(api: Api, finished: str) -> None:
+    where = f"{finished}/checkpoints/100/files/model.safetensors"
+    for headers in ({}, {"Range": "bytes=0-9"}, {"Range": "bytes=5000-"}, {"Range": "bytes=0-9", "If-Range": '"x"'}):
+        answer = api.http.head(where, headers=headers)
+        assert (answer.status_code, answer.headers["content-length"], answer.content) == (200, "1024", b"")
+        assert answer.headers["accept-ranges"] == "bytes"
+        assert answer.headers["etag"] == f'"{hashlib.sha256(WEIGHTS).hexdigest()}"'
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        "bytes=1024-",
+        "bytes=5-1",
+        "bytes=x",
+        "bytes=",
+        "bytes=-0",
+        "bytes=-",
+        "bytes=0-1,x",
+        "bytes=1024-,2000-",
+        "bytes=1--2",
+        "bytes=+1-2",
+    ],
+)
 def test_a_range_that_is_not_there_is_a_problem(api: Api, finished: str, asked: str) -> None:
     where = f"{finished}/checkpoints/100/files/model.safetensors"
     answer = api.http.get(where, headers={"Range": asked})

@@ -119,6 +119,17 @@ def test_no_step_follows_the_last_status_of_a_job_that_ends_between_two_reads(
     assert (kind, data["status"]) == ("status", "succeeded")
 
 
+def test_a_silent_stream_shows_that_it_is_alive(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.routes.events.KEEPALIVE_SECONDS", 0)
+    job_id = api.submit()["id"]
+    with api.http.stream("GET", f"/jobs/{job_id}/events") as answer:
+        lines = answer.iter_lines()
+        assert next(lines) == "event: status"
+        api.submit()  # another's change: the stream looks, and finds nothing to tell
+        assert next(line for line in lines if line.startswith(":")) == ": ping"
+    api.http.post(f"/jobs/{job_id}/cancel")
+
+
 @pytest.mark.parametrize("last", ["x", "-1", "1.5", "9" * 30, "٣"])
 def test_an_id_that_is_none_of_ours_is_refused(api: Api, last: str) -> None:
     answer = api.http.get(f"/jobs/{api.submit()['id']}/events", headers=[(b"Last-Event-ID", last.encode())])
@@ -164,23 +175,24 @@ def test_many_listeners_hold_no_thread(serve: Serve) -> None:
 def test_a_shutdown_ends_the_streams_and_the_waits(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     api = serve()
     job_id = api.submit()["id"]
-    waits = threading.Semaphore(0)
+    stream_waits, poll_waits = threading.Event(), threading.Event()
     wait = api.context.wakeups.wait
 
-    async def counted(change: asyncio.Event, seconds: float = 60) -> None:
-        waits.release()
-        await wait(change, seconds)
+    async def noted(change: asyncio.Event, seconds: float | None = None) -> None:
+        # A stream says no time. It waits more than once: the word of the job that was submitted may come late.
+        (stream_waits if seconds is None else poll_waits).set()
+        await wait(change)
 
-    monkeypatch.setattr(api.context.wakeups, "wait", counted)
+    monkeypatch.setattr(api.context.wakeups, "wait", noted)
 
     def ask() -> int:
         return httpx.get(f"{api.url}/jobs/{job_id}", params={"wait": 60, "seen": "queued"}, timeout=60).status_code
 
     with ThreadPoolExecutor(1) as pool, listening(api, job_id) as stream:
         stream.until("status")
-        waits.acquire()
+        stream_waits.wait()
         waiting = pool.submit(ask)
-        waits.acquire()
+        poll_waits.wait()
         api.loop.call_soon_threadsafe(api.server.stop)
         assert list(stream) == []
         assert waiting.result(5) == 200

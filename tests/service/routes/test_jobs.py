@@ -263,6 +263,19 @@ def test_the_same_key_and_request_is_the_same_job(api: Api) -> None:
         assert (answer.status_code, code(answer)) == (422, "idempotency_key_reused")
 
 
+def test_the_same_number_in_another_notation_is_the_same_job(api: Api) -> None:
+    headers = {"Idempotency-Key": uuid4().hex, "Content-Type": "application/json"}
+    answers = [
+        api.http.post(
+            "/jobs", content=f'{{"text": "a b", "config": {{"epochs": {epochs}, "seed": 7}}}}', headers=headers
+        )
+        for epochs in ("50", "50.0", "5e1")
+    ]
+    assert [answer.status_code for answer in answers] == [201, 200, 200]
+    assert len({answer.json()["id"] for answer in answers}) == 1
+    assert '"epochs":50,' in answers[1].text
+
+
 def test_fifty_submits_at_once_with_one_key_are_one_job(api: Api) -> None:
     headers = {"Idempotency-Key": uuid4().hex}
     before = n_jobs(api)

@@ -1,0 +1,29 @@
+"""Server-sent events as an answer: the one place that says how a stream travels."""
+
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+from fastapi.responses import StreamingResponse
+
+MEDIA_TYPE = "text/event-stream"
+
+_HEADERS = {
+    "Cache-Control": "no-cache",
+    # nginx collects an answer before it passes it on, unless the answer says otherwise.
+    "X-Accel-Buffering": "no",
+}
+
+
+class EventStream(StreamingResponse):
+    """A stream of server-sent events that reaches the client event by event, through a proxy too."""
+
+    media_type = MEDIA_TYPE
+
+    def __init__(self, events: AsyncIterator[bytes], headers: Mapping[str, str] | None = None) -> None:
+        """`events`: each as `format_sse_event` writes it. `headers`: further ones."""
+        super().__init__(events, headers={**_HEADERS, **(headers or {})})
+
+
+def documented(description: str) -> dict[str, Any]:
+    """The content of an answer in the OpenAPI document; 3.1 has no word for the type of a stream's items."""
+    return {MEDIA_TYPE: {"schema": {"type": "string", "description": description}}}
