@@ -93,5 +93,8 @@ async def _preload_engine(database: Database, wakeups: Wakeups, generation: Gene
                 return await generation.preload()
         except ServiceError as error:
             log.warning("generation_engine_not_preloaded", reason=error.detail)
+        except Exception:  # the first request will try again, and tell
+            log.exception("generation_engine_not_preloaded")
+            return None
         await wakeups.wait(change)
     return None

@@ -20,7 +20,7 @@ import httpx
 import numba
 import pytest
 
-from nanomoe.kernels.__main__ import warm_up
+from nanomoe.kernels.loading import load_all
 from service.app import create_app
 from service.settings import Settings
 from tests.documents import README, ROOT, readme, tracked
@@ -109,10 +109,16 @@ def copy(tmp_path: Path) -> Path:
 
 def _bring_compiled_loops(folder: Path) -> None:
     """Installing compiles them, half a minute's work. numba keeps them by the path of their source."""
-    warm_up()
+    load_all()
     kept = Path(numba.config.CACHE_DIR)
-    by_path = [f"kernels_{hashlib.sha1(str(root / 'nanomoe/kernels').encode()).hexdigest()}" for root in (ROOT, folder)]  # noqa: S324
-    shutil.copytree(kept / by_path[0], folder / "nanomoe/kernels/__pycache__" / kept.name / by_path[1])
+    to = folder / "nanomoe/kernels/__pycache__" / kept.name
+    shutil.copytree(kept, to)
+    (to / _numbas_folder(ROOT)).rename(to / _numbas_folder(folder))
+
+
+def _numbas_folder(root: Path) -> str:
+    """Where numba keeps what it compiled of a checkout: a name made from the path of the sources."""
+    return f"kernels_{hashlib.sha1(str(root / 'nanomoe/kernels').encode()).hexdigest()}"  # noqa: S324
 
 
 @pytest.mark.timeout(1200)
