@@ -228,8 +228,8 @@ class TrainConfig(Strict):
     """Promise equal bytes for equal runs on a GPU too, at some speed; a CPU always keeps that promise."""
 
     init_from: InitFrom | None = None
-    """Start from another job's weights instead of random ones, and go on with the tokenizer in its files. With `use_moe`,
-    every expert begins as a copy of a dense parent's MLP (sparse upcycling, arXiv 2212.05055)."""
+    """Start from another job's weights instead of random ones, and go on with its tokenizer. With `use_moe`, every
+    expert begins as a copy of a dense parent's MLP (sparse upcycling, arXiv 2212.05055)."""
 
     @model_validator(mode="after")
     def _schedule_fits(self) -> Self:
