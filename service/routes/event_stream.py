@@ -25,5 +25,9 @@ class EventStream(StreamingResponse):
 
 
 def documented(description: str) -> dict[str, Any]:
-    """The content of an answer in the OpenAPI document; 3.1 has no word for the type of a stream's items."""
-    return {MEDIA_TYPE: {"schema": {"type": "string", "description": description}}}
+    """The content of an answer in the OpenAPI document, in words.
+
+    OpenAPI 3.1 cannot say what type the items of a stream have. Some readers take a `schema` for that of the whole
+    text and some for that of each event, so it names no type.
+    """
+    return {MEDIA_TYPE: {"schema": {"description": description}}}

@@ -59,8 +59,7 @@ async def _resume_after(service: Service, job_id: JobId, last_event_id: LastEven
 @router.get(
     "/jobs/{job_id}/events",
     summary="Follow a job's events",
-    status_code=200,
-    response_class=EventStream,
+    response_class=Response,  # `EventStream` would be given a type
     responses={
         200: {
             "description": "The events as they come.",

@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from service.engine_messages import Chunk, EngineRequest
+from service.generation import Summary, Timing
 from tests.api import Api
 
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin:/opt/homebrew/bin")
@@ -80,10 +81,12 @@ class Pieces:
         self._loop = loop
         self._go = asyncio.Semaphore(1)
 
-    async def stream(self, request: EngineRequest, *, in_chunks: bool = True) -> AsyncGenerator[Chunk]:
+    async def stream(self, request: EngineRequest, **options: bool) -> AsyncGenerator[Chunk | Summary]:
         for number in range(N_PIECES):
             await self._go.acquire()
             yield Chunk(id=0, index=0, text=f"{number} ", tokens=(number,), logprobs=None, finish_reason=None)
+        timing = Timing(queue_seconds=0, first_token_seconds=0, tok_per_sec=None)
+        yield Summary(1, N_PIECES, window_slid=False, numerics="none", timing=timing)
 
     def let_go(self) -> None:
         self._loop.call_soon_threadsafe(self._go.release)

@@ -291,3 +291,14 @@ def test_every_description_stands_alone(made: dict[str, Any]) -> None:
 )
 def test_the_check_sees_a_description_that_does_not(text: str) -> None:
     assert LEANS_ON_SOMETHING.match(text) or len(text.split()) < 2
+
+
+def test_a_stream_is_described_in_words_and_has_no_type(made: dict[str, Any]) -> None:
+    streams = [
+        answer["content"]["text/event-stream"]
+        for _, _, operation in operations_of(made)
+        for answer in operation["responses"].values()
+        if "text/event-stream" in answer.get("content", {})
+    ]
+    assert len(streams) == 3
+    assert all(set(stream) == {"schema"} and set(stream["schema"]) == {"description"} for stream in streams)
