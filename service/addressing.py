@@ -14,7 +14,7 @@ from nanomoe.checkpoint import CheckpointDamaged
 from service import store
 from service.database import Database
 from service.errors import Conflict, NotFound
-from service.tables import PERCENTS, Checkpoint, table
+from service.tables import PERCENTS, Checkpoint, Job, table
 
 T = TypeVar("T")
 
@@ -45,6 +45,7 @@ class Address(NamedTuple):
         return f"{self.job_id}@{self.percent}"
 
 
+jobs = table(Job)
 checkpoints = table(Checkpoint)
 _addresses = sa.select(*(checkpoints.c[name] for name in Address._fields))
 
@@ -102,7 +103,8 @@ def find_models(db: Database, model: str) -> list[Address]:
 
 def list_models(db: Database) -> list[Address]:
     """The checkpoints of the newest jobs, the newest of each first; at most `MAX_MODELS`."""
-    newest_first = _addresses.order_by(checkpoints.c.job_id.desc(), checkpoints.c.percent.desc())
+    of_job = _addresses.join(jobs, jobs.c.id == checkpoints.c.job_id)
+    newest_first = of_job.order_by(jobs.c.seq.desc(), checkpoints.c.percent.desc())
     with db.read() as session:
         return [Address(*row) for row in session.execute(newest_first.limit(MAX_MODELS))]
 

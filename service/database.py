@@ -34,7 +34,7 @@ from service.tables import Row, UtcTime, table
 
 log = logging.getLogger(__name__)
 
-REVISION = "0001"
+REVISION = "0002"
 """The schema that this code is written for: the head of `service/migrations`."""
 
 BUSY_SECONDS = 10.0

@@ -6,6 +6,7 @@ where it happens (`service.generation`).
 
 import time
 from collections.abc import Iterator
+from datetime import datetime
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -13,9 +14,10 @@ from prometheus_client.registry import Collector
 
 from service import store
 from service.database import Database
+from service.line import LongestWait, find_longest_wait
 
 _COUNT_SECONDS = 5.0
-"""How long a count of the jobs is told again: with a million of them it takes a second."""
+"""How long what was read of all jobs is told again: with a million of them it takes a second."""
 
 
 class GenerationInstruments:
@@ -51,7 +53,9 @@ class DatabaseCollector(Collector):
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._counted: tuple[float, dict[str, int]] | None = None
+        self._counted: tuple[float, dict[str, int], LongestWait] | None = None
+        self._ahead_since: float | None = None
+        """Monotonic time since which there was, at every look, a job that waits since a later time than now."""
 
     def describe(self) -> list[Metric]:
         """Nothing: registering must not read the database."""
@@ -59,14 +63,17 @@ class DatabaseCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Raises DatabaseUnavailable."""
+        counts, wait = self._count_jobs()
         jobs = GaugeMetricFamily("nanomoe_jobs", "Jobs by status.", labels=["status"])
-        for status, n in self._count_jobs().items():
+        for status, n in counts.items():
             jobs.add_metric([status], n)
         yield jobs
         now = self._database.time()
-        oldest = store.next_queued_at(self._database)
-        age = max(0.0, (now - oldest).total_seconds()) if oldest is not None else 0.0
-        yield GaugeMetricFamily("nanomoe_queue_age_seconds", "How long the job that is due longest has waited.", age)
+        yield GaugeMetricFamily(
+            "nanomoe_queue_age_seconds",
+            "How long the job that is due longest has waited.",
+            self._queue_age(wait, now),
+        )
         alive = [(row, running) for row, running in store.list_workers(self._database) if store.is_alive(row, now)]
         yield GaugeMetricFamily("nanomoe_workers", "Workers seen lately.", len(alive))
         yield GaugeMetricFamily(
@@ -75,11 +82,21 @@ class DatabaseCollector(Collector):
         speed = sum(job.progress.get("tok_per_sec") or 0.0 for _, running in alive for job in running)
         yield GaugeMetricFamily("nanomoe_training_tokens_per_second", "Training speed, all jobs together.", speed)
 
-    def _count_jobs(self) -> dict[str, int]:
+    def _queue_age(self, wait: LongestWait, now: datetime) -> float:
+        """Seconds. A job that was submitted by a clock that was ahead has waited for as long as it was seen waiting."""
+        if not wait.clock_was_ahead:
+            self._ahead_since = None
+        elif self._ahead_since is None:
+            self._ahead_since = time.monotonic()
+        ages = [(now - wait.since).total_seconds()] if wait.since is not None else []
+        ages += [time.monotonic() - self._ahead_since] if self._ahead_since is not None else []
+        return max(0.0, *ages) if ages else 0.0
+
+    def _count_jobs(self) -> tuple[dict[str, int], LongestWait]:
         now = time.monotonic()
         if self._counted is None or now - self._counted[0] > _COUNT_SECONDS:
-            self._counted = now, store.count_jobs(self._database)
-        return self._counted[1]
+            self._counted = now, store.count_jobs(self._database), find_longest_wait(self._database)
+        return self._counted[1:]
 
 
 def expose(instruments: GenerationInstruments, database: Database) -> None:

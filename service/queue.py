@@ -24,13 +24,15 @@ from nanomoe.config_warnings import CODES as CONFIG_WARNING_CODES
 from service.database import REVISION, Database, alembic_version, insert_or_update, insert_unless_there
 from service.errors import Conflict, Invalid, LeaseLost, NotFound, SchemaMismatch, TooManyRequests
 from service.series import Columns, delete_steps_after, write_steps
-from service.store import WorkerIdentity, is_alive, load_job
-from service.tables import TERMINAL, Checkpoint, Event, Job, Snapshot, Text, Worker, new_id, table
+from service.store import WorkerIdentity, is_gone, load_job
+from service.tables import TERMINAL, Checkpoint, Counter, Event, Job, Snapshot, Text, UtcTime, Worker, new_id, table
 
 MAX_CRASHES = 3
 """Abnormal ends since the last new checkpoint after which a job is given up."""
 
 BACKOFF = timedelta(seconds=15)
+"""Wait after the first crash, doubled by each further one."""
+
 MAX_BACKOFF = timedelta(minutes=15)
 
 jobs = table(Job)
@@ -42,8 +44,27 @@ RUNNING: sa.ColumnElement[bool] = jobs.c.status == sa.literal("running", literal
 _AS_READ = {"synchronize_session": False, "populate_existing": True}
 """The row that RETURNING gives is the truth, whatever the session has read before."""
 
-CLAIM_ORDER = (jobs.c.priority.desc(), jobs.c.run_at, jobs.c.id)
-"""Who goes first."""
+CLAIM_ORDER = (jobs.c.priority.desc(), jobs.c.seq)
+"""Who goes first, whatever the clock says."""
+
+
+WAIT_ENDS: sa.ColumnElement[datetime] = sa.type_coerce(
+    sa.type_coerce(jobs.c.waits_since, sa.BigInteger) + sa.cast(jobs.c.waits_seconds * 1_000_000, sa.BigInteger),
+    UtcTime(),
+)
+"""When a job's back-off is over; null for one without."""
+
+
+def claimable(moment: sa.ColumnElement[datetime]) -> sa.ColumnElement[bool]:
+    """Whether a job is queued, and waits at `moment` for nothing but a worker: neither for the date that its user gave
+    nor for the end of a back-off."""
+    return (
+        QUEUED
+        & (jobs.c.run_at.is_(None) | (jobs.c.run_at <= moment))
+        # A wait that has not begun yet was written by a clock that has been set back since.
+        & (jobs.c.waits_since.is_(None) | (jobs.c.waits_since > moment) | (moment >= WAIT_ENDS))
+        & jobs.c.cancel_requested_at.is_(None)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +80,7 @@ class NewJob:
     owner: str = ""
     priority: int = 0
     run_at: datetime | None = None
-    """Not before; None is now."""
+    """Not to be claimed before; None is as soon as possible."""
 
     n_tokens: int | None = None
     total_steps: int | None = None
@@ -119,12 +140,13 @@ def submit(db: Database, new: NewJob, *, max_queued: int | None = None) -> tuple
         _hold_text(db, session, sha256, content)
         values = {
             "id": new_id(),
+            "seq": _next_seq(session),
             "owner": new.owner,
             "name": new.name,
             "tags": dict(new.tags),
             "status": "queued",
             "priority": new.priority,
-            "run_at": db.now if new.run_at is None else new.run_at,
+            "run_at": new.run_at,
             "created_at": db.now,
             "fence": 0,
             "attempt": 0,
@@ -194,6 +216,15 @@ def _hold_text(db: Database, session: Session, sha256: str, content: bytes) -> N
         session.execute(insert_unless_there(session, Text).values(**values))
 
 
+def _next_seq(session: Session) -> int:
+    """The next job's place in the order of submission. Other submits wait here for this one's commit, so this comes
+    after all that may take time."""
+    counters = table(Counter)
+    raised = sa.update(counters).where(counters.c.name == "jobs").values(value=counters.c.value + 1)
+    seq: int = session.scalars(raised.returning(counters.c.value)).one()
+    return seq
+
+
 # The owner of a running job
 
 
@@ -202,7 +233,7 @@ def claim(db: Database, worker: WorkerIdentity, lease_seconds: float) -> Claim |
 
     Raises SchemaMismatch when the database has moved to another revision: the worker must drain.
     """
-    fits = QUEUED & (jobs.c.run_at <= db.now) & jobs.c.cancel_requested_at.is_(None)
+    fits = claimable(db.now)
     if worker.memory_bytes is not None:
         fits &= jobs.c.training_bytes.is_(None) | (jobs.c.training_bytes <= worker.memory_bytes)
     first = sa.select(jobs.c.id).where(fits).order_by(*CLAIM_ORDER).limit(1)
@@ -224,6 +255,8 @@ def claim(db: Database, worker: WorkerIdentity, lease_seconds: float) -> Claim |
         .values(
             status="running",
             status_reason=None,
+            waits_since=None,
+            waits_seconds=None,
             fence=jobs.c.fence + 1,
             attempt=jobs.c.attempt + 1,
             worker_id=worker.id,
@@ -399,13 +432,17 @@ def finish(
         return _leave(db, session, claim.job_id, status, error=error, status_reason=reason)
 
 
-def release(db: Database, claim: Claim, *, crash: str | None = None, pause_reason: str | None = None) -> Job:
-    """From running to queued, when a worker drains or its trainer ended abnormally (`crash` says how); to failed, when
-    that happened too often; to paused, when that is still asked for, or for a `pause_reason` of the worker's own (the
-    disk is full); to cancelled, when that is asked for. The trainer must be dead. Raises LeaseLost."""
+def release(
+    db: Database, claim: Claim, *, crash: str | None = None, outside: str | None = None, pause_reason: str | None = None
+) -> Job:
+    """From running to queued, when a worker drains, when its trainer ended abnormally (`crash` says how), or when the
+    attempt ended for a reason outside of the job (`outside` says which: it waits, and no crash is counted); to failed,
+    when the job crashed too often; to paused, when that is still asked for, or for a `pause_reason` of the worker's
+    own (the disk is full); to cancelled, when that is asked for. The trainer must be dead. Raises LeaseLost."""
     with db.write() as session:
         _own(db, session, claim)
-        return _give_up(db, session, load_job(session, claim.job_id), crash, pause_reason)
+        job = load_job(session, claim.job_id)
+        return _give_up(db, session, job, crash=crash, outside=outside, pause_reason=pause_reason)
 
 
 def release_smaller(
@@ -419,7 +456,7 @@ def release_smaller(
         owned = _own(db, session, claim, n_events=len(warnings))
         _set_micro_batch(session, claim.job_id, micro_batch)
         _log_warnings(db, session, claim.job_id, owned.event_seq, warnings)
-        return _give_up(db, session, load_job(session, claim.job_id), None, None, interrupted=reason)
+        return _give_up(db, session, load_job(session, claim.job_id), interrupted=reason)
 
 
 def _set_micro_batch(session: Session, job_id: str, micro_batch: int) -> None:
@@ -614,24 +651,25 @@ def rescue(db: Database) -> list[Job]:
         if session.scalar(sa.select(jobs.c.id).where(passed).limit(1)) is None:
             return []
     with db.write() as session:
-        held = sa.select(Job).where(passed).order_by(jobs.c.id).with_for_update(skip_locked=True)
+        held = sa.select(Job).where(passed).order_by(jobs.c.seq).with_for_update(skip_locked=True)
         found = session.scalars(held).all()
         seen = session.scalars(sa.select(db.now)).one()
-        return [_give_up(db, session, job, _who_is_gone(session, job, seen), None) for job in found]
+        return [_give_up(db, session, job, crash=_who_is_gone(session, job, seen)) for job in found]
 
 
 def _who_is_gone(session: Session, job: Job, now: datetime) -> str | None:
     worker = session.get(Worker, job.worker_id)
-    return None if worker is not None and is_alive(worker, now) else f"worker {job.worker_id} is gone"
+    return f"worker {job.worker_id} is gone" if worker is None or is_gone(worker, now) else None
 
 
 def _give_up(
     db: Database,
     session: Session,
     job: Job,
-    crash: str | None,
-    pause_reason: str | None,
     *,
+    crash: str | None = None,
+    outside: str | None = None,
+    pause_reason: str | None = None,
     interrupted: str = "interrupted, goes on when a worker is free",
 ) -> Job:
     """The end of an attempt that did not finish: the one rule for an owner that lets go and for a rescuer.
@@ -649,12 +687,15 @@ def _give_up(
             db, session, job.id, "paused", crashes=crashes, status_reason=reason, pause_requested_at=None
         )  # fmt: skip
     if crash is not None:
-        wait = min(BACKOFF * 2 ** (crashes - 1), MAX_BACKOFF)
-        reason = f"waits {wait.total_seconds():g} s after a crash: {crash}"
-        return _leave(
-            db, session, job.id, "queued", crashes=crashes, status_reason=reason, run_at=db.after(wait.total_seconds())
-        )  # fmt: skip
-    return _leave(db, session, job.id, "queued", status_reason=interrupted)
+        wait = min(BACKOFF * 2 ** (crashes - 1), MAX_BACKOFF).total_seconds()
+        reason = f"waits {wait:g} s after a crash: {crash}"
+    elif outside is not None:
+        wait = BACKOFF.total_seconds()
+        reason = f"waits {wait:g} s after an end that was not the job's doing: {outside}"
+    else:
+        return _leave(db, session, job.id, "queued", status_reason=interrupted)
+    waits = {"waits_since": db.now, "waits_seconds": wait}
+    return _leave(db, session, job.id, "queued", crashes=crashes, status_reason=reason, **waits)
 
 
 def _leave(db: Database, session: Session, job_id: str, status: str, **values: Any) -> Job:

@@ -65,13 +65,13 @@ __all__ = [
     "get_job",
     "get_text",
     "is_alive",
+    "is_gone",
     "job_folder",
     "join_installation",
     "list_checkpoints",
     "list_jobs",
     "list_workers",
     "new_id",
-    "next_queued_at",
     "open_database",
     "relabel",
     "series",
@@ -128,14 +128,14 @@ def list_jobs(
     status: str | None = None,
     tag: tuple[str, str | None] | None = None,
     owner: str | None = None,
-    before: str | None = None,
+    before: int | None = None,
     limit: int = 50,
 ) -> list[Job]:
-    """The newest jobs first; `before` is the id of the last one of the page before, so inserts do not shift pages.
+    """The newest jobs first; `before` is the `seq` of the last one of the page before, so inserts do not shift pages.
 
     `tag`: its key, which must have no quotes, and its value; a value of None stands for any.
     """
-    query = select(Job).order_by(col(Job.id).desc()).limit(limit)
+    query = select(Job).order_by(col(Job.seq).desc()).limit(limit)
     if status is not None:
         query = query.where(col(Job.status) == status)
     if tag is not None:
@@ -145,7 +145,7 @@ def list_jobs(
     if owner is not None:
         query = query.where(col(Job.owner) == owner)
     if before is not None:
-        query = query.where(col(Job.id) < before)
+        query = query.where(col(Job.seq) < before)
     with db.read() as session:
         return list(session.exec(query))
 
@@ -167,13 +167,6 @@ def count_jobs(db: Database) -> dict[str, int]:
             session.execute(sa.select(table(Job).c.status, sa.func.count()).group_by(table(Job).c.status)).all()
         )
     return {status: counts.get(status, 0) for status in STATUSES}
-
-
-def next_queued_at(db: Database) -> datetime | None:
-    """The earliest `run_at` of a queued job; None when none waits."""
-    jobs = table(Job)
-    with db.read() as session:
-        return session.execute(sa.select(sa.func.min(jobs.c.run_at)).where(jobs.c.status == "queued")).scalar()
 
 
 def get_text(db: Database, sha256: str) -> bytes:
@@ -296,16 +289,23 @@ def worker_stopped(db: Database, worker_id: str) -> None:
 
 
 def is_alive(worker: Worker, now: datetime) -> bool:
-    """Whether a worker was seen within the length of its own leases, several heartbeats, and has not stopped. `now` is
-    the database's."""
-    return worker.stopped_at is None and now - worker.last_seen_at < timedelta(seconds=worker.lease_seconds)
+    """Whether a worker was seen within the length of its own leases, several heartbeats, and has not stopped. One that
+    was seen further in the future than that was seen by a clock that has been set back, and not since. `now` is the
+    database's."""
+    return not is_gone(worker, now) and worker.last_seen_at - now < timedelta(seconds=worker.lease_seconds)
+
+
+def is_gone(worker: Worker, now: datetime) -> bool:
+    """Whether a worker has stopped, or was not seen for the length of its own leases. Of one that was seen in the
+    future nobody can tell. `now` is the database's."""
+    return worker.stopped_at is not None or now - worker.last_seen_at >= timedelta(seconds=worker.lease_seconds)
 
 
 def list_workers(db: Database) -> list[tuple[Worker, list[Job]]]:
     """The workers, the last seen first, each with the jobs it runs."""
     with db.read() as session:
         running: dict[str, list[Job]] = {}
-        for job in session.exec(select(Job).where(col(Job.status) == "running").order_by(col(Job.id))):
+        for job in session.exec(select(Job).where(col(Job.status) == "running").order_by(col(Job.seq))):
             running.setdefault(str(job.worker_id), []).append(job)
         workers = session.exec(select(Worker).order_by(col(Worker.last_seen_at).desc(), col(Worker.id)))
         return [(worker, running.get(worker.id, [])) for worker in workers]

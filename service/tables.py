@@ -78,7 +78,8 @@ _id_lock = threading.Lock()
 
 
 def new_id() -> str:
-    """A UUIDv7 (RFC 9562, 32 hex digits), sortable by time and strictly increasing within this process."""
+    """A UUIDv7 (RFC 9562, 32 hex digits), strictly increasing within this process, so that an index of ids grows at its
+    end. Not an order: clocks are set back, and two processes have two. Jobs are in the order of `Job.seq`."""
     global _last_id
     with _id_lock:
         milliseconds, nanoseconds = divmod(time.time_ns(), 1_000_000)
@@ -117,12 +118,13 @@ class Job(Row, table=True):
         CheckConstraint("(status = 'running') = (lease_until IS NOT NULL)", name="leased"),
         CheckConstraint("status <> 'running' OR worker_id IS NOT NULL", name="owned"),
         CheckConstraint("fence >= 0 AND attempt >= 0 AND crashes >= 0 AND event_seq >= 0", name="counts"),
-        Index("ix_jobs_claim", text("priority DESC"), "run_at", "id",
+        CheckConstraint("(waits_since IS NULL) = (waits_seconds IS NULL)", name="waits"),
+        Index("ix_jobs_claim", text("priority DESC"), "seq",
               sqlite_where=text("status = 'queued'"), postgresql_where=text("status = 'queued'")),
         Index("ix_jobs_lease", "lease_until",
               sqlite_where=text("status = 'running'"), postgresql_where=text("status = 'running'")),
-        # By id, not by status: SQLite would prefer an index that starts with the status to the claim's own, and sort.
-        Index("ix_jobs_status", "id", "status"),
+        # By seq, not by status: SQLite would prefer an index that starts with the status to the claim's own, and sort.
+        Index("ix_jobs_status", "seq", "status"),
         Index("ix_jobs_text", "text_sha256"),
         Index("ix_jobs_parent", "parent_id"),
         Index("ix_jobs_idempotency", "owner", "idempotency_key", unique=True,
@@ -130,6 +132,9 @@ class Job(Row, table=True):
     )  # fmt: skip
 
     id: str = Field(default_factory=new_id, primary_key=True)
+    seq: int = Field(sa_type=BigInteger)
+    """Place in the order of submission: among equal priorities the lowest goes first, and lists are by it."""
+
     owner: str = ""
     """Whose key submitted it; empty where no keys are used."""
 
@@ -142,9 +147,14 @@ class Job(Row, table=True):
     priority: int = 0
     """Higher goes first."""
 
-    run_at: datetime = Field(sa_type=UtcTime)
-    """Not claimed before; among equal priorities the earliest goes first."""
+    run_at: datetime | None = Field(default=None, sa_type=UtcTime)
+    """The date before which it is not to be claimed, where the user gave one."""
 
+    waits_since: datetime | None = Field(default=None, sa_type=UtcTime)
+    """When its last attempt ended such that the next has to wait `waits_seconds`. The wait is over, too, when now lies
+    before this: the clock has been set back."""
+
+    waits_seconds: float | None = Field(default=None, sa_type=Float)
     created_at: datetime = Field(sa_type=UtcTime)
     started_at: datetime | None = Field(default=None, sa_type=UtcTime)
     """Of the first attempt."""
@@ -194,6 +204,18 @@ class Job(Row, table=True):
 
     event_seq: int = Field(default=0, sa_type=BigInteger)
     """The sequence number of its newest event."""
+
+
+class Counter(Row, table=True):
+    """A number that only grows. Whoever raises it holds its row until the commit, so that numbers are committed in
+    their order."""
+
+    __tablename__ = "counters"
+
+    name: str = Field(primary_key=True)
+    """`jobs`: the `seq` of the newest job."""
+
+    value: int = Field(sa_type=BigInteger)
 
 
 class Checkpoint(Row, table=True):

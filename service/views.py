@@ -77,7 +77,7 @@ def _stopped_early(row: Job) -> str | None:
 def job_page(rows: Sequence[Job], limit: int) -> schemas.Page[schemas.JobView]:
     """A page of at most `limit` jobs, made from one more than that if there are more."""
     shown = rows[:limit]
-    return schemas.Page(data=[job(row) for row in shown], next_cursor=shown[-1].id if len(rows) > limit else None)
+    return schemas.Page(data=[job(row) for row in shown], next_cursor=str(shown[-1].seq) if len(rows) > limit else None)
 
 
 def _parent(row: Job) -> schemas.Parent | None:

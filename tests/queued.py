@@ -9,7 +9,7 @@ from service import queue, store
 from service.database import Database
 from service.queue import Claim, NewJob
 from service.store import Job, WorkerIdentity
-from service.tables import table
+from service.tables import Counter, table
 
 LEASE = 60.0
 STEPS = {"step": [1, 2], "train_loss": [9.0, 8.0], "lr": [1e-4, 1e-4], "grad_norm": [1.0, 2.0]}
@@ -58,5 +58,9 @@ def everything(db: Database) -> dict[str, list[Any]]:
 def copy_job(db: Database, job: Job, times: int, **values: Any) -> None:
     jobs = table(Job)
     row = {column.name: getattr(job, column.name) for column in jobs.columns} | values
+    counters = table(Counter)
     with db.write() as session:
-        session.execute(sa.insert(jobs), [row | {"id": store.new_id()} for _ in range(times)])
+        raised = sa.update(counters).values(value=counters.c.value + times).returning(counters.c.value)
+        last = session.scalars(raised).one()
+        copies = [row | {"id": store.new_id(), "seq": seq} for seq in range(last - times + 1, last + 1)]
+        session.execute(sa.insert(jobs), copies)

@@ -30,6 +30,13 @@ from worker.timing import Timing
 
 log = structlog.get_logger(__name__)
 
+OUTSIDE = (OSError, MemoryError, DatabaseUnavailable)
+"""What fails a supervisor for a reason that is not the job's: the data folder is away, or the process has no descriptor
+and no memory left."""
+
+ASKED_TO_END = frozenset({signal.SIGHUP, signal.SIGINT, signal.SIGTERM})
+"""Signals with which somebody asks a process to end: the system that shuts down, or a person. No fault sends one."""
+
 _RANK = {None: 0, "drain": 1, "pause": 2, "cancel": 3}
 """Which wish beats which."""
 
@@ -75,6 +82,10 @@ class Attempt:
         self._disk_full = False
         self._crash: str | None = None
         """How the attempt went wrong, where the trainer's exit status does not tell."""
+        self._outside: str | None = None
+        """How it went wrong for a reason that is not the job's."""
+        self._unheard = False
+        """Whether the trainer ended when it had heard no beat for so long that it ends itself."""
         self._oom_kills = oom_kills()
 
         self._look_due: float | None = 0.0
@@ -98,7 +109,11 @@ class Attempt:
         except Exception as error:
             # Whatever it is, the trainer must not outlive it, and the next job must not suffer from it.
             self._disk_full = isinstance(error, StorageFull) or is_disk_full(error)
-            self._crash = f"the supervisor failed: {error!r}"
+            reason = f"the supervisor failed: {error!r}"
+            if isinstance(error, OUTSIDE):
+                self._outside = reason
+            else:
+                self._crash = reason
             self._log.exception("attempt_failed")
         self._bury()
         if not self._lost:
@@ -122,8 +137,9 @@ class Attempt:
         """Until the trainer has ended: have recorded what it says, and do what is due meanwhile."""
         while True:
             match message := self._next_message():
-                case Ended(garbled=garbled):
+                case Ended(garbled=garbled, unheard=unheard):
                     self._crash = self._crash or ("the trainer said what is not the protocol" if garbled else None)
+                    self._unheard = unheard
                     break
                 case None | Ready():
                     pass
@@ -248,6 +264,8 @@ class Attempt:
                 )
             case Done(outcome="failed", error=Failure(code="disk_full", message=message)):
                 return lambda: queue.release(db, claim, pause_reason=message)
+            case Done(outcome="failed", error=Failure(code="storage_failed", message=message)):
+                return self._transition_outside(message)
             case Done(outcome="failed", error=error):
                 assert error is not None, "a failure has an error"
                 return lambda: queue.finish(db, claim, "failed", error=error.model_dump())
@@ -257,12 +275,23 @@ class Attempt:
             return lambda: queue.release(db, claim, pause_reason="the disk is full")
         if self._crash is None and self._stopping is not None:
             return lambda: queue.release(db, claim)  # it was killed because it did not obey in time
+        if self._outside is not None:
+            return self._transition_outside(self._outside)
+        if self._crash is None and -self._trainer.exit_status in ASKED_TO_END:
+            return self._transition_outside(_describe(self._trainer.exit_status))
         killed = self._crash is None and self._trainer.exit_status == -signal.SIGKILL
         if killed and oom_kills() > self._oom_kills:
             return self._transition_out_of_memory()
+        if killed and self._unheard:
+            return self._transition_outside("the trainer heard nothing from its worker for too long and ended itself")
         crash = self._crash or _describe(self._trainer.exit_status)
         self._log.error("trainer_crashed", crash=crash)
         return lambda: queue.release(db, claim, crash=crash)
+
+    def _transition_outside(self, reason: str) -> Callable[[], Job]:
+        """The job is not to blame: it is tried again, however often that happens."""
+        self._log.error("attempt_ended_from_outside", reason=reason)
+        return lambda: queue.release(self._db, self._claim, outside=reason)
 
     def _transition_out_of_memory(self) -> Callable[[], Job]:
         """The system's killing is like a refusal that torch itself sees: the micro-batch is halved where it can be."""

@@ -2,8 +2,8 @@
 
 Three ways to notice that the supervisor is gone, each for what the others miss: the parent-death signal (Linux) comes
 even while a long C call holds the interpreter's lock; the end of the pipe is seen on every system and takes the whole
-process group; the deadline in every beat covers a supervisor that is stopped, or cut off from the database, before
-anybody else can claim its job. Imports no torch: it is at work before the trainer does.
+process group; the deadline in every beat covers a supervisor that is stopped, before anybody else can claim its job.
+Imports no torch: it is at work before the trainer does.
 """
 
 import ctypes

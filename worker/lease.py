@@ -38,6 +38,8 @@ class Lease:
     def _extend(self, began: float) -> None:
         self.deadline = began + self._timing.certain
         """Monotonic time at which the guard kills the trainer."""
+        self.trainer_until = began + self._timing.silence
+        """Monotonic time at which the trainer ends itself unless it hears of a later one."""
         self.heartbeat_due = began + self._timing.heartbeat
         """Monotonic time of the next heartbeat, if nothing else is written before."""
 

@@ -4,6 +4,7 @@ Knows no job and no database. A trainer must be started from the main thread: th
 fires when the thread that spawned it ends.
 """
 
+import math
 import os
 import select
 import signal
@@ -20,7 +21,7 @@ from queue import SimpleQueue
 import structlog
 
 from worker.lock import SlotLock
-from worker.protocol import FromTrainer, Start, ToTrainer, encode, parse_from_trainer
+from worker.protocol import Beat, FromTrainer, Start, ToTrainer, encode, parse_from_trainer
 from worker.survivors import TOKEN_VARIABLE, survivors
 
 log = structlog.get_logger(__name__)
@@ -34,6 +35,8 @@ class Ended:
     """The trainer has ended, or has said something that is not the protocol. Nothing follows."""
 
     garbled: bool = False
+    unheard: bool = False
+    """Whether it was past the time at which a trainer ends itself that was told of no later one."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +47,15 @@ class Look:
 class TrainerProcess:
     """A trainer in a session and process group of its own, which holds the lock of its slot while it has a job."""
 
-    def __init__(self, command: Sequence[str], lock: Path, environment: Mapping[str, str]) -> None:
-        """Raises OSError when there is no process, no memory or no descriptor for it."""
+    def __init__(
+        self, command: Sequence[str], lock: Path, environment: Mapping[str, str], *, until: float = math.inf
+    ) -> None:
+        """`until`: monotonic time at which the trainer ends itself, as the command says, unless a beat names a later
+        one. Raises OSError when there is no process, no memory or no descriptor for it."""
         assert threading.current_thread() is threading.main_thread(), "the parent-death signal follows the thread"
         self.inbox: SimpleQueue[FromTrainer | Ended | Look] = SimpleQueue()
         """What the trainer says, its end, and what others put in to wake whoever waits here."""
+        self._until = until
         self._token = uuid.uuid4().hex
         self.lock = SlotLock(lock, self._token)
         try:
@@ -90,13 +97,16 @@ class TrainerProcess:
             try:
                 while rest:
                     rest = rest[os.write(self._popen.stdin.fileno(), rest) :]
+                if isinstance(message, Beat):
+                    self._until = message.until
             except (BlockingIOError, BrokenPipeError):
                 log.debug("trainer_does_not_listen", trainer=self.pid, message=message.type)
 
     def _read(self) -> None:
         assert self._popen.stdout is not None
         with self._popen.stdout as stdout:
-            self.inbox.put(Ended(garbled=not self._read_lines(stdout.fileno())))
+            garbled = not self._read_lines(stdout.fileno())
+            self.inbox.put(Ended(garbled, unheard=time.monotonic() >= self._until))
 
     def _read_lines(self, pipe: int) -> bool:
         """Until the trainer has ended; False when it said something that is no message."""

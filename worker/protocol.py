@@ -67,7 +67,8 @@ class Start(Strict):
 
 
 class Beat(Strict):
-    """The supervisor lives, and the lease with it."""
+    """The supervisor lives, whatever the database does; it ends the trainer itself when the lease is no longer
+    certain."""
 
     type: Literal["beat"] = "beat"
     until: float

@@ -189,14 +189,16 @@ class Slot:
         if now >= self._beat_due:
             self._beat_due = now + self._timing.beat
             if running := self._running:
-                running[0].send(Beat(until=running[1].deadline))
+                running[0].send(Beat(until=running[1].trainer_until))
             if warm := self._trainer:
                 warm.send(Beat(until=now + self._timing.certain))
 
     def _start_trainer(self, now: float) -> None:
-        options = ["--parent", str(os.getpid()), "--until", str(now + self._timing.certain)]
+        until = now + self._timing.certain
+        options = ["--parent", str(os.getpid()), "--until", str(until)]
         try:
-            self._trainer = TrainerProcess([*self._command, *options], self._lock_path, self._environment)
+            command = [*self._command, *options]
+            self._trainer = TrainerProcess(command, self._lock_path, self._environment, until=until)
             self._wants_trainer = False
         except OSError as error:
             # No process, no memory, no descriptor: the jobs that run must not suffer from it.

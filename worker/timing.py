@@ -58,6 +58,12 @@ class Timing:
         return 0.75 * self.lease
 
     @property
+    def silence(self) -> float:
+        """How long after a heartbeat a trainer that hears nothing ends itself: before others may claim, but later than
+        `certain`, so that a supervisor that lives, and only waits for the database, is the one that ends it."""
+        return 0.9 * self.lease
+
+    @property
     def beat(self) -> float:
         """Between two beats to a trainer."""
         return min(5.0, self.certain / 4)

@@ -137,7 +137,7 @@ class Writer:
 
 
 def run_job(start: Start, wire: Wire, supervision: Supervision) -> Done:
-    """Train the job to its end, to a stop, or to a failure that trying again would not cure.
+    """Train the job to its end, to a stop, or to a failure that has a name.
 
     Any other exception is a bug or a broken machine: the process ends without a last word, which counts as a crash.
     """
@@ -239,13 +239,16 @@ def _tokenizer(start: Start, text: str) -> "Tokenizer":
 
 
 def _explain(error: Exception) -> Failure | None:
-    """What the job failed of, for an error that comes again whoever tries; None for any other."""
+    """What the job failed of: an error that comes again whoever tries, or of the disk, which is not the job's doing;
+    None for any other."""
     import torch
 
     from nanomoe import checkpoint
 
     if checkpoint.is_disk_full(error):
         return Failure(code="disk_full", message=f"the disk is full: {error}")
+    if isinstance(error, OSError) and not hasattr(error, "code"):
+        return Failure(code="storage_failed", message=f"a file could not be read or written: {error!r}")
     if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
         return Failure(code="out_of_memory", message=str(error))
     code = getattr(error, "code", None)

@@ -80,8 +80,8 @@ class JobFields:
         return self.view.priority
 
     @property
-    def run_at(self) -> datetime:
-        """Not to be claimed before this time."""
+    def run_at(self) -> datetime | None:
+        """The time before which it is not to be claimed; None where none was asked for."""
         return self.view.run_at
 
     @property

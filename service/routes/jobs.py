@@ -48,7 +48,7 @@ class ListQuery(StrictQuery):
     limit: int = Field(50, ge=1, le=200)
     """Jobs of a page."""
 
-    cursor: Annotated[str, StringConstraints(pattern=schemas.JOB_ID_PATTERN)] | None = None
+    cursor: Annotated[str, StringConstraints(pattern=r"^[0-9]{1,18}$")] | None = None
     """`next_cursor` of the page before."""
 
 
@@ -130,7 +130,8 @@ def _parent(service: Context, request: schemas.SubmitRequest) -> submission.Pare
 def list_jobs(service: Service, query: Annotated[ListQuery, Query()]) -> schemas.Page[JobView]:
     """The jobs, newest first. Jobs that arrive meanwhile do not shift the pages."""
     tag = None if query.tag is None else split_tag(query.tag)
-    rows = store.list_jobs(service.database, status=query.status, tag=tag, before=query.cursor, limit=query.limit + 1)
+    before = None if query.cursor is None else int(query.cursor)
+    rows = store.list_jobs(service.database, status=query.status, tag=tag, before=before, limit=query.limit + 1)
     return views.job_page(rows, query.limit)
 
 

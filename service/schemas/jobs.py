@@ -43,7 +43,7 @@ class SubmitRequest(Strict):
     """Priority of the job: a higher one is claimed sooner."""
 
     run_at: AwareDatetime | None = None
-    """Time before which no worker claims the job; null is now."""
+    """Time before which no worker claims the job; null is as soon as possible."""
 
 
 class JobPatch(Strict):
@@ -125,7 +125,7 @@ class JobView(View):
     """A job."""
 
     id: str
-    """Id of the job: 32 hexadecimal digits, sortable by time."""
+    """Id of the job: 32 hexadecimal digits."""
 
     name: str | None
     """Name of the job, as submitted or changed; null for none."""
@@ -141,7 +141,7 @@ class JobView(View):
 
     estimated_start_at: datetime | None = None
     """Time at which a worker will be free for the job, by the recent speed of the running jobs; null in lists, where
-    that is not known, and unless the job is queued and among the next to be claimed."""
+    that would be a guess, and unless the job is queued."""
 
     created_at: datetime
     """Time at which the job was submitted."""
@@ -162,8 +162,8 @@ class JobView(View):
     priority: int
     """Priority of the job: a higher one is claimed sooner."""
 
-    run_at: datetime
-    """Time before which no worker claims the job."""
+    run_at: datetime | None
+    """Time before which no worker claims the job; null where none was asked for."""
 
     execution: dict[str, JsonValue] | None
     """Device, precision, threads and paths, fixed at the first start; `micro_batch` shrinks when memory runs out."""

@@ -60,7 +60,7 @@ def test_a_crashed_job_waits_before_it_is_tried_again(place: Workplace) -> None:
     place.wait_until(lambda: place.job(job).crashes == 1)
     waiting = place.job(job)
     assert waiting.status == "queued"
-    assert (waiting.run_at - place.db.time()).total_seconds() > 500
+    assert (waiting.run_at, waiting.waits_seconds) == (None, 600)
 
 
 @ONLY_SQLITE
@@ -92,6 +92,45 @@ def test_a_damaged_snapshot_is_not_trusted_and_training_starts_again(place: Work
     codes = [event["code"] for event in place.events(job, "warning")]
     assert "snapshot_damaged" in codes
     assert {"code": "resumed", "message": "attempt 2 goes on from step 0"} in place.events(job, "warning")
+
+
+# An end that is not the job's doing
+
+
+@ONLY_SQLITE
+@pytest.mark.parametrize("script", ["storage_failed", "hung_up"])
+def test_an_end_for_a_reason_outside_of_the_job_is_no_crash(place: Workplace, script: str) -> None:
+    job = place.submit()
+    place.start_worker(script)
+    place.wait_until(lambda: place.job(job).fence == 5)
+    place.finish(job)
+    done = place.wait_for(job, "succeeded", "failed")
+    assert (done.status, done.attempt, done.crashes) == ("succeeded", 5, 0)
+
+
+@ONLY_SQLITE
+def test_a_trainer_that_hears_nothing_and_ends_itself_has_not_crashed(place: Workplace) -> None:
+    """The supervisor's main thread stands still, while others go on: a machine with too much to do."""
+    job = place.submit()
+    place.start_worker("work", without=("the beats",), timing=SHORT_LEASE)
+    place.wait_until(lambda: place.job(job).fence == 2)
+    reasons = [data["status_reason"] or "" for data in place.events(job, "status")]
+    assert any("heard nothing" in reason for reason in reasons)
+    assert place.job(job).crashes == 0
+
+
+@ONLY_SQLITE
+def test_a_supervisor_that_cannot_use_the_data_folder_counts_no_crash(place: Workplace) -> None:
+    job = place.submit()
+    jobs = place.settings.data_dir / "jobs"
+    jobs.rmdir() if jobs.exists() else None
+    jobs.write_bytes(b"in the folder's place")
+    place.start_worker("succeed")
+    place.wait_until(lambda: place.job(job).fence > queue.MAX_CRASHES)
+    assert place.job(job).crashes == 0
+    jobs.unlink()
+    done = place.wait_for(job, "succeeded", "failed")
+    assert (done.status, done.crashes) == ("succeeded", 0)
 
 
 # Memory runs out
@@ -287,7 +326,8 @@ def test_without_the_slot_lock_two_trainers_share_a_device(place: Workplace) -> 
 @ONLY_SQLITE
 def test_a_worker_that_cannot_reach_the_database_ends_its_trainer_before_the_lease_ends(place: Workplace) -> None:
     job = place.submit()
-    place.start_worker("work", timing=SHORT_LEASE)
+    log = place.settings.data_dir / "worker.log"
+    place.start_worker("work", timing=SHORT_LEASE, log=log)
     place.wait_for_step(job)
     trainer = place.trainer(job)
     with place.write_lock_held():
@@ -295,6 +335,9 @@ def test_a_worker_that_cannot_reach_the_database_ends_its_trainer_before_the_lea
         assert lease_until is not None
         assert ended_within(30, trainer)
         assert place.db.time() < lease_until
+    # A supervisor that waits for the database is heard all the same: it ended the trainer, not the trainer itself.
+    assert "no_heartbeat_succeeded" in log.read_text()
+    assert "nothing more is heard" not in log.read_text()
     place.wait_until(lambda: place.job(job).fence == 2)
     assert place.job(job).crashes == 0
     place.finish(job)

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from service.database import REVISION, Database, open_database
 from service.errors import SchemaMismatch, StartRefused
 from service.queue import NewJob
 from service.settings import Settings
-from service.tables import Row
+from service.tables import EPOCH, Row
 from tests.databases import ONLY_SQLITE
 from tests.races import at_once
 
@@ -46,7 +47,7 @@ def schema(db: Database) -> dict[str, Any]:
         for name in names:
             columns = [(c["name"], str(c["type"]), c["nullable"], c["default"]) for c in inspector.get_columns(name)]
             found[name] = {
-                "columns": columns,
+                "columns": sorted(columns),  # a column that is added later comes last, wherever it is declared
                 "primary key": inspector.get_pk_constraint(name),
                 "foreign keys": sorted(inspector.get_foreign_keys(name), key=str),
                 "checks": sorted(inspector.get_check_constraints(name), key=str),
@@ -118,14 +119,14 @@ REBUILD = '''
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0002"
-down_revision = "0001"
+revision = "0003"
+down_revision = "0002"
 
 def upgrade() -> None:
     with op.batch_alter_table("jobs") as batch:
         batch.alter_column("priority", type_=sa.BigInteger())
     where = sa.text("status = 'queued'")
-    columns = [sa.text("priority DESC"), "run_at", "id"]
+    columns = [sa.text("priority DESC"), "seq"]
     op.drop_index("ix_jobs_claim", "jobs")
     op.create_index("ix_jobs_claim", "jobs", columns, sqlite_where=where, postgresql_where=where)
 '''
@@ -136,7 +137,7 @@ def next_schema(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The product's migrations and one more."""
     scripts = tmp_path / "migrations"
     shutil.copytree(migrate.SCRIPTS, scripts, ignore=shutil.ignore_patterns("__pycache__"))
-    (scripts / "versions" / "0002_rebuild.py").write_text(REBUILD)
+    (scripts / "versions" / "0003_rebuild.py").write_text(REBUILD)
     monkeypatch.setattr(migrate, "SCRIPTS", scripts)
 
 
@@ -144,8 +145,8 @@ def next_schema(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_table_that_is_rebuilt_keeps_its_children(db: Database) -> None:
     job, _ = queue.submit(db, NewJob(text="a b", config={}))
     before = schema(db)
-    migrate.upgrade(db, "0002")
-    assert db.revision() == "0002"
+    migrate.upgrade(db, "0003")
+    assert db.revision() == "0003"
     assert {**schema(db), "jobs": None} == {**before, "jobs": None}
     assert len(store.events_after(db, job.id, 0)) == 1
     if db.is_sqlite:
@@ -160,17 +161,90 @@ def test_with_foreign_keys_on_a_rebuilt_table_would_lose_its_children(
 ) -> None:
     job, _ = queue.submit(db, NewJob(text="a b", config={}))
     monkeypatch.setattr(migrate, "_pragma", lambda connection, pragma: None)
-    migrate.upgrade(db, "0002")
+    migrate.upgrade(db, "0003")
     assert store.events_after(db, job.id, 0) == []
 
 
 @pytest.mark.usefixtures("next_schema")
 def test_a_migration_that_fails_leaves_nothing_behind(db: Database) -> None:
-    script = migrate.SCRIPTS / "versions" / "0002_rebuild.py"
+    script = migrate.SCRIPTS / "versions" / "0003_rebuild.py"
     script.write_text(REBUILD + "    raise RuntimeError('half-way')\n")
     before = schema(db)
     with pytest.raises(RuntimeError, match="half-way"):
-        migrate.upgrade(db, "0002")
+        migrate.upgrade(db, "0003")
     assert schema(db) == before
     db.check_revision()
     queue.submit(db, NewJob(text="a b", config={}))
+
+
+# From 0001: every job had a `run_at`, and the order was by it and by the id
+
+MINUTE = 60_000_000
+"""In the database's microseconds."""
+
+
+def insert_as_0001(db: Database, job_id: str, **changes: Any) -> None:
+    """A row as that revision wrote it; times are minutes from now."""
+    now = (db.time() - EPOCH) // timedelta(microseconds=1)
+    minutes = {"created_at": -10, "run_at": -10, "started_at": None} | changes
+    times = {
+        name: minutes.pop(name) for name in ("created_at", "run_at", "started_at", "finished_at") if name in minutes
+    }
+    row = {
+        "id": job_id, "owner": "", "tags": "{}", "status": "queued", "priority": 0, "fence": 0, "attempt": 0,
+        "crashes": 0, "config": "{}", "progress": "{}", "text_sha256": "t", "text_n_bytes": 1, "warnings": "[]",
+        "event_seq": 0,
+    } | minutes | {name: None if at is None else now + int(at * MINUTE) for name, at in times.items()}  # fmt: skip
+    with db.write() as session:
+        columns = ", ".join(row)
+        values = ", ".join(f":{name}" for name in row)
+        session.execute(sa.text(f"INSERT INTO jobs ({columns}) VALUES ({values})"), row)  # noqa: S608 - the names are ours
+
+
+@pytest.fixture
+def old(empty: Database) -> Database:
+    """A database at revision 0001, with one text."""
+    migrate.upgrade(empty, "0001")
+    with empty.write() as session:
+        session.execute(sa.text("INSERT INTO texts VALUES ('t', 1, :content, 0)"), {"content": b"a"})
+    return empty
+
+
+def test_jobs_get_their_numbers_in_the_order_of_their_ids_and_new_ones_go_on(old: Database) -> None:
+    for job_id in "cab":
+        insert_as_0001(old, job_id)
+    migrate.upgrade(old)
+    assert [(job.id, job.seq) for job in store.list_jobs(old)] == [("c", 3), ("b", 2), ("a", 1)]
+    assert queue.submit(old, NewJob(text="a b", config={}))[0].seq == 4
+
+
+def test_only_a_date_that_was_asked_for_is_kept(old: Database) -> None:
+    insert_as_0001(old, "asked", run_at=60)
+    insert_as_0001(old, "asked and passed", run_at=-5)
+    insert_as_0001(old, "not asked")
+    insert_as_0001(old, "by a clock ahead", created_at=120, run_at=120)
+    insert_as_0001(old, "after a crash", run_at=-5, started_at=-9, status="succeeded", finished_at=-1)
+    migrate.upgrade(old)
+    dated = {job.id: job.run_at for job in store.list_jobs(old) if job.run_at is not None}
+    assert dated.keys() == {"asked", "asked and passed"}
+    assert dated["asked"] - old.time() > timedelta(minutes=59)
+    assert {job.id for job in store.list_jobs(old) if job.waits_since is not None} == set()
+    claimed = []
+    while (found := queue.claim(old, store.WorkerIdentity(), 60)) is not None:
+        claimed.append(found.job_id)
+    assert claimed == ["asked and passed", "by a clock ahead", "not asked"]
+
+
+def test_a_job_that_waits_after_a_crash_waits_on(old: Database) -> None:
+    insert_as_0001(old, "waits", run_at=8, started_at=-9)
+    insert_as_0001(old, "waited", run_at=-1, started_at=-9)
+    insert_as_0001(old, "by a clock ahead", run_at=120, started_at=-9)
+    migrate.upgrade(old)
+    waits = {job.id: job.waits_seconds for job in store.list_jobs(old)}
+    assert waits["waits"] == pytest.approx(480, abs=60)
+    assert (waits["waited"], waits["by a clock ahead"]) == (None, 900)
+    assert {job.run_at for job in store.list_jobs(old)} == {None}
+    found = queue.claim(old, store.WorkerIdentity(), 60)
+    assert found is not None
+    assert found.job_id == "waited"
+    assert queue.claim(old, store.WorkerIdentity(), 60) is None

@@ -36,6 +36,24 @@ def test_a_job_is_not_claimed_before_its_time(db: Database, clock: Clock, worker
     assert claim(db, worker).job_id == later.id
 
 
+def test_a_clock_that_was_ahead_holds_nobody_up_and_lets_nobody_overtake(
+    db: Database, clock: Clock, worker: WorkerIdentity
+) -> None:
+    clock.advance(7200)
+    first = submit(db)
+    clock.advance(-7200)
+    second = submit(db)
+    assert first.run_at is None
+    assert [claim(db, worker).job_id for _ in range(2)] == [first.id, second.id]
+
+
+def test_a_requeued_job_keeps_its_place(db: Database, worker: WorkerIdentity) -> None:
+    first, second = submit(db), submit(db)
+    job = queue.release(db, claim(db, worker))
+    assert (job.id, job.seq) == (first.id, first.seq)
+    assert [claim(db, worker).job_id for _ in range(2)] == [first.id, second.id]
+
+
 def test_a_job_too_large_for_a_worker_is_left_to_another(db: Database, worker: WorkerIdentity) -> None:
     large = submit(db, training_bytes=10_000, priority=9)
     fits = submit(db, training_bytes=1_000)

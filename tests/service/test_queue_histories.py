@@ -1,8 +1,10 @@
-"""Any history of the queue that Hypothesis can think of, on both databases, against four promises.
+"""Any history of the queue that Hypothesis can think of, on both databases, against five promises.
 
-The fence only grows, a job ends once, nothing is written under an old fence, and a job that has ended has no snapshot.
+The fence only grows, a job ends once, nothing is written under an old fence, a job that has ended has no snapshot, and
+jobs keep their order however the clock jumps.
 """
 
+from datetime import timedelta
 from typing import Any
 
 import sqlalchemy as sa
@@ -61,6 +63,7 @@ OWNERS_WRITES: dict[str, Any] = {
     "crash": lambda db, claim: queue.release(db, claim, crash="signal 9"),
     "out of memory": out_of_memory,
     "pause": lambda db, claim: queue.release(db, claim, pause_reason="the disk is full"),
+    "outside": lambda db, claim: queue.release(db, claim, outside="no file can be opened"),
 }
 
 
@@ -76,6 +79,7 @@ class Histories(RuleBasedStateMachine):
         self.clock = clock
         self.before: dict[str, Job] = {}
         self.ended: dict[str, int] = {}
+        self.submitted: list[str] = []
 
     @initialize()
     def begin(self) -> None:
@@ -83,20 +87,22 @@ class Histories(RuleBasedStateMachine):
         for worker in self.workers:
             store.worker_started(self.db, worker)
 
-    @rule(target=jobs, priority=st.integers(0, 1))
-    def submit(self, priority: int) -> str:
-        job, _ = queue.submit(self.db, NewJob(text="a b", config={}, priority=priority))
+    @rule(target=jobs, priority=st.integers(0, 1), seconds=st.none() | st.sampled_from([-20, 20, 500]))
+    def submit(self, priority: int, seconds: float | None) -> str:
+        run_at = None if seconds is None else self.clock.now + timedelta(seconds=seconds)
+        job, _ = queue.submit(self.db, NewJob(text="a b", config={}, priority=priority, run_at=run_at))
         self.before[job.id] = job
+        self.submitted.append(job.id)
         return job.id
 
     @rule(target=claims, number=st.integers(0, 1))
     def claim(self, number: int) -> Any:
-        claimable = [job for job in self.with_status("queued") if job.run_at <= self.clock.now]
+        claimable = [job for job in self.with_status("queued") if self.may_start(job)]
         found = queue.claim(self.db, self.workers[number], LEASE)
         if found is None:
             assert not claimable
             return multiple()
-        assert found.job_id == min(claimable, key=lambda job: (-job.priority, job.run_at, job.id)).id
+        assert found.job_id == min(claimable, key=lambda job: (-job.priority, self.submitted.index(job.id))).id
         assert found.fence == self.before[found.job_id].fence + 1
         return found
 
@@ -130,21 +136,24 @@ class Histories(RuleBasedStateMachine):
     @rule()
     def rescue(self) -> None:
         now = self.clock.now
-        expected = {job.id for job in self.with_status("running") if job.lease_until is None or job.lease_until < now}
+        left = {job.id: job.lease_until - now for job in self.with_status("running") if job.lease_until is not None}
+        holds = (timedelta(0), timedelta(seconds=2 * LEASE))
+        expected = {job_id for job_id, lease in left.items() if not holds[0] <= lease <= holds[1]}
         assert {job.id for job in queue.rescue(self.db)} == expected
 
-    @rule(seconds=st.sampled_from([1, 20, 61, 1000]))
-    def time_passes(self, seconds: float) -> None:
+    @rule(seconds=st.sampled_from([1, 20, 61, 1000, -30, -7200]))
+    def time_passes_or_the_clock_is_set_back(self, seconds: float) -> None:
         self.clock.advance(seconds)
 
     @invariant()
     def promises_hold(self) -> None:
         found = {job.id: job for job in store.list_jobs(self.db, limit=100)}
-        assert found.keys() == self.before.keys()
+        assert list(found) == self.submitted[::-1]
         for job_id, before in self.before.items():
             job = found[job_id]
             if job == before:
                 continue
+            assert job.seq == before.seq
             assert job.fence - before.fence in (0, 1)
             if before.status in TERMINAL:
                 assert job == before
@@ -161,6 +170,14 @@ class Histories(RuleBasedStateMachine):
 
     def with_status(self, status: str) -> list[Job]:
         return [job for job in self.before.values() if job.status == status]
+
+    def may_start(self, job: Job) -> bool:
+        now = self.clock.now
+        if job.run_at is not None and job.run_at > now:
+            return False
+        if job.waits_since is None or job.waits_seconds is None or now < job.waits_since:
+            return True
+        return now - job.waits_since >= timedelta(seconds=job.waits_seconds)
 
     def recorded(self, job_id: str) -> Any:
         snapshot = store.find_snapshot(self.db, job_id)

@@ -28,12 +28,14 @@ def test_a_job_whose_worker_is_gone_waits_and_counts_a_crash(
     clock.advance(LEASE + 1)
     (job,) = queue.rescue(db)
     assert (job.status, job.crashes, job.lease_until) == ("queued", 1, None)
-    assert job.run_at == clock.now + queue.BACKOFF
+    assert (job.waits_since, job.waits_seconds) == (clock.now, queue.BACKOFF.total_seconds())
     assert worker.id in (job.status_reason or "")
     assert queue.rescue(db) == []
     assert queue.claim(db, worker, LEASE) is None
     clock.advance(15)
-    assert claim(db, worker).fence == held.fence + 1
+    after = claim(db, worker)
+    assert after.fence == held.fence + 1
+    assert (after.job.waits_since, after.job.waits_seconds) == (None, None)
 
 
 def test_a_lease_lost_by_a_worker_that_lives_counts_no_crash(
@@ -43,7 +45,7 @@ def test_a_lease_lost_by_a_worker_that_lives_counts_no_crash(
     clock.advance(LEASE + 1)
     store.worker_seen(db, worker.id)
     (job,) = queue.rescue(db)
-    assert (job.status, job.crashes, job.run_at) == ("queued", 0, held.job.run_at)
+    assert (job.status, job.crashes, job.waits_since, job.seq) == ("queued", 0, None, held.job.seq)
 
 
 def test_a_worker_that_said_goodbye_is_gone(db: Database, clock: Clock, worker: WorkerIdentity) -> None:
@@ -116,7 +118,7 @@ def test_a_poison_job_is_given_up_after_three_crashes(db: Database, clock: Clock
     waits = []
     for _ in range(queue.MAX_CRASHES):
         job = queue.release(db, claim(db, worker), crash="signal 11")
-        waits.append((job.run_at - clock.now).total_seconds())
+        waits.append(job.waits_seconds)
         clock.advance(queue.MAX_BACKOFF.total_seconds())
     assert waits[:2] == [15, 30]
     assert job.status == "failed"
@@ -160,8 +162,9 @@ def test_the_wait_after_a_crash_doubles_up_to_a_quarter_of_an_hour(
     waits = []
     for _ in range(8):
         job = queue.release(db, claim(db, worker), crash="signal 11")
-        waits.append((job.run_at - clock.now).total_seconds())
-        clock.advance(waits[-1])
+        waits.append(job.waits_seconds)
+        assert queue.claim(db, worker, LEASE) is None
+        clock.advance(job.waits_seconds or 0)
     assert waits == [15, 30, 60, 120, 240, 480, 900, 900]
 
 
@@ -185,8 +188,42 @@ def test_a_drained_job_goes_on_first_and_counts_no_crash(db: Database, worker: W
     held = running(db, worker)
     submit(db)
     job = queue.release(db, held)
-    assert (job.status, job.crashes, job.run_at) == ("queued", 0, held.job.run_at)
+    assert (job.status, job.crashes, job.waits_since) == ("queued", 0, None)
     assert claim(db, worker).job_id == job.id
+
+
+def test_an_end_that_is_not_the_jobs_doing_waits_and_counts_no_crash(
+    db: Database, clock: Clock, worker: WorkerIdentity
+) -> None:
+    submit(db)
+    for _ in range(2 * queue.MAX_CRASHES):
+        job = queue.release(db, claim(db, worker), outside="no file can be opened")
+        assert (job.status, job.crashes, job.waits_seconds) == ("queued", 0, 15)
+        assert "no file can be opened" in (job.status_reason or "")
+        clock.advance(15)
+
+
+def test_a_back_off_is_over_when_the_clock_was_set_back_to_before_it(
+    db: Database, clock: Clock, worker: WorkerIdentity
+) -> None:
+    clock.advance(7200)
+    job = queue.release(db, running(db, worker), crash="signal 11")
+    clock.advance(-7200)
+    assert claim(db, worker).job_id == job.id
+
+
+def test_a_worker_last_seen_by_a_clock_that_was_ahead_is_neither_alive_nor_gone(
+    db: Database, clock: Clock, worker: WorkerIdentity
+) -> None:
+    clock.advance(7200)
+    running(db, worker)
+    store.worker_seen(db, worker.id)
+    clock.advance(-7200)
+    row = store.list_workers(db)[0][0]
+    assert not store.is_alive(row, clock.now)
+    assert [job.crashes for job in queue.rescue(db)] == [0]
+    store.worker_seen(db, worker.id)
+    assert store.is_alive(store.list_workers(db)[0][0], clock.now)
 
 
 def test_a_lease_too_far_ahead_has_passed(db: Database, clock: Clock, worker: WorkerIdentity) -> None:

@@ -89,6 +89,30 @@ def test_without_the_unique_index_one_key_makes_two_jobs(db: Database, races: Ra
     assert store.count_jobs(db)["queued"] == 2
 
 
+def test_jobs_are_numbered_in_the_order_of_their_commits(db: Database, races: Races) -> None:
+    first = races.hold(submit, db)
+    second = races.start(submit, db, text="another")
+    assert first.let_go().seq < second.result().seq
+
+
+@ONLY_POSTGRESQL  # SQLite has one writer
+def test_with_a_sequence_instead_of_the_counters_row_a_later_commit_gets_a_lower_number(
+    db: Database, races: Races, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with db.write() as session:
+        session.execute(sa.text("CREATE SEQUENCE without_lock"))
+    monkeypatch.setattr(queue, "_next_seq", lambda session: session.scalar(sa.text("SELECT nextval('without_lock')")))
+    first = races.hold(submit, db, text="one")
+    second = submit(db, text="another")
+    assert [job.id for job in store.list_jobs(db)] == [second.id]  # a page, and its cursor, without the first
+    assert first.let_go().seq < second.seq
+
+
+def test_numbers_are_unique_however_many_submit(db: Database) -> None:
+    jobs = at_once([lambda number=number: submit(db, text=f"text {number}") for number in range(16)])
+    assert len({job.seq for job in jobs}) == 16
+
+
 def test_a_full_queue_takes_no_more(db: Database) -> None:
     for _ in range(3):
         submit(db)
@@ -127,7 +151,8 @@ def test_a_deleted_job_takes_everything_but_a_shared_text(db: Database, worker: 
     assert store.series(db, second.job_id)["step"] == [1, 2]
     assert store.get_text(db, second.job.text_sha256)
     queue.delete(db, second.job_id)
-    assert everything(db) == untouched
+    kept = {"counters": everything(db)["counters"]}  # no number is given twice
+    assert everything(db) == untouched | kept
     with pytest.raises(NotFound):
         queue.delete(db, second.job_id)
 

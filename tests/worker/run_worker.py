@@ -4,6 +4,7 @@ Forked from a server that has imported the supervisor already, to spare the seco
 """
 
 import itertools
+import math
 import os
 import signal
 import sys
@@ -35,6 +36,8 @@ def take_away(protection: str) -> None:
             SlotLock.acquire = lambda self: True  # type: ignore[method-assign]
         case "the guard":
             Slot.tend = _tend_without_deadline  # type: ignore[method-assign]
+        case "the beats":
+            Slot.tend = _tend_in_silence  # type: ignore[method-assign]
         case "the burial":
             TrainerProcess.bury = _reap_the_trainer_alone  # type: ignore[method-assign]
         case _:
@@ -46,7 +49,12 @@ _tend = Slot.tend
 
 def _tend_without_deadline(self: Slot) -> None:
     if self._running is not None:
-        self._running[1].deadline = time.monotonic() + 1000
+        self._running[1].deadline = self._running[1].trainer_until = time.monotonic() + 1000
+    _tend(self)
+
+
+def _tend_in_silence(self: Slot) -> None:
+    self._beat_due = math.inf
     _tend(self)
 
 

@@ -169,6 +169,21 @@ def disk_full(script: Script) -> None:
     end("failed", "disk_full")
 
 
+def storage_failed(script: Script) -> None:
+    """The data folder is away, at the first four attempts: more than a job may crash."""
+    if script.attempt <= 4:
+        end("failed", "storage_failed")
+    script.work()
+
+
+def hung_up(script: Script) -> None:
+    """Is asked to end by a signal that no supervisor sends, at the first four attempts."""
+    if script.attempt <= 4:
+        script.prepared()
+        os.kill(os.getpid(), signal.SIGHUP)
+    script.work()
+
+
 def deaf(script: Script) -> None:
     """Ignores every signal and message; its child does too."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -273,6 +288,7 @@ SCRIPTS: dict[str, Callable[[Script], None]] = {
     script.__name__: script
     for script in (
         *(work, succeed, succeed_early, fail, disk_full, deaf, die, die_once, silent, hesitate, garbled, orphans),
+        *(storage_failed, hung_up),
         *(starve, starve_always, starve_at_the_start),
     )
 }

@@ -21,6 +21,7 @@ from service.client import Client, JobHandle
 from service.database import Database
 from service.queue import NewJob
 from service.store import Job, WorkerIdentity
+from service.tables import Counter, table
 
 _POLL_SECONDS = 0.002
 _GIVE_UP_SECONDS = 300.0
@@ -124,17 +125,20 @@ def _fill(db: Database, n: int) -> None:
     """Copy a queued job `n` times, within the database: a million submissions would take an hour."""
     if n <= 0:
         return
-    columns = [column.name for column in queue.jobs.columns if column.name != "id"]
+    columns = [column.name for column in queue.jobs.columns if column.name not in ("id", "seq")]
     row = sa.select(queue.jobs).where(queue.QUEUED).limit(1).subquery()
     first = sa.select(sa.literal(1).label("i")).cte("numbers", recursive=True)
     numbers = first.union_all(sa.select(first.c.i + 1).where(first.c.i < n))
     salt = store.new_id()
     ids = sa.literal(salt[:-8]) + sa.func.substr(sa.cast(numbers.c.i + 100_000_000, sa.String), 2, 8)
-    chosen = sa.select(ids, *(row.c[name] for name in columns)).select_from(numbers.join(row, sa.true()))
+    counters = table(Counter)
     with db.write() as session:
+        raised = sa.update(counters).values(value=counters.c.value + n).returning(counters.c.value)
+        seqs = session.scalars(raised).one() - n + numbers.c.i
+        chosen = sa.select(ids, seqs, *(row.c[name] for name in columns)).select_from(numbers.join(row, sa.true()))
         if not db.is_sqlite:
             session.execute(sa.text("SET LOCAL statement_timeout = 0"))
-        session.execute(sa.insert(queue.jobs).from_select(["id", *columns], chosen))
+        session.execute(sa.insert(queue.jobs).from_select(["id", "seq", *columns], chosen))
 
 
 def traffic(site: Site, *, training: bool, seconds: float) -> Traffic:

@@ -319,7 +319,7 @@ def test_a_list_is_filtered_by_status_and_by_tag(api: Api) -> None:
 
 @pytest.mark.parametrize(
     "params", [{"limit": 0}, {"limit": "x"}, {"limit": 10**30}, {"status": "nope"}, {"cursor": "x"}, {"tag": 'a"b'},
-               {"limits": 1}, {"tag": "a:\0"}, {"tag": "a=\0"}, {"tag": "=a"}]
+               {"cursor": NOBODY}, {"cursor": 10**18}, {"limits": 1}, {"tag": "a:\0"}, {"tag": "a=\0"}, {"tag": "=a"}]
 )  # fmt: skip
 def test_a_bad_filter_is_refused(api: Api, params: dict[str, Any]) -> None:
     answer = api.http.get("/jobs", params=params)

@@ -1,5 +1,6 @@
 """`/metrics` as a Prometheus server reads it."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from service import instruments, queue, store
 from tests.api import Api, Serve
+from tests.databases import Clock
 from tests.service.routes.test_generate import generate, tiny_files
 
 
@@ -41,6 +43,23 @@ def test_the_tables_are_told_as_they_are(serve: Serve, monkeypatch: pytest.Monke
     assert now["process_resident_memory_bytes"] > 0
     store.worker_stopped(api.db, api.worker.id)
     assert scrape(api)["nanomoe_workers"] == 0
+
+
+def test_the_age_of_a_job_that_a_clock_ahead_submitted_is_what_was_seen_of_it(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(instruments, "_COUNT_SECONDS", -1.0)
+    api = serve()
+    clock = Clock(api.db)
+    clock.advance(7200)
+    api.submit()
+    clock.advance(-7200)
+    scrape(api)
+    passed = time.monotonic()
+    monkeypatch.setattr(instruments.time, "monotonic", lambda: passed + 90.0)
+    assert scrape(api)["nanomoe_queue_age_seconds"] >= 90
+    clock.advance(7200 + 600)
+    assert scrape(api)["nanomoe_queue_age_seconds"] == 600
 
 
 def test_jobs_are_not_counted_at_each_scrape(serve: Serve) -> None:

@@ -1,0 +1,137 @@
+"""A data folder that an earlier version left is opened, migrated, and every job in it goes on.
+
+`make_data_folder.py` says what is in it. Where a processor rounds as the one did that recorded it, unfinished jobs end
+with the bytes that the earlier version gave the job that nobody disturbed; on another one the first steps, done there,
+and the last ones, done here, are rounded differently, and no undisturbed run has those bytes. What must hold everywhere
+is that a job ends with the bytes that the library makes of its snapshot.
+"""
+
+import hashlib
+import shutil
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+import torch
+
+from nanomoe import checkpoint
+from nanomoe.config import JobConfig
+from nanomoe.execution import Execution
+from nanomoe.run import Run
+from nanomoe.tokenizer import Tokenizer
+from nanomoe.train import Recorded, train
+from service import fsck, migrate, queue, store
+from service.database import open_database
+from service.settings import Settings
+from service.store import Job
+from service.tables import table
+from tests.faults.undisturbed import hooked, train_undisturbed
+from tests.upgrade.make_data_folder import BYTES, TEXT
+from tests.worker.workplace import Workplace
+
+RECORDED = Path(__file__).parent / "revision_0001.tar.xz"
+GOES_ON = {"paused": "finished", "crashed": "finished", "killed": "finished", "killed ptbr-8k": "finished ptbr-8k"}
+"""What has a snapshot, and the job of equal config and text that ended undisturbed."""
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folders `data` and `backup`."""
+    folder = tmp_path_factory.mktemp("recorded")
+    with tarfile.open(RECORDED) as archive:
+        archive.extractall(folder, filter="data")
+    return folder
+
+
+@pytest.fixture
+def place(recorded: Path, tmp_path: Path) -> Iterator[Workplace]:
+    """The data folder, opened as the API opens it."""
+    shutil.copytree(recorded / "data", tmp_path / "data")
+    yield from opened(tmp_path / "data")
+
+
+@pytest.fixture
+def restored(recorded: Path, tmp_path: Path) -> Iterator[Workplace]:
+    """The backup, with the files of the jobs copied to it."""
+    shutil.copytree(recorded / "backup", tmp_path / "data")
+    shutil.copytree(recorded / "data" / "jobs", tmp_path / "data" / "jobs")
+    shutil.copy(recorded / "data" / "installation", tmp_path / "data")
+    yield from opened(tmp_path / "data")
+
+
+def opened(data_dir: Path) -> Iterator[Workplace]:
+    settings = Settings(_env_file=None, data_dir=data_dir)
+    db = open_database(settings)
+    migrate.upgrade(db)
+    workplace = Workplace(db, settings)
+    yield workplace
+    workplace.end()
+    db.close()
+
+
+def by_name(place: Workplace) -> dict[str, Job]:
+    return {str(job.name): job for job in store.list_jobs(place.db)}
+
+
+def weights(place: Workplace, job: Job) -> str:
+    """The SHA-256 of a finished job's weights."""
+    (found,) = (
+        file for file in store.get_checkpoint(place.db, job.id, 100).files if file["name"] == "model.safetensors"
+    )
+    return str(found["sha256"])
+
+
+def resume_with_the_library(place: Workplace, job: Job) -> str:
+    """The SHA-256 of the weights that a job's snapshot leads to, with no worker and no queue."""
+    snapshot = store.find_snapshot(place.db, job.id)
+    assert snapshot is not None
+    assert job.execution is not None
+    folder = place.settings.data_dir / snapshot.folder
+    tokenizer = Tokenizer.load(folder)
+    run = Run(
+        JobConfig.model_validate(job.config),
+        tokenizer.encode(TEXT),
+        tokenizer,
+        Execution.model_validate(job.execution),
+        device=torch.device("cpu"),
+        resume=checkpoint.read_all(folder, snapshot.manifest_sha256),
+    )
+    files = {one.percent: one.files for one in train(run) if isinstance(one, Recorded)}
+    return hashlib.sha256(files[100]["model.safetensors"]).hexdigest()
+
+
+def test_every_job_of_an_older_data_folder_goes_on_to_its_end(place: Workplace) -> None:
+    jobs = by_name(place)
+    assert {name: job.status for name, job in jobs.items()} == {
+        "finished": "succeeded", "finished ptbr-8k": "succeeded", "failed": "failed", "cancelled": "cancelled",
+        "paused": "paused", "killed": "running", "killed ptbr-8k": "running", "crashed": "queued",
+        "queued": "queued", "queued ptbr-8k": "queued", "queued child": "queued", "dated": "queued",
+    }  # fmt: skip
+    assert {name for name, job in jobs.items() if job.run_at is not None} == {"dated"}
+    assert fsck.check(place.db, place.settings.data_dir).is_clean
+    expected = {name: resume_with_the_library(place, jobs[name]) for name in GOES_ON}
+    rounds_alike = train_undisturbed(JobConfig(**BYTES), TEXT).files[100]["model.safetensors"] == weights(
+        place, jobs["finished"]
+    )
+
+    queue.resume(place.db, jobs["paused"].id)
+    dated = jobs.pop("dated")
+    with place.db.write() as session:  # the clock of this machine may be behind that of the recording one
+        session.execute(sa.update(table(Job)).values(waits_since=None, waits_seconds=None))
+        session.execute(sa.update(table(Job)).where(table(Job).c.id == dated.id).values(run_at=None))
+    place.start_worker(program=hooked({}), slots=2)
+    for name, job in {**jobs, "dated": dated}.items():
+        ended = place.wait_for(job, *store.TERMINAL, timeout=120)
+        assert (name, ended.status) == (name, job.status if job.status in store.TERMINAL else "succeeded")
+    assert {name: weights(place, jobs[name]) for name in GOES_ON} == expected
+    if rounds_alike:
+        assert expected == {name: weights(place, jobs[undisturbed]) for name, undisturbed in GOES_ON.items()}
+    assert fsck.check(place.db, place.settings.data_dir).is_clean
+
+
+def test_an_older_backup_is_restored(restored: Workplace) -> None:
+    assert fsck.check(restored.db, restored.settings.data_dir).is_clean
+    assert len(by_name(restored)) == 12
+    assert restored.submit().seq == 13
