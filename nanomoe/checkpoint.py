@@ -66,7 +66,7 @@ class FileEntry(Strict):
     """Bytes."""
 
     sha256: str
-    """Of its bytes, in hex."""
+    """SHA-256 of the file, hexadecimal."""
 
 
 class Manifest(Strict):
@@ -77,13 +77,13 @@ class Manifest(Strict):
 
 
 def folder_name(fence: int, percent: int) -> str:
-    """Of a checkpoint. The fence is the number of the claim that its writer holds: it keeps a stale one out of a newer
-    one's."""
+    """Name of a checkpoint's folder. The fence is the number of the claim that its writer holds: it keeps a stale one
+    out of a newer one's."""
     return f"f{fence}-{percent}"
 
 
 def snapshot_name(fence: int, step: int) -> str:
-    """Of a snapshot to resume from."""
+    """Name of the folder of a snapshot to resume from."""
     return f"f{fence}-s{step}"
 
 

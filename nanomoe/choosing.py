@@ -37,7 +37,7 @@ class Choosing:
         self._candidates: dict[int, Ids] = {}
         """The tokens that can be meant, of those sequences for which they are few."""
         self.tokens: list[int | None] = [None] * len(samplings)
-        """Of each sequence; None where float32 does not decide."""
+        """The next token of each sequence; None where float32 does not decide."""
         self.logits: dict[int, Floats] = {}
         """All logits of the sequences whose probabilities are asked for."""
 

@@ -16,8 +16,8 @@ MIN_BYTES_PER_TOKEN = 2.5
 2.4 of English, 1.0 of Russian or Chinese (measured)."""
 
 MIN_JUDGED_BYTES = 100
-"""Of a shorter text the bytes per token are chance: of 2,000 spans of Portuguese prose with 100 bytes one had 2.5 or
-fewer, of those with 50 bytes 26 (measured)."""
+"""Shortest text that is judged. In a shorter one the bytes per token are chance: of 2,000 spans of Portuguese prose
+with 100 bytes one had 2.5 or fewer, of those with 50 bytes 26 (measured)."""
 
 _MODEL_SETTINGS = list(ModelConfig.model_fields)
 _MOE_SETTINGS = _MODEL_SETTINGS[_MODEL_SETTINGS.index("use_moe") + 1 :]

@@ -156,7 +156,7 @@ class _Reading:
     losses: list[float]
     predicted: list[int]
     routing: dict[int, LayerRouting]
-    """Of the tokens that have a target."""
+    """{layer: routing of the tokens that have a target}."""
 
 
 @torch.no_grad()

@@ -36,7 +36,7 @@ half as fast beside a training (measured)."""
 
 
 def useful_threads(n_sequences: int, n_threads: int) -> int:
-    """Of `n_threads`, how many a step of so many sequences should use: few gain little from threads that wait for each
+    """How many of `n_threads` a step of so many sequences should use: few gain little from threads that wait for each
     other where others use the machine."""
     return 1 if n_sequences < FEW_SEQUENCES else n_threads
 
@@ -81,10 +81,10 @@ class LogProbs:
     """ln of probabilities under the model's own softmax: temperature, top_k and top_p change nothing."""
 
     chosen: float
-    """Of the token that was taken."""
+    """Log probability of the token that was taken."""
 
     likeliest: dict[int, float]
-    """Of the likeliest tokens, best first."""
+    """{token: log probability} of the likeliest tokens, best first."""
 
 
 @dataclass(eq=False)

@@ -18,7 +18,7 @@ class Inspection:
     """A prompt of T tokens, read in evaluation mode."""
 
     probabilities_V: Tensor
-    """Of the next token."""
+    """Probabilities of the next token."""
     attention_LHTT: Tensor
     """Row t: how much token t takes from each token up to itself; rows sum to 1."""
     routing: dict[int, Routing]

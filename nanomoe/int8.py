@@ -78,7 +78,7 @@ class Int8Embedding:
         return 1.001 * (rounding * self._largest_norm + (norm + rounding) * self._largest_error)
 
     def likeliest(self, x_NC: Tensor, errors: list[float]) -> list[int | None]:
-        """As `OutputLayer.likeliest`, in compiled loops."""
+        """`OutputLayer.likeliest` in compiled loops."""
         from nanomoe.kernels import short_list
 
         products, units, bounds = self._products(x_NC)
@@ -89,7 +89,7 @@ class Int8Embedding:
     def draw(
         self, x_NC: Tensor, errors: list[float], samplings: Sequence[Sampling], noises: Sequence[Noise]
     ) -> list[int | None]:
-        """As `OutputLayer.draw`."""
+        """`OutputLayer.draw` in compiled loops."""
         from nanomoe.kernels import draw
 
         products, units, bounds = self._products(x_NC)

@@ -122,7 +122,7 @@ class ModelOutput(NamedTuple):
 
     logits_BTV: Tensor
     routings: dict[int, Routing]
-    """Of each MoE layer, by its index."""
+    """{layer: routing} of each MoE layer."""
 
 
 class GPT(nn.Module):

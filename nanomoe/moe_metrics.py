@@ -160,7 +160,7 @@ def churn(chosen_TK: Tensor, previous_TK: Tensor) -> float:
 
 
 def expert_cards(chosen_TK: Tensor, tokens: list[int], n_experts: int, *, n_tokens: int = 10) -> list[list[list[int]]]:
-    """Of each expert the tokens that were routed to it most often: [[token id, times], ...], the most frequent first.
+    """The tokens that were routed to each expert most often: [[token id, times], ...], the most frequent first.
 
     `tokens` are the T inputs that were routed. Ties go to the lower token id.
     """

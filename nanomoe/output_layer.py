@@ -55,7 +55,7 @@ class Rough:
     """(N, V), each row in units of its own."""
 
     units: list[float]
-    """Of each row."""
+    """Unit of each row."""
 
     bounds: list[float]
     """On the error of each row's logits, given its hidden state."""

@@ -76,11 +76,11 @@ class _Progress:
     """Windows computed together: what the execution says, until memory runs out."""
     step: int = 0
     train_loss: float | None = None
-    """Of the last step."""
+    """Loss of the last step, dropout on."""
     routed: int = 0
     """Assignments of tokens to experts per MoE layer since the last checkpoint."""
     dropped: dict[int, Tensor] = field(default_factory=dict)
-    """Of those, how many each MoE layer dropped: 0-dim int64 on the device."""
+    """{layer: how many of the routed assignments it dropped}: 0-dim int64 on the device."""
     choices: Choices = field(default_factory=dict)
     """Each token's experts at the last checkpoint."""
 

@@ -56,8 +56,8 @@ class Sampling:
     """Only this many likeliest tokens (with those equal to the last of them); None all."""
 
     top_p: float | None = None
-    """Of those, only the likeliest that together hold this much probability (with those equal to the last of them), in
-    (0, 1]; None or 1 all."""
+    """Least probability that the likeliest tokens, among those that `top_k` leaves, must hold together: only these are
+    drawn, with those equal to the last of them. In (0, 1]; None or 1 keeps all."""
 
     @property
     def greedy(self) -> bool:
@@ -167,7 +167,7 @@ def choose_among_blocks(
     temperature: float,
     noise: Noise,
 ) -> int | None:
-    """As `choose` without top_k and top_p, at the price of few exact logits: rough ones tell which blocks are in
+    """`choose` without top_k and top_p, at the price of few exact logits: rough ones tell which blocks are in
     question, and only these are refined. None where that does not decide.
 
     Args:

@@ -57,7 +57,7 @@ class Steps:
     grad_norm: list[float]
     """Norm of the whole gradient, before clipping."""
     epoch: int
-    """Of the last of them."""
+    """Epoch of the last of these steps."""
     tok_per_sec: float
     """Targets trained on per second."""
 

@@ -44,7 +44,7 @@ WRITES = {"writes": True}
 """Execution options of a connection whose transactions write."""
 
 MAX_SQLITE_PATH_BYTES = 504
-"""Of a database's absolute path: SQLite's limit of 512, less the suffix `-journal` (measured with 3.53)."""
+"""Longest absolute path of a database: SQLite's limit of 512, less the suffix `-journal` (measured with 3.53)."""
 
 NETWORK_FILE_SYSTEMS = (
     *("nfs", "nfs4", "cifs", "smbfs", "smb2", "smb3", "afpfs", "afs", "webdav", "ncpfs"),

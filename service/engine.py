@@ -67,13 +67,13 @@ _PACE_SECONDS = 0.02
 """Time of steps after which it is judged whether others want the processor."""
 
 _OWN_SHARE = 0.9
-"""Of that time, what this thread gets of a processor at least, where nobody else wants it for long: 0.96 and more on an
-idle machine, 0.4 to 0.9 beside a training (measured)."""
+"""Share of that time that this thread gets of a processor at least, where nobody else wants it for long: 0.96 and more
+on an idle machine, 0.4 to 0.9 beside a training (measured)."""
 
 LEAST_SHARE = 1 / 10
-"""Of a core's time, what few texts are generated in where others want the processor: they take no more, and are never
-held back below it. It is about what Linux leaves a process of nice 10 beside one of nice 0 on the same core, 110 parts
-of 1,134. A training beside one text keeps 0.83 of its steps at an eighth and 0.92 at a thirteenth (measured)."""
+"""Share of a core's time that few texts are generated in where others want the processor: they take no more, and are
+never held back below it. It is about what Linux leaves a process of nice 10 beside one of nice 0 on the same core, 110
+parts of 1,134. A training beside one text keeps 0.83 of its steps at an eighth and 0.92 at a thirteenth (measured)."""
 
 _MOST_CREDIT = 0.25
 """Seconds of waiting for the processor, at most, that later steps need not pause for."""

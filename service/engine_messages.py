@@ -20,7 +20,7 @@ class EngineRequest(Strict):
     """Absolute path of the checkpoint."""
 
     manifest_sha256: str
-    """Of the manifest that was recorded: what vouches for every byte."""
+    """SHA-256 of the recorded manifest, which vouches for every byte."""
 
     prompt: str | tuple[int, ...]
     """The text to continue, or its token ids; not empty."""
@@ -237,7 +237,7 @@ class Scored(Strict):
     id: int
     tokens: tuple[ReadToken, ...]
     losses: tuple[float | None, ...]
-    """Of every token but the first, in nats; None for what is not finite."""
+    """Loss of every token but the first, in nats; None for what is not finite."""
 
 
 class PromptToken(Strict):

@@ -34,7 +34,7 @@ class Fault:
 
     job_id: str | None = None
     percent: int | None = None
-    """Of a checkpoint; None for a snapshot."""
+    """Percent of a checkpoint; None for a snapshot."""
 
     folder: str | None = None
     """Relative to the data folder."""

@@ -15,7 +15,7 @@ from service.store import is_alive
 from service.tables import Job, UtcTime, Worker
 
 MAX_POSITION = 1000
-"""As far as places are counted."""
+"""Most jobs that are counted before one."""
 
 COMPARABLE = 4.0
 """A job's step is estimated from one that runs if it has at most so many times the work of that one's, and at least
@@ -25,7 +25,7 @@ Assumed."""
 
 @dataclass(frozen=True)
 class Place:
-    """Of a queued job."""
+    """Where a queued job stands."""
 
     position: int
     """How many jobs go first, up to 1,000 (which stands for any more)."""
@@ -70,11 +70,11 @@ class _Work:
 
     steps: int | None
     eta_seconds: float | None
-    """As the job itself says while it runs, or said when it last ran."""
+    """Seconds that are left, as the job itself says while it runs, or said when it last ran."""
 
     @property
     def step_seconds(self) -> float | None:
-        """Of a running job, lately."""
+        """Seconds of a running job's step, lately."""
         return self.eta_seconds / self.steps if self.eta_seconds is not None and self.steps else None
 
 

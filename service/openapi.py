@@ -57,7 +57,7 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def openai_errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """As `problems`, for a route under `/v1`."""
+    """`problems` for a route under `/v1`."""
     return {
         status: {"description": _MEANINGS[status], "content": {"application/json": {"schema": ref(OpenAIError)}}}
         for status in sorted({403, *statuses})

@@ -721,7 +721,7 @@ def _leave(db: Database, session: Session, job_id: str, status: str, **values: A
 
 
 def _forget_snapshot(session: Session, job_id: str) -> None:
-    """Of a job that has ended nobody resumes it; without a row, its files are swept."""
+    """Delete the snapshot's row of a job that has ended: nobody resumes it, and files without a row are swept."""
     snapshots = table(Snapshot)
     session.execute(sa.delete(snapshots).where(snapshots.c.job_id == job_id))
 

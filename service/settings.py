@@ -30,7 +30,7 @@ def sqlite_url(file: Path) -> str:
 
 
 def _absolute(given: Path) -> Path:
-    """As seen from the working directory, `~` and `~user` expanded. Raises ValueError."""
+    """The path as an absolute one, `~` and `~user` expanded. Raises ValueError."""
     try:
         return given.expanduser().absolute()
     except RuntimeError:

@@ -243,7 +243,7 @@ class WorkerIdentity:
 
     slots: int = 1
     lease_seconds: float = 60.0
-    """Of each job that it holds, and how long after it was last seen it counts as alive."""
+    """Length of its leases, and how long after it was last seen it counts as alive."""
 
     versions: dict[str, str] = field(default_factory=dict)
     memory_bytes: int | None = None

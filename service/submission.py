@@ -34,13 +34,13 @@ class Parent:
     """The checkpoint in `init_from`, as far as it decides what a job will be."""
 
     config: JobConfig
-    """Of the job that recorded it."""
+    """Config of the job that recorded it."""
 
     tokenizer: Tokenizer
     """The one in the checkpoint's files, which the job goes on with whatever its name stands for today."""
 
     text_sha256: str
-    """Of the text that it was trained on."""
+    """SHA-256 of the text that it was trained on, hexadecimal."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Assessment:
 
     @property
     def text_sha256(self) -> str:
-        """Of the text's UTF-8 bytes."""
+        """SHA-256 of the text's UTF-8 bytes, hexadecimal."""
         return hashlib.sha256(self.request.text.encode()).hexdigest()
 
     def new_job(self, idempotency_key: str | None) -> NewJob:

@@ -96,7 +96,7 @@ class Text(Row, table=True):
     __tablename__ = "texts"
 
     sha256: str = Field(primary_key=True)
-    """Of the UTF-8 bytes."""
+    """SHA-256 of the UTF-8 bytes, hexadecimal."""
 
     n_bytes: int = Field(sa_type=BigInteger)
     content: bytes = Field(sa_type=LargeBinary)
@@ -157,7 +157,7 @@ class Job(Row, table=True):
     waits_seconds: float | None = Field(default=None, sa_type=Float)
     created_at: datetime = Field(sa_type=UtcTime)
     started_at: datetime | None = Field(default=None, sa_type=UtcTime)
-    """Of the first attempt."""
+    """When the first attempt was claimed."""
 
     finished_at: datetime | None = Field(default=None, sa_type=UtcTime)
     fence: int = 0
@@ -200,7 +200,7 @@ class Job(Row, table=True):
     parent_percent: int | None = None
     idempotency_key: str | None = None
     request_sha256: str | None = None
-    """Of the whole request that the key came with."""
+    """SHA-256 of the whole request that the key came with, hexadecimal."""
 
     event_seq: int = Field(default=0, sa_type=BigInteger)
     """The sequence number of its newest event."""

@@ -53,8 +53,8 @@ def job(row: Job, *, queue_position: int | None = None, estimated_start_at: date
 
 
 def _warnings(row: Job, config: JobConfig) -> list[ConfigWarning]:
-    """Of the row, but `moe_settings_unused` as the config deserves it: rows of earlier versions name every setting of
-    a mixture in it, for each dense job."""
+    """The row's warnings, but `moe_settings_unused` as the config deserves it: rows of earlier versions name every
+    setting of a mixture in it, for each dense job."""
     warnings = [ConfigWarning.model_validate(warning) for warning in row.warnings]
     unused = {warning.code: warning for warning in unused_moe_settings(config)}
     return [unused.get(w.code, w) for w in warnings if w.code != "moe_settings_unused" or unused]

@@ -5,6 +5,7 @@ checked in a fresh interpreter.
 """
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -189,6 +190,31 @@ def test_the_check_sees_a_loaded_module() -> None:
 def test_every_source_file_says_what_it_is() -> None:
     files = [path for package in PACKAGES for path in _sources(package)]
     assert [_module(path) for path in files if not ast.get_docstring(ast.parse(path.read_text("utf-8")))] == []
+
+
+LEANING = re.compile(r"(Of|As)\b|Both\.|Always this|The entries\.")
+"""Beginnings that lean on the name above them: nobody who reads the text alone learns what it is about."""
+
+
+def leaning(source: str) -> list[int]:
+    """Lines at which a docstring, or the text under a field or a constant, does not stand alone."""
+    return [
+        node.lineno
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        if LEANING.match(node.value.value)
+    ]
+
+
+def test_every_description_stands_alone() -> None:
+    files = [path for package in PACKAGES for path in _sources(package)]
+    assert [f"{_module(path)}:{line}" for path in files for line in leaning(path.read_text("utf-8"))] == []
+
+
+@pytest.mark.parametrize("text", ["Of its bytes.", "As `submit`.", "Both.", "Always this.", "The entries."])
+def test_the_check_sees_a_description_that_leans_on_a_name(text: str) -> None:
+    assert leaning(f'class A:\n    b: int\n    """{text}"""') == [3]
+    assert leaning(f'class A:\n    b: int\n    """What it is. {text}"""') == []
 
 
 def test_no_drawer_is_named_utils() -> None:

@@ -32,7 +32,7 @@ class Device:
 
     @property
     def row(self) -> dict[str, Any]:
-        """As the workers' table tells it."""
+        """The device as the workers' table holds it."""
         return {"device": self.name, "name": self.model, "memory_bytes": self.memory_bytes}
 
     def environment(self, slots: int) -> dict[str, str]:

@@ -20,7 +20,7 @@ class Folder(Strict):
     """Absolute path."""
 
     manifest_sha256: str
-    """Of the manifest that was recorded: what vouches for every byte."""
+    """SHA-256 of the recorded manifest, which vouches for every byte."""
 
 
 # -- To the trainer ---------------------------------------------------------------------------------------------------
@@ -119,7 +119,7 @@ class Steps(Strict):
     grad_norm: list[float]
     tok_per_sec: float
     epoch: int
-    """Of the last step."""
+    """Epoch of the last step."""
 
     @property
     def columns(self) -> dict[str, list[Any]]:

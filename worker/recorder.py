@@ -46,7 +46,7 @@ class Recorder:
         self.micro_batch = 0
         """Windows that it computes together, once it has decided."""
         self.snapshot_folder: str | None = None
-        """Of the recorded snapshot, relative to the data folder."""
+        """Folder of the recorded snapshot, relative to the data folder."""
         self.stopped_early: str | None = None
         """Why training ended before its last step, if it did."""
         self._steps: dict[str, list[Any]] = {}
@@ -63,7 +63,7 @@ class Recorder:
 
     @property
     def median_step_seconds(self) -> float:
-        """Of the last steps; 0 before there are any."""
+        """Median time of the last steps, in seconds; 0 before there are any."""
         return statistics.median(self._step_seconds) if self._step_seconds else 0.0
 
     def hear(self, message: Telling) -> None:

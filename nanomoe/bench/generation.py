@@ -25,7 +25,7 @@ SAMPLINGS = {"top_k 1": Sampling(0.1, 1), "top_k 200": Sampling(0.8, 200)}
 
 PROMPT_TOKENS = 10
 _MOST_NEW_TOKENS = 80
-"""Of a text: with the prompt it stays within block_size, so that caches can be used."""
+"""Most new tokens of one text: with the prompt they stay within block_size, so that caches can be used."""
 
 _SLOW_TOKENS = 2560
 """Tokens of a turn in all, about: with more, the peers would take minutes for a large crowd."""
@@ -44,7 +44,7 @@ class Speed:
     """Texts that are continued together."""
 
     new_tokens: int
-    """Of each text."""
+    """New tokens of each text."""
 
     tok_per_sec: dict[str, float]
     """In all, by who did it: the median."""

@@ -72,7 +72,7 @@ class LazyCommand(TyperCommand):
         self._target = target
 
     def make_context(self, *args: Any, **kwargs: Any) -> Any:
-        """Of the command itself, which is imported now."""
+        """The context of the command itself, which is imported now."""
         return self.load().make_context(*args, **kwargs)
 
     def load(self) -> Any:

@@ -49,7 +49,7 @@ class Reference:
         return client.job(newest[0].id)  # a list leaves out its place in the line
 
     def init_from(self) -> dict[str, Any]:
-        """As the knob `init_from`, whose default checkpoint is the last."""
+        """The reference as the knob `init_from`, whose default checkpoint is the last."""
         percent = {} if self.checkpoint is None else {"checkpoint": self.checkpoint}
         return {"job_id": self.job, **percent}
 

@@ -98,7 +98,7 @@ def visible(text: str) -> str:
 
 
 def visible_lines(text: str) -> str:
-    """As `visible`, but line ends stay."""
+    """`visible` for a text of several lines, whose line ends stay."""
     return "\n".join(visible(line) for line in text.split("\n"))
 
 

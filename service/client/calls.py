@@ -204,7 +204,7 @@ def generate(
 
 
 def generate_stream(job_id: str, /, prompt: str, checkpoint: Which = "latest", **sampling: Any) -> Call[bytes]:
-    """As `generate`, as a stream of events."""
+    """`generate`, answered as a stream of events."""
     body = {"job_id": job_id, "checkpoint": checkpoint, "prompt": prompt, "stream": True, **sampling}
     return Call("POST", "/generate", _bytes, body=body, repeatable=False, read_seconds=GENERATE_SECONDS)
 

@@ -12,7 +12,8 @@ from service.client.errors import ClientError, Unavailable, Unreachable
 FIRST_PAUSE_SECONDS = 0.1
 LONGEST_PAUSE_SECONDS = 10.0
 STREAM_RETRIES = 10
-"""Of a stream that had been going: about 45 seconds, enough for a service that is being restarted."""
+"""How often a stream that had been going is opened again: for about 45 seconds, enough for a service that is being
+restarted."""
 
 _PASSING = {429, 502, 503, 504}
 

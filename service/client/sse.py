@@ -18,7 +18,7 @@ class ServerSentEvent:
     event: str
     data: str
     id: str | None
-    """Of this very event; None when it carries none."""
+    """Id of this very event; None when it carries none."""
 
 
 class EventDecoder:

@@ -17,7 +17,7 @@ router = APIRouter(tags=["checkpoints"], prefix="/jobs/{job_id}/checkpoints")
 
 
 class ReconstructionQuery(StrictQuery):
-    """Of `GET /jobs/{id}/checkpoints/{percent}/reconstruction`."""
+    """Query of `GET /jobs/{id}/checkpoints/{percent}/reconstruction`."""
 
     start: int = Field(0, ge=0, le=2**31, alias="from")
     """Index of the first target of the page."""

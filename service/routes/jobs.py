@@ -30,14 +30,14 @@ RETRY_SECONDS = 1.0
 
 
 class SubmitQuery(StrictQuery):
-    """Of `POST /jobs`."""
+    """Query of `POST /jobs`."""
 
     dry_run: bool = False
     """Check and measure the job without submitting it."""
 
 
 class ListQuery(StrictQuery):
-    """Of `GET /jobs`."""
+    """Query of `GET /jobs`."""
 
     status: schemas.Status | None = None
     """Only jobs with this status."""
@@ -53,7 +53,7 @@ class ListQuery(StrictQuery):
 
 
 class JobQuery(StrictQuery):
-    """Of `GET /jobs/{id}`."""
+    """Query of `GET /jobs/{id}`."""
 
     wait: float = Field(0, ge=0, le=MAX_WAIT_SECONDS, allow_inf_nan=False)
     """Seconds to wait for another status than `seen`."""

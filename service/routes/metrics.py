@@ -17,7 +17,7 @@ _CSV_ROWS = 10_000
 
 
 class MetricsQuery(StrictQuery):
-    """Of `GET /jobs/{id}/metrics`."""
+    """Query of `GET /jobs/{id}/metrics`."""
 
     points: int = Field(1000, ge=store.MIN_POINTS, le=100_000)
     """Most steps of the series; its extremes are kept."""

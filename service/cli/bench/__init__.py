@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from service.cli.bench.served import Served
 
 _LARGEST = 1_000_000
-"""Of a number in an option's list."""
+"""Largest number in an option's list."""
 
 app = typer.Typer(
     name="bench",

@@ -49,7 +49,7 @@ class Traffic:
 
     submits_per_sec: float
     get_p50_seconds: float
-    """Of `GET /jobs/{id}`."""
+    """Median time of `GET /jobs/{id}`."""
 
     get_p99_seconds: float
 
@@ -90,10 +90,10 @@ class Beside:
     """Training while somebody generates."""
 
     steps_per_sec: float
-    """Of a job that has the machine for itself."""
+    """Steps a second of a job that has the machine for itself."""
 
     steps_per_sec_beside: float
-    """Of the same job while one client streams texts, one after the other."""
+    """Steps a second of the same job while one client streams texts, one after the other."""
 
     ratio: float
     """Beside over alone: the median of the turns' ratios."""

@@ -39,7 +39,7 @@ class Served:
     vocab_size: int
     at_once: int
     engine_tok_per_sec: float
-    """Of the engine alone, in this process."""
+    """Tokens a second of the engine alone, in this process."""
 
     http_tok_per_sec: float
     """Through `POST /generate`, from the first request sent to the last answer read."""
