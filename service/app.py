@@ -68,7 +68,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(Guard, settings=settings)
     problems.install(app)
     app.add_exception_handler(events.NothingMore, events.nothing_more)
-    app.add_exception_handler(ClientDisconnect, client_disconnect.left_while_sending)
+    app.add_exception_handler(ClientDisconnect, client_disconnect.disconnected_during_upload)
     for part in (jobs, metrics, events, checkpoints, generate, examine, openai, system, docs):
         app.include_router(part.router)
     app.mount("/static", StaticFiles(directory=docs.STATIC))

@@ -145,7 +145,7 @@ def methods_table(kind: type) -> str:
     """Every public method and property of a class of the client, with the first sentence of its docstring."""
     fields, methods = [], []
     for name, member in inspect.getmembers(kind):
-        if name.startswith("_") or name in ("ask", "open"):  # those two are for the client's own methods
+        if name.startswith("_") or name in ("send", "open"):  # those two are for the client's own methods
             continue
         if isinstance(member, property):
             fields.append(f"| `{name}` | {_sentence(member)} |")

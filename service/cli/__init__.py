@@ -50,7 +50,7 @@ them all for the list takes most of a second."""
 
 _MODULES = {
     "service.cli.serve": ("serve", "demo"),
-    "service.cli.upkeep": ("backup", "fsck"),
+    "service.cli.maintenance": ("backup", "fsck"),
     "service.cli.examine": ("score", "inspect", "explain"),
     "service.cli.local": ("export", "train"),
     "service.cli.knobs": ("knobs",),
@@ -118,12 +118,12 @@ def _told(error: Exception) -> tuple[str, int | None]:
     """What to say about an error, and the exit code; None for one that nobody foresaw."""
     # Imported only now: a command that needs no client starts without it.
     from service.cli.addresses import how_to_reach
-    from service.cli.mistakes import Mistake
     from service.cli.processes import ChildFailed
+    from service.cli.usage_error import UsageError
     from service.client import ClientError, Problem, Unavailable, Unreachable
 
     match error:
-        case Mistake():
+        case UsageError():
             return str(error), 2
         case Unreachable(address=str(address)):
             return f"{error}{how_to_reach(address)}", 3

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from service.cli import text
-from service.cli.mistakes import Mistake
+from service.cli.usage_error import UsageError
 from service.client.connection import DEFAULT_URL, URL_VARIABLE
 from service.errors import StartRefused
 from service.loopback import is_loopback
@@ -25,13 +25,13 @@ def settings() -> "Settings":
     try:
         return read_settings()
     except StartRefused as error:
-        raise Mistake(str(error).replace("\n", "; ")) from None
+        raise UsageError(str(error).replace("\n", "; ")) from None
 
 
 def own_url() -> str:
     """Where a command looks that is not told: at NANOMOE_URL, or where a service with these settings listens.
 
-    Raises Mistake.
+    Raises UsageError.
     """
     if named := os.environ.get(URL_VARIABLE):
         return named.rstrip("/")

@@ -13,14 +13,14 @@ import typer
 from typer.core import TyperCommand
 from typer.main import get_command
 
-from service.cli.mistakes import Mistake
+from service.cli.usage_error import UsageError
 
 
 class Command(TyperCommand):
     """A command whose arguments are sound before it begins: `~` in a path is expanded, and a text is a text."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run it. Raises Mistake for an argument that holds bytes of another encoding."""
+        """Run it. Raises UsageError for an argument that holds bytes of another encoding."""
         for parameter in self.params:
             if parameter.name in ctx.params:
                 metavar = getattr(parameter, "metavar", None)
@@ -57,7 +57,7 @@ def _check_text(given: str, name: str) -> None:
         given.encode()
     except UnicodeEncodeError as error:
         encoding = sys.getfilesystemencoding()
-        raise Mistake(
+        raise UsageError(
             f"{name} {given!a} is not in this terminal's encoding, {encoding}: "
             f"its character {error.start} is the byte {ord(given[error.start]) & 0xFF:#04x}"
         ) from None

@@ -14,10 +14,10 @@ from nanomoe.config import JobConfig
 from nanomoe.evaluation.explain import Explanation, LayerExplanation
 from service.cli import text
 from service.cli.jobs import read_text
-from service.cli.mistakes import Mistake
 from service.cli.options import Url, connect
 from service.cli.output import Json, print_json
 from service.cli.references import Reference
+from service.cli.usage_error import UsageError
 from service.http import schemas
 
 if TYPE_CHECKING:
@@ -112,10 +112,10 @@ def explain(
 
 
 def _inspect_folder(folder: Path, prompt: str) -> "tuple[JobConfig, Inspected]":
-    """What `POST /inspect` answers, without attention, from a checkpoint on this machine; raises Mistake."""
+    """What `POST /inspect` answers, without attention, from a checkpoint on this machine; raises UsageError."""
     for name in (WEIGHTS, CONFIG):
         if not (folder / name).is_file():
-            raise Mistake(f"{folder} holds no checkpoint: {name} is missing")
+            raise UsageError(f"{folder} holds no checkpoint: {name} is missing")
     from torch import device
 
     from service.generation.examiner import OpenCheckpoint, answer_inspect
@@ -127,15 +127,15 @@ def _inspect_folder(folder: Path, prompt: str) -> "tuple[JobConfig, Inspected]":
     try:
         answer = answer_inspect(question, opened.tokenizer, opened.model)
     except ValueError as error:
-        raise Mistake(f"{folder} explains nothing: {error}") from None
+        raise UsageError(f"{folder} explains nothing: {error}") from None
     if isinstance(answer, Refused):
-        raise Mistake(f"{folder} explains nothing: {answer.message}")
+        raise UsageError(f"{folder} explains nothing: {answer.message}")
     return opened.config, answer
 
 
 def _check_is_mixture(source: str, config: JobConfig) -> None:
     if not config.use_moe:
-        raise Mistake(f"{source} is dense, it has no router to explain: train one with --set use_moe=true")
+        raise UsageError(f"{source} is dense, it has no router to explain: train one with --set use_moe=true")
 
 
 def _of_last_token(answer: "schemas.InspectResponse | Inspected") -> Explanation:

@@ -12,10 +12,10 @@ from service.cli import glossary, text
 from service.cli.addresses import option_for
 from service.cli.display import JsonDisplay, TextDisplay, follow
 from service.cli.knobs import config_of, settings_of
-from service.cli.mistakes import Mistake
 from service.cli.options import ConfigFile, Job, Set, Url, connect
 from service.cli.output import Json, print_json, to_json
 from service.cli.references import LATEST, Reference
+from service.cli.usage_error import UsageError
 from service.client import Client, JobHandle
 from service.http import schemas
 from service.http.schemas.jobs import split_tag
@@ -175,7 +175,7 @@ def generate(
 
 def _stream(targets: list[str], prompt: str, sampling: dict[str, Any], url: str | None, as_json: bool) -> None:
     if len(targets) > 1 or sampling.get("n", 1) != 1:
-        raise Mistake("--stream shows one text at a time: name one checkpoint, and leave n at 1")
+        raise UsageError("--stream shows one text at a time: name one checkpoint, and leave n at 1")
     reference = Reference.parse(targets[0])
     console = text.console()
     with connect(url) as client:
@@ -243,14 +243,14 @@ def workers(url: Url = None, as_json: Json = False) -> None:
 
 
 def read_text(file: str) -> str:
-    """The text of a file, or of standard input for `-`, without a byte-order mark; raises Mistake."""
+    """The text of a file, or of standard input for `-`, without a byte-order mark; raises UsageError."""
     try:
         content = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
         return content.decode("utf-8").removeprefix(schemas.BYTE_ORDER_MARK)
     except OSError as error:
-        raise Mistake(f"cannot read {file}: {error.strerror}") from None
+        raise UsageError(f"cannot read {file}: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise Mistake(f"{file} is not UTF-8: byte {error.start} is {content[error.start]:#04x}") from None
+        raise UsageError(f"{file} is not UTF-8: byte {error.start} is {content[error.start]:#04x}") from None
 
 
 def introduce(job: schemas.JobView) -> None:
@@ -327,6 +327,6 @@ def _tags(given: list[str]) -> dict[str, str]:
     for tag in given:
         key, value = split_tag(tag)
         if value is None:
-            raise Mistake(f"--tag {tag!r} must look like key=value")
+            raise UsageError(f"--tag {tag!r} must look like key=value")
         tags[key] = value
     return tags

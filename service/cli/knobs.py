@@ -16,13 +16,13 @@ from rich.text import Text
 
 from nanomoe.config import JobConfig
 from service.cli import text
-from service.cli.mistakes import Mistake
 from service.cli.output import Json, print_json
+from service.cli.usage_error import UsageError
 from service.http.patterns import message_of
 
 
 def config_of(file: Path | None, settings: list[str]) -> JobConfig:
-    """The config of a JSON file, changed by `knob=value` settings; raises Mistake in words."""
+    """The config of a JSON file, changed by `knob=value` settings; raises UsageError in words."""
     given = _read_object(file) if file is not None else {}
     given |= settings_of(JobConfig.model_fields, settings)
     return validated(JobConfig, given)
@@ -34,19 +34,19 @@ def settings_of(fields: Mapping[str, FieldInfo], settings: Iterable[str]) -> dic
     for setting in settings:
         name, equals, value = setting.partition("=")
         if not equals:
-            raise Mistake(f"{setting!r} must look like {name or 'knob'}=value")
+            raise UsageError(f"{setting!r} must look like {name or 'knob'}=value")
         if name not in fields:
-            raise Mistake(f"there is no {name!r}{_suggestion(fields, name)}")
+            raise UsageError(f"there is no {name!r}{_suggestion(fields, name)}")
         given[name] = _value(name, fields[name], value)
     return given
 
 
 def validated(kind: type[JobConfig], given: Mapping[str, Any]) -> JobConfig:
-    """The config, or a Mistake with one line for each thing that is wrong."""
+    """The config, or a UsageError with one line for each thing that is wrong."""
     try:
         return kind.model_validate(given)
     except ValidationError as error:
-        raise Mistake("; ".join(_in_words(kind, fault) for fault in error.errors())) from None
+        raise UsageError("; ".join(_in_words(kind, fault) for fault in error.errors())) from None
 
 
 def _in_words(kind: type[BaseModel], fault: Any) -> str:
@@ -83,11 +83,11 @@ def _read_object(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_bytes())
     except OSError as error:
-        raise Mistake(f"cannot read {file}: {error.strerror}") from None
+        raise UsageError(f"cannot read {file}: {error.strerror}") from None
     except ValueError as error:
-        raise Mistake(f"{file} is not JSON: {error}") from None
+        raise UsageError(f"{file} is not JSON: {error}") from None
     if not isinstance(value, dict):
-        raise Mistake(f'{file} must hold an object, such as {{"epochs": 500}}')
+        raise UsageError(f'{file} must hold an object, such as {{"epochs": 500}}')
     return value
 
 
@@ -166,7 +166,7 @@ def knobs(
     """Every knob of a job: its default, what it may be, what it does."""
     rows = [row for row in knob_rows() if name is None or name in row.name]
     if not rows:
-        raise Mistake(f"there is no {name!r}{_suggestion(JobConfig.model_fields, name or '')}")
+        raise UsageError(f"there is no {name!r}{_suggestion(JobConfig.model_fields, name or '')}")
     if as_json:
         print_json(rows)
         return

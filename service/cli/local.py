@@ -17,10 +17,10 @@ from service.cli.addresses import settings
 from service.cli.display import Display, JsonDisplay, TextDisplay
 from service.cli.jobs import FAILED, INTERRUPTED, read_text
 from service.cli.knobs import config_of
-from service.cli.mistakes import Mistake
 from service.cli.options import ConfigFile, Set, Url, connect
 from service.cli.output import Json, print_json
 from service.cli.references import Reference
+from service.cli.usage_error import UsageError
 from service.http import schemas
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def export(
 ) -> None:
     """Write a checkpoint in another program's format."""
     if folder.exists():
-        raise Mistake(f"{folder} is there already; name a new folder")
+        raise UsageError(f"{folder} is there already; name a new folder")
     with text.waiting(f"loading {source}", quiet=as_json), _found(source, url) as checkpoint:
         from nanomoe.export import NotExportable, export_hf
 
@@ -51,7 +51,7 @@ def export(
         try:
             export_hf(checkpoint, folder)
         except NotExportable as error:
-            raise Mistake(f"{source} cannot be written as {to}: {error}") from None
+            raise UsageError(f"{source} cannot be written as {to}: {error}") from None
     if as_json:
         print_json({"folder": str(folder), "format": to})
     else:
@@ -60,7 +60,7 @@ def export(
 
 @contextmanager
 def _found(source: str, url: str | None) -> Iterator[Path]:
-    """The folder of a checkpoint: `source` itself, or a download that is gone afterwards; raises Mistake."""
+    """The folder of a checkpoint: `source` itself, or a download that is gone afterwards; raises UsageError."""
     with tempfile.TemporaryDirectory(prefix="nanomoe-") as downloads:
         folder = Path(source)
         if not folder.is_dir():
@@ -71,7 +71,7 @@ def _found(source: str, url: str | None) -> Iterator[Path]:
                 job.download_checkpoint(reference.checkpoint or "latest", folder)
         for name in (WEIGHTS, CONFIG):
             if not (folder / name).is_file():
-                raise Mistake(f"{source} holds no checkpoint: {name} is missing")
+                raise UsageError(f"{source} holds no checkpoint: {name} is missing")
         yield folder
 
 
@@ -94,9 +94,9 @@ def train(
     job_config = config_of(config, set_ or [])
     given = read_text(file)
     if job_config.init_from is not None:
-        raise Mistake(f"init_from names a job of a service; submit this one to it: {text.program()} submit FILE")
+        raise UsageError(f"init_from names a job of a service; submit this one to it: {text.program()} submit FILE")
     if out is not None and out.exists():
-        raise Mistake(f"{out} is there already; name a new folder")
+        raise UsageError(f"{out} is there already; name a new folder")
     with text.waiting("loading torch", quiet=as_json):
         run = _prepare(given, job_config)
 
@@ -117,7 +117,7 @@ def train(
 
 
 def _prepare(given: str, config: "JobConfig") -> "Run":
-    """Text and config to a model that can train; raises Mistake for what cannot be."""
+    """Text and config to a model that can train; raises UsageError for what cannot be."""
     from nanomoe.plan import TextTooShort
     from nanomoe.tokenizer import TokenizerError, load_tokenizer
     from nanomoe.training.execution import DeviceUnavailable, Execution, find_device
@@ -133,7 +133,7 @@ def _prepare(given: str, config: "JobConfig") -> "Run":
         execution.apply()
         return Run(config, tokens, tokenizer, execution, device=device)
     except (DeviceUnavailable, TokenizerError, TextTooShort) as error:
-        raise Mistake(f"{error.code}: {error}") from None
+        raise UsageError(f"{error.code}: {error}") from None
 
 
 def _train(run: "Run", n_bytes: int, display: Display, out: Path | None) -> None:

@@ -7,7 +7,7 @@ import typer
 
 from service.cli.addresses import own_url
 from service.cli.knobs import complete_knob
-from service.cli.mistakes import Mistake
+from service.cli.usage_error import UsageError
 from service.client import Client
 from service.client.connection import URL_VARIABLE
 
@@ -36,4 +36,4 @@ def connect(url: str | None) -> Client:
     try:
         return Client(url)
     except ValueError as error:
-        raise Mistake(str(error)) from None
+        raise UsageError(str(error)) from None

@@ -19,7 +19,7 @@ from service.client.download import Download, file_names, make_folder, recorded_
 from service.client.errors import ClientError
 from service.client.events import EventCursor, JobEvent
 from service.client.job_fields import JobFields
-from service.client.patience import STREAM_RETRIES, Patience
+from service.client.retry_policy import STREAM_RETRIES, RetryPolicy
 from service.http import schemas
 
 P = ParamSpec("P")
@@ -31,7 +31,7 @@ def _of_service(build: Callable[P, Call[T]]) -> Callable[Concatenate["AsyncClien
 
     @functools.wraps(build)
     async def method(client: "AsyncClient", /, *args: P.args, **kwargs: P.kwargs) -> T:
-        return await client.ask(build(*args, **kwargs))
+        return await client.send(build(*args, **kwargs))
 
     method.__signature__ = method_signature(build)  # type: ignore[attr-defined]
     return method
@@ -44,7 +44,7 @@ def _gives_job(
 
     @functools.wraps(build)
     async def method(client: "AsyncClient", /, *args: P.args, **kwargs: P.kwargs) -> "AsyncJobHandle":
-        return AsyncJobHandle(client, await client.ask(build(*args, **kwargs)))
+        return AsyncJobHandle(client, await client.send(build(*args, **kwargs)))
 
     method.__signature__ = method_signature(build)  # type: ignore[attr-defined]
     return method
@@ -57,7 +57,7 @@ def _of_job(
 
     @functools.wraps(build)
     async def method(job: "AsyncJobHandle", /, *args: P.args, **kwargs: P.kwargs) -> T:
-        answer = await job.client.ask(build(job.id, *args, **kwargs))
+        answer = await job.client.send(build(job.id, *args, **kwargs))
         if isinstance(answer, schemas.JobView):
             job.view = answer
         return answer
@@ -102,14 +102,14 @@ class AsyncClient:
             if cursor is None:
                 return
 
-    async def ask(self, call: Call[T]) -> T:
+    async def send(self, call: Call[T]) -> T:
         """Send a call, again where that is safe and helps, and read its answer."""
-        patience = Patience(call.repeatable, self.retries)
+        retry_policy = RetryPolicy(call.repeatable, self.retries)
         while True:
             try:
                 return call.answer(await self._http.send(call.request(self._http)))
             except (httpx.TransportError, ClientError) as failure:
-                await asyncio.sleep(patience.pause_after(failure))
+                await asyncio.sleep(retry_policy.delay_after(failure))
 
     @asynccontextmanager
     async def open(self, call: Call[bytes]) -> AsyncIterator[httpx.Response]:
@@ -174,10 +174,10 @@ class AsyncJobHandle(JobFields):
         """`JobHandle.generate`: awaited, or with `stream` iterated over."""
         if stream:
             return self._stream(calls.generate_stream(self.id, prompt, checkpoint, **sampling))
-        return self.client.ask(calls.generate(self.id, prompt, checkpoint, **sampling))
+        return self.client.send(calls.generate(self.id, prompt, checkpoint, **sampling))
 
     async def _stream(self, call: Call[bytes]) -> AsyncIterator[Piece]:
-        patience = Patience(call.repeatable, self.client.retries)
+        retry_policy = RetryPolicy(call.repeatable, self.client.retries)
         while True:
             reader = ContinuationReader()
             try:
@@ -188,7 +188,7 @@ class AsyncJobHandle(JobFields):
                     reader.finish(response)
                     return
             except (httpx.TransportError, ClientError) as failure:
-                await asyncio.sleep(patience.pause_after(failure, may_repeat=not reader.begun))
+                await asyncio.sleep(retry_policy.delay_after(failure, may_repeat=not reader.begun))
 
     async def wait(self, on_event: Callable[[JobEvent], Awaitable[None] | None] | None = None) -> schemas.JobView:
         """`JobHandle.wait`; an `on_event` that returns an awaitable is awaited."""
@@ -200,18 +200,18 @@ class AsyncJobHandle(JobFields):
     async def events(self, last_event_id: str | None = None) -> AsyncIterator[JobEvent]:
         """Each event from the first, or after `last_event_id`, until the job has ended."""
         cursor = EventCursor(self.id, last_event_id)
-        patience = Patience(True, STREAM_RETRIES)
+        retry_policy = RetryPolicy(True, STREAM_RETRIES)
         while not cursor.ended:
             try:
                 async with self.client.open(cursor.call()) as response:
                     cursor.opened(response)
                     async for chunk in response.aiter_bytes():
-                        patience = Patience(True, STREAM_RETRIES)
+                        retry_policy = RetryPolicy(True, STREAM_RETRIES)
                         for event in cursor.feed(chunk):
                             yield event
                     cursor.closed(response)
             except (httpx.TransportError, ClientError) as failure:
-                await asyncio.sleep(patience.pause_after(failure))
+                await asyncio.sleep(retry_policy.delay_after(failure))
 
     async def download(self, which: Which, name: str, to: str | Path) -> Path:
         """Write a file of a checkpoint to `to`, a folder or a new file's path, its size and sha256 checked."""
@@ -225,7 +225,7 @@ class AsyncJobHandle(JobFields):
 
     async def _download(self, checkpoint: schemas.CheckpointView, name: str, to: Path) -> Path:
         call = calls.download(self.id, checkpoint.percent, name)
-        patience = Patience(call.repeatable, STREAM_RETRIES)
+        retry_policy = RetryPolicy(call.repeatable, STREAM_RETRIES)
         while True:
             try:
                 async with self.client.open(call) as response:
@@ -234,7 +234,7 @@ class AsyncJobHandle(JobFields):
                             file.feed(chunk)
                         return file.finish()
             except (httpx.TransportError, ClientError) as failure:
-                await asyncio.sleep(patience.pause_after(failure))
+                await asyncio.sleep(retry_policy.delay_after(failure))
 
     def __repr__(self) -> str:
         return f"<AsyncJobHandle {self.id} {self.view.status}>"

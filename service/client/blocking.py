@@ -19,7 +19,7 @@ from service.client.download import Download, file_names, make_folder, recorded_
 from service.client.errors import ClientError
 from service.client.events import EventCursor, JobEvent
 from service.client.job_fields import JobFields
-from service.client.patience import STREAM_RETRIES, Patience
+from service.client.retry_policy import STREAM_RETRIES, RetryPolicy
 from service.http import schemas
 
 P = ParamSpec("P")
@@ -31,7 +31,7 @@ def _of_service(build: Callable[P, Call[T]]) -> Callable[Concatenate["Client", P
 
     @functools.wraps(build)
     def method(client: "Client", /, *args: P.args, **kwargs: P.kwargs) -> T:
-        return client.ask(build(*args, **kwargs))
+        return client.send(build(*args, **kwargs))
 
     method.__signature__ = method_signature(build)  # type: ignore[attr-defined]
     return method
@@ -44,7 +44,7 @@ def _gives_job(
 
     @functools.wraps(build)
     def method(client: "Client", /, *args: P.args, **kwargs: P.kwargs) -> "JobHandle":
-        return JobHandle(client, client.ask(build(*args, **kwargs)))
+        return JobHandle(client, client.send(build(*args, **kwargs)))
 
     method.__signature__ = method_signature(build)  # type: ignore[attr-defined]
     return method
@@ -55,7 +55,7 @@ def _of_job(build: Callable[Concatenate[str, P], Call[T]]) -> Callable[Concatena
 
     @functools.wraps(build)
     def method(job: "JobHandle", /, *args: P.args, **kwargs: P.kwargs) -> T:
-        answer = job.client.ask(build(job.id, *args, **kwargs))
+        answer = job.client.send(build(job.id, *args, **kwargs))
         if isinstance(answer, schemas.JobView):
             job.view = answer
         return answer
@@ -105,14 +105,14 @@ class Client:
             if cursor is None:
                 return
 
-    def ask(self, call: Call[T]) -> T:
+    def send(self, call: Call[T]) -> T:
         """Send a call, again where that is safe and helps, and read its answer."""
-        patience = Patience(call.repeatable, self.retries)
+        retry_policy = RetryPolicy(call.repeatable, self.retries)
         while True:
             try:
                 return call.answer(self._http.send(call.request(self._http)))
             except (httpx.TransportError, ClientError) as failure:
-                time.sleep(patience.pause_after(failure))
+                time.sleep(retry_policy.delay_after(failure))
 
     @contextmanager
     def open(self, call: Call[bytes]) -> Iterator[httpx.Response]:
@@ -180,10 +180,10 @@ class JobHandle(JobFields):
         """
         if stream:
             return self._stream(calls.generate_stream(self.id, prompt, checkpoint, **sampling))
-        return self.client.ask(calls.generate(self.id, prompt, checkpoint, **sampling))
+        return self.client.send(calls.generate(self.id, prompt, checkpoint, **sampling))
 
     def _stream(self, call: Call[bytes]) -> Iterator[Piece]:
-        patience = Patience(call.repeatable, self.client.retries)
+        retry_policy = RetryPolicy(call.repeatable, self.client.retries)
         while True:
             reader = ContinuationReader()
             try:
@@ -193,7 +193,7 @@ class JobHandle(JobFields):
                     reader.finish(response)
                     return
             except (httpx.TransportError, ClientError) as failure:
-                time.sleep(patience.pause_after(failure, may_repeat=not reader.begun))
+                time.sleep(retry_policy.delay_after(failure, may_repeat=not reader.begun))
 
     def wait(self, on_event: Callable[[JobEvent], None] | None = None) -> schemas.JobView:
         """Follow the job to its end, through pauses too, and return it; `on_event` is called with each event.
@@ -208,17 +208,17 @@ class JobHandle(JobFields):
     def events(self, last_event_id: str | None = None) -> Iterator[JobEvent]:
         """Each event from the first, or after `last_event_id`, until the job has ended."""
         cursor = EventCursor(self.id, last_event_id)
-        patience = Patience(True, STREAM_RETRIES)
+        retry_policy = RetryPolicy(True, STREAM_RETRIES)
         while not cursor.ended:
             try:
                 with self.client.open(cursor.call()) as response:
                     cursor.opened(response)
                     for chunk in response.iter_bytes():
-                        patience = Patience(True, STREAM_RETRIES)
+                        retry_policy = RetryPolicy(True, STREAM_RETRIES)
                         yield from cursor.feed(chunk)
                     cursor.closed(response)
             except (httpx.TransportError, ClientError) as failure:
-                time.sleep(patience.pause_after(failure))
+                time.sleep(retry_policy.delay_after(failure))
 
     def download(self, which: Which, name: str, to: str | Path) -> Path:
         """Write a file of a checkpoint to `to`, a folder or a new file's path, its size and sha256 checked."""
@@ -232,7 +232,7 @@ class JobHandle(JobFields):
 
     def _download(self, checkpoint: schemas.CheckpointView, name: str, to: Path) -> Path:
         call = calls.download(self.id, checkpoint.percent, name)
-        patience = Patience(call.repeatable, STREAM_RETRIES)
+        retry_policy = RetryPolicy(call.repeatable, STREAM_RETRIES)
         while True:
             try:
                 with self.client.open(call) as response, Download(name, to, recorded_file(checkpoint, name)) as file:
@@ -240,7 +240,7 @@ class JobHandle(JobFields):
                         file.feed(chunk)
                     return file.finish()
             except (httpx.TransportError, ClientError) as failure:
-                time.sleep(patience.pause_after(failure))
+                time.sleep(retry_policy.delay_after(failure))
 
     def __repr__(self) -> str:
         return f"<JobHandle {self.id} {self.view.status}>"

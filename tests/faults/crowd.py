@@ -24,7 +24,7 @@ import psutil
 from nanomoe.bench.models import MODELS, untrained
 from nanomoe.tokenizer import BUNDLED, load_tokenizer
 from service.cli.bench.site import Site, open_site
-from tests.faults.onlooker import look
+from tests.faults.polling_client import poll
 
 PROMPTS = ("Era uma vez", "A chuva caiu a noite toda", "O gato", "De manhã o quintal era um lago de barro, e o menino")
 MAX_RUNNING = 64
@@ -88,7 +88,7 @@ class Crowd:
         context = multiprocessing.get_context("spawn")
         over = context.Event()
         looking = context.Queue()
-        watcher = context.Process(target=look, args=(self.site.url, self.job_id, over, looking))
+        watcher = context.Process(target=poll, args=(self.site.url, self.job_id, over, looking))
         watcher.start()
         looking.get(timeout=60)  # it has begun
         asyncio.run(self._everybody(seen, seconds))

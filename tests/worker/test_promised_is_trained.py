@@ -30,7 +30,7 @@ from worker.protocol import (
     encode,
     parse_to_trainer,
 )
-from worker.trainer import Wire, Writer, _prepare, _train
+from worker.trainer import Channel, Writer, _prepare, _train
 
 SHAPE = {
     "block_size": 32,
@@ -48,13 +48,13 @@ NAMES = ["bytes", "ptbr-8k", "train:300", "meu", "dona/dela"]
 """Built in, trained on the text, in a local folder, and on the hub."""
 
 
-class Heard(Wire):
-    """A wire that ends here."""
+class Heard(Channel):
+    """A channel that ends here."""
 
     def __init__(self) -> None:
         self.messages: list[FromTrainer] = []
 
-    def say(self, message: FromTrainer) -> None:
+    def send(self, message: FromTrainer) -> None:
         self.messages.append(message)
 
 

@@ -8,8 +8,8 @@ import typer
 from service.cli import text
 from service.cli.bench import tables
 from service.cli.commands import Command
-from service.cli.mistakes import Mistake
 from service.cli.output import Json, print_json
+from service.cli.usage_error import UsageError
 
 if TYPE_CHECKING:
     from nanomoe.bench.generation import Figures
@@ -41,7 +41,7 @@ def generate(
 
     names = [name.strip() for name in models.split(",")]
     if unknown := set(names) - set(MODELS):
-        raise Mistake(f"--models {', '.join(sorted(unknown))}: there are {', '.join(MODELS)}")
+        raise UsageError(f"--models {', '.join(sorted(unknown))}: there are {', '.join(MODELS)}")
     sizes, crowds = _numbers("--vocab", vocab), _numbers("--at-once", at_once)
     console = text.console(stderr=True)
     figures: list[Figures] = []
@@ -129,7 +129,7 @@ def _numbers(option: str, given: str) -> tuple[int, ...]:
     try:
         numbers = tuple(int(number) for number in given.split(","))
     except ValueError:
-        raise Mistake(f"{option} {given!r} must look like 1,8,32") from None
+        raise UsageError(f"{option} {given!r} must look like 1,8,32") from None
     if not all(0 < number <= _LARGEST for number in numbers):
-        raise Mistake(f"{option} {given!r}: numbers from 1 to {_LARGEST:,}")
+        raise UsageError(f"{option} {given!r}: numbers from 1 to {_LARGEST:,}")
     return numbers

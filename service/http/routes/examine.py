@@ -7,12 +7,12 @@ from nanomoe.evaluation.copied_spans import longest_copied_span
 from service.http import views
 from service.http.context import Context
 from service.http.openapi import problems
-from service.http.routes.client_disconnect import CLIENT_IS_GONE, unless_gone
+from service.http.routes.client_disconnect import CLIENT_CLOSED_REQUEST, cancel_on_disconnect
 from service.http.routes.parameters import Service
 from service.http.routes.responses import as_json
 from service.http.schemas import CopiedSpan, InspectRequest, InspectResponse, ScoreRequest, ScoreResponse
 from service.jobs import store
-from service.jobs.addressing import Address, find_checkpoints, first_whole
+from service.jobs.addressing import Address, find_checkpoints, first_undamaged
 
 router = APIRouter(tags=["generation"])
 
@@ -27,10 +27,10 @@ router = APIRouter(tags=["generation"])
 async def score(service: Service, asked: ScoreRequest, connection: Request) -> Response:
     """The loss of each token of a text, and the longest span of it that stands in the training text."""
     addresses = await to_thread.run_sync(find_checkpoints, service.database, asked.job_id, asked.checkpoint)
-    scoring = first_whole(addresses, lambda one: service.generation.score(*_place(service, one), asked.text))
-    scored = await unless_gone(connection, scoring)
+    scoring = first_undamaged(addresses, lambda one: service.generation.score(*_place(service, one), asked.text))
+    scored = await cancel_on_disconnect(connection, scoring)
     if scored is None:
-        return CLIENT_IS_GONE
+        return CLIENT_CLOSED_REQUEST
     copied = await to_thread.run_sync(_copied, service, asked, limiter=service.comparing)
     return as_json(views.scored(scored[0], asked.text, scored[1], copied))
 
@@ -45,12 +45,12 @@ async def score(service: Service, asked: ScoreRequest, connection: Request) -> R
 async def inspect(service: Service, asked: InspectRequest, connection: Request) -> Response:
     """What a prompt makes a model do: likeliest next tokens, attention of each head, and how each token was routed."""
     addresses = await to_thread.run_sync(find_checkpoints, service.database, asked.job_id, asked.checkpoint)
-    inspecting = first_whole(
+    inspecting = first_undamaged(
         addresses,
         lambda one: service.generation.inspect(*_place(service, one), asked.prompt, attention=asked.attention),
     )
-    inspected = await unless_gone(connection, inspecting)
-    return CLIENT_IS_GONE if inspected is None else as_json(views.inspected(*inspected))
+    inspected = await cancel_on_disconnect(connection, inspecting)
+    return CLIENT_CLOSED_REQUEST if inspected is None else as_json(views.inspected(*inspected))
 
 
 def _place(service: Context, address: Address) -> tuple[str, str]:

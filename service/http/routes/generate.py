@@ -17,12 +17,12 @@ from service.http.context import Context
 from service.http.openapi import problems as documented
 from service.http.openapi import ref
 from service.http.routes import event_stream
-from service.http.routes.client_disconnect import CLIENT_IS_GONE, unless_gone
+from service.http.routes.client_disconnect import CLIENT_CLOSED_REQUEST, cancel_on_disconnect
 from service.http.routes.event_stream import EventStream
 from service.http.routes.parameters import Service
 from service.http.routes.responses import as_json
 from service.http.schemas import GenerateRequest, GenerateResponse
-from service.jobs.addressing import Address, find_checkpoints, first_whole
+from service.jobs.addressing import Address, find_checkpoints, first_undamaged
 
 router = APIRouter(tags=["generation"])
 
@@ -50,10 +50,10 @@ async def generate(service: Service, asked: GenerateRequest, connection: Request
     addresses = await to_thread.run_sync(find_checkpoints, service.database, asked.job_id, asked.checkpoint)
     seed = secrets.randbits(63) if asked.seed is None else asked.seed
     if not asked.stream:
-        whole = first_whole(addresses, lambda one: service.generation.generate(_request(service, asked, seed, one)))
-        generated = await unless_gone(connection, whole)
+        whole = first_undamaged(addresses, lambda one: service.generation.generate(_request(service, asked, seed, one)))
+        generated = await cancel_on_disconnect(connection, whole)
         if generated is None:
-            return CLIENT_IS_GONE
+            return CLIENT_CLOSED_REQUEST
         address, result = generated
         return as_json(views.generated(address, asked.prompt, seed, result))
 
@@ -62,9 +62,9 @@ async def generate(service: Service, asked: GenerateRequest, connection: Request
         # The first item decides the status: once the answer has begun, it is too late for a 503.
         return await anext(items), items
 
-    begun = await unless_gone(connection, first_whole(addresses, begin))
+    begun = await cancel_on_disconnect(connection, first_undamaged(addresses, begin))
     if begun is None:
-        return CLIENT_IS_GONE
+        return CLIENT_CLOSED_REQUEST
     address, (first, items) = begun
     return EventStream(_events(address, seed, first, items))
 

@@ -22,13 +22,13 @@ from service.http.context import Context
 from service.http.openai_choices import ChoiceWriter, text_of
 from service.http.openapi import openai_errors, ref
 from service.http.routes import event_stream
-from service.http.routes.client_disconnect import CLIENT_IS_GONE, unless_gone
+from service.http.routes.client_disconnect import CLIENT_CLOSED_REQUEST, cancel_on_disconnect
 from service.http.routes.event_stream import EventStream
 from service.http.routes.parameters import Service
 from service.http.routes.responses import as_json
 from service.http.schemas import Completion, CompletionRequest, Model, ModelList
 from service.jobs import addressing
-from service.jobs.addressing import MODEL_ID_PATTERN, Address, first_whole
+from service.jobs.addressing import MODEL_ID_PATTERN, Address, first_undamaged
 from service.settings import Settings
 
 router = APIRouter(prefix="/v1", tags=["openai"])
@@ -83,13 +83,13 @@ async def create_completion(service: Service, asked: CompletionRequest, connecti
     headers = _ignored(asked)
     try:
         if not asked.stream:
-            finished = await unless_gone(connection, first_whole(addresses, finish))
-            return CLIENT_IS_GONE if finished is None else as_json(finished[1], headers)
-        begun = await unless_gone(connection, first_whole(addresses, begin))
+            finished = await cancel_on_disconnect(connection, first_undamaged(addresses, finish))
+            return CLIENT_CLOSED_REQUEST if finished is None else as_json(finished[1], headers)
+        begun = await cancel_on_disconnect(connection, first_undamaged(addresses, begin))
     except Invalid as error:
         raise resolved.in_prompt(error) from error
     if begun is None:
-        return CLIENT_IS_GONE
+        return CLIENT_CLOSED_REQUEST
     return EventStream(_events(*begun[1]), headers)
 
 

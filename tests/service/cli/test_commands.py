@@ -406,7 +406,7 @@ def test_the_list_of_commands_loads_none_of_them() -> None:
     assert {name for name in loaded if name.startswith("service.")} == {
         "service.cli",
         "service.cli.commands",
-        "service.cli.mistakes",
+        "service.cli.usage_error",
         "service.cli.output",
     }
 

@@ -1,4 +1,5 @@
-"""A process that must not outlive the one that started it."""
+"""Ties a child process's life to its parent's. Used by every process that the service, the worker or a command
+starts."""
 
 import ctypes
 import os
@@ -9,8 +10,8 @@ _PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent(parent: int) -> None:
-    """Be killed when the thread that started this process ends, where the system is Linux; leave at once if `parent`,
-    a process id, is already gone.
+    """Have the kernel kill this process (SIGKILL) when the thread that started it ends, where the system is Linux; exit
+    at once if `parent`, a process id, is not the parent any more.
 
     Raises:
         OSError: the kernel refuses.

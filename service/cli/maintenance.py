@@ -18,8 +18,8 @@ from rich.text import Text
 from service.cli import text
 from service.cli.addresses import settings
 from service.cli.jobs import FAILED
-from service.cli.mistakes import Mistake
 from service.cli.output import Json, print_json
+from service.cli.usage_error import UsageError
 from service.errors import ServiceError, StartRefused
 from service.settings import Settings
 
@@ -35,7 +35,7 @@ def backup(
     here = settings()
     if not here.database_url.startswith("sqlite:"):
         print(_pg_dump(here.database_url, file))
-        raise Mistake("nothing was written: run the command above, which copies a PostgreSQL database")
+        raise UsageError("nothing was written: run the command above, which copies a PostgreSQL database")
     with _opened(here) as database:
         database.backup(file)
     text.console().print(f"wrote {file}")
@@ -90,7 +90,7 @@ def _opened(here: Settings) -> "Iterator[Database]":
     if here.database_url.startswith("sqlite:"):
         file = Path(make_url(here.database_url).database or "")
         if not file.is_file():
-            raise Mistake(f"there is no database {file}: check NANOMOE_DATA_DIR and NANOMOE_DATABASE_URL")
+            raise UsageError(f"there is no database {file}: check NANOMOE_DATA_DIR and NANOMOE_DATABASE_URL")
     try:
         database = open_database(here)
         try:
@@ -98,9 +98,9 @@ def _opened(here: Settings) -> "Iterator[Database]":
         finally:
             database.close()
     except StartRefused as error:
-        raise Mistake(str(error)) from None
+        raise UsageError(str(error)) from None
     except ServiceError as error:
-        raise Mistake(f"{error.code}: {error.detail}") from None
+        raise UsageError(f"{error.code}: {error.detail}") from None
 
 
 def _show(report: "Report", swept: list[str] | None) -> None:
