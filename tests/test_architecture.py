@@ -69,7 +69,7 @@ def forbidden(module: str, name: str) -> bool:
         return (
             (_within(name, "service") and not _within(name, *(f"service.{part}" for part in OPEN_TO_WORKER)))
             or _within(name, *WEB, "httpx", "sqlalchemy", "sqlmodel")
-            or (_within(name, "torch") and module != "worker.trainer")
+            or (_within(name, "torch") and module not in ("worker.trainer", "worker.process_state"))
             or (_within(name, "service") and module == "worker.trainer")
         )
     if _within(name, "worker"):

@@ -1,7 +1,9 @@
-"""The child process that trains one job: it reads the job from stdin and reports on stdout, one message a line.
+"""The child process that trains one job after another: it reads each from stdin and reports on stdout, one message a
+line.
 
 Knows no database: all its input comes from its supervisor, and it exits when the supervisor is gone. It is started
-before there is a job, imports torch, touches no GPU and waits. One process, one job.
+before there is a job, imports torch, touches no GPU and waits. Between two jobs nothing of the first is left; where
+that is not certain, after a failure for example, the process exits, and the supervisor starts another.
 """
 
 import argparse
@@ -19,10 +21,12 @@ from typing import TYPE_CHECKING, Literal, NoReturn
 from nanomoe.config import ConfigWarning, JobConfig
 from nanomoe.parent_death import die_with_parent
 from worker.protocol import (
+    Assignment,
     CheckpointWritten,
     Done,
     Failure,
     FromTrainer,
+    Idle,
     Prepared,
     Ready,
     SnapshotWritten,
@@ -30,7 +34,7 @@ from worker.protocol import (
     Steps,
     StopReason,
     Warned,
-    encode,
+    encode_from_trainer,
 )
 from worker.supervision import Supervision
 
@@ -47,10 +51,12 @@ class Channel:
         self._pipe = os.dup(1)
         os.dup2(2, 1)
         self._mutex = threading.Lock()
+        self.assignment: Assignment | None = None
+        """The attempt that messages are about."""
 
     def send(self, message: FromTrainer) -> None:
         """Write one message as one line. Thread-safe."""
-        line = encode(message)
+        line = encode_from_trainer(message, self.assignment)
         with self._mutex:
             while line:
                 line = line[os.write(self._pipe, line) :]
@@ -257,21 +263,46 @@ def _explain(error: Exception) -> Failure | None:
 
 
 def main() -> NoReturn:
-    """Warm up, wait for the start message, train one job, send `Done`."""
+    """Warm up, then train job after job until the process should exit."""
     options = _parser().parse_args()
     die_with_parent(options.parent)
     channel = Channel()
     supervision = Supervision(options.until)
     faulthandler.enable()
-    # The message holds the request; the signal only interrupts a system call of the main thread.
+    # The message holds the request; the supervisor's signal only interrupts a system call of the main thread.
+    signal.signal(signal.SIGUSR1, lambda *_: None)
     signal.signal(signal.SIGTERM, lambda *_: supervision.terminated())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _warm_up()
-    channel.send(Ready())
-    channel.send(run_job(supervision.wait_for_start(), channel, supervision))
-    # Nothing is left to do, and tearing down torch takes longer than many a job.
+    train_jobs(channel, supervision)
     sys.stderr.flush()
+    if supervision.should_exit:  # the exit status says so: a job that was just sent has not crashed
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)
+    # Nothing is left to do, and tearing down torch takes longer than many a job.
     os._exit(0)
+
+
+def train_jobs(channel: Channel, supervision: Supervision) -> None:
+    """Train job after job, until one fails or leaves something behind, or someone asks the process to exit."""
+    from worker.process_state import ProcessState
+
+    as_new = ProcessState()
+    channel.send(Ready())
+    while (assigned := supervision.wait_for_start()) is not None:
+        start, lock = assigned
+        as_new.restore()
+        channel.assignment = start.assignment
+        done = run_job(start, channel, supervision)
+        channel.send(done)
+        if done.outcome == "failed" or supervision.should_exit:
+            return
+        if (left := as_new.what_is_left()) is not None:
+            print(f"the trainer exits after its job: {left}", file=sys.stderr, flush=True)
+            return
+        # Closed, never unlocked: a child of the job that still lives keeps the slot locked.
+        os.close(lock)
+        channel.send(Idle())
 
 
 def _warm_up() -> None:
@@ -298,7 +329,7 @@ def _warm_up() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m worker.trainer", description="Started by a worker for one job.")
+    parser = argparse.ArgumentParser(prog="python -m worker.trainer", description="Started by a worker.")
     parser.add_argument("--parent", type=int, required=True, help="process id of the supervisor")
     parser.add_argument(
         "--until",

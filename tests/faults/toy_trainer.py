@@ -18,7 +18,18 @@ from pathlib import Path
 from nanomoe import checkpoint
 from nanomoe.checkpoint import CONFIG, METRICS, RESUME_STATE, RESUME_TENSORS, WEIGHTS
 from nanomoe.parent_death import die_with_parent
-from worker.protocol import CheckpointWritten, Done, FromTrainer, Prepared, Ready, SnapshotWritten, Start, Steps, encode
+from worker.protocol import (
+    Assignment,
+    CheckpointWritten,
+    Done,
+    FromTrainer,
+    Prepared,
+    Ready,
+    SnapshotWritten,
+    Start,
+    Steps,
+    encode_from_trainer,
+)
 from worker.supervision import Supervision
 
 CHECKPOINT = frozenset({CONFIG, METRICS, WEIGHTS, "tokenizer.json", "tokenizer_config.json"})
@@ -54,8 +65,12 @@ class Toy:
         return cls(int(step), weights)
 
 
+assignment: Assignment | None = None
+"""The attempt that messages are about."""
+
+
 def send(message: FromTrainer) -> None:
-    os.write(1, encode(message))
+    os.write(1, encode_from_trainer(message, assignment))
 
 
 def train(start: Start) -> None:
@@ -126,7 +141,10 @@ if __name__ == "__main__":
     die_with_parent(options.parent)
     supervision = Supervision(options.until)
     send(Ready())
-    start = supervision.wait_for_start()
+    assigned = supervision.wait_for_start()
+    assert assigned is not None
+    start, _ = assigned
+    assignment = start.assignment
     checkpoint.reached = dying_at(deaths.get(str(start.fence)))
     train(start)
     send(Done(outcome="succeeded"))

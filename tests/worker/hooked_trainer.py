@@ -49,13 +49,15 @@ _run_job, _send, _write, _backward = trainer.run_job, trainer.Channel.send, chec
 
 
 def run_job(start: Start, channel: trainer.Channel, supervision: Supervision) -> Done:
-    global job_folder
+    global job_folder, n_sent
+    hook.clear()
+    n_sent = 0
     hook.update(hooks.get(str(start.fence), {}))
     job_folder = Path(start.folder)
     (job_folder / f"pid.{start.fence}").write_text(str(os.getpid()))
     if "fits" in hook:
         Run._backward = backward  # type: ignore[method-assign]
-    supervised.append(supervision)
+    supervised[:] = [supervision]
     return _run_job(start, channel, supervision)
 
 

@@ -5,11 +5,13 @@ import pytest
 from nanomoe.checkpoint import FileEntry
 from nanomoe.config import ConfigWarning, JobConfig
 from worker.protocol import (
+    Assignment,
     CheckpointWritten,
     Done,
     Failure,
     Folder,
     FromTrainer,
+    Idle,
     KeepAlive,
     Prepared,
     Ready,
@@ -20,6 +22,7 @@ from worker.protocol import (
     ToTrainer,
     Warned,
     encode,
+    encode_from_trainer,
     parse_from_trainer,
     parse_to_trainer,
 )
@@ -67,6 +70,7 @@ FROM_TRAINER: list[FromTrainer] = [
     Warned(code="dead_expert", message="expert 3 of layer 1"),
     Warned(code="micro_batch_halved", message="4 windows did not fit", micro_batch=2),
     Done(outcome="failed", error=Failure(code="loss_not_finite", message="at step 3")),
+    Idle(),
 ]
 
 
@@ -79,13 +83,24 @@ def test_a_message_to_the_trainer_is_one_line_and_parses_unchanged(message: ToTr
 
 @pytest.mark.parametrize("message", FROM_TRAINER, ids=lambda message: message.type)
 def test_a_message_of_the_trainer_is_one_line_and_parses_unchanged(message: FromTrainer) -> None:
-    line = encode(message)
+    assignment = None if isinstance(message, Ready) else Assignment("0" * 32, 3)
+    line = encode_from_trainer(message, assignment)
     assert line.count(b"\n") == 1
-    assert parse_from_trainer(line) == message
+    parsed = parse_from_trainer(line)
+    assert (parsed.message, parsed.assignment) == (message, assignment)
 
 
 @pytest.mark.parametrize(
-    "line", [b"", b"loading weights...", b"{}", b'{"type":"keep_alive","until":1.0}', b'{"type":"ready","x":1}']
+    "line",
+    [
+        b"",
+        b"loading weights...",
+        b"{}",
+        b'{"type":"ready"}',
+        b'{"assignment":null,"message":{"type":"keep_alive","until":1.0}}',
+        b'{"assignment":null,"message":{"type":"ready","x":1}}',
+        b'{"assignment":["a"],"message":{"type":"ready"}}',
+    ],
 )
 def test_any_other_line_is_refused(line: bytes) -> None:
     with pytest.raises(ValueError, match="validation error"):
@@ -93,7 +108,6 @@ def test_any_other_line_is_refused(line: bytes) -> None:
 
 
 def test_a_figure_that_is_not_finite_is_refused() -> None:
+    steps = b'{"type":"steps","step":[1],"train_loss":[NaN],"lr":[1],"grad_norm":[1],"tok_per_sec":1,"epoch":1}'
     with pytest.raises(ValueError, match="finite"):
-        parse_from_trainer(
-            b'{"type":"steps","step":[1],"train_loss":[NaN],"lr":[1],"grad_norm":[1],"tok_per_sec":1,"epoch":1}'
-        )
+        parse_from_trainer(b'{"assignment":["a",1],"message":' + steps + b"}")
