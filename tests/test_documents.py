@@ -1,0 +1,75 @@
+"""The README and the pages of `docs/` hold together: tables made from the code, links, a short README."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from service.app import create_app
+from service.settings import Settings
+from tests.documents import DOCS, PAGES, README, ROOT, TABLES, tracked, with_tables
+from tests.markdown import blocks, links, slugs
+
+MOST_LINES = 250
+"""Of the README: what is longer belongs into a page of its own."""
+
+EVERY_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+NOTES = ("", "run", "stays running")
+"""What may stand above a block of commands that is run."""
+
+
+def test_the_readme_stays_short() -> None:
+    assert len(README.read_text("utf-8").splitlines()) <= MOST_LINES
+
+
+@pytest.mark.parametrize("page", TABLES)
+def test_tables_and_tree_are_made_from_the_code(page: str) -> None:
+    assert with_tables(DOCS / page) == (DOCS / page).read_text("utf-8"), "make readme writes them"
+
+
+def test_the_routes_are_those_of_the_service(tmp_path: Path) -> None:
+    paths = create_app(Settings(_env_file=None, data_dir=tmp_path)).openapi()["paths"]
+    served = {f"{method.upper()} {path}" for path, methods in paths.items() for method in methods}
+    described = re.findall(r"^\| `([A-Z]+ /\S*)` \|", (DOCS / "routes.md").read_text("utf-8"), re.MULTILINE)
+    assert sorted(described) == sorted(served)
+
+
+@EVERY_PAGE
+def test_a_block_that_is_not_run_says_why(page: Path) -> None:
+    commands = [block for block in blocks(page.read_text("utf-8")) if block.language in ("sh", "python")]
+    assert [block.line for block in commands if not block.is_run and len(block.note) < len("not run: because")] == []
+    assert [block.line for block in commands if block.is_run and block.note not in NOTES] == []
+
+
+@EVERY_PAGE
+def test_every_block_names_its_language(page: Path) -> None:
+    known = ("sh", "python", "json", "text", "mermaid")
+    assert [block.line for block in blocks(page.read_text("utf-8")) if block.language not in known] == []
+
+
+@EVERY_PAGE
+def test_every_link_leads_somewhere(page: Path) -> None:
+    assert [target for target in links(page.read_text("utf-8")) if not _leads_somewhere(page, target)] == []
+
+
+def _leads_somewhere(page: Path, target: str) -> bool:
+    path, _, anchor = target.partition("#")
+    to = (page.parent / path).resolve() if path else page
+    if not to.exists() or not to.is_relative_to(ROOT):
+        return False
+    return not anchor or (to.suffix == ".md" and anchor in slugs(to.read_text("utf-8")))
+
+
+def test_every_page_can_be_reached_from_the_readme() -> None:
+    reached: set[Path] = set()
+    waiting = [README]
+    while waiting:
+        page = waiting.pop()
+        if page not in reached:
+            reached.add(page)
+            if page.suffix == ".md":
+                targets = links(page.read_text("utf-8"))
+                waiting += [
+                    (page.parent / target.partition("#")[0]).resolve() for target in targets if target[0] != "#"
+                ]
+    assert {ROOT / name for name in tracked("docs")} <= reached
