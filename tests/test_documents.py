@@ -1,5 +1,6 @@
 """The README and the pages of `docs/` hold together: tables made from the code, links, a short README."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -73,3 +74,35 @@ def test_every_page_can_be_reached_from_the_readme() -> None:
                     (page.parent / target.partition("#")[0]).resolve() for target in targets if target[0] != "#"
                 ]
     assert {ROOT / name for name in tracked("docs")} <= reached
+
+
+def places(text: str) -> list[str]:
+    """What a text names of the code, in backquotes: `folder/`, `folder/file.py`, `folder/file.py:Class.method`."""
+    return re.findall(r"`((?:nanomoe|service|worker|tests|docs)/[\w./-]*(?::[\w.]+)?)`", text)
+
+
+def is_there(place: str) -> bool:
+    """Whether the file or folder exists, and has a class, function or method of that name."""
+    path, _, name = place.partition(":")
+    if not (ROOT / path).exists() or path.endswith("/") != (ROOT / path).is_dir():
+        return False
+    body: list[ast.stmt] = ast.parse((ROOT / path).read_text("utf-8")).body if name else []
+    for part in name.split(".") if name else ():
+        named = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        found = next((node for node in body if isinstance(node, named) and node.name == part), None)
+        if found is None:
+            return False
+        body = found.body
+    return True
+
+
+@EVERY_PAGE
+def test_every_place_in_the_code_that_is_named_exists(page: Path) -> None:
+    assert [place for place in places(page.read_text("utf-8")) if not is_there(place)] == []
+
+
+def test_a_place_that_is_not_there_is_seen() -> None:
+    named = "`tests/`, `tests/markdown.py:Block.is_run` and `worker/lease.py`"
+    assert [is_there(place) for place in places(named)] == [True, True, True]
+    gone = "`tests/markdown.py/`, `tests`, `tests/markdown.py:Block.runs`, `worker/gone.py`, `tests/markdown.py:run`"
+    assert [is_there(place) for place in places(gone)] == [False] * 4
