@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from nanomoe.config import ModelConfig
 from nanomoe.graphs import GraphedStep
-from nanomoe.moe import SATURATED
+from nanomoe.model.moe import SATURATED
 
 if TYPE_CHECKING:
     from nanomoe.kernels.step import Loops

@@ -23,7 +23,7 @@ from torch import Tensor
 from nanomoe.choosing import Choosing
 from nanomoe.config import ModelConfig
 from nanomoe.decoder import Decoder
-from nanomoe.model import GPT
+from nanomoe.model.gpt import GPT
 from nanomoe.output_layer import OutputLayer
 from nanomoe.sampling import Floats, NoiseStream, Sampling, choose
 

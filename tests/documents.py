@@ -183,8 +183,8 @@ NOT_PYTHON = {
     "nanomoe/assets/paragraph.pt.txt": "The example text: one paragraph.",
     "nanomoe/assets/ptbr-8k": "The bundled tokenizer.",
     "service/client/pyproject.toml": "The client as a distribution of its own, without torch.",
-    "service/migrations/script.py.mako": "What a new migration starts as.",
-    "service/migrations/versions": "Every step of the schema.",
+    "service/database/migrations/script.py.mako": "What a new migration starts as.",
+    "service/database/migrations/versions": "Every step of the schema.",
     "service/static/vendor": "What the documentation in the browser needs, with licences.",
     "worker/docker-compose.gpu.yml": "The worker on an NVIDIA GPU.",
 }

@@ -30,7 +30,7 @@ RUN_HERE = (README, *(DOCS / f"{name}.md" for name in ("routes", "metrics", "mix
 
 RUN_ELSEWHERE = {
     DOCS / "client.md": "tests/service/client/test_alone.py",
-    DOCS / "openai.md": "tests/service/routes/test_evaluation.py",
+    DOCS / "openai.md": "tests/service/http/routes/test_evaluation.py",
 }
 PORT = 8000
 """The port in the documents; the copy under test takes a free one."""

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from nanomoe.bench import machine, models, peers
 from nanomoe.generate import Engine, Request, useful_threads
+from nanomoe.model.size import n_active_params
 from nanomoe.sampling import Sampling
-from nanomoe.size import n_active_params
 
 SAMPLINGS = {"top_k 1": Sampling(0.1, 1), "top_k 200": Sampling(0.8, 200)}
 """The reference run's own, and the defaults of nanoGPT's `sample.py`."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nanomoe.export import gpt2_model
-from nanomoe.model import GPT
+from nanomoe.model.gpt import GPT
 from nanomoe.sampling import Sampling
 
 Continue = Callable[[Tensor, int, Sampling], Tensor]
@@ -22,8 +22,8 @@ Continue = Callable[[Tensor, int, Sampling], Tensor]
 def nanogpt(model: GPT) -> Continue:
     """nanoGPT's `generate`: the whole window through the model for every token, logits of the last position only.
 
-    Its modules are ours in evaluation, operator for operator; a mixture of experts goes through `nanomoe.moe`, which is
-    faster than a loop over experts.
+    Its modules are ours in evaluation, operator for operator; a mixture of experts goes through `nanomoe.model.moe`,
+    which is faster than a loop over experts.
     """
 
     @torch.inference_mode()

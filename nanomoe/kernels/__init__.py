@@ -27,7 +27,7 @@ _HERE = Path(__file__).parent
 def _kept_in() -> Path:
     """A folder for what these very sources compile to. numba notices by itself when a loop's own file has changed, but
     not when a loop or a constant that it takes from another file has."""
-    constants = [_HERE.parent / name for name in ("int8.py", "moe.py", "sampling.py")]
+    constants = [_HERE.parent / name for name in ("int8.py", "model/moe.py", "sampling.py")]
     sources = [*sorted(_HERE.glob("*.py")), *constants]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
     beside = _HERE / "__pycache__" if os.access(_HERE, os.W_OK) else Path.home() / ".cache" / "nanomoe"

@@ -5,7 +5,7 @@ import time
 from nanomoe import kernels
 from nanomoe.config import ModelConfig
 from nanomoe.generate import Engine, Request
-from nanomoe.model import GPT
+from nanomoe.model.gpt import GPT
 from nanomoe.sampling import Sampling
 
 

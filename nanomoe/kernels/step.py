@@ -21,7 +21,7 @@ from torch import Tensor
 
 from nanomoe.config import ModelConfig
 from nanomoe.kernels import Array, compiled, compiled_parallel, use_threads
-from nanomoe.moe import SATURATED
+from nanomoe.model.moe import SATURATED
 
 _QUAD = 4
 """Rows that a product computes together: eight sums, with two outputs, for six numbers read."""

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pydantic import BaseModel
 
 from nanomoe.config import JobConfig
-from service import schemas
+from service.http import schemas
 
 _NOT_FIGURES = ("percent", "step", "epoch", "created_at", "layer")
 """Fields that say which checkpoint or layer it is."""

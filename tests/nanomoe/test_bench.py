@@ -5,8 +5,8 @@ import torch
 
 from nanomoe.bench import generation, models, peers
 from nanomoe.generate import Engine, Request
+from nanomoe.model.size import n_active_params
 from nanomoe.sampling import Sampling
-from nanomoe.size import n_active_params
 
 
 @pytest.fixture(autouse=True)

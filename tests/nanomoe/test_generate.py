@@ -18,7 +18,7 @@ from nanomoe import generate, graphs
 from nanomoe.choosing import Choosing
 from nanomoe.config import ModelConfig
 from nanomoe.generate import Continuation, Engine, Request, continue_tokens, generate_reference
-from nanomoe.model import GPT
+from nanomoe.model.gpt import GPT
 from nanomoe.sampling import Sampling
 
 BLOCK_SIZE = 24
@@ -395,7 +395,7 @@ _ON_A_GPU = """
 import sys
 from nanomoe.config import ModelConfig
 from nanomoe.generate import Engine, Request
-from nanomoe.model import GPT
+from nanomoe.model.gpt import GPT
 config = ModelConfig(block_size=16, n_layer=1, n_head=1, n_embd=128)
 model = GPT.build(config, 16_384)
 model.init_weights(0)

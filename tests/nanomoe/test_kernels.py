@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from nanomoe.config import ModelConfig
 from nanomoe.decoder import Decoder
 from nanomoe.kernels import products
-from nanomoe.model import GPT
+from nanomoe.model.gpt import GPT
 from nanomoe.output_layer import OutputLayer
 from nanomoe.sampling import NoiseStream, Sampling, choose
 
@@ -179,7 +179,7 @@ import threading
 import torch
 from nanomoe.config import ModelConfig
 from nanomoe.generate import Engine, Request
-from nanomoe.model import GPT
+from nanomoe.model.gpt import GPT
 torch.set_num_threads(2)
 config = ModelConfig(block_size=40, n_layer=1, n_head=1, n_embd=16)
 model = GPT(config, 50)
