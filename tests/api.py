@@ -24,8 +24,10 @@ from service.app import create_app
 from service.database.database import Database
 from service.generation.admission import _Pending
 from service.http.context import Context
-from service.jobs import queue, store
+from service.jobs import queue, reads
+from service.jobs.workers import WorkerIdentity
 from service.settings import Settings
+from service.storage.job_folders import checkpoint_folder
 
 _BYTES = load_tokenizer("bytes")
 
@@ -41,7 +43,7 @@ class Api:
     http: httpx.Client
     loop: asyncio.AbstractEventLoop
     server: Server
-    worker: store.WorkerIdentity = field(default_factory=lambda: store.WorkerIdentity(name="test"))
+    worker: WorkerIdentity = field(default_factory=lambda: WorkerIdentity(name="test"))
 
     @property
     def db(self) -> Database:
@@ -62,7 +64,7 @@ class Api:
 
     def claim(self, job_id: str) -> queue.Claim:
         """Take a job as a worker does; others that wait are held back meanwhile."""
-        for job in store.list_jobs(self.db, status="queued"):
+        for job in reads.list_jobs(self.db, status="queued"):
             if job.id != job_id:
                 queue.request_pause(self.db, job.id)
         claim = queue.claim(self.db, self.worker, lease_seconds=60)
@@ -108,7 +110,7 @@ class Api:
         self, claim: queue.Claim, percent: int, step: int, files: dict[str, bytes] | None = None, **figures: Any
     ) -> None:
         """A checkpoint whose files are really there: small ones, or those given. `figures`: unlike `metrics()`."""
-        folder = store.checkpoint_folder(claim.job_id, claim.fence, percent)
+        folder = checkpoint_folder(claim.job_id, claim.fence, percent)
         files = files or {"config.json": b"{}\n", "model.safetensors": bytes(range(256)) * 4, **_BYTES.files()}
         manifest, sha256 = checkpoint.write(self.context.settings.data_dir / folder, files)
         queue.record_checkpoint(

@@ -14,10 +14,12 @@ import structlog
 from nanomoe.checkpoint import is_disk_full
 from nanomoe.config import JobConfig
 from nanomoe.plan import OutOfMemory, Plan
+from service.database.database import Database
 from service.errors import DatabaseUnavailable, LeaseLost, StorageFull
-from service.jobs import queue, store
+from service.jobs import queue, reads
 from service.jobs.queue import Intents
-from service.jobs.store import Job
+from service.jobs.statuses import TERMINAL
+from service.jobs.tables import Job
 from service.settings import Settings
 from worker.lease import Lease, LeaseUncertain
 from worker.memory import oom_kills
@@ -45,7 +47,7 @@ class Attempt:
 
     def __init__(
         self,
-        db: store.Database,
+        db: Database,
         lease: Lease,
         trainer: TrainerProcess,
         *,
@@ -189,7 +191,7 @@ class Attempt:
         if self._draining.is_set():
             self._ask("drain")
         try:
-            job = store.get_job(self._db, self._job.id)
+            job = reads.get_job(self._db, self._job.id)
         except DatabaseUnavailable:
             return  # the next heartbeat says so, and keeps trying
         if job.fence != self._claim.fence or job.status != "running":
@@ -243,7 +245,7 @@ class Attempt:
             self._log.warning("lease_lost", reason=str(error))
             return
         if job is not None:
-            if job.status in store.TERMINAL:
+            if job.status in TERMINAL:
                 self._recorder.drop_snapshot()
             self._log.info("attempt_ended", status=job.status, status_reason=job.status_reason, error=job.error)
 

@@ -14,9 +14,10 @@ from typing import Any, assert_never
 import structlog
 
 from nanomoe import checkpoint
-from service.jobs import queue, store
+from service.database.database import Database
+from service.jobs import queue
 from service.jobs.queue import Intents
-from service.jobs.store import Database
+from service.storage.job_folders import job_folder
 from worker.lease import Lease
 from worker.protocol import CheckpointWritten, Prepared, SnapshotWritten, Steps, Warned
 from worker.timing import Timing
@@ -188,7 +189,7 @@ class Recorder:
             shutil.rmtree(self._data_dir / self.snapshot_folder, ignore_errors=True)
 
     def _relative(self, folder: str) -> str:
-        return f"{store.job_folder(self._claim.job_id)}/{folder}"
+        return f"{job_folder(self._claim.job_id)}/{folder}"
 
 
 def _percent(step: int, total: int) -> float:

@@ -21,23 +21,17 @@ import sqlalchemy as sa
 from sqlmodel import Session
 
 from nanomoe.config_warnings import CODES as CONFIG_WARNING_CODES
-from service.database.database import REVISION, Database, alembic_version, insert_or_update, insert_unless_there
+from service.database.database import Database
+from service.database.schema import REVISION, alembic_version, table
+from service.database.upsert import insert_or_update, insert_unless_there
+from service.database.utc_time import UtcTime
 from service.errors import Conflict, Invalid, LeaseLost, NotFound, SchemaMismatch, TooManyRequests
+from service.jobs.ids import new_id
+from service.jobs.reads import load_job
 from service.jobs.series import Columns, delete_steps_after, write_steps
-from service.jobs.store import WorkerIdentity, is_gone, load_job
-from service.jobs.tables import (
-    TERMINAL,
-    Checkpoint,
-    Counter,
-    Event,
-    Job,
-    Snapshot,
-    Text,
-    UtcTime,
-    Worker,
-    new_id,
-    table,
-)
+from service.jobs.statuses import TERMINAL
+from service.jobs.tables import Checkpoint, Counter, Event, Job, Snapshot, Text, Worker
+from service.jobs.workers import WorkerIdentity, is_gone
 
 MAX_CRASHES = 3
 """Abnormal ends since the last new checkpoint after which a job is given up."""

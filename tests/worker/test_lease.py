@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 
+from service.database.database import Database
 from service.errors import DatabaseUnavailable, LeaseLost
-from service.jobs import queue, store
+from service.jobs import queue
 from service.jobs.queue import Claim, NewJob
-from service.jobs.store import Database
+from service.jobs.workers import WorkerIdentity
 from tests.databases import ONLY_SQLITE
 from tests.worker.workplace import QUICK
 from worker.lease import Lease, LeaseUncertain
@@ -20,7 +21,7 @@ TIMING = replace(QUICK, retry=0.01)
 @pytest.fixture
 def claim(db: Database) -> Claim:
     queue.submit(db, NewJob(text="uma frase", config={}))
-    claim = queue.claim(db, store.WorkerIdentity(), 60)
+    claim = queue.claim(db, WorkerIdentity(), 60)
     assert claim is not None
     return claim
 

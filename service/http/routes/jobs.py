@@ -19,8 +19,10 @@ from service.http.routes.parameters import JobId, Service, StrictQuery
 from service.http.routes.submit_body import DOCUMENTED, Submission
 from service.http.schemas import JobView
 from service.http.schemas.jobs import split_tag
-from service.jobs import queue, queue_position, store, submission
-from service.jobs.tables import TERMINAL, Job
+from service.jobs import queue, queue_position, reads, submission
+from service.jobs.labels import relabel
+from service.jobs.statuses import TERMINAL
+from service.jobs.tables import Job
 
 router = APIRouter(tags=["jobs"])
 
@@ -113,8 +115,8 @@ def _parent(service: Context, request: schemas.SubmitRequest) -> submission.Pare
     origin = request.config.init_from
     if origin is None:
         return None
-    recorded = store.get_checkpoint(service.database, origin.job_id, origin.checkpoint)
-    job = store.get_job(service.database, origin.job_id)
+    recorded = reads.get_checkpoint(service.database, origin.job_id, origin.checkpoint)
+    job = reads.get_job(service.database, origin.job_id)
     try:
         tokenizer = checkpoint.read_tokenizer(service.settings.data_dir / recorded.folder, recorded.manifest_sha256)
     except CheckpointDamaged as error:
@@ -132,7 +134,7 @@ def list_jobs(service: Service, query: Annotated[ListQuery, Query()]) -> schemas
     """The jobs, newest first. Jobs that arrive meanwhile do not shift the pages."""
     tag = None if query.tag is None else split_tag(query.tag)
     before = None if query.cursor is None else int(query.cursor)
-    rows = store.list_jobs(service.database, status=query.status, tag=tag, before=before, limit=query.limit + 1)
+    rows = reads.list_jobs(service.database, status=query.status, tag=tag, before=before, limit=query.limit + 1)
     return views.job_page(rows, query.limit)
 
 
@@ -157,7 +159,7 @@ async def get_job(service: Service, job_id: JobId, query: Annotated[JobQuery, Qu
     while True:
         change = service.wakeups.next()
         try:
-            row = await to_thread.run_sync(store.get_job, service.database, job_id)
+            row = await to_thread.run_sync(reads.get_job, service.database, job_id)
             seen = seen or cast(schemas.Status, row.status)
             if row.status != seen or row.status in TERMINAL or is_over():
                 # Only now: a place in the line takes a look at the whole line.
@@ -186,7 +188,7 @@ def _placed(service: Context, row: Job) -> JobView:
 )
 def patch_job(service: Service, job_id: JobId, patch: schemas.JobPatch) -> JobView:
     """Change the name or the tags."""
-    return views.job(store.relabel(service.database, job_id, patch.model_dump(exclude_unset=True)))
+    return views.job(relabel(service.database, job_id, patch.model_dump(exclude_unset=True)))
 
 
 @router.get(
@@ -201,9 +203,9 @@ def patch_job(service: Service, job_id: JobId, patch: schemas.JobPatch) -> JobVi
 )
 def get_job_text(service: Service, job_id: JobId) -> Response:
     """The training text."""
-    row = store.get_job(service.database, job_id)
+    row = reads.get_job(service.database, job_id)
     return ConditionalResponse(
-        store.get_text(service.database, row.text_sha256),
+        reads.get_text(service.database, row.text_sha256),
         headers={"ETag": f'"{row.text_sha256}"', "Cache-Control": "no-cache"},
         media_type="text/plain; charset=utf-8",
     )

@@ -5,7 +5,7 @@ import pytest
 from service.database.database import Database
 from service.jobs import queue
 from service.jobs.addressing import list_models
-from service.jobs.store import WorkerIdentity
+from service.jobs.workers import WorkerIdentity
 from tests.queued import CHECKPOINT, running
 
 

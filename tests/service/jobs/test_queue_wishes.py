@@ -6,10 +6,11 @@ import pytest
 
 from service.database.database import Database
 from service.errors import Conflict, NotFound
-from service.jobs import queue, store
+from service.jobs import queue, reads
 from service.jobs.queue import Intents
 from service.jobs.queue_position import find_place
-from service.jobs.store import Job, WorkerIdentity
+from service.jobs.tables import Job
+from service.jobs.workers import WorkerIdentity
 from tests.queued import LEASE, STEPS, claim, everything, running, statuses, submit
 from tests.races import Races
 
@@ -36,9 +37,9 @@ def test_a_job_that_is_cancelled_while_it_waits_leaves_no_snapshot(
     if waits == "paused":
         queue.request_pause(db, held.job_id)
     assert queue.release(db, held).status == waits
-    assert store.find_snapshot(db, held.job_id) is not None
+    assert reads.find_snapshot(db, held.job_id) is not None
     queue.request_cancel(db, held.job_id)
-    assert store.find_snapshot(db, held.job_id) is None
+    assert reads.find_snapshot(db, held.job_id) is None
 
 
 def test_the_owner_of_a_running_job_is_asked_to_cancel(db: Database, worker: WorkerIdentity) -> None:

@@ -12,8 +12,10 @@ import httpx
 import pytest
 import sqlalchemy as sa
 
-from service.jobs import queue, store
-from service.jobs.tables import EPOCH, Event, Job, table
+from service.database.schema import table
+from service.database.utc_time import EPOCH
+from service.jobs import queue, reads
+from service.jobs.tables import Event, Job
 from tests.api import Api, Serve
 
 
@@ -106,14 +108,14 @@ def test_no_step_follows_the_last_status_of_a_job_that_ends_between_two_reads(
     api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     claim = api.running()
-    events_after = store.events_after
+    events_after = reads.events_after
 
     def end_then_read(*arguments: Any) -> list[Event]:
-        monkeypatch.setattr(store, "events_after", events_after)
+        monkeypatch.setattr(reads, "events_after", events_after)
         queue.finish(api.db, claim, "succeeded")
         return events_after(*arguments)
 
-    monkeypatch.setattr(store, "events_after", end_then_read)
+    monkeypatch.setattr(reads, "events_after", end_then_read)
     with listening(api, claim.job_id) as stream:
         *_, (kind, _, data) = stream
     assert (kind, data["status"]) == ("status", "succeeded")

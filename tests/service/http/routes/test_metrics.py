@@ -5,7 +5,8 @@ import io
 
 import pytest
 
-from service.jobs import queue, store
+from service.jobs import queue
+from service.jobs.tables import SERIES
 from tests.api import Api
 
 
@@ -55,7 +56,7 @@ def test_the_csv_is_the_whole_series(api: Api) -> None:
     answer = api.http.get(f"/jobs/{claim.job_id}/metrics.csv")
     assert answer.headers["content-type"] == "text/csv; charset=utf-8"
     header, *rows = csv.reader(io.StringIO(answer.text))
-    assert header == ["step", *store.SERIES]
+    assert header == ["step", *SERIES]
     assert [int(row[0]) for row in rows] == list(range(1, 25_002))
     assert float(rows[6][1]) == 10 / 7
     assert rows[-1] == ["25001", "", "0.0001", "2.0"]
