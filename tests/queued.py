@@ -9,7 +9,8 @@ from service.database.database import Database
 from service.database.schema import table
 from service.jobs import queue, reads
 from service.jobs.ids import new_id
-from service.jobs.queue import Claim, NewJob
+from service.jobs.lease import Claim
+from service.jobs.new_job import NewJob
 from service.jobs.tables import Counter, Job
 from service.jobs.workers import WorkerIdentity, worker_started
 

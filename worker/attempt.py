@@ -16,8 +16,8 @@ from nanomoe.config import JobConfig
 from nanomoe.plan import OutOfMemory, Plan
 from service.database.database import Database
 from service.errors import DatabaseUnavailable, LeaseLost, StorageFull
-from service.jobs import queue, reads
-from service.jobs.queue import Intents
+from service.jobs import queue, reads, recording
+from service.jobs.lease import Intents
 from service.jobs.statuses import TERMINAL
 from service.jobs.tables import Job
 from service.settings import Settings
@@ -183,7 +183,7 @@ class Attempt:
 
     def _beat_when_due(self) -> None:
         if time.monotonic() >= self._lease.heartbeat_due:
-            self._recorder.write(lambda: queue.heartbeat(self._db, self._claim))
+            self._recorder.write(lambda: recording.heartbeat(self._db, self._claim))
 
     def _look(self) -> None:
         """Read what is wished: something was committed, and the next write may be seconds away."""
@@ -231,7 +231,7 @@ class Attempt:
         """Return once no process of the job is left; the job stays ours meanwhile."""
         while not self._trainer.bury(self._timing.heartbeat):
             try:
-                self._lease.write(lambda: queue.heartbeat(self._db, self._claim))
+                self._lease.write(lambda: recording.heartbeat(self._db, self._claim))
             except LeaseLost:
                 self._lost = True
             except (LeaseUncertain, StorageFull):
@@ -312,7 +312,7 @@ class Attempt:
             f"after step {step}, with micro-batches of {size} windows, the system killed the trainer because memory "
             f"ran out; from now on they have {half}: a step trains on the same windows in more parts"
         )
-        return lambda: queue.release_smaller(
+        return lambda: queue.release_out_of_memory(
             db,
             claim,
             micro_batch=half,

@@ -16,7 +16,7 @@ import structlog
 
 from service.database.database import Database
 from service.errors import DatabaseUnavailable, NotInstalled, SchemaMismatch, StorageFull
-from service.jobs import queue
+from service.jobs.rescuer import Rescuer
 from service.jobs.workers import WorkerIdentity, worker_seen, worker_started, worker_stopped
 from service.settings import Settings
 from service.storage.installation import join_installation
@@ -156,7 +156,7 @@ class Supervisor:
 
     def _keep_house(self) -> None:
         """The worker's row, a rescue round now and then, and a sweep of the files that no row refers to."""
-        rescuer = queue.Rescuer(self._db, self._timing.rescue)
+        rescuer = Rescuer(self._db, self._timing.rescue)
         seen_due = rescue_due = sweep_due = time.monotonic()
         while not self._stopped.wait(max(0.0, min(seen_due, rescue_due, sweep_due) - time.monotonic())):
             now = time.monotonic()

@@ -15,7 +15,7 @@ from service.database.wakeups import Wakeups
 from service.errors import ServiceError
 from service.generation.admission import Generation
 from service.http.instruments import expose
-from service.jobs.queue import Rescuer
+from service.jobs.rescuer import Rescuer
 from service.jobs.workers import has_training
 from service.settings import Settings
 from service.storage.installation import join_installation

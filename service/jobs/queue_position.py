@@ -11,7 +11,7 @@ from sqlmodel import Session
 
 from service.database.database import Database
 from service.database.utc_time import UtcTime
-from service.jobs.queue import CLAIM_ORDER, QUEUED, RUNNING, WAIT_ENDS, claimable, jobs
+from service.jobs.claim_order import CLAIM_ORDER, QUEUED, RUNNING, WAIT_ENDS, claimable, jobs
 from service.jobs.tables import Job, Worker
 from service.jobs.workers import is_alive
 

@@ -23,7 +23,7 @@ from nanomoe.tokenizer import (
 )
 from service.errors import Invalid, TooLarge
 from service.http.schemas import SubmitRequest
-from service.jobs.queue import NewJob
+from service.jobs.new_job import NewJob
 from service.settings import Settings
 
 TOKENISED_AT_ONCE_BYTES = 256 * 1024

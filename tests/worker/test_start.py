@@ -4,8 +4,9 @@ import signal
 
 from nanomoe.config import JobConfig
 from service.database.database import Database
-from service.jobs import queue, reads
-from service.jobs.queue import Claim, NewJob
+from service.jobs import queue, reads, recording
+from service.jobs.lease import Claim
+from service.jobs.new_job import NewJob
 from service.jobs.workers import WorkerIdentity
 from service.settings import Settings
 from service.storage.job_folders import checkpoint_folder, job_folder
@@ -49,7 +50,7 @@ def test_a_job_that_starts_again_at_step_0_keeps_the_tokenizer_of_its_checkpoint
         made = write_tiny_checkpoint(
             settings.data_dir / checkpoint_folder(claim.job_id, claim.fence, percent), seed=percent
         )
-        queue.record_checkpoint(
+        recording.record_checkpoint(
             db, claim, percent=percent, step=percent, epoch=0, manifest_sha256=made.manifest_sha256,
             folder=checkpoint_folder(claim.job_id, claim.fence, percent), files=[], metrics={},
         )  # fmt: skip

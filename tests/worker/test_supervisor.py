@@ -13,6 +13,7 @@ from nanomoe.training.execution import Execution
 from service.database.schema import REVISION
 from service.jobs import queue, reads
 from service.jobs.reads import load_job
+from service.jobs.rescuer import Rescuer
 from service.jobs.tables import Job
 from service.jobs.workers import list_workers
 from service.storage.installation import join_installation
@@ -162,12 +163,12 @@ def test_a_worker_whose_rescue_fails_puts_its_job_back_and_ends(
 ) -> None:
     job = place.submit()
 
-    def broken(rescuer: queue.Rescuer) -> list[Job]:
+    def broken(rescuer: Rescuer) -> list[Job]:
         if place.job(job).progress.get("step"):
             raise RuntimeError("a bug")
         return []
 
-    monkeypatch.setattr(queue.Rescuer, "round", broken)
+    monkeypatch.setattr(Rescuer, "round", broken)
     command = [sys.executable, str(HERE / "scripted_trainer.py"), "work"]
     supervisor = Supervisor(place.db, find_devices("cpu"), place.settings, timing=QUICK, command=command)
     assert supervisor.run() == 1

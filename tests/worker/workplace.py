@@ -19,6 +19,7 @@ from nanomoe.config import JobConfig
 from service.database.database import Database
 from service.database.engine_options import LOCK_TIMEOUT_SECONDS
 from service.jobs import queue, reads
+from service.jobs.new_job import NewJob
 from service.jobs.tables import Job
 from service.settings import Settings
 from service.storage.installation import join_installation
@@ -89,7 +90,7 @@ class Workplace:
         join_installation(db, settings.data_dir, create=True)
 
     def submit(self, text: str = "uma frase curta para treinar", **config: Any) -> Job:
-        job, _ = queue.submit(self.db, queue.NewJob(text=text, config=JobConfig(**config).model_dump(mode="json")))
+        job, _ = queue.submit(self.db, NewJob(text=text, config=JobConfig(**config).model_dump(mode="json")))
         return job
 
     def start_worker(

@@ -20,8 +20,9 @@ from service.client import Client, JobHandle
 from service.database.database import Database
 from service.database.schema import table
 from service.jobs import queue, reads
+from service.jobs.claim_order import QUEUED, jobs
 from service.jobs.ids import new_id
-from service.jobs.queue import NewJob
+from service.jobs.new_job import NewJob
 from service.jobs.tables import Counter, Job
 from service.jobs.workers import WorkerIdentity, list_workers, worker_started
 
@@ -120,15 +121,15 @@ def claim_times(db: Database, queued: tuple[int, ...]) -> Iterator[ClaimTime]:
 
 def _n_queued(db: Database) -> int:
     with db.read() as session:
-        return session.scalars(sa.select(sa.func.count()).select_from(queue.jobs).where(queue.QUEUED)).one()
+        return session.scalars(sa.select(sa.func.count()).select_from(jobs).where(QUEUED)).one()
 
 
 def _fill(db: Database, n: int) -> None:
     """Copy a queued job `n` times, within the database: a million submissions would take an hour."""
     if n <= 0:
         return
-    columns = [column.name for column in queue.jobs.columns if column.name not in ("id", "seq")]
-    row = sa.select(queue.jobs).where(queue.QUEUED).limit(1).subquery()
+    columns = [column.name for column in jobs.columns if column.name not in ("id", "seq")]
+    row = sa.select(jobs).where(QUEUED).limit(1).subquery()
     first = sa.select(sa.literal(1).label("i")).cte("numbers", recursive=True)
     numbers = first.union_all(sa.select(first.c.i + 1).where(first.c.i < n))
     salt = new_id()
@@ -140,7 +141,7 @@ def _fill(db: Database, n: int) -> None:
         chosen = sa.select(ids, seqs, *(row.c[name] for name in columns)).select_from(numbers.join(row, sa.true()))
         if not db.is_sqlite:
             session.execute(sa.text("SET LOCAL statement_timeout = 0"))
-        session.execute(sa.insert(queue.jobs).from_select(["id", "seq", *columns], chosen))
+        session.execute(sa.insert(jobs).from_select(["id", "seq", *columns], chosen))
 
 
 def traffic(site: Site, *, training: bool, seconds: float) -> Traffic:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from service.cli.processes import Processes
 from service.database.database import Database
 from service.database.opening import open_database
-from service.jobs import queue
-from service.jobs.queue import NewJob
+from service.jobs import queue, recording
+from service.jobs.new_job import NewJob
 from service.jobs.workers import WorkerIdentity, worker_started, worker_stopped
 from service.settings import Settings, sqlite_url
 from service.storage.job_folders import checkpoint_folder
@@ -54,7 +54,7 @@ class Site:
             checkpoint.WEIGHTS: save({name: weight.contiguous() for name, weight in model.state_dict().items()}),
         }
         manifest, sha256 = checkpoint.write(self.settings.data_dir / folder, files)
-        queue.record_checkpoint(
+        recording.record_checkpoint(
             self.database,
             claim,
             percent=100,

@@ -13,7 +13,8 @@ from service.database.opening import open_database
 from service.database.sqlite import MAX_PATH_BYTES
 from service.errors import StartRefused
 from service.jobs import reads
-from service.jobs.queue import NewJob, submit
+from service.jobs.new_job import NewJob
+from service.jobs.queue import submit
 from service.settings import Settings, sqlite_url
 from service.storage import fsck
 from service.storage.installation import join_installation

@@ -10,7 +10,7 @@ import pytest
 from nanomoe import checkpoint
 from service.database.database import Database
 from service.database.opening import open_database
-from service.jobs import queue, reads
+from service.jobs import queue, reads, recording
 from service.jobs.workers import WorkerIdentity
 from service.settings import Settings
 from service.storage.installation import join_installation
@@ -129,12 +129,12 @@ def test_a_backup_taken_while_a_worker_writes_is_whole_in_another_folder(
         for until, percent in ((copied, 50), (saved, 75)):
             while not until.is_set():
                 step += 1
-                queue.record_steps(
+                recording.record_steps(
                     db, claim, {"step": [step], "train_loss": [1.0], "lr": [0.1], "grad_norm": [1.0]}, {}
                 )
             folder = checkpoint_folder(claim.job_id, claim.fence, percent)
             manifest, sha256 = checkpoint.write(data / folder, {"config.json": b"{}\n"})
-            queue.record_checkpoint(
+            recording.record_checkpoint(
                 db, claim, percent=percent, step=percent, epoch=1, folder=folder, manifest_sha256=sha256,
                 files=[entry.model_dump() for entry in manifest.files], metrics={},
             )  # fmt: skip

@@ -12,7 +12,7 @@ from service.database.database import Database
 from service.database.opening import open_database
 from service.database.utc_time import EPOCH
 from service.jobs import queue, reads
-from service.jobs.queue import NewJob
+from service.jobs.new_job import NewJob
 from service.jobs.tables import Installation
 from service.settings import Settings
 from tests.databases import ONLY_POSTGRESQL

@@ -20,7 +20,7 @@ from service.database.opening import open_database
 from service.database.sqlite import sqlite_driver, wal_is_safe
 from service.errors import DatabaseUnavailable, Invalid, NotFound, StartRefused, StorageFull
 from service.jobs import queue, reads
-from service.jobs.queue import NewJob
+from service.jobs.new_job import NewJob
 from service.jobs.tables import Job, Text, Worker
 from service.settings import Settings
 from tests.databases import ONLY_POSTGRESQL, ONLY_SQLITE, Clock

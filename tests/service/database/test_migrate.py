@@ -19,7 +19,7 @@ from service.database.schema import REVISION, Row
 from service.database.utc_time import EPOCH
 from service.errors import SchemaMismatch, StartRefused
 from service.jobs import queue, reads
-from service.jobs.queue import NewJob
+from service.jobs.new_job import NewJob
 from service.jobs.workers import WorkerIdentity
 from service.settings import Settings
 from tests.databases import ONLY_SQLITE

@@ -9,7 +9,7 @@ from structlog.testing import capture_logs
 from service.database.database import Database
 from service.generation.admission import Generation
 from service.http.context import open_context
-from service.jobs.queue import Rescuer
+from service.jobs.rescuer import Rescuer
 from service.jobs.workers import WorkerIdentity, has_training, worker_started
 from service.settings import Settings
 from tests.databases import ONLY_SQLITE

@@ -8,7 +8,7 @@ from service.database.database import Database
 from service.errors import NotFound
 from service.jobs import queue, reads
 from service.jobs.labels import relabel
-from service.jobs.queue import NewJob
+from service.jobs.new_job import NewJob
 from service.jobs.tables import Job
 from tests.races import at_once
 

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from service.database.database import Database
 from service.errors import SchemaMismatch
 from service.jobs import queue, reads
-from service.jobs.queue import Claim
+from service.jobs.lease import Claim
 from service.jobs.workers import WorkerIdentity, worker_seen
 from tests.databases import ONLY_POSTGRESQL, Clock
 from tests.queued import LEASE, claim, copy_job, statuses, submit

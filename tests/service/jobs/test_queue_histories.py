@@ -23,8 +23,9 @@ from hypothesis.stateful import (
 from service.database.database import Database
 from service.database.schema import table
 from service.errors import Conflict, LeaseLost
-from service.jobs import queue, reads
-from service.jobs.queue import Claim, NewJob
+from service.jobs import queue, reads, recording
+from service.jobs.lease import Claim
+from service.jobs.new_job import NewJob
 from service.jobs.statuses import TERMINAL
 from service.jobs.tables import Job, Text, Worker
 from service.jobs.workers import WorkerIdentity, worker_seen, worker_started
@@ -43,22 +44,22 @@ MAY_BECOME = {
 
 def out_of_memory(db: Database, claim: Claim) -> Job:
     decided = {"execution": {"micro_batch": 4}, "model": {"n_params": 1, "n_active_params": 1}}
-    queue.record_prepared(db, claim, n_tokens=9, total_steps=4, **decided)
-    return queue.release_smaller(db, claim, micro_batch=2, reason="memory ran out", warnings=[{"code": "w"}])
+    recording.record_prepared(db, claim, n_tokens=9, total_steps=4, **decided)
+    return queue.release_out_of_memory(db, claim, micro_batch=2, reason="memory ran out", warnings=[{"code": "w"}])
 
 
 OWNERS_WRITES: dict[str, Any] = {
-    "heartbeat": lambda db, claim: queue.heartbeat(db, claim, {"step": 1}),
-    "steps": lambda db, claim: queue.record_steps(
+    "heartbeat": lambda db, claim: recording.heartbeat(db, claim, {"step": 1}),
+    "steps": lambda db, claim: recording.record_steps(
         db, claim, {"step": [1], "train_loss": [float(claim.fence)], "lr": [0.1], "grad_norm": [1.0]}
     ),
-    "checkpoint": lambda db, claim: queue.record_checkpoint(
+    "checkpoint": lambda db, claim: recording.record_checkpoint(
         db, claim, percent=0, step=0, epoch=0, folder=f"f{claim.fence}", manifest_sha256="m", files=[], metrics={}
     ),
-    "snapshot": lambda db, claim: queue.record_snapshot(
+    "snapshot": lambda db, claim: recording.record_snapshot(
         db, claim, step=1, folder=f"f{claim.fence}", manifest_sha256="m"
     ),
-    "rewind": lambda db, claim: queue.rewind(db, claim, 0),
+    "rewind": lambda db, claim: recording.rewind(db, claim, 0),
     "succeed": lambda db, claim: queue.finish(db, claim, "succeeded"),
     "fail": lambda db, claim: queue.finish(db, claim, "failed", error={"code": "e", "message": "m"}),
     "drain": lambda db, claim: queue.release(db, claim),

@@ -12,8 +12,8 @@ from sqlalchemy.exc import IntegrityError
 from service.database.database import Database
 from service.database.schema import table
 from service.errors import Conflict, LeaseLost
-from service.jobs import queue, reads
-from service.jobs.queue import Claim, Intents
+from service.jobs import queue, reads, recording
+from service.jobs.lease import Claim, Intents, renew_lease
 from service.jobs.tables import Job
 from service.jobs.workers import WorkerIdentity, worker_seen
 from tests.databases import Clock
@@ -25,25 +25,25 @@ EXECUTION = {"device": "cpu", "micro_batch": 8}
 
 def prepare(db: Database, held: Claim) -> None:
     model = {"n_params": 1, "n_active_params": 1}
-    queue.record_prepared(db, held, execution=EXECUTION, n_tokens=9, total_steps=4, model=model)
+    recording.record_prepared(db, held, execution=EXECUTION, n_tokens=9, total_steps=4, model=model)
 
 
 def out_of_memory(db: Database, held: Claim) -> Job:
     prepare(db, held)
-    return queue.release_smaller(
+    return queue.release_out_of_memory(
         db, held, micro_batch=4, reason="memory ran out", warnings=[{"code": "a"}, {"code": "b"}]
     )
 
 
 OWNERS_WRITES: dict[str, Callable[[Database, Claim], object]] = {
-    "heartbeat": lambda db, claim: queue.heartbeat(db, claim, {"step": 7}),
+    "heartbeat": lambda db, claim: recording.heartbeat(db, claim, {"step": 7}),
     "prepared": lambda db, claim: prepare(db, claim),
-    "steps": lambda db, claim: queue.record_steps(db, claim, STEPS, {"step": 2}),
-    "checkpoint": lambda db, claim: queue.record_checkpoint(db, claim, percent=0, **CHECKPOINT),
-    "snapshot": lambda db, claim: queue.record_snapshot(db, claim, step=1, folder="s", manifest_sha256="m"),
-    "event": lambda db, claim: queue.record_event(db, claim, "warning", {"code": "w", "message": "m"}),
-    "micro-batch": lambda db, claim: (prepare(db, claim), queue.record_micro_batch(db, claim, 2)),
-    "rewind": lambda db, claim: queue.rewind(db, claim, 0),
+    "steps": lambda db, claim: recording.record_steps(db, claim, STEPS, {"step": 2}),
+    "checkpoint": lambda db, claim: recording.record_checkpoint(db, claim, percent=0, **CHECKPOINT),
+    "snapshot": lambda db, claim: recording.record_snapshot(db, claim, step=1, folder="s", manifest_sha256="m"),
+    "event": lambda db, claim: recording.record_event(db, claim, "warning", {"code": "w", "message": "m"}),
+    "micro-batch": lambda db, claim: (prepare(db, claim), recording.record_micro_batch(db, claim, 2)),
+    "rewind": lambda db, claim: recording.rewind(db, claim, 0),
     "finish": lambda db, claim: queue.finish(db, claim, "succeeded"),
     "failure": lambda db, claim: queue.finish(db, claim, "failed", error={"code": "e", "message": "m"}),
     "release": lambda db, claim: queue.release(db, claim),
@@ -73,7 +73,7 @@ def test_a_stale_owner_writes_nothing(
     assert [job.id for job in queue.rescue(db)] == [stale.job_id]
     fresh = claim(db, worker)
     assert (fresh.job_id, fresh.fence) == (stale.job_id, stale.fence + 1)
-    queue.record_steps(db, fresh, STEPS)
+    recording.record_steps(db, fresh, STEPS)
     before = everything(db)
     with pytest.raises(LeaseLost):
         write(db, stale)
@@ -100,13 +100,12 @@ def test_without_the_fence_a_stale_owner_would_overwrite(
     queue.rescue(db)
     clock.advance(queue.MAX_BACKOFF.total_seconds())
     fresh = claim(db, worker)
-    own = queue._own
 
-    def own_without_fence(db: Database, session: Any, held: Claim, **values: Any) -> Any:
+    def renew_without_fence(db: Database, session: Any, held: Claim, **values: Any) -> Any:
         current = held.job.model_copy(update={"fence": reads.load_job(session, held.job_id).fence})
-        return own(db, session, replace(held, job=current), **values)
+        return renew_lease(db, session, replace(held, job=current), **values)
 
-    monkeypatch.setattr(queue, "_own", own_without_fence)
+    monkeypatch.setattr(queue, "renew_lease", renew_without_fence)
     queue.finish(db, stale, "failed", error={"code": "stale", "message": "an old result"})
     monkeypatch.undo()
     with pytest.raises(LeaseLost):
@@ -119,9 +118,9 @@ def test_a_heartbeat_renews_the_lease_and_keeps_the_progress(
 ) -> None:
     held = running(db, worker)
     clock.advance(50)
-    queue.heartbeat(db, held, {"step": 3})
+    recording.heartbeat(db, held, {"step": 3})
     clock.advance(50)
-    assert queue.heartbeat(db, held) == Intents(cancel=False, pause=False)
+    assert recording.heartbeat(db, held) == Intents(cancel=False, pause=False)
     job = reads.get_job(db, held.job_id)
     assert job.lease_until == clock.now + timedelta(seconds=LEASE)
     assert job.progress == {"step": 3}
@@ -132,12 +131,12 @@ def test_what_the_first_start_decided_stays(db: Database, worker: WorkerIdentity
     held = running(db, worker, warnings=[{"code": "known", "message": "from the config"}])
     first = {"execution": {"device": "cpu"}, "n_tokens": 9, "total_steps": 4}
     model = {"n_params": 5, "n_active_params": 3}
-    queue.record_prepared(db, held, **first, model=model, warnings=[{"code": "new", "message": "m"}])
+    recording.record_prepared(db, held, **first, model=model, warnings=[{"code": "new", "message": "m"}])
     queue.release(db, held)
     again = claim(db, worker)
     assert again.job.execution == {"device": "cpu"}
     repeated = [{"code": "known", "message": "from the config"}, {"code": "new", "message": "otherwise"}]
-    queue.record_prepared(db, again, **first | {"execution": {"device": "cuda"}}, model=model, warnings=repeated)
+    recording.record_prepared(db, again, **first | {"execution": {"device": "cuda"}}, model=model, warnings=repeated)
     job = reads.get_job(db, held.job_id)
     assert job.execution == {"device": "cpu"}
     assert (job.n_tokens, job.total_steps, job.n_params, job.n_active_params) == (9, 4, 5, 3)
@@ -165,7 +164,7 @@ def test_what_a_config_warns_of_is_what_it_does_once_the_text_is_tokenised(
     current = {"code": "warmup_beyond_end", "message": "of 12 tokens"}
     decided = {"execution": EXECUTION, "n_tokens": 12, "total_steps": 4, "model": {"n_params": 1, "n_active_params": 1}}
     for _ in range(2):
-        queue.record_prepared(db, held, **decided, warnings=[current])
+        recording.record_prepared(db, held, **decided, warnings=[current])
         job = reads.get_job(db, held.job_id)
         assert job.warnings == [{"code": "upcycle_not_equal", "message": "of the parent"}, current]
         assert job.n_tokens == 12
@@ -174,7 +173,7 @@ def test_what_a_config_warns_of_is_what_it_does_once_the_text_is_tokenised(
 def test_what_the_memory_does_not_hold_is_known_to_every_later_attempt(db: Database, worker: WorkerIdentity) -> None:
     held = running(db, worker)
     prepare(db, held)
-    queue.record_micro_batch(db, held, 6)
+    recording.record_micro_batch(db, held, 6)
     job = out_of_memory(db, held)
     assert (job.status, job.status_reason, job.crashes) == ("queued", "memory ran out", 0)
     assert [event.data["code"] for event in reads.events_after(db, job.id, 0) if event.kind == "warning"] == ["a", "b"]
@@ -195,8 +194,8 @@ def test_a_job_that_ran_out_of_memory_obeys_what_was_asked_of_its_owner(
 
 def test_a_checkpoint_written_again_replaces_its_row(db: Database, worker: WorkerIdentity) -> None:
     held = running(db, worker)
-    queue.record_checkpoint(db, held, percent=25, **CHECKPOINT)
-    queue.record_checkpoint(db, held, percent=25, **CHECKPOINT | {"folder": "newer", "metrics": {"loss": 1.0}})
+    recording.record_checkpoint(db, held, percent=25, **CHECKPOINT)
+    recording.record_checkpoint(db, held, percent=25, **CHECKPOINT | {"folder": "newer", "metrics": {"loss": 1.0}})
     (found,) = reads.list_checkpoints(db, held.job_id)
     assert (found.folder, found.metrics, found.fence) == ("newer", {"loss": 1.0}, 1)
 
@@ -204,7 +203,7 @@ def test_a_checkpoint_written_again_replaces_its_row(db: Database, worker: Worke
 def test_a_job_has_one_snapshot_the_newest(db: Database, worker: WorkerIdentity) -> None:
     held = running(db, worker)
     for step in (10, 20):
-        queue.record_snapshot(db, held, step=step, folder=f"s{step}", manifest_sha256="m")
+        recording.record_snapshot(db, held, step=step, folder=f"s{step}", manifest_sha256="m")
     found = reads.find_snapshot(db, held.job_id)
     assert found is not None
     assert (found.step, found.folder) == (20, "s20")
@@ -212,25 +211,25 @@ def test_a_job_has_one_snapshot_the_newest(db: Database, worker: WorkerIdentity)
 
 def test_an_ended_job_has_no_snapshot(db: Database, worker: WorkerIdentity) -> None:
     held = running(db, worker)
-    queue.record_snapshot(db, held, step=1, folder="s1", manifest_sha256="m")
+    recording.record_snapshot(db, held, step=1, folder="s1", manifest_sha256="m")
     queue.finish(db, held, "succeeded")
     assert reads.find_snapshot(db, held.job_id) is None
 
 
 def test_rewinding_forgets_the_steps_past_the_snapshot(db: Database, worker: WorkerIdentity) -> None:
     held = running(db, worker)
-    queue.record_steps(db, held, STEPS)
-    queue.record_snapshot(db, held, step=2, folder="s2", manifest_sha256="m")
-    queue.rewind(db, held, 1)
+    recording.record_steps(db, held, STEPS)
+    recording.record_snapshot(db, held, step=2, folder="s2", manifest_sha256="m")
+    recording.rewind(db, held, 1)
     assert reads.series(db, held.job_id)["step"] == [1]
     assert reads.find_snapshot(db, held.job_id) is None
 
 
 def test_events_are_numbered_without_a_gap(db: Database, worker: WorkerIdentity) -> None:
     held = running(db, worker)
-    queue.record_event(db, held, "warning", {"code": "w", "message": "m"})
-    queue.record_checkpoint(db, held, percent=0, **CHECKPOINT)
-    queue.heartbeat(db, held)
+    recording.record_event(db, held, "warning", {"code": "w", "message": "m"})
+    recording.record_checkpoint(db, held, percent=0, **CHECKPOINT)
+    recording.heartbeat(db, held)
     queue.finish(db, held, "succeeded")
     events = reads.events_after(db, held.job_id, 0)
     assert [(event.seq, event.kind) for event in events] == [

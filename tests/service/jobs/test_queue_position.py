@@ -3,8 +3,8 @@
 from datetime import datetime, timedelta
 
 from service.database.database import Database
-from service.jobs import queue
-from service.jobs.queue import Claim
+from service.jobs import queue, recording
+from service.jobs.lease import Claim
 from service.jobs.queue_position import MAX_POSITION, Place, find_place
 from service.jobs.workers import WorkerIdentity, worker_seen, worker_started
 from tests.databases import Clock
@@ -49,7 +49,7 @@ def test_the_start_is_estimated_for_as_many_as_there_are_slots(db: Database, clo
     assert estimate(db, third) is None  # nor does one that runs say so yet
     for held, eta in zip(claims, (90.0, 30.0), strict=True):
         assert held is not None
-        queue.heartbeat(db, held, {"eta_seconds": eta})
+        recording.heartbeat(db, held, {"eta_seconds": eta})
     assert estimate(db, third) == clock.now + timedelta(seconds=30)
     assert estimate(db, fourth) == clock.now + timedelta(seconds=90)
     assert estimate(db, fifth) is None
@@ -113,7 +113,7 @@ MODEL = {"n_tokens": 1000, "n_active_params": 1_000_000, "config": {
 
 
 def train(db: Database, held: Claim, *, step: int, seconds_left: float) -> None:
-    queue.heartbeat(db, held, {"step": step, "eta_seconds": seconds_left})
+    recording.heartbeat(db, held, {"step": step, "eta_seconds": seconds_left})
 
 
 def test_those_that_go_first_are_taken_to_train_as_fast_as_one_like_them_that_runs(
@@ -152,7 +152,7 @@ def test_a_job_that_was_interrupted_is_taken_to_need_what_it_said_last(
     db: Database, clock: Clock, worker: WorkerIdentity
 ) -> None:
     held = running(db, worker)
-    queue.heartbeat(db, held, {"step": 10, "eta_seconds": 30})
+    recording.heartbeat(db, held, {"step": 10, "eta_seconds": 30})
     queue.release(db, held)
     assert estimate(db, submit(db).id) == clock.now + timedelta(seconds=30)
 

@@ -5,8 +5,9 @@ from sqlmodel import Session
 
 from service.database.database import Database
 from service.errors import LeaseLost
-from service.jobs import queue, reads
-from service.jobs.queue import Claim
+from service.jobs import queue, reads, recording
+from service.jobs.lease import Claim
+from service.jobs.rescuer import Rescuer
 from service.jobs.tables import Checkpoint, Job
 from service.jobs.workers import WorkerIdentity, is_alive, list_workers, worker_seen, worker_stopped
 from tests.databases import Clock
@@ -18,7 +19,7 @@ def test_a_lease_that_holds_is_not_rescued(db: Database, clock: Clock, worker: W
     held = running(db, worker)
     clock.advance(LEASE)
     assert queue.rescue(db) == []
-    queue.heartbeat(db, held)
+    recording.heartbeat(db, held)
 
 
 def test_a_job_whose_worker_is_gone_waits_and_counts_a_crash(
@@ -95,7 +96,7 @@ def test_a_heartbeat_that_comes_after_the_rescue_is_lost(
     held = running(db, worker)
     clock.advance(LEASE + 1)
     rescue = races.hold(queue.rescue, db)
-    heartbeat = races.start(queue.heartbeat, db, held)
+    heartbeat = races.start(recording.heartbeat, db, held)
     assert len(rescue.let_go()) == 1
     with pytest.raises(LeaseLost):
         heartbeat.result()
@@ -106,7 +107,7 @@ def test_a_heartbeat_that_comes_before_the_rescue_keeps_the_job(
 ) -> None:
     held = running(db, worker)
     clock.advance(LEASE + 1)
-    heartbeat = races.hold(queue.heartbeat, db, held)
+    heartbeat = races.hold(recording.heartbeat, db, held)
     rescue = races.start(queue.rescue, db)
     heartbeat.let_go()
     assert rescue.result() == []
@@ -149,7 +150,7 @@ def test_without_telling_a_new_checkpoint_from_one_written_again_a_poison_job_go
     for attempt in range(1, 2 * queue.MAX_CRASHES):
         held = claim(db, worker)
         assert held.job.attempt == attempt
-        queue.record_checkpoint(db, held, percent=0, **CHECKPOINT)
+        recording.record_checkpoint(db, held, percent=0, **CHECKPOINT)
         assert queue.release(db, held, crash="signal 9").status == "queued"
         clock.advance(queue.MAX_BACKOFF.total_seconds())
 
@@ -175,7 +176,7 @@ def test_a_new_checkpoint_forgets_crashes_and_one_written_again_does_not(
 
     def crash(percent: int) -> Job:
         held = claim(db, worker)
-        queue.record_checkpoint(db, held, percent=percent, **CHECKPOINT)
+        recording.record_checkpoint(db, held, percent=percent, **CHECKPOINT)
         job = queue.release(db, held, crash="signal 11")
         clock.advance(queue.MAX_BACKOFF.total_seconds())
         return job
@@ -246,12 +247,12 @@ def test_leases_of_different_lengths_are_told_apart(db: Database, clock: Clock, 
 
 def test_a_rescuer_that_slept_skips_a_round(db: Database, clock: Clock, worker: WorkerIdentity) -> None:
     """A laptop was closed: the leases look past, but their owners are about to go on."""
-    rescuer = queue.Rescuer(db, 15)
+    rescuer = Rescuer(db, 15)
     held = running(db, worker)
     assert rescuer.round() == []
     clock.advance(3600)
     assert rescuer.round() == []
-    queue.heartbeat(db, held)
+    recording.heartbeat(db, held)
     clock.advance(15)
     assert rescuer.round() == []
     assert reads.get_job(db, held.job_id).status == "running"
@@ -260,7 +261,7 @@ def test_a_rescuer_that_slept_skips_a_round(db: Database, clock: Clock, worker: 
 def test_a_rescuer_that_slept_still_rescues_who_does_not_come_back(
     db: Database, clock: Clock, worker: WorkerIdentity
 ) -> None:
-    rescuer = queue.Rescuer(db, 15)
+    rescuer = Rescuer(db, 15)
     held = running(db, worker)
     rescuer.round()
     clock.advance(3600)
@@ -272,12 +273,12 @@ def test_a_rescuer_that_slept_still_rescues_who_does_not_come_back(
 def test_a_rescuer_skips_a_round_when_the_clock_was_set_back(
     db: Database, clock: Clock, worker: WorkerIdentity
 ) -> None:
-    rescuer = queue.Rescuer(db, 15)
+    rescuer = Rescuer(db, 15)
     held = running(db, worker)
     rescuer.round()
     clock.advance(-3600)
     assert rescuer.round() == []
-    queue.heartbeat(db, held)
+    recording.heartbeat(db, held)
     clock.advance(15)
     assert rescuer.round() == []
 
@@ -285,13 +286,13 @@ def test_a_rescuer_skips_a_round_when_the_clock_was_set_back(
 def live_through_a_jump(db: Database, clock: Clock, worker: WorkerIdentity, jump: float, phase: int) -> Claim:
     """A minute of a job whose owner keeps it alive, of which two rescuers see a jump of the clock after `phase`."""
     held = running(db, worker)
-    rescuers = [queue.Rescuer(db, 15), queue.Rescuer(db, 15)]
+    rescuers = [Rescuer(db, 15), Rescuer(db, 15)]
     for second in range(60):
         if second == 20 + phase:
             clock.advance(jump)
         if second % 10 == 0:
             try:
-                queue.heartbeat(db, held)
+                recording.heartbeat(db, held)
                 worker_seen(db, worker.id)
             except LeaseLost:
                 break
@@ -317,7 +318,7 @@ def test_a_clock_that_jumps_takes_no_job_from_an_owner_who_lives(
 def test_without_the_skipped_round_a_clock_that_jumps_takes_a_job_from_its_owner(
     db: Database, clock: Clock, worker: WorkerIdentity, monkeypatch: pytest.MonkeyPatch, jump: float
 ) -> None:
-    monkeypatch.setattr(queue.Rescuer, "round", lambda self: queue.rescue(db))
+    monkeypatch.setattr(Rescuer, "round", lambda self: queue.rescue(db))
     job = reads.get_job(db, live_through_a_jump(db, clock, worker, jump, 1).job_id)
     assert (job.status, job.fence) == ("queued", 1)
     assert job.crashes == (jump > 0)  # a worker that was last seen an hour ago looks gone, too

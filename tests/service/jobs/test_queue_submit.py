@@ -9,8 +9,8 @@ from sqlalchemy.exc import IntegrityError
 
 from service.database.database import Database
 from service.errors import Conflict, Invalid, NotFound, TooManyRequests
-from service.jobs import queue, reads
-from service.jobs.queue import NewJob
+from service.jobs import queue, reads, recording
+from service.jobs.new_job import NewJob
 from service.jobs.workers import WorkerIdentity
 from tests.databases import ONLY_POSTGRESQL
 from tests.queued import CHECKPOINT, STEPS, claim, everything, running, statuses, submit
@@ -141,9 +141,9 @@ def test_a_deleted_job_takes_everything_but_a_shared_text(db: Database, worker: 
     untouched = everything(db)
     first, second = running(db, worker), running(db, worker)
     for held in (first, second):
-        queue.record_steps(db, held, STEPS)
-        queue.record_checkpoint(db, held, percent=0, **CHECKPOINT)
-        queue.record_snapshot(db, held, step=1, folder="s", manifest_sha256="m")
+        recording.record_steps(db, held, STEPS)
+        recording.record_checkpoint(db, held, percent=0, **CHECKPOINT)
+        recording.record_snapshot(db, held, step=1, folder="s", manifest_sha256="m")
         queue.finish(db, held, "succeeded")
     queue.delete(db, first.job_id)
     with pytest.raises(NotFound):

@@ -6,8 +6,8 @@ import pytest
 
 from service.database.database import Database
 from service.errors import NotFound
-from service.jobs import queue, reads
-from service.jobs.queue import NewJob
+from service.jobs import queue, reads, recording
+from service.jobs.new_job import NewJob
 from service.jobs.statuses import STATUSES
 from service.jobs.tables import Job
 from service.jobs.workers import (
@@ -24,7 +24,7 @@ def finished(db: Database, worker: WorkerIdentity, percents: tuple[int, ...] = (
     claim = queue.claim(db, worker, 60)
     assert claim is not None
     for percent in percents:
-        queue.record_checkpoint(
+        recording.record_checkpoint(
             db, claim, percent=percent, step=percent, epoch=percent / 2, folder=f"jobs/x/f1-{percent}",
             manifest_sha256="m", files=[{"name": "config.json", "size": 2, "sha256": "s"}], metrics={"loss": 1.5},
         )  # fmt: skip

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from service.database.database import Database
 from service.database.schema import table
 from service.jobs import queue, reads, series
-from service.jobs.queue import NewJob
+from service.jobs.new_job import NewJob
 from service.jobs.series import BLOCK_SIZES, MIN_POINTS, Columns
 from service.jobs.tables import SERIES, Step, StepBlock
 

@@ -6,7 +6,7 @@ import pytest
 
 from service.database.database import Database
 from service.jobs import queue
-from service.jobs.queue import NewJob
+from service.jobs.new_job import NewJob
 from service.jobs.tables import Job
 from service.jobs.workers import (
     WORKER_KEPT,

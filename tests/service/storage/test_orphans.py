@@ -8,8 +8,9 @@ import pytest
 
 from nanomoe import checkpoint
 from service.database.database import Database
-from service.jobs import queue
-from service.jobs.queue import Claim, NewJob
+from service.jobs import queue, recording
+from service.jobs.lease import Claim
+from service.jobs.new_job import NewJob
 from service.jobs.workers import WorkerIdentity
 from service.settings import Settings
 from service.storage.job_folders import checkpoint_folder, job_folder
@@ -48,7 +49,7 @@ def age(path: Path, seconds: float = DAY + 60) -> None:
 def record(db: Database, data: Path, claim: Claim, percent: int) -> str:
     folder = checkpoint_folder(claim.job_id, claim.fence, percent)
     sha256 = write(data, folder)
-    queue.record_checkpoint(
+    recording.record_checkpoint(
         db, claim, percent=percent, step=percent, epoch=percent, folder=folder, manifest_sha256=sha256,
         files=[], metrics={},
     )  # fmt: skip
@@ -59,7 +60,7 @@ def test_only_what_has_no_row_and_no_living_claim_is_swept(db: Database, data: P
     claim = claimed(db)
     kept = record(db, data, claim, 0)
     snapshot = snapshot_folder(claim.job_id, claim.fence, 7)
-    queue.record_snapshot(db, claim, step=7, folder=snapshot, manifest_sha256=write(data, snapshot))
+    recording.record_snapshot(db, claim, step=7, folder=snapshot, manifest_sha256=write(data, snapshot))
     left = [f"jobs/{claim.job_id}/f1-25", f"jobs/{claim.job_id}/f1-25.tmp", f"jobs/{claim.job_id}/f1-s9"]
     for folder in left:
         write(data, folder)
@@ -139,7 +140,7 @@ def test_a_row_that_is_written_while_we_look_saves_its_folder(
 
     def commit_then_read() -> object:
         monkeypatch.setattr(db, "read", read)
-        queue.record_checkpoint(
+        recording.record_checkpoint(
             db, claim, percent=50, step=1, epoch=1, folder=folder, manifest_sha256=sha256, files=[], metrics={}
         )
         queue.finish(db, claim, "succeeded")

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 
 from service.database.schema import table
 from service.database.utc_time import EPOCH
-from service.jobs import queue, reads
+from service.jobs import queue, reads, recording
 from service.jobs.tables import Event, Job
 from tests.api import Api, Serve
 
@@ -72,7 +72,7 @@ def test_events_come_as_they_happen_and_end_with_the_job(api: Api) -> None:
         (*_, (_, number, checkpoint)) = stream.until("checkpoint")
         assert number == "3"
         assert (checkpoint["percent"], checkpoint["loss"], checkpoint["reconstruction"]["tokens"]) == (25, 2.0, None)
-        queue.record_event(api.db, claim, "warning", {"code": "dead_expert", "message": "expert 3 of layer 1"})
+        recording.record_event(api.db, claim, "warning", {"code": "dead_expert", "message": "expert 3 of layer 1"})
         assert stream.until("warning")[-1] == (
             "warning",
             "4",

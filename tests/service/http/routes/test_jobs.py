@@ -19,6 +19,7 @@ from nanomoe.model import size
 from nanomoe.tokenizer import load_tokenizer
 from service.jobs import queue, queue_position, reads
 from service.jobs.labels import relabel
+from service.jobs.new_job import NewJob
 from service.jobs.workers import worker_started
 from service.storage.job_folders import job_folder
 from tests.api import TEXT, Api, Serve, serving
@@ -528,7 +529,7 @@ def test_a_row_of_an_earlier_version_says_no_more_that_a_dense_job_has_unused_se
     other = {"code": "dead_expert", "message": "expert 3"}
     warnings: dict[str, list[dict[str, str]]] = {}
     for name, config in {"default": {}, "changed": {"n_experts": 4}}.items():
-        new = queue.NewJob(
+        new = NewJob(
             text=TEXT, config=JobConfig.model_validate(config).model_dump(mode="json"), warnings=[false, other]
         )
         job, _ = queue.submit(api.db, new)
