@@ -9,6 +9,7 @@ from pydantic import Field, StringConstraints
 
 from nanomoe import checkpoint
 from nanomoe.checkpoint import CheckpointDamaged
+from nanomoe.config import JobConfig
 from service.errors import Conflict, DatabaseUnavailable
 from service.http import files, schemas, views
 from service.http.conditional import ConditionalResponse
@@ -94,25 +95,30 @@ def submit_job(
     idempotency_key: IdempotencyKey = None,
 ) -> Response | JobView:
     """Train a model on a text. Everything but the text has the reference run's default."""
-    found = submission.assess(request, service.settings, _parent(service, request))
+    found = submission.assess(request.text, request.config, service.settings, _parent(service, request.config))
     if query.dry_run:
         return Response(views.estimate(found).model_dump_json(), 200, media_type="application/json")
-    row, created = queue.submit(
-        service.database, found.new_job(idempotency_key), max_queued=service.settings.max_queued
+    new = found.new_job(
+        name=request.name,
+        tags=request.tags,
+        priority=request.priority,
+        run_at=request.run_at,
+        idempotency_key=idempotency_key,
     )
+    row, created = queue.submit(service.database, new, max_queued=service.settings.max_queued)
     response.status_code = 201 if created else 200
     response.headers["Location"] = f"/jobs/{row.id}"
     return _placed(service, row)
 
 
-def _parent(service: Context, request: schemas.SubmitRequest) -> submission.Parent | None:
+def _parent(service: Context, config: JobConfig) -> submission.Parent | None:
     """The checkpoint that a job is to start from, which must have been recorded.
 
     Raises:
         NotFound: `job_not_found`, `checkpoint_not_found`.
         Conflict: `checkpoint_damaged`.
     """
-    origin = request.config.init_from
+    origin = config.init_from
     if origin is None:
         return None
     recorded = reads.get_checkpoint(service.database, origin.job_id, origin.checkpoint)
