@@ -108,7 +108,7 @@ def copy(tmp_path: Path) -> Path:
 
 
 def _bring_compiled_loops(folder: Path) -> None:
-    """Installing compiles them, ten seconds's work. numba keeps them by the path of their source."""
+    """Installing compiles them, ten seconds of work. numba keeps them by the path of their source."""
     load_all()
     kept = Path(numba.config.CACHE_DIR)
     to = folder / "nanomoe/generation/kernels/__pycache__" / kept.name

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from nanomoe.bench import generation, models, peers
+from nanomoe.config import SamplingConfig
 from nanomoe.generation.engine import Engine, Request
 from nanomoe.size import n_active_params
 

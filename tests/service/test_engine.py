@@ -12,6 +12,7 @@ import pytest
 import torch
 from structlog.testing import capture_logs
 
+from nanomoe.config import SamplingConfig
 from nanomoe.generation.engine import Request, generate_reference
 from nanomoe.tokenizer import load_tokenizer
 from service.engine import LEAST_SHARE, Pace, Server

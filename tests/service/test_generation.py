@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
+from nanomoe.config import SamplingConfig
 from nanomoe.generation.engine import Request, generate_reference
 from service.engine_messages import Chunk
 from service.errors import Invalid, ServiceError, TooManyRequests, Unavailable
