@@ -1,4 +1,4 @@
-"""The README's comparison of a dense model with mixtures of equal active parameters, run anew.
+"""The comparison in mixture_of_experts.md of a dense model with mixtures of equal active parameters, run anew.
 
 `.venv/bin/python docs/dense_vs_mixture.py` trains every variant with three seeds on the bundled paragraph, prints the
 table in Markdown, and writes every quarter's figures to `dense_vs_mixture.json` in the folder given with `--out`.
@@ -14,10 +14,10 @@ import torch
 
 import nanomoe
 from nanomoe.config import JobConfig
-from nanomoe.execution import Execution
-from nanomoe.run import Recorded, Run
 from nanomoe.tokenizer import load_tokenizer
-from nanomoe.train import train
+from nanomoe.training.execution import Execution
+from nanomoe.training.loop import train
+from nanomoe.training.run import Recorded, Run
 
 MIXTURE: dict[str, Any] = {"use_moe": True, "n_experts": 8, "k": 2, "expert_hidden_ratio": 2.0}
 NO_BALANCE: dict[str, Any] = {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0}

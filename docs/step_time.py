@@ -1,4 +1,4 @@
-"""The README's step times of a mixture against the dense model of equal active parameters, measured anew.
+"""The step times in mixture_of_experts.md of a mixture against the dense model of equal active parameters, measured.
 
 `.venv/bin/python docs/step_time.py` prints, for the reference job and for a batch of 12 windows, the median time of a
 whole training step (forward, backward, gradient norm, AdamW), tokens per second and the peak memory of the process.
@@ -32,10 +32,10 @@ def measure(size: str, variant: str, turns: int, steps: int) -> None:
     config = JobConfig.model_validate(SIZES[size] | VARIANTS[variant])
     import torch
 
-    from nanomoe.execution import Execution
-    from nanomoe.moe import Assignments, ExpertPath, Experts
-    from nanomoe.run import Run
+    from nanomoe.model.moe import Assignments, ExpertPath, Experts
     from nanomoe.tokenizer import load_tokenizer
+    from nanomoe.training.execution import Execution
+    from nanomoe.training.run import Run
 
     def loop(self: Experts, x_TC: torch.Tensor, assignments: Assignments, _: ExpertPath) -> torch.Tensor:
         """What most published code does: one expert after another, on the tokens that chose it."""

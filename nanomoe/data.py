@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nanomoe.config import JobConfig
-from nanomoe.dropout import mix
+from nanomoe.model.dropout import mix
 from nanomoe.plan import Plan, n_windows
 
 IGNORE = -1

@@ -1,6 +1,6 @@
 """Which weights a model may start from: what must agree with the parent's config, and what growing it changes.
 
-Knows configs only; `nanomoe.upcycle` moves the weights. Loads no torch.
+Knows configs only; `nanomoe.model.upcycle` moves the weights. Loads no torch.
 """
 
 from nanomoe.config import ConfigWarning, ModelConfig

@@ -9,12 +9,23 @@ from fastapi.staticfiles import StaticFiles
 from starlette.requests import ClientDisconnect
 
 import nanomoe
-from service import openapi, problems
-from service.context import open_context
-from service.guard import Guard, check_address
-from service.head import HeadAsGet
-from service.request_body import RequestBody
-from service.routes import checkpoints, docs, events, examine, generate, jobs, leaving, metrics, openai, system
+from service.http import openapi, problems
+from service.http.context import open_context
+from service.http.guard import Guard, check_address
+from service.http.head import HeadAsGet
+from service.http.request_body import RequestBody
+from service.http.routes import (
+    checkpoints,
+    client_disconnect,
+    docs,
+    events,
+    examine,
+    generate,
+    jobs,
+    metrics,
+    openai,
+    system,
+)
 from service.settings import Settings
 
 _DESCRIPTION = """
@@ -57,7 +68,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(Guard, settings=settings)
     problems.install(app)
     app.add_exception_handler(events.NothingMore, events.nothing_more)
-    app.add_exception_handler(ClientDisconnect, leaving.left_while_sending)
+    app.add_exception_handler(ClientDisconnect, client_disconnect.left_while_sending)
     for part in (jobs, metrics, events, checkpoints, generate, examine, openai, system, docs):
         app.include_router(part.router)
     app.mount("/static", StaticFiles(directory=docs.STATIC))

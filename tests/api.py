@@ -19,12 +19,12 @@ import pytest
 
 from nanomoe import checkpoint
 from nanomoe.tokenizer import load_tokenizer
-from service import queue, store
 from service.__main__ import Server
 from service.app import create_app
-from service.context import Context
-from service.database import Database
-from service.generation import _Pending
+from service.database.database import Database
+from service.generation.admission import _Pending
+from service.http.context import Context
+from service.jobs import queue, store
 from service.settings import Settings
 
 _BYTES = load_tokenizer("bytes")

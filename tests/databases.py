@@ -20,10 +20,10 @@ import psycopg
 import pytest
 import sqlalchemy as sa
 
-from service import migrate
-from service.database import Database, open_database
+from service.database import migrate
+from service.database.database import Database, open_database
+from service.jobs.tables import EPOCH, UtcTime
 from service.settings import Settings
-from service.tables import EPOCH, UtcTime
 
 EITHER = pytest.mark.parametrize("database_url", ["sqlite", "postgresql"], indirect=True)
 ONLY_SQLITE = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)

@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from service import queue, store
-from service.database import Database
-from service.queue import Claim, NewJob
-from service.store import Job, WorkerIdentity
-from service.tables import Counter, table
+from service.database.database import Database
+from service.jobs import queue, store
+from service.jobs.queue import Claim, NewJob
+from service.jobs.store import Job, WorkerIdentity
+from service.jobs.tables import Counter, table
 
 LEASE = 60.0
 STEPS = {"step": [1, 2], "train_loss": [9.0, 8.0], "lr": [1e-4, 1e-4], "grad_norm": [1.0, 2.0]}

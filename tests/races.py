@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 import pytest
 import sqlalchemy as sa
 
-from service.database import Database
+from service.database.database import Database
 
 T = TypeVar("T")
 PATIENCE = 30.0

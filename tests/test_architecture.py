@@ -15,7 +15,21 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("nanomoe", "service", "worker")
-SHARED_WITH_WORKER = {"service.queue", "service.store", "service.settings", "service.errors", "service.logs"}
+OPEN_TO_WORKER = ("jobs", "database", "storage", "settings", "errors", "logs")
+"""The parts of `service` that a worker shares with the API."""
+
+NO_FASTAPI = ("jobs", "database", "storage", "settings", "errors")
+"""The parts of `service` that know neither HTTP nor torch."""
+
+WEB = ("fastapi", "starlette", "uvicorn")
+
+BELOW = {
+    "nanomoe.model": ("training", "evaluation", "generation", "bench"),
+    "nanomoe.generation": ("training", "bench"),
+    "nanomoe.evaluation": ("training", "bench"),
+    "nanomoe.training": ("bench",),
+}
+"""Rooms of `nanomoe`, and those that stand above each."""
 
 
 def _sources(package: str) -> list[Path]:
@@ -47,20 +61,24 @@ def _within(name: str, *modules: str) -> bool:
 
 def forbidden(module: str, name: str) -> bool:
     """Whether `module` must not import `name`."""
-    if _within(module, "nanomoe"):
-        return _within(name, "service", "worker", "fastapi", "sqlalchemy", "sqlmodel", "httpx", "uvicorn")
-    if _within(module, "worker"):
+    package = module.partition(".")[0]
+    if package == "nanomoe":
+        above = [f"nanomoe.{room}" for below, rooms in BELOW.items() if _within(module, below) for room in rooms]
+        return _within(name, "service", "worker", *WEB, "sqlalchemy", "sqlmodel", "httpx", *above)
+    if package == "worker":
         return (
-            (_within(name, "service") and not _within(name, *SHARED_WITH_WORKER))
-            or _within(name, "fastapi", "starlette", "uvicorn", "httpx", "sqlalchemy", "sqlmodel")
+            (_within(name, "service") and not _within(name, *(f"service.{part}" for part in OPEN_TO_WORKER)))
+            or _within(name, *WEB, "httpx", "sqlalchemy", "sqlmodel")
             or (_within(name, "torch") and module != "worker.trainer")
             or (_within(name, "service") and module == "worker.trainer")
         )
-    if _within(module, *SHARED_WITH_WORKER):
-        return _within(name, "worker", "torch", "fastapi", "starlette")
-    if module in ("service.engine", "service.examiner") or _within(module, "service.cli"):
-        return _within(name, "worker", "fastapi", "starlette")
-    return _within(name, "worker", "torch")
+    if _within(name, "worker"):
+        return True
+    if _within(module, *(f"service.{part}" for part in NO_FASTAPI)):
+        return _within(name, "torch", *WEB)
+    if _within(module, "service.generation", "service.cli"):
+        return _within(name, *WEB)
+    return _within(name, "torch")
 
 
 def violations(source: str, module: str, is_package: bool = False) -> list[str]:
@@ -82,17 +100,21 @@ def test_a_package_imports_only_what_it_may(package: str) -> None:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("nanomoe.train", "from service.store import Job"),
-        ("nanomoe.train", "import worker"),
-        ("nanomoe.train", "def late():\n    import service.queue"),
+        ("nanomoe.training.loop", "from service.jobs.store import Job"),
+        ("nanomoe.training.loop", "import worker"),
+        ("nanomoe.training.loop", "def late():\n    import service.jobs.queue"),
         ("worker.supervisor", "from service.app import create_app"),
-        ("worker.supervisor", "from service import schemas"),
+        ("worker.supervisor", "from service.http import schemas"),
         ("worker.supervisor", "import torch.nn"),
-        ("worker.trainer", "from service.queue import claim"),
-        ("service.queue", "from fastapi import HTTPException"),
-        ("service.store", "import torch"),
-        ("service.routes.jobs", "from ...worker import supervisor"),
-        ("service.routes.jobs", "import torch"),
+        ("worker.trainer", "from service.jobs.queue import claim"),
+        ("service.jobs.queue", "from fastapi import HTTPException"),
+        ("service.jobs.store", "import torch"),
+        ("service.http.routes.jobs", "from ....worker import supervisor"),
+        ("nanomoe.model.gpt", "from nanomoe.training.loop import train"),
+        ("nanomoe.generation.engine", "from nanomoe.training import loop"),
+        ("worker.attempt", "from service.http import problems"),
+        ("service.generation.engine", "from fastapi import FastAPI"),
+        ("service.http.routes.jobs", "import torch"),
     ],
 )
 def test_the_check_sees_a_forbidden_import(module: str, source: str) -> None:
@@ -102,11 +124,11 @@ def test_the_check_sees_a_forbidden_import(module: str, source: str) -> None:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("worker.supervisor", "from service import queue, store\nfrom service.errors import LeaseLost"),
+        ("worker.supervisor", "from service.jobs import queue, store\nfrom service.errors import LeaseLost"),
         ("worker.trainer", "import torch"),
-        ("service.engine", "import torch\nfrom nanomoe.model import GPT"),
-        ("service.routes.jobs", "from ..schemas import JobView\nfrom .parameters import Limit"),
-        ("nanomoe.train", "from nanomoe.workers_of_old import x\nimport torch"),
+        ("service.generation.engine", "import torch\nfrom nanomoe.model.gpt import GPT"),
+        ("service.http.routes.jobs", "from ..schemas import JobView\nfrom .parameters import Limit"),
+        ("nanomoe.training.loop", "from nanomoe.workers_of_old import x\nimport torch"),
     ],
 )
 def test_the_check_lets_an_allowed_import_pass(module: str, source: str) -> None:
@@ -140,7 +162,7 @@ def test_only_the_queue_changes_a_status() -> None:
         for path in _sources(package)
         if status_writes(path.read_text("utf-8"))
     }
-    assert writers <= {"service.queue"}
+    assert writers <= {"service.jobs.queue"}
 
 
 @pytest.mark.parametrize(
@@ -170,12 +192,15 @@ def _loaded_by(statement: str) -> set[str]:
         ("nanomoe", {"torch", "pydantic"}),
         ("nanomoe.config", {"torch", "transformers"}),
         ("nanomoe.plan", {"torch", "transformers"}),
-        ("nanomoe.size", {"torch", "transformers"}),
+        ("nanomoe.model.size", {"torch", "transformers"}),
         ("nanomoe.tokenizer", {"torch", "transformers"}),
         ("service.app", {"torch", "transformers", "worker"}),
         ("service.cli", {"torch", "transformers", "fastapi", "worker"}),
         ("service.client", {"torch", "transformers", "fastapi", "sqlalchemy", "worker"}),
-        ("service.queue, service.store, service.settings, service.errors", {"torch", "transformers", "fastapi"}),
+        (
+            "service.jobs.queue, service.jobs.store, service.settings, service.errors",
+            {"torch", "transformers", "fastapi"},
+        ),
         ("worker.supervisor", {"torch", "transformers", "fastapi", "uvicorn"}),
     ],
 )
@@ -220,3 +245,24 @@ def test_the_check_sees_a_description_that_leans_on_a_name(text: str) -> None:
 def test_no_drawer_is_named_utils() -> None:
     names = {"utils", "util", "helpers", "helper", "misc", "common"}
     assert [path for package in PACKAGES for path in _sources(package) if path.stem in names] == []
+
+
+def _modules() -> dict[str, Path]:
+    return {_module(path): path for package in PACKAGES for path in _sources(package)}
+
+
+def same_names(source: str, module: str) -> list[str]:
+    """Names that a file imports both from the standard library and from ours, as a module of either."""
+    names = [name for _, name in _imports(ast.parse(source), module, is_package=False)]
+    standard = {name.partition(".")[0] for name in names} & sys.stdlib_module_names
+    return sorted(standard & {name.rpartition(".")[2] for name in names if _within(name, *PACKAGES)})
+
+
+def test_no_file_imports_two_modules_of_one_name() -> None:
+    found = {module: same_names(path.read_text("utf-8"), module) for module, path in _modules().items()}
+    assert {module: names for module, names in found.items() if names} == {}
+
+
+def test_the_check_sees_two_modules_of_one_name() -> None:
+    assert same_names("import queue\nfrom service.jobs import queue as jobs", "service.app") == ["queue"]
+    assert same_names("import logging\nfrom service.jobs import queue", "service.app") == []

@@ -8,8 +8,8 @@ from contextlib import closing
 
 from service import logs
 from service.errors import DatabaseUnavailable, StartRefused
+from service.jobs.store import is_alive, list_workers, open_database
 from service.settings import Settings, read_settings
-from service.store import is_alive, list_workers, open_database
 from worker.devices import find_devices
 from worker.supervisor import Supervisor
 

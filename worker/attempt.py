@@ -8,18 +8,17 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from queue import Empty
 
 import structlog
 
 from nanomoe.checkpoint import is_disk_full
 from nanomoe.config import JobConfig
 from nanomoe.plan import OutOfMemory, Plan
-from service import queue, store
 from service.errors import DatabaseUnavailable, LeaseLost, StorageFull
-from service.queue import Intents
+from service.jobs import queue, store
+from service.jobs.queue import Intents
+from service.jobs.store import Job
 from service.settings import Settings
-from service.store import Job
 from worker.lease import Lease, LeaseUncertain
 from worker.memory import oom_kills
 from worker.process import Ended, Look, TrainerProcess
@@ -160,10 +159,7 @@ class Attempt:
         due = [self._lease.heartbeat_due]
         due += [at for at in (self._kill_at, self._look_due, self._recorder.due) if at is not None]
         due += [self._stalled_at] if self._crash is None else []
-        try:
-            return self._trainer.inbox.get(timeout=max(0.0, min(due) - time.monotonic()))
-        except Empty:
-            return None
+        return self._trainer.next_message(max(0.0, min(due) - time.monotonic()))
 
     # -- What is due -----------------------------------------------------------------------------------------------
 

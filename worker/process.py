@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 
 import structlog
 
@@ -79,6 +79,13 @@ class TrainerProcess:
         """Held while the trainer is spoken to, signalled or reaped: its process id and pipe must still be its own."""
         self._gone = False
         threading.Thread(target=self._read, name=f"read-{self.pid}", daemon=True).start()
+
+    def next_message(self, timeout: float) -> FromTrainer | Ended | Look | None:
+        """The next item of the inbox, or None when none came within `timeout` seconds."""
+        try:
+            return self.inbox.get(timeout=timeout)
+        except Empty:
+            return None
 
     # -- Speaking ------------------------------------------------------------------------------------------------
 

@@ -14,9 +14,9 @@ from typing import Any, assert_never
 import structlog
 
 from nanomoe import checkpoint
-from service import queue, store
-from service.queue import Intents
-from service.store import Database
+from service.jobs import queue, store
+from service.jobs.queue import Intents
+from service.jobs.store import Database
 from worker.lease import Lease
 from worker.protocol import CheckpointWritten, Prepared, SnapshotWritten, Steps, Warned
 from worker.timing import Timing

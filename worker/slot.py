@@ -7,14 +7,13 @@ import os
 import threading
 import time
 from collections.abc import Sequence
-from queue import Empty
 
 import structlog
 
-from service import queue
 from service.errors import DatabaseUnavailable, SchemaMismatch, StorageFull
+from service.jobs import queue
+from service.jobs.store import Database, WorkerIdentity
 from service.settings import Settings
-from service.store import Database, WorkerIdentity
 from worker.attempt import Attempt
 from worker.devices import Device
 from worker.lease import Lease
@@ -84,10 +83,7 @@ class Slot:
             if trainer is None:
                 self._draining.wait(self._timing.guard)  # the main thread starts one
                 continue
-            try:
-                said = trainer.inbox.get(timeout=self._timing.guard)
-            except Empty:
-                said = None
+            said = trainer.next_message(self._timing.guard)
             if isinstance(said, Ready):
                 self._failures = 0
                 return trainer

@@ -10,10 +10,10 @@ from pathlib import Path
 from nanomoe import checkpoint
 from nanomoe.checkpoint import CheckpointDamaged
 from nanomoe.config import JobConfig
-from service import store
 from service.errors import NotFound
+from service.jobs import store
+from service.jobs.store import Job, Snapshot
 from service.settings import Settings
-from service.store import Job, Snapshot
 from worker.protocol import Folder, Start, Warned
 
 

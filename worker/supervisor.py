@@ -14,10 +14,10 @@ from collections.abc import Callable, Sequence
 
 import structlog
 
-from service import queue, store
 from service.errors import DatabaseUnavailable, NotInstalled, SchemaMismatch, StorageFull
+from service.jobs import queue, store
+from service.jobs.store import Database, WorkerIdentity
 from service.settings import Settings
-from service.store import Database, WorkerIdentity
 from worker.devices import Device
 from worker.slot import Slot
 from worker.timing import Timing

@@ -34,9 +34,9 @@ from worker.protocol import (
 )
 
 if TYPE_CHECKING:
-    from nanomoe.execution import Execution
-    from nanomoe.run import Recorded, Run, Snapshot
     from nanomoe.tokenizer import Tokenizer
+    from nanomoe.training.execution import Execution
+    from nanomoe.training.run import Recorded, Run, Snapshot
 
 
 class Wire:
@@ -113,7 +113,7 @@ class Writer:
 
     def _commit(self, what: "Recorded | Snapshot") -> None:
         from nanomoe import checkpoint
-        from nanomoe.run import Recorded
+        from nanomoe.training.run import Recorded
 
         if isinstance(what, Recorded):
             name = checkpoint.folder_name(self._fence, what.percent)
@@ -156,16 +156,16 @@ def run_job(start: Start, wire: Wire, supervision: Supervision) -> Done:
 
 
 def _train(start: Start, wire: Wire, supervision: Supervision, writer: Writer) -> Literal["succeeded", "stopped"]:
-    from nanomoe import train
+    from nanomoe.training import loop
 
     run = _prepare(start, wire)
-    for happened in train.train(run, Wishes(supervision, start.snapshot_seconds)):
+    for happened in loop.train(run, Wishes(supervision, start.snapshot_seconds)):
         match happened:
-            case train.Steps():
+            case loop.Steps():
                 wire.say(Steps(**asdict(happened)))
-            case train.Warned():
+            case loop.Warned():
                 wire.say(Warned(**asdict(happened)))
-            case train.Stopped():
+            case loop.Stopped():
                 return "stopped"
             case _:
                 writer.write(happened)
@@ -176,10 +176,10 @@ def _prepare(start: Start, wire: Wire) -> "Run":
     """Everything from the start message to a model that can train, on its device."""
     from nanomoe import checkpoint
     from nanomoe.config_warnings import config_warnings
-    from nanomoe.execution import Execution, find_device
-    from nanomoe.run import Run
-    from nanomoe.size import n_active_params, n_params
-    from nanomoe.upcycle import starting_weights
+    from nanomoe.model.size import n_active_params, n_params
+    from nanomoe.model.upcycle import starting_weights
+    from nanomoe.training.execution import Execution, find_device
+    from nanomoe.training.run import Run
 
     config = start.config
     text = Path(start.text_path).read_bytes().decode()
@@ -278,11 +278,11 @@ def _warm_up() -> None:
     kernels are chosen, by the first step of a kind only. Touches no GPU."""
     import torch
 
-    import nanomoe.upcycle  # noqa: F401
-    from nanomoe.execution import Execution
-    from nanomoe.run import Run
+    import nanomoe.model.upcycle  # noqa: F401
     from nanomoe.tokenizer import BUNDLED, load_tokenizer
-    from nanomoe.train import train
+    from nanomoe.training.execution import Execution
+    from nanomoe.training.loop import train
+    from nanomoe.training.run import Run
 
     def run_of(config: JobConfig, text: str) -> Run:
         tokenizer = load_tokenizer(config.tokenizer)

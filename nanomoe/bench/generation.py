@@ -18,7 +18,7 @@ from torch import Tensor
 from nanomoe.bench import machine, models, peers
 from nanomoe.config import SamplingConfig
 from nanomoe.generation.engine import Engine, Request, useful_threads
-from nanomoe.size import n_active_params
+from nanomoe.model.size import n_active_params
 
 SAMPLINGS = {
     "top_k 1": SamplingConfig(temperature=0.1, top_k=1),

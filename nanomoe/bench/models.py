@@ -6,10 +6,10 @@ from importlib.resources import files
 import torch
 
 from nanomoe.config import JobConfig
-from nanomoe.execution import Execution
-from nanomoe.model import GPT
-from nanomoe.run import Run
+from nanomoe.model.gpt import GPT
 from nanomoe.tokenizer import BUNDLED, Tokenizer, load_tokenizer
+from nanomoe.training.execution import Execution
+from nanomoe.training.run import Run
 
 MODELS = {
     "dense": JobConfig(),

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from nanomoe.config import SamplingConfig
 from nanomoe.export import gpt2_model
-from nanomoe.model import GPT
+from nanomoe.model.gpt import GPT
 
 Continue = Callable[[Tensor, int, SamplingConfig], Tensor]
 """From prompts (N, T), the number of new tokens and how to sample them to all tokens (N, T + new)."""
@@ -22,8 +22,8 @@ Continue = Callable[[Tensor, int, SamplingConfig], Tensor]
 def nanogpt(model: GPT) -> Continue:
     """nanoGPT's `generate`: the whole window through the model for every token, logits of the last position only.
 
-    Its modules are ours in evaluation, operator for operator; a mixture of experts goes through `nanomoe.moe`, which is
-    faster than a loop over experts.
+    Its modules are ours in evaluation, operator for operator; a mixture of experts goes through `nanomoe.model.moe`,
+    which is faster than a loop over experts.
     """
 
     @torch.inference_mode()

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from nanomoe.config import ModelConfig
 from nanomoe.generation.graphs import GraphedStep
-from nanomoe.model import GPT, MLP
+from nanomoe.model.gpt import GPT, MLP
 
 
 class Span(NamedTuple):

@@ -25,7 +25,7 @@ from nanomoe.generation.decoder import CompiledDecoder, Decoder, Span, TensorDec
 from nanomoe.generation.logprobs import LogProbs
 from nanomoe.generation.output_layer import CompiledOutputLayer, OutputLayer, TensorOutputLayer
 from nanomoe.generation.sampling import Candidates
-from nanomoe.model import GPT
+from nanomoe.model.gpt import GPT
 
 FEW_SEQUENCES = 4
 """Fewer than these are computed by one thread: with two, a lone text is a tenth faster on a machine of its own, and

@@ -2,14 +2,30 @@
 
 import os
 import shlex
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from service.cli import text
+from service.cli.mistakes import Mistake
 from service.client.connection import DEFAULT_URL, URL_VARIABLE
+from service.errors import StartRefused
 from service.loopback import is_loopback
+
+if TYPE_CHECKING:
+    from service.settings import Settings
 
 _TO_CONNECT_TO = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - read, not bound
 """An address that stands for all of this machine's -> the one of loopback."""
+
+
+def settings() -> "Settings":
+    """The environment's settings; a wrong one is a usage error that names its variable."""
+    from service.settings import read_settings  # not needed by a command that is told where the service is
+
+    try:
+        return read_settings()
+    except StartRefused as error:
+        raise Mistake(str(error).replace("\n", "; ")) from None
 
 
 def own_url() -> str:
@@ -17,8 +33,6 @@ def own_url() -> str:
 
     Raises Mistake.
     """
-    from service.cli.options import settings
-
     if named := os.environ.get(URL_VARIABLE):
         return named.rstrip("/")
     here = settings()

@@ -10,10 +10,10 @@ from pydantic import BaseModel
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from service import schemas
 from service.cli import text
 from service.cli.output import to_json
 from service.client import JobHandle, Unavailable, Unreachable
+from service.http import schemas
 
 
 class Display(Protocol):

@@ -11,17 +11,17 @@ from rich.text import Text
 
 from nanomoe.checkpoint import CONFIG, WEIGHTS
 from nanomoe.config import JobConfig
-from nanomoe.explain import Explanation, LayerExplanation
-from service import schemas
+from nanomoe.evaluation.explain import Explanation, LayerExplanation
 from service.cli import text
 from service.cli.jobs import read_text
 from service.cli.mistakes import Mistake
 from service.cli.options import Url, connect
 from service.cli.output import Json, print_json
 from service.cli.references import Reference
+from service.http import schemas
 
 if TYPE_CHECKING:
-    from service.engine_messages import Inspected
+    from service.generation.messages import Inspected
 
 Target = Annotated[str, typer.Argument(metavar="JOB[@CHECKPOINT]", help="A job, or latest; then perhaps @50.")]
 
@@ -118,8 +118,8 @@ def _inspect_folder(folder: Path, prompt: str) -> "tuple[JobConfig, Inspected]":
             raise Mistake(f"{folder} holds no checkpoint: {name} is missing")
     from torch import device
 
-    from service.engine_messages import Inspect, Refused
-    from service.examiner import OpenCheckpoint, answer_inspect
+    from service.generation.examiner import OpenCheckpoint, answer_inspect
+    from service.generation.messages import Inspect, Refused
 
     opened = OpenCheckpoint.load(folder, device("cpu"))
     _check_is_mixture(str(folder), opened.config)

@@ -1,6 +1,6 @@
 """What the words of a run mean: each is a field, and its docstring is the explanation.
 
-`nanomoe metrics --explain` prints it, and the README's tables of figures are made from it.
+`nanomoe metrics --explain` prints it; docs/metrics.md and docs/mixture_of_experts.md have their tables from it.
 """
 
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pydantic import BaseModel
 
 from nanomoe.config import JobConfig
-from service import schemas
+from service.http import schemas
 
 _NOT_FIGURES = ("percent", "step", "epoch", "created_at", "layer")
 """Fields that say which checkpoint or layer it is."""

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from service import schemas
 from service.cli import glossary, text
 from service.cli.addresses import option_for
 from service.cli.display import JsonDisplay, TextDisplay, follow
@@ -18,7 +17,8 @@ from service.cli.options import ConfigFile, Job, Set, Url, connect
 from service.cli.output import Json, print_json, to_json
 from service.cli.references import LATEST, Reference
 from service.client import Client, JobHandle
-from service.schemas.jobs import split_tag
+from service.http import schemas
+from service.http.schemas.jobs import split_tag
 
 SAMPLING = {
     name: field

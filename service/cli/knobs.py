@@ -18,7 +18,7 @@ from nanomoe.config import JobConfig
 from service.cli import text
 from service.cli.mistakes import Mistake
 from service.cli.output import Json, print_json
-from service.patterns import message_of
+from service.http.patterns import message_of
 
 
 def config_of(file: Path | None, settings: list[str]) -> JobConfig:

@@ -12,19 +12,20 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nanomoe.checkpoint import CONFIG, WEIGHTS
-from service import schemas
 from service.cli import text
+from service.cli.addresses import settings
 from service.cli.display import Display, JsonDisplay, TextDisplay
 from service.cli.jobs import FAILED, INTERRUPTED, read_text
 from service.cli.knobs import config_of
 from service.cli.mistakes import Mistake
-from service.cli.options import ConfigFile, Set, Url, connect, settings
+from service.cli.options import ConfigFile, Set, Url, connect
 from service.cli.output import Json, print_json
 from service.cli.references import Reference
+from service.http import schemas
 
 if TYPE_CHECKING:
     from nanomoe.config import JobConfig
-    from nanomoe.run import Run
+    from nanomoe.training.run import Run
 
 
 class Format(StrEnum):
@@ -99,7 +100,7 @@ def train(
     with text.waiting("loading torch", quiet=as_json):
         run = _prepare(given, job_config)
 
-        from nanomoe.train import LossNotFinite
+        from nanomoe.training.loop import LossNotFinite
 
     try:
         with JsonDisplay() if as_json else TextDisplay(text.console()) as display:
@@ -117,10 +118,10 @@ def train(
 
 def _prepare(given: str, config: "JobConfig") -> "Run":
     """Text and config to a model that can train; raises Mistake for what cannot be."""
-    from nanomoe.execution import DeviceUnavailable, Execution, find_device
     from nanomoe.plan import TextTooShort
-    from nanomoe.run import Run
     from nanomoe.tokenizer import TokenizerError, load_tokenizer
+    from nanomoe.training.execution import DeviceUnavailable, Execution, find_device
+    from nanomoe.training.run import Run
 
     here = settings()
     try:
@@ -138,8 +139,8 @@ def _prepare(given: str, config: "JobConfig") -> "Run":
 def _train(run: "Run", n_bytes: int, display: Display, out: Path | None) -> None:
     """`n_bytes`: of the text, in UTF-8."""
     from nanomoe import checkpoint
-    from nanomoe import train as training
     from nanomoe.config_warnings import config_warnings
+    from nanomoe.training import loop as training
 
     began = time.monotonic()
     vocab_size = run.tokenizer.vocab_size

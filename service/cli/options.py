@@ -1,7 +1,7 @@
 """Options that many commands share, and what they mean."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -10,10 +10,6 @@ from service.cli.knobs import complete_knob
 from service.cli.mistakes import Mistake
 from service.client import Client
 from service.client.connection import URL_VARIABLE
-from service.errors import StartRefused
-
-if TYPE_CHECKING:
-    from service.settings import Settings
 
 Url = Annotated[
     str | None,
@@ -31,16 +27,6 @@ Set = Annotated[
     ),
 ]
 ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="A JSON file of knobs.")]
-
-
-def settings() -> "Settings":
-    """The environment's settings; a wrong one is a usage error that names its variable."""
-    from service.settings import read_settings  # not needed by a command that is told where the service is
-
-    try:
-        return read_settings()
-    except StartRefused as error:
-        raise Mistake(str(error).replace("\n", "; ")) from None
 
 
 def connect(url: str | None) -> Client:

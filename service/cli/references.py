@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from typing import Any, Self, cast, get_args
 
-from service import schemas
 from service.cli.addresses import option_for
 from service.cli.mistakes import Mistake
 from service.cli.text import program
 from service.client import Client, JobHandle
 from service.client.calls import Which
+from service.http import schemas
 
 LATEST = "latest"
 

@@ -14,9 +14,8 @@ import typer
 from rich.text import Text
 
 from service.cli import text
-from service.cli.addresses import option_for
+from service.cli.addresses import option_for, settings
 from service.cli.jobs import INTERRUPTED, SUCCEEDED, introduce, show_generated, show_to_the_end
-from service.cli.options import settings
 from service.cli.output import Json, print_json
 from service.cli.processes import ChildFailed, Processes, ended_by_signals
 from service.client import Client

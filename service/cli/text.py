@@ -24,8 +24,8 @@ from rich.text import Text
 if TYPE_CHECKING:
     # For annotations only: `nanomoe knobs` and the list of commands start without them.
     from nanomoe.config import JobConfig
-    from nanomoe.explain import LayerExplanation
-    from service import schemas
+    from nanomoe.evaluation.explain import LayerExplanation
+    from service.http import schemas
 
 WRONG = "red"
 DIM = "dim"
@@ -416,7 +416,7 @@ def _balance(mean: schemas.MixtureFigures) -> Text:
 
 def mixture_table(checkpoints: Sequence[schemas.CheckpointMetrics]) -> Table:
     """How the experts shared the work at each quarter, as the mean over the MoE layers: one row a figure."""
-    from service.schemas import MixtureFigures
+    from service.http.schemas import MixtureFigures
 
     mixtures = {checkpoint.percent: checkpoint.moe.mean for checkpoint in checkpoints if checkpoint.moe is not None}
     table = new_table("mean over MoE layers", *(f">{percent} %" for percent in mixtures))

@@ -16,16 +16,16 @@ import typer
 from rich.text import Text
 
 from service.cli import text
+from service.cli.addresses import settings
 from service.cli.jobs import FAILED
 from service.cli.mistakes import Mistake
-from service.cli.options import settings
 from service.cli.output import Json, print_json
 from service.errors import ServiceError, StartRefused
 from service.settings import Settings
 
 if TYPE_CHECKING:
-    from service.database import Database
-    from service.fsck import Report
+    from service.database.database import Database
+    from service.storage.fsck import Report
 
 
 def backup(
@@ -63,8 +63,8 @@ def fsck(
 
     Exit code 0: all is as it was recorded; 1: something is missing or damaged.
     """
-    from service.fsck import check
-    from service.orphans import sweep_orphans
+    from service.storage.fsck import check
+    from service.storage.orphans import sweep_orphans
 
     here = settings()
     with _opened(here) as database:
@@ -85,7 +85,7 @@ def _opened(here: Settings) -> "Iterator[Database]":
     """The database, which must be there already; what it cannot do is one line and exit code 2."""
     from sqlalchemy.engine import make_url
 
-    from service.database import open_database
+    from service.database.database import open_database
 
     if here.database_url.startswith("sqlite:"):
         file = Path(make_url(here.database_url).database or "")

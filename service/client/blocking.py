@@ -11,7 +11,6 @@ from typing import Any, Concatenate, Literal, ParamSpec, Self, TypeVar, overload
 
 import httpx
 
-from service import schemas
 from service.client import calls
 from service.client.calls import Call, Which, method_signature
 from service.client.connection import DEFAULT_URL, URL_VARIABLE, connection_settings
@@ -21,6 +20,7 @@ from service.client.errors import ClientError
 from service.client.events import EventCursor, JobEvent
 from service.client.job_fields import JobFields
 from service.client.patience import STREAM_RETRIES, Patience
+from service.http import schemas
 
 P = ParamSpec("P")
 T = TypeVar("T")

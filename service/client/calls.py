@@ -16,8 +16,8 @@ import httpx
 from pydantic import BaseModel, ValidationError
 
 from nanomoe.config import JobConfig
-from service import schemas
 from service.client.errors import UnexpectedAnswer, problem_of
+from service.http import schemas
 
 T = TypeVar("T")
 Answer = TypeVar("Answer", bound=BaseModel)

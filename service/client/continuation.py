@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import httpx
 from pydantic import ValidationError
 
-from service import schemas
 from service.client.errors import UnexpectedAnswer, exception_of
 from service.client.sse import EventDecoder, ServerSentEvent
+from service.http import schemas
 
 Piece = schemas.GenerateChunk | schemas.GenerateEnd
 """What a continuation has gained; at the end of the stream, what is known of the whole."""

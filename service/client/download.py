@@ -6,8 +6,8 @@ from tempfile import NamedTemporaryFile
 from types import TracebackType
 from typing import Self
 
-from service import schemas
 from service.client.errors import UnexpectedAnswer
+from service.http import schemas
 
 
 class Download:

@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 from pydantic import ValidationError
 
-from service import schemas
+from service.http import schemas
 
 
 class ClientError(Exception):

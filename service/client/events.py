@@ -11,10 +11,10 @@ import httpx
 from pydantic import BaseModel, ValidationError
 
 from nanomoe.config import ConfigWarning
-from service import schemas
 from service.client import calls
 from service.client.errors import UnexpectedAnswer
 from service.client.sse import EventDecoder, ServerSentEvent
+from service.http import schemas
 
 EventData = schemas.StatusEvent | schemas.Progress | schemas.CheckpointMetrics | ConfigWarning
 

@@ -5,7 +5,7 @@ from datetime import datetime
 from pydantic import JsonValue
 
 from nanomoe.config import ConfigWarning, JobConfig
-from service import schemas
+from service.http import schemas
 
 
 class JobFields:

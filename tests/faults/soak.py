@@ -28,10 +28,12 @@ import psutil
 import sqlalchemy as sa
 
 from nanomoe.config import JobConfig
-from service import migrate, orphans, store
 from service.client import Client, ClientError
+from service.database import migrate
+from service.jobs import store
+from service.jobs.store import open_database
 from service.settings import Settings
-from service.store import open_database
+from service.storage import orphans
 from tests.faults.undisturbed import assert_undisturbed, train_undisturbed
 from tests.worker.workplace import QUICK, WorkerProcess, Workplace, is_alive
 from worker.survivors import TOKEN_VARIABLE

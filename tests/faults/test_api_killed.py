@@ -13,9 +13,9 @@ import httpx
 import pytest
 from sqlmodel import select
 
-from service import store
+from service.jobs import store
+from service.jobs.store import Database, Job
 from service.settings import Settings
-from service.store import Database, Job
 from tests.databases import EITHER
 from tests.races import at_once
 
@@ -26,7 +26,7 @@ N_JOBS = 50
 _DYING = """
 import itertools, os, signal, sys
 import sqlalchemy as sa
-from service import queue
+from service.jobs import queue
 from service.__main__ import main
 
 def die(*_):

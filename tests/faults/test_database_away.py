@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from service import store
-from service.store import Job
+from service.jobs import store
+from service.jobs.store import Job
 from tests.databases import PostgresqlServer
 from tests.faults.undisturbed import DENSE, TEXT, assert_undisturbed, hooked, undisturbed
 from tests.worker.workplace import QUICK, SHORT_LEASE, Workplace, ended_within

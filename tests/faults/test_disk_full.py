@@ -14,9 +14,9 @@ from tempfile import TemporaryDirectory
 import pytest
 import sqlalchemy as sa
 
-from service import queue, store
+from service.jobs import queue, store
+from service.jobs.store import Job, open_database
 from service.settings import Settings
-from service.store import Job, open_database
 from tests.databases import ONLY_SQLITE
 from tests.faults.undisturbed import DENSE, TEXT, assert_undisturbed, hooked, undisturbed
 from tests.worker.workplace import Workplace, ended_within

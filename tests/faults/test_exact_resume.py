@@ -13,8 +13,8 @@ import pytest
 
 from nanomoe import checkpoint
 from nanomoe.config import JobConfig
-from service import queue, store
-from service.store import Job
+from service.jobs import queue, store
+from service.jobs.store import Job
 from tests.databases import ONLY_SQLITE
 from tests.faults import toy_trainer
 from tests.faults.toy_trainer import QUARTERS, Toy

@@ -13,8 +13,8 @@ import psutil
 import pytest
 
 from nanomoe import checkpoint
-from service import queue, store
-from service.store import Job
+from service.jobs import queue, store
+from service.jobs.store import Job
 from tests.databases import EITHER, ONLY_SQLITE
 from tests.worker.scripted_trainer import TIES
 from tests.worker.workplace import HERE, QUICK, SHORT_LEASE, Workplace, ended_within, is_alive

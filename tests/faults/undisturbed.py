@@ -10,8 +10,8 @@ from typing import Any
 
 from nanomoe import checkpoint
 from nanomoe.config import JobConfig
-from service import store
-from service.store import Job
+from service.jobs import store
+from service.jobs.store import Job
 from tests.worker.workplace import HERE, Workplace
 
 TEXT = "O rato roeu a roupa do rei de Roma; a rainha, com raiva, resolveu remendar a roupa do rei. " * 2
@@ -46,9 +46,9 @@ def train_undisturbed(config: JobConfig, text: str = TEXT) -> Undisturbed:
     """Of a config, with nothing but the library."""
     import torch
 
-    from nanomoe.execution import Execution
     from nanomoe.tokenizer import load_tokenizer
-    from nanomoe.train import Recorded, Run, Steps, train
+    from nanomoe.training.execution import Execution
+    from nanomoe.training.loop import Recorded, Run, Steps, train
 
     tokenizer = load_tokenizer(config.tokenizer)
     tokens = tokenizer.encode(text)

@@ -6,7 +6,7 @@ import torch
 from nanomoe.bench import generation, models, peers
 from nanomoe.config import SamplingConfig
 from nanomoe.generation.engine import Engine, Request
-from nanomoe.size import n_active_params
+from nanomoe.model.size import n_active_params
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save, save_file
 from nanomoe import checkpoint
 from nanomoe.config import JobConfig
 from nanomoe.export import NotExportable, export_hf, gpt2_model
-from nanomoe.model import GPT
+from nanomoe.model.gpt import GPT
 from nanomoe.tokenizer import load_tokenizer
 
 # Run where nanomoe cannot be imported: the exported folders have to be enough.

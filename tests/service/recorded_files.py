@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from nanomoe import checkpoint
-from service import queue, store
-from service.database import Database
-from service.queue import Claim, NewJob
-from service.store import WorkerIdentity
+from service.database.database import Database
+from service.jobs import queue, store
+from service.jobs.queue import Claim, NewJob
+from service.jobs.store import WorkerIdentity
 
 FILES = {"config.json": b"{}\n", "model.safetensors": bytes(range(256)) * 4}
 

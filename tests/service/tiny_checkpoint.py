@@ -9,9 +9,9 @@ from torch import Tensor
 
 from nanomoe import checkpoint
 from nanomoe.config import JobConfig
-from nanomoe.model import GPT
+from nanomoe.model.gpt import GPT
 from nanomoe.tokenizer import Tokenizer, load_tokenizer
-from service.engine_messages import EngineRequest
+from service.generation.messages import EngineRequest
 
 
 @dataclass(frozen=True)

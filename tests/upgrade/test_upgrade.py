@@ -18,15 +18,17 @@ import torch
 
 from nanomoe import checkpoint
 from nanomoe.config import JobConfig
-from nanomoe.execution import Execution
-from nanomoe.run import Run
 from nanomoe.tokenizer import Tokenizer
-from nanomoe.train import Recorded, train
-from service import fsck, migrate, queue, store
-from service.database import open_database
+from nanomoe.training.execution import Execution
+from nanomoe.training.loop import Recorded, train
+from nanomoe.training.run import Run
+from service.database import migrate
+from service.database.database import open_database
+from service.jobs import queue, store
+from service.jobs.store import Job
+from service.jobs.tables import table
 from service.settings import Settings
-from service.store import Job
-from service.tables import table
+from service.storage import fsck
 from tests.faults.undisturbed import hooked, train_undisturbed
 from tests.upgrade.make_data_folder import BYTES, TEXT
 from tests.worker.workplace import Workplace

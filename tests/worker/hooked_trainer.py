@@ -32,7 +32,7 @@ torch._dynamo = sys.modules["torch._dynamo"] = SimpleNamespace(  # type: ignore[
 )
 
 from nanomoe import checkpoint  # noqa: E402
-from nanomoe.run import Run  # noqa: E402
+from nanomoe.training.run import Run  # noqa: E402
 from tests.worker.scripted_trainer import run_out_of_memory  # noqa: E402
 from worker import trainer  # noqa: E402
 from worker.guard import Supervision  # noqa: E402

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from nanomoe import checkpoint
-from service import database, logs, queue
+from service import logs
+from service.database import database
+from service.database.database import open_database
+from service.jobs import queue
 from service.settings import Settings
-from service.store import open_database
 from worker import attempt
 from worker.devices import find_devices
 from worker.lock import SlotLock

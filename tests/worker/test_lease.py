@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from service import queue, store
 from service.errors import DatabaseUnavailable, LeaseLost
-from service.queue import Claim, NewJob
-from service.store import Database
+from service.jobs import queue, store
+from service.jobs.queue import Claim, NewJob
+from service.jobs.store import Database
 from tests.databases import ONLY_SQLITE
 from tests.worker.workplace import QUICK
 from worker.lease import Lease, LeaseUncertain

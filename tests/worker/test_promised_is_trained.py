@@ -15,9 +15,9 @@ import pytest
 from nanomoe import checkpoint
 from nanomoe.config import InitFrom, JobConfig
 from nanomoe.tokenizer import Tokenizer, load_tokenizer
-from service.schemas import SubmitRequest
+from service.http.schemas import SubmitRequest
+from service.jobs.submission import TOKENISED_AT_ONCE_BYTES, Parent, assess
 from service.settings import Settings
-from service.submission import TOKENISED_AT_ONCE_BYTES, Parent, assess
 from tests.nanomoe.sample_tokenizers import other_meaning
 from tests.service.tiny_checkpoint import TinyCheckpoint, write_tiny_checkpoint
 from worker.protocol import (

@@ -3,10 +3,10 @@
 import signal
 
 from nanomoe.config import JobConfig
-from service import queue, store
-from service.queue import Claim, NewJob
+from service.jobs import queue, store
+from service.jobs.queue import Claim, NewJob
+from service.jobs.store import Database
 from service.settings import Settings
-from service.store import Database
 from tests.databases import ONLY_SQLITE
 from tests.service.tiny_checkpoint import write_tiny_checkpoint
 from tests.worker.workplace import SHORT_LEASE, Workplace

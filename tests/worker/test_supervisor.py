@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 
 from nanomoe.config import JobConfig
-from nanomoe.execution import Execution
-from service import queue, store
-from service.store import Job, load_job
+from nanomoe.training.execution import Execution
+from service.jobs import queue, store
+from service.jobs.store import Job, load_job
 from tests.databases import EITHER, ONLY_SQLITE
 from tests.worker.workplace import HERE, QUICK, Workplace, is_alive
 from worker.devices import find_devices

@@ -34,13 +34,13 @@ def test_stray_prints_of_the_trainer_and_its_children_never_reach_the_supervisor
 
 
 def recorded(percent: int) -> object:
-    from nanomoe.train import Recorded
+    from nanomoe.training.loop import Recorded
 
     return Recorded(percent, 5, 2, {"loss": 1.0}, 10.0, {"model.safetensors": b"weights"})
 
 
 def test_folders_are_written_in_order_and_told_of_once_whole(tmp_path: Path) -> None:
-    from nanomoe.train import Snapshot
+    from nanomoe.training.loop import Snapshot
 
     wire = Heard()
     writer = Writer(wire, tmp_path, fence=4)
@@ -76,7 +76,7 @@ def test_an_error_that_would_come_again_fails_the_job_and_any_other_is_a_crash()
     import torch
 
     from nanomoe.tokenizer import TokenizerError
-    from nanomoe.train import LossNotFinite, OutOfMemory
+    from nanomoe.training.loop import LossNotFinite, OutOfMemory
 
     def code(error: Exception) -> str | None:
         failure = _explain(error)

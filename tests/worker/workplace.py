@@ -16,10 +16,10 @@ import pytest
 from sqlalchemy import make_url
 
 from nanomoe.config import JobConfig
-from service import queue, store
-from service.database import BUSY_SECONDS
+from service.database.database import BUSY_SECONDS
+from service.jobs import queue, store
+from service.jobs.store import Database, Job
 from service.settings import Settings
-from service.store import Database, Job
 from tests.worker import run_worker
 from worker.timing import Timing
 

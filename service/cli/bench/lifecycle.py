@@ -15,13 +15,13 @@ from threading import Event
 import sqlalchemy as sa
 
 from nanomoe.config import JobConfig
-from service import queue, store
 from service.cli.bench.site import Site, open_site
 from service.client import Client, JobHandle
-from service.database import Database
-from service.queue import NewJob
-from service.store import Job, WorkerIdentity
-from service.tables import Counter, table
+from service.database.database import Database
+from service.jobs import queue, store
+from service.jobs.queue import NewJob
+from service.jobs.store import Job, WorkerIdentity
+from service.jobs.tables import Counter, table
 
 _POLL_SECONDS = 0.002
 _GIVE_UP_SECONDS = 300.0

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from service import queue, store
 from service.cli.processes import Processes
-from service.database import Database
-from service.queue import NewJob
+from service.database.database import Database
+from service.jobs import queue, store
+from service.jobs.queue import NewJob
 from service.settings import Settings, sqlite_url
 
 if TYPE_CHECKING:
-    from nanomoe.model import GPT
+    from nanomoe.model.gpt import GPT
     from nanomoe.tokenizer import Tokenizer
 
 

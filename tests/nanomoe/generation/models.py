@@ -3,7 +3,7 @@
 import torch
 
 from nanomoe.config import ModelConfig
-from nanomoe.model import GPT
+from nanomoe.model.gpt import GPT
 
 BLOCK_SIZE = 24
 EVERY_OPTION = {

@@ -21,7 +21,7 @@ from nanomoe.generation.decoder import TensorDecoder
 from nanomoe.generation.engine import Continuation, Engine, Request, continue_tokens, generate_reference
 from nanomoe.generation.output_layer import TensorOutputLayer
 from nanomoe.generation.sampling import Candidates
-from nanomoe.model import GPT
+from nanomoe.model.gpt import GPT
 from tests.nanomoe.generation.models import BLOCK_SIZE, CONFIGS, random_model
 
 GREEDY = SamplingConfig(temperature=0)
@@ -297,7 +297,7 @@ _ON_A_GPU = """
 import sys
 from nanomoe.config import ModelConfig
 from nanomoe.generation.engine import Engine, Request
-from nanomoe.model import GPT
+from nanomoe.model.gpt import GPT
 config = ModelConfig(block_size=16, n_layer=1, n_head=1, n_embd=128)
 model = GPT.build(config, 16_384)
 model.init_weights(0)

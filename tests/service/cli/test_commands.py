@@ -12,11 +12,12 @@ import pytest
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from service import queue, schemas
 from service.cli import COMMANDS, addresses, app
 from service.cli.commands import LazyCommand
 from service.cli.display import TextDisplay
 from service.cli.jobs import read_text
+from service.http import schemas
+from service.jobs import queue
 from tests.api import TEXT, Api
 from tests.service.cli.conftest import Run
 
@@ -411,7 +412,7 @@ def test_the_list_of_commands_loads_none_of_them() -> None:
 
 
 def test_the_knobs_are_told_without_a_client() -> None:
-    assert _loaded_by("knobs", "lr") & {*HEAVY, "pydantic_settings", "httpx", "service.schemas"} == set()
+    assert _loaded_by("knobs", "lr") & {*HEAVY, "pydantic_settings", "httpx", "service.http.schemas"} == set()
 
 
 @pytest.mark.parametrize("arguments", [("jobs",), ("workers",), ("submit", "--dry-run", "LICENSE")], ids=lambda a: a[0])

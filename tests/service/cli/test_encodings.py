@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from service import queue
 from service.cli import main
+from service.jobs import queue
 from tests.api import TEXT, Api
 from tests.service.cli.conftest import Run
 

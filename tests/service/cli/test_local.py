@@ -10,9 +10,9 @@ import pytest
 from nanomoe import checkpoint
 from nanomoe.tokenizer import load_tokenizer
 from service.cli.knobs import config_of
-from service.schemas import SubmitRequest
+from service.http.schemas import SubmitRequest
+from service.jobs.submission import assess
 from service.settings import Settings
-from service.submission import assess
 from tests.api import TEXT
 from tests.nanomoe.sample_tokenizers import other_meaning
 from tests.service.cli.conftest import Run

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from service import fsck, migrate, store
 from service.cli.processes import Processes
-from service.database import MAX_SQLITE_PATH_BYTES, open_database
+from service.database import migrate
+from service.database.database import MAX_SQLITE_PATH_BYTES, open_database
 from service.errors import StartRefused
-from service.queue import NewJob, submit
+from service.jobs import store
+from service.jobs.queue import NewJob, submit
 from service.settings import Settings, sqlite_url
+from service.storage import fsck
 from tests.api import TEXT
 from tests.service.cli.conftest import Run
 

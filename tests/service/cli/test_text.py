@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 from rich.text import Text
 
-from service import schemas
 from service.cli import text
+from service.http import schemas
 
 
 @given(st.text())

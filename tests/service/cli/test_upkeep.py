@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from nanomoe import checkpoint
-from service import queue, store
-from service.database import Database, open_database
+from service.database.database import Database, open_database
+from service.jobs import queue, store
+from service.jobs.store import WorkerIdentity
 from service.settings import Settings
-from service.store import WorkerIdentity
 from tests.databases import EITHER, ONLY_POSTGRESQL, ONLY_SQLITE
 from tests.service.cli.conftest import Run
 from tests.service.recorded_files import job_with_files, snapshot

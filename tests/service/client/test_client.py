@@ -14,7 +14,6 @@ import pytest
 
 from nanomoe.config import JobConfig
 from service import client as package
-from service import schemas
 from service.client import (
     AsyncClient,
     AsyncJobHandle,
@@ -30,6 +29,7 @@ from service.client import (
     UnexpectedAnswer,
     Unreachable,
 )
+from service.http import schemas
 
 JOB_ID = "0" * 31 + "1"
 Handler = Callable[[httpx.Request], httpx.Response]

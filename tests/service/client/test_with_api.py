@@ -7,9 +7,9 @@ import pytest
 
 from nanomoe import __version__
 from nanomoe.config import ConfigWarning
-from service import queue
 from service.client import AsyncClient, Client, Conflict, Invalid, JobEvent, NotFound
-from service.schemas import CheckpointMetrics, JobView, StatusEvent
+from service.http.schemas import CheckpointMetrics, JobView, StatusEvent
+from service.jobs import queue
 from tests.api import TEXT, Api
 
 TINY = {"tokenizer": "bytes", "epochs": 3}

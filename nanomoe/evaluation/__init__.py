@@ -1,0 +1,1 @@
+"""What is measured of a checkpoint, and what its predictions are explained by."""

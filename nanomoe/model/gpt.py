@@ -1,0 +1,210 @@
+"""The GPT: nanoGPT's parameter names and semantics, some of its MLPs a mixture of experts.
+
+Shape letters: B windows, T tokens of a window, C = n_embd channels, H heads, D = C / H, V vocabulary.
+
+Dropout is handed in (`nanomoe.model.dropout`), so a forward pass without it is the evaluation, whatever the module's
+mode. Knows no loss, no optimizer and no file.
+"""
+
+import math
+from typing import NamedTuple, Self, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nanomoe.config import ModelConfig
+from nanomoe.model.dropout import EMBEDDING, Dropout, LayerMasks
+from nanomoe.model.moe import MoE, Routing
+
+INIT_STD = 0.02
+"""Standard deviation of initial weights (GPT-2)."""
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over the channels, eps 1e-5, with optional bias."""
+
+    def __init__(self, n_embd: int, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(n_embd))
+        self.bias = nn.Parameter(torch.zeros(n_embd)) if bias else None
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        return F.layer_norm(x_BTC, self.weight.shape, self.weight, self.bias, 1e-5)
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention in which a token sees itself and what came before it."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x_BTC: Tensor, masks: LayerMasks | None) -> Tensor:
+        B, T, C = x_BTC.shape
+        q, k, v = self.c_attn(x_BTC).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, D)
+        if masks is None:
+            y_BHTD = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            # The fused kernels draw their own masks, so dropout on the weights needs them written out.
+            scores_BHTT = (q @ k.transpose(-2, -1)) * (1 / math.sqrt(q.shape[-1]))
+            future_TT = torch.ones(T, T, dtype=torch.bool, device=x_BTC.device).triu_(1)
+            weights_BHTT = scores_BHTT.masked_fill(future_TT, float("-inf")).softmax(-1)
+            y_BHTD = (weights_BHTT * masks.take(self.n_head, T, T)).to(v.dtype) @ v
+        y_BTC: Tensor = self.c_proj(y_BHTD.transpose(1, 2).reshape(B, T, C))
+        return y_BTC if masks is None else y_BTC * masks.take(T, C)
+
+
+class MLP(nn.Module):
+    """Linear C -> 4C, exact GELU, Linear 4C -> C."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x_BTC: Tensor, masks: LayerMasks | None) -> Tensor:
+        y_BTC: Tensor = self.c_proj(F.gelu(self.c_fc(x_BTC)))
+        return y_BTC if masks is None else y_BTC * masks.take(*y_BTC.shape[1:])
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)) or x + moe(norm(x))."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer = layer
+        self.ln_1 = LayerNorm(config.n_embd, config.bias)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = LayerNorm(config.n_embd, config.bias)
+        self.mlp: MLP | MoE = MoE(config) if config.is_moe_layer(layer) else MLP(config)
+
+    def forward(
+        self, x_BTC: Tensor, dropout: Dropout | None, without_expert: int | None = None
+    ) -> tuple[Tensor, Routing | None]:
+        _, T, C = x_BTC.shape
+        masks = self._masks(dropout, T) if dropout is not None and self.config.dropout > 0 else None
+        x_BTC = x_BTC + self.attn(self.ln_1(x_BTC), masks)
+        if isinstance(self.mlp, MLP):
+            return x_BTC + self.mlp(self.ln_2(x_BTC), masks), None
+        noise_TE = None
+        if dropout is not None and self.config.router_noise:
+            noise_TE = dropout.noise(self.layer, T, self.config.n_experts).flatten(0, 1)
+        keep = None if masks is None else masks.take(T, self._expert_rows, C)
+        y_BTC, routing = self.mlp(self.ln_2(x_BTC), keep=keep, noise_TE=noise_TE, without_expert=without_expert)
+        return x_BTC + y_BTC, routing
+
+    @property
+    def _expert_rows(self) -> int:
+        return self.config.k + self.config.n_shared_experts
+
+    def _masks(self, dropout: Dropout, T: int) -> LayerMasks:
+        rows = 1 if isinstance(self.mlp, MLP) else self._expert_rows
+        return dropout.layer(self.layer, self.config.n_head * T * T + (1 + rows) * T * self.config.n_embd)
+
+
+class Transformer(nn.Module):
+    """The embeddings, the blocks and the last norm; a module of its own because nanoGPT's names say so."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_f = LayerNorm(config.n_embd, config.bias)
+
+
+class ModelOutput(NamedTuple):
+    """What a forward pass gives."""
+
+    logits_BTV: Tensor
+    routings: dict[int, Routing]
+    """{layer: routing} of each MoE layer."""
+
+
+class GPT(nn.Module):
+    """A language model: for every token, the logits of the next. The output layer is the token embedding (tied)."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = Transformer(config, vocab_size)
+
+    @classmethod
+    def build(cls, config: ModelConfig, vocab_size: int, device: torch.device | str = "cpu") -> Self:
+        """A model on `device` whose weights are not set yet: for `init_weights` or `load_state_dict`."""
+        with torch.device("meta"):
+            model = cls(config, vocab_size)
+        return model.to_empty(device=device)
+
+    def init_weights(self, seed: int) -> None:
+        """nanoGPT's initialisation: N(0, 0.02), residual projections N(0, 0.02 / sqrt(2 n_layer)), biases 0.
+
+        The numbers are drawn on the CPU, so that one seed means one model on every device.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        residual_std = INIT_STD / math.sqrt(2 * self.config.n_layer)
+
+        def normal(weight: Tensor, std: float) -> None:
+            weight.copy_(torch.empty(weight.shape, dtype=weight.dtype).normal_(0, std, generator=generator))
+
+        with torch.no_grad():
+            for name, module in self.named_modules():
+                if isinstance(module, MoE):
+                    module.init_weights(self.config.n_layer, generator)
+                elif isinstance(module, LayerNorm):
+                    module.weight.fill_(1)
+                    if module.bias is not None:
+                        module.bias.zero_()
+                elif isinstance(module, nn.Embedding):
+                    normal(module.weight, INIT_STD)
+                elif isinstance(module, nn.Linear):
+                    normal(module.weight, residual_std if name.endswith("c_proj") else INIT_STD)
+                    if module.bias is not None:
+                        module.bias.zero_()
+
+    @property
+    def moe_layers(self) -> dict[int, MoE]:
+        """The MoE of each layer that has one, by its index."""
+        return {block.layer: block.mlp for block in self.blocks if isinstance(block.mlp, MoE)}
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The blocks, first to last."""
+        return cast(list[Block], list(self.transformer.h))
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the token embedding."""
+        return self.transformer.wte.num_embeddings
+
+    def forward(
+        self, tokens_BT: Tensor, *, dropout: Dropout | None = None, without: tuple[int, int] | None = None
+    ) -> ModelOutput:
+        """Logits of each next token. T is at most `block_size`.
+
+        `dropout` None is the evaluation. `without` = (layer, expert) removes that expert's output.
+        """
+        _, T = tokens_BT.shape
+        assert self.config.block_size >= T, f"{T} tokens do not fit block_size {self.config.block_size}"
+        wte, wpe = self.transformer.wte, self.transformer.wpe
+        x_BTC = wte(tokens_BT) + wpe(torch.arange(T, device=tokens_BT.device))
+        if dropout is not None and self.config.dropout > 0:
+            x_BTC = x_BTC * dropout.layer(EMBEDDING, T * self.config.n_embd).take(T, self.config.n_embd)
+        routings = {}
+        for block in self.blocks:
+            removed = without[1] if without is not None and without[0] == block.layer else None
+            x_BTC, routing = block(x_BTC, dropout, removed)
+            if routing is not None:
+                routings[block.layer] = routing
+        return ModelOutput(F.linear(self.transformer.ln_f(x_BTC), wte.weight), routings)
+
+
+def token_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+    """Cross-entropy (B, T) in nats, 0 where the target is ignored; in float32, or float64 for float64 logits."""
+    wide = logits_BTV if logits_BTV.dtype == torch.float64 else logits_BTV.float()
+    losses = F.cross_entropy(wide.flatten(0, 1), targets_BT.flatten(), ignore_index=-1, reduction="none")
+    return losses.view_as(targets_BT)

@@ -1,0 +1,1 @@
+"""Training: the loop, its optimizer, and what is fixed at a job's first start."""

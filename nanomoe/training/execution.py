@@ -1,0 +1,120 @@
+"""What an execution is: everything beside the config and the text that decides the bits of a result.
+
+Decided at a job's first start, kept with it, and used again by every later attempt; equal executions give equal bytes.
+Only the micro-batch changes later, when the memory does not hold it.
+"""
+
+import os
+from typing import Literal, Self
+
+import torch
+
+from nanomoe.config import JobConfig, Strict
+from nanomoe.model.moe import ExpertPath, choose_expert_path
+from nanomoe.plan import n_windows
+
+
+class DeviceUnavailable(RuntimeError):
+    """The device that was asked for, or that an earlier attempt used, is not there."""
+
+    code = "device_unavailable"
+
+
+class Execution(Strict):
+    """How a job is computed."""
+
+    device: Literal["cpu", "cuda"]
+    """Kind of device."""
+
+    device_name: str
+    """Model of the GPU; on a CPU its instruction set decides, so this is `cpu`."""
+
+    precision: Literal["float32", "bfloat16"]
+    """Type of activations and matrix products; weights and optimizer are float32."""
+
+    n_threads: int
+    """Threads of a CPU operation: different counts give different bits."""
+
+    instruction_set: str
+    """What torch dispatches its CPU kernels to, for example AVX512."""
+
+    path: Literal["eager"]
+    """How a step is run: `eager`, operator by operator."""
+
+    expert_path: ExpertPath | None
+    """How experts are computed; null without a mixture of experts."""
+
+    expert_path_reason: str | None = None
+    """Why this path, in words; it decides nothing."""
+
+    deterministic: bool
+    """Whether every operator must be deterministic: always so on a CPU."""
+
+    micro_batch: int
+    """Windows computed together: the config's batch_size, or fewer once memory has run out."""
+
+    torch_version: str
+    """The library that computed it."""
+
+    @classmethod
+    def decide(cls, config: JobConfig, device: str, *, n_tokens: int) -> Self:
+        """The execution of a job that starts now on `device` (`auto`, `cpu`, `cuda` or `cuda:N`).
+
+        `n_tokens` is the length of the text: with the batch size it decides how experts are computed.
+
+        Raises:
+            DeviceUnavailable: a GPU was asked for and there is none.
+        """
+        chosen = find_device(device)
+        on_gpu = chosen.type == "cuda"
+        precision = config.precision
+        if precision == "auto":
+            precision = "bfloat16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+        expert_path: ExpertPath | None = None
+        reason: str | None = None
+        if config.use_moe:
+            windows = min(config.batch_size, n_windows(n_tokens, config.block_size))
+            rows = windows * min(n_tokens, config.block_size)
+            dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+            expert_path, reason = choose_expert_path(config, rows, chosen, dtype)
+        return cls(
+            device="cuda" if on_gpu else "cpu",
+            device_name=torch.cuda.get_device_name(chosen) if on_gpu else "cpu",
+            precision=precision,
+            n_threads=torch.get_num_threads(),
+            instruction_set=torch.backends.cpu.get_cpu_capability(),
+            path="eager",
+            expert_path=expert_path,
+            expert_path_reason=reason,
+            deterministic=config.deterministic or not on_gpu,
+            micro_batch=config.batch_size,
+            torch_version=torch.__version__,
+        )
+
+    def apply(self) -> None:
+        """Make this process compute so."""
+        torch.set_num_threads(self.n_threads)
+        if self.deterministic and self.device == "cuda":
+            # cuBLAS reads it when its handle is made, which the first product on the device does.
+            os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+            torch.use_deterministic_algorithms(True)
+
+    def differences(self, other: Self) -> list[str]:
+        """The fields in which `other` would compute otherwise, as `field: this -> other`."""
+        words = {"expert_path_reason"}
+        mine, theirs = self.model_dump(exclude=words), other.model_dump(exclude=words)
+        return [f"{field}: {mine[field]} -> {theirs[field]}" for field in mine if mine[field] != theirs[field]]
+
+
+def find_device(device: str) -> torch.device:
+    """`auto` is the first GPU, or the CPU where there is none.
+
+    Raises:
+        DeviceUnavailable: a GPU was asked for and there is none.
+    """
+    if device == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    chosen = torch.device(device)
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise DeviceUnavailable(f"{device} was asked for; this machine shows {torch.cuda.device_count()} CUDA devices")
+    return chosen

@@ -1,0 +1,328 @@
+"""A model in training: one optimizer step, one checkpoint, one snapshot at a time.
+
+Everything that a resumed run needs is in a `Snapshot`; data order, dropout and router noise are pure functions of
+(seed, step), so there is no random state to carry over. Knows no loop, no clock and no folder.
+"""
+
+import copy
+import gc
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from nanomoe import checkpoint
+from nanomoe.config import JobConfig
+from nanomoe.data import Order, Step, Windows
+from nanomoe.evaluation.evaluate import Choices, Evaluation, evaluate, evaluate_loss
+from nanomoe.model.dropout import Dropout
+from nanomoe.model.gpt import GPT, token_losses
+from nanomoe.plan import OutOfMemory, Plan
+from nanomoe.tokenizer import Tokenizer
+from nanomoe.training.execution import Execution
+from nanomoe.training.optim import build_optimizer, learning_rate
+
+Weights = Mapping[str, Tensor]
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """On a GPU torch has a class for it; on a CPU only a message."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A checkpoint: what a quarter of the training leaves to read."""
+
+    percent: int
+    step: int
+    epoch: int
+    metrics: dict[str, Any]
+    tok_per_sec: float | None
+    """Targets per second since the last checkpoint, its evaluation not counted; None before the first step."""
+    files: dict[str, bytes]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything that is needed to go on from `step` as if nothing had happened."""
+
+    step: int
+    files: dict[str, bytes]
+
+
+@dataclass(frozen=True)
+class Warned:
+    """Something that the user should know, while training goes on."""
+
+    code: str
+    message: str
+    micro_batch: int | None = None
+    """Where the code is `micro_batch_halved`: windows computed together from here on."""
+
+
+@dataclass
+class _Progress:
+    """What has been counted: all of a run's state beside weights and optimizer."""
+
+    micro_batch: int
+    """Windows computed together: what the execution says, until memory runs out."""
+    step: int = 0
+    train_loss: float | None = None
+    """Loss of the last step, dropout on."""
+    routed: int = 0
+    """Assignments of tokens to experts per MoE layer since the last checkpoint."""
+    dropped: dict[int, Tensor] = field(default_factory=dict)
+    """{layer: how many of the routed assignments it dropped}: 0-dim int64 on the device."""
+    choices: Choices = field(default_factory=dict)
+    """Each token's experts at the last checkpoint."""
+
+
+class Run:
+    """A model in training: its weights, its optimizer, its data, and what has been counted."""
+
+    def __init__(
+        self,
+        config: JobConfig,
+        tokens: list[int],
+        tokenizer: Tokenizer,
+        execution: Execution,
+        *,
+        device: torch.device,
+        parent: Weights | None = None,
+        resume: Mapping[str, bytes] | None = None,
+    ) -> None:
+        """`parent`: weights to start from instead of random ones. `resume`: the files of a `Snapshot`."""
+        self.config = config
+        self.tokenizer = tokenizer
+        self.device = device
+        self.plan = Plan.of(config, len(tokens))
+        text = torch.tensor(tokens, device=device)
+        self.windows = Windows(text[: self.plan.n_train_tokens], config.block_size)
+        self.val_windows = (
+            Windows(text[self.plan.n_train_tokens :], config.block_size) if self.plan.n_val_tokens else None
+        )
+        self.order = Order(config, self.plan)
+        self.activations = torch.bfloat16 if execution.precision == "bfloat16" else torch.float32
+        self.model = GPT.build(config, tokenizer.vocab_size, device)
+        if resume is not None:
+            self.model.load_state_dict(load_tensors(resume[checkpoint.WEIGHTS]))
+        elif parent is not None:
+            self.model.load_state_dict(parent)
+        else:
+            self.model.init_weights(config.seed)
+        for moe in self.model.moe_layers.values():
+            moe.path = execution.expert_path
+        self.optimizer = build_optimizer(self.model, config)
+        self.warnings: list[Warned] = []
+        """What the steps so far gave rise to; whoever reads them clears them."""
+        self.progress = self._nothing_counted(execution.micro_batch)
+        self._untrained: Weights | None = None
+        """Those of the snapshot that this run goes on from, where percent 0 was not recorded before it."""
+        if resume is not None:
+            self._load(resume)
+
+    def train_step(self) -> tuple[Tensor, Tensor]:
+        """Do one optimizer step; its cross-entropy (nats per target, dropout on) and gradient norm, 0-dim, unread.
+
+        The gradient is that of the sum of the targets' losses over their number in the whole step, however the step is
+        cut into micro-batches; auxiliary losses are weighted by each micro-batch's share of the targets.
+        """
+        index = self.progress.step
+        step = self.order.step(index)
+        lr = learning_rate(self.config, index, self.plan.total_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.model.train()
+        loss, counts, dropped = self._gradient(step)
+        grad_norm = torch.nn.utils.get_total_norm(
+            [p.grad for p in self.model.parameters() if p.grad is not None], foreach=True
+        )
+        if self.config.grad_clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.grad_clip, grad_norm)
+        self.optimizer.step()
+        for layer, moe in self.model.moe_layers.items():
+            moe.update_balance_bias(counts[layer])
+            self.progress.dropped[layer] += dropped[layer]
+        self.progress.routed += len(step.windows) * self.windows.length * self.config.k
+        self.progress.step += 1
+        return loss, grad_norm
+
+    def _gradient(self, step: Step) -> tuple[Tensor, dict[int, Tensor], dict[int, Tensor]]:
+        """Set the step's gradient; its loss, and per MoE layer the assignments to each expert and those dropped.
+
+        Where the memory does not hold a micro-batch, it is halved and the step computed again: the sum is the same.
+
+        Raises:
+            OutOfMemory: a micro-batch cannot be halved.
+        """
+        while True:
+            self.optimizer.zero_grad(set_to_none=True)
+            n_targets = self.windows.n_targets(step.windows)
+            loss = torch.zeros((), device=self.device)
+            counts: dict[int, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.int64, device=self.device))
+            dropped = counts.copy()
+            try:
+                for windows in step.micro_batches(self.progress.micro_batch):
+                    loss += self._backward(windows, n_targets, counts, dropped)
+            except RuntimeError as error:
+                if not _is_out_of_memory(error):
+                    raise
+                self._halve_micro_batch(error)
+            else:
+                return loss, counts, dropped
+
+    def _halve_micro_batch(self, error: RuntimeError) -> None:
+        size = min(self.progress.micro_batch, self.plan.n_windows)
+        try:
+            half = self.plan.halved(size, self.config)
+        except OutOfMemory as refusal:
+            raise OutOfMemory(f"{refusal}: {error}") from error
+        self.progress.micro_batch = half
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.warnings += [
+            Warned(
+                "micro_batch_halved",
+                f"at step {self.progress.step + 1} a micro-batch of {size} windows did not fit the memory; from there "
+                f"on it has {half}: a step trains on the same windows in more parts",
+                half,
+            ),
+            Warned("resume_not_exact", "sums over smaller micro-batches are rounded otherwise"),
+        ]
+
+    def _backward(
+        self, windows: list[int], n_targets: int, counts: dict[int, Tensor], dropped: dict[int, Tensor]
+    ) -> Tensor:
+        """Add one micro-batch's gradient and counts; its part of the loss of a step of `n_targets`."""
+        config = self.config
+        inputs_BT, targets_BT = self.windows.batch(windows)
+        dropout = Dropout(
+            config.dropout,
+            seed=config.seed,
+            step=self.progress.step,
+            windows=windows,
+            device=self.device,
+            dtype=self.activations,
+        )
+        with self._autocast():
+            logits_BTV, routings = self.model(inputs_BT, dropout=dropout)
+        loss = token_losses(logits_BTV, targets_BT).sum() / n_targets
+        objective = loss
+        share = self.windows.n_targets(windows) / n_targets
+        for layer, routing in routings.items():
+            balance = config.router_aux_loss_coef * routing.aux_loss + config.router_z_loss_coef * routing.z_loss
+            objective = objective + balance * share
+            counts[layer] = counts[layer] + routing.counts_E
+            dropped[layer] = dropped[layer] + routing.dropped
+        torch.autograd.backward(objective)
+        return loss.detach()
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        if self.activations == torch.float32:
+            return nullcontext()
+        # Every weight is used once a step: a cache of cast weights would only hold memory.
+        return torch.autocast(self.device.type, dtype=self.activations, cache_enabled=False)
+
+    def untrained_copy(self) -> "Run | None":
+        """This run before its first step, to be evaluated while this one goes on; None where percent 0 was recorded
+        before the snapshot that it goes on from."""
+        if self.progress.step > 0 and self._untrained is None:
+            return None
+        untrained = copy.copy(self)
+        untrained.model = copy.deepcopy(self.model)
+        untrained.progress = self._nothing_counted(self.progress.micro_batch)
+        if self._untrained is not None:
+            untrained.model.load_state_dict(self._untrained)
+            self._untrained = None
+        return untrained
+
+    def _nothing_counted(self, micro_batch: int) -> _Progress:
+        zero = torch.zeros((), dtype=torch.int64, device=self.device)
+        return _Progress(micro_batch, dropped={layer: zero.clone() for layer in self.config.moe_layers})
+
+    def evaluate_loss(self) -> float:
+        """The loss of the training text: dropout off, float32, nats per token."""
+        return evaluate_loss(self.model, self.windows)
+
+    def record(self, percent: int, *, stopped_early: bool, tok_per_sec: float | None) -> tuple[Recorded, list[Warned]]:
+        """Evaluate, and gather the checkpoint's files and the warnings that its metrics give rise to."""
+        progress = self.progress
+        evaluation: Evaluation = evaluate(
+            self.model,
+            self.windows,
+            self.val_windows,
+            self.tokenizer,
+            self.config,
+            previous_choices=progress.choices,
+            train_loss=progress.train_loss,
+            train_dropped={layer: int(n) / max(1, progress.routed) for layer, n in progress.dropped.items()},
+        )
+        metrics = evaluation.metrics | ({"stopped_early": True} if stopped_early else {})
+        files = self._model_files() | {
+            checkpoint.METRICS: checkpoint.to_json(
+                {"percent": percent, "step": progress.step, "epoch": self.plan.epoch_of(progress.step)} | metrics
+            )
+        }
+        if evaluation.choices:
+            files[checkpoint.ROUTING] = save_tensors({f"layer.{n}": c for n, c in evaluation.choices.items()})
+        progress.choices = evaluation.choices
+        progress.routed = 0
+        for dropped in progress.dropped.values():
+            dropped.zero_()
+        recorded = Recorded(percent, progress.step, self.plan.epoch_of(progress.step), metrics, tok_per_sec, files)
+        late = progress.step > self.plan.total_steps / 2
+        return recorded, [Warned(code, message) for code, message in evaluation.warnings(after_half=late)]
+
+    def snapshot(self, untrained: "Run | None" = None) -> Snapshot:
+        """The state after the last step. `untrained`: the copy that percent 0 is still to be recorded from."""
+        progress = self.progress
+        tensors = {f"dropped.{layer}": n for layer, n in progress.dropped.items()}
+        tensors |= {f"choices.{layer}": chosen for layer, chosen in progress.choices.items()}
+        for name, parameter in self.model.named_parameters():
+            for key, value in self.optimizer.state[parameter].items():
+                tensors[f"{key}.{name}"] = value
+        state = {name: getattr(progress, name) for name in ("micro_batch", "step", "train_loss", "routed")}
+        files = self._model_files() | {
+            checkpoint.RESUME_TENSORS: save_tensors({name: t.cpu().contiguous() for name, t in tensors.items()}),
+            checkpoint.RESUME_STATE: checkpoint.to_json(state),
+        }
+        if untrained is not None:
+            files[checkpoint.RESUME_UNTRAINED] = save_tensors(untrained._weights())
+        return Snapshot(progress.step, files)
+
+    def _load(self, files: Mapping[str, bytes]) -> None:
+        state = json.loads(files[checkpoint.RESUME_STATE])
+        tensors = load_tensors(files[checkpoint.RESUME_TENSORS])
+        progress = self.progress
+        # An attempt that went on from here may have run out of memory since.
+        state["micro_batch"] = min(state["micro_batch"], progress.micro_batch)
+        for name, value in state.items():
+            setattr(progress, name, value)
+        for layer, dropped in progress.dropped.items():
+            dropped.copy_(tensors[f"dropped.{layer}"])
+        progress.choices = {n: tensors[f"choices.{n}"] for n in self.config.moe_layers if f"choices.{n}" in tensors}
+        for name, parameter in self.model.named_parameters():
+            self.optimizer.state[parameter] = {
+                key: tensors[f"{key}.{name}"].to(self.device) for key in ("step", "exp_avg", "exp_avg_sq")
+            }
+        if checkpoint.RESUME_UNTRAINED in files:
+            self._untrained = load_tensors(files[checkpoint.RESUME_UNTRAINED])
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {name: tensor.cpu().contiguous() for name, tensor in self.model.state_dict().items()}
+
+    def _model_files(self) -> dict[str, bytes]:
+        return {
+            checkpoint.WEIGHTS: save_tensors(self._weights()),
+            checkpoint.CONFIG: checkpoint.to_json(self.config.model_dump(mode="json")),
+            **self.tokenizer.files(),
+        }

@@ -1,0 +1,1 @@
+"""Generation: admission in the API's process, and the engine process that computes."""

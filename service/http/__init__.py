@@ -1,0 +1,1 @@
+"""The HTTP interface: routes, schemas, problems and everything that knows a request."""

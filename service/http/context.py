@@ -1,0 +1,101 @@
+"""The parts of a running API, opened and closed together. Knows no route."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, closing
+from dataclasses import dataclass
+
+import structlog
+from anyio import CapacityLimiter, to_thread
+
+from service.database import migrate
+from service.database.database import Database, open_database
+from service.database.wakeups import Wakeups
+from service.errors import ServiceError
+from service.generation.admission import Generation
+from service.http.instruments import expose
+from service.jobs import store
+from service.jobs.queue import Rescuer
+from service.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the routes work with."""
+
+    settings: Settings
+    database: Database
+    wakeups: Wakeups
+    generation: Generation
+    comparing: CapacityLimiter
+    """One comparison of two long texts at a time: each takes memory and a core."""
+
+
+@asynccontextmanager
+async def open_context(settings: Settings) -> AsyncIterator[Context]:
+    """Bring the database to this code's schema, and run what the API needs beside its routes.
+
+    Raises:
+        StartRefused: starting would risk data.
+        DatabaseUnavailable: the database is out of reach.
+    """
+    database = await to_thread.run_sync(_open, settings)
+    with closing(database):
+        wakeups = Wakeups(database)
+        generation = Generation(settings)
+        expose(generation.instruments, database)
+        rescuer = Rescuer(database, settings.rescue_seconds)
+        background = [asyncio.create_task(_rescue_now_and_then(rescuer, settings.rescue_seconds))]
+        if settings.engine_preload:
+            background.append(asyncio.create_task(_preload_engine(database, wakeups, generation)))
+        try:
+            yield Context(settings, database, wakeups, generation, CapacityLimiter(1))
+        finally:
+            wakeups.close()
+            for task in background:
+                task.cancel()
+            await asyncio.wait(background)  # however they end: the engine is stopped in any case
+            await generation.stop()
+
+
+def _open(settings: Settings) -> Database:
+    database = open_database(settings)
+    try:
+        log.info("database_opened", kind=database.engine.dialect.name, revision=database.revision())
+        migrate.upgrade(database)
+        store.join_installation(database, settings.data_dir, create=True)
+    except BaseException:
+        database.close()
+        raise
+    return database
+
+
+async def _rescue_now_and_then(rescuer: Rescuer, seconds: float) -> None:
+    """Take jobs from workers that are gone, so that a job is not stuck when no other worker is left to notice."""
+    while True:
+        try:
+            await to_thread.run_sync(rescuer.round)
+        except ServiceError as error:
+            log.warning("rescue_postponed", reason=error.detail)
+        except Exception:  # jobs would be stuck from now on, and nobody told
+            log.exception("rescue_failed")
+        await asyncio.sleep(seconds)
+
+
+async def _preload_engine(database: Database, wakeups: Wakeups, generation: Generation) -> None:
+    """Start the generation engine once there is training: before there is a checkpoint to ask for, and not for an API
+    that only keeps what was trained elsewhere or before."""
+    while not wakeups.closed:
+        change = wakeups.next()
+        try:
+            if await to_thread.run_sync(store.has_training, database):
+                return await generation.preload()
+        except ServiceError as error:
+            log.warning("generation_engine_not_preloaded", reason=error.detail)
+        except Exception:  # the first request will try again, and tell
+            log.exception("generation_engine_not_preloaded")
+            return None
+        await wakeups.wait(change)
+    return None

@@ -1,0 +1,96 @@
+"""Who may speak to the service at all: `Host`, `Origin` and the size of the body, checked before any route is found.
+
+A web page elsewhere must not be able to submit jobs to somebody's own machine, neither directly (`Origin`) nor through
+a name that resolves to it (`Host`). Knows no route and no key.
+"""
+
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.errors import Forbidden, ServiceError, StartRefused, TooLarge
+from service.http import problems
+from service.loopback import is_loopback
+from service.settings import Settings
+
+LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
+_SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+
+
+def check_address(settings: Settings) -> None:
+    """Refuse to serve others than this machine to whoever asks.
+
+    Raises:
+        StartRefused: the address is not loopback's, and nobody has said that this is meant.
+    """
+    if not is_loopback(settings.host) and not settings.allow_no_keys:
+        raise StartRefused(
+            f"NANOMOE_HOST is {settings.host}, which other machines can reach, and this version has no keys yet: "
+            "anybody there could submit, read and delete jobs. Use 127.0.0.1, or, if something else keeps strangers "
+            "out (a container port published on loopback, a proxy that asks for a password), "
+            "set NANOMOE_ALLOW_NO_KEYS=true"
+        )
+
+
+def _name_of(netloc: str) -> str | None:
+    """The host name in `name:port` or `[::1]:port`, in lower case; None for what is neither."""
+    try:
+        return urlsplit(f"//{netloc}").hostname
+    except ValueError:
+        return None
+
+
+def _origins_of(host: str) -> tuple[str, str]:
+    """The origins that a page of this `Host` has; TLS may end at a proxy before us."""
+    return f"http://{host.lower()}", f"https://{host.lower()}"
+
+
+class Guard:
+    """ASGI middleware that lets only well-addressed requests of a bounded size through."""
+
+    def __init__(self, app: ASGIApp, *, settings: Settings) -> None:
+        self._app = app
+        self._hosts = LOOPBACK_NAMES | {settings.host.lower(), *(host.lower() for host in settings.allowed_hosts)}
+        # JSON may spell each byte of the text as an escape of six.
+        self._max_body_bytes = 6 * settings.max_text_bytes + 1024 * 1024
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or answer the problem."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        try:
+            self._check(scope["method"], Headers(scope=scope))
+        except ServiceError as error:
+            await problems.from_service_error(scope["path"], error)(scope, receive, send)
+            return
+        n_received = 0
+
+        async def bounded_receive() -> Message:
+            nonlocal n_received
+            message = await receive()
+            n_received += len(message.get("body", b""))
+            if n_received > self._max_body_bytes:
+                raise HTTPException(413, self._too_large().detail)
+            return message
+
+        await self._app(scope, bounded_receive, send)
+
+    def _check(self, method: str, headers: Headers) -> None:
+        host = headers.get("host", "")
+        if _name_of(host) not in self._hosts:
+            raise Forbidden(
+                "host_not_allowed",
+                f"this service does not answer to the Host '{host}'; NANOMOE_ALLOWED_HOSTS names others",
+            )
+        origin = headers.get("origin")
+        if origin is not None and method not in _SAFE_METHODS and origin.lower() not in _origins_of(host):
+            raise Forbidden("origin_not_allowed", f"a page of '{origin}' must not change anything here")
+        length = headers.get("content-length", "0")
+        if length.isdecimal() and int(length[:20]) > self._max_body_bytes:
+            raise self._too_large()
+
+    def _too_large(self) -> TooLarge:
+        return TooLarge("body_too_large", f"a request body may have at most {self._max_body_bytes:,} bytes")

@@ -1,0 +1,108 @@
+"""What the service counts about itself, as Prometheus reads it. Knows no route.
+
+Each API has a registry of its own. What is in the database is read when somebody asks; what generation does is counted
+where it happens (`service.generation.admission`).
+"""
+
+import time
+from collections.abc import Iterator
+from datetime import datetime
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from service.database.database import Database
+from service.jobs import store
+from service.jobs.queue_position import LongestWait, find_longest_wait
+
+_clock = time.monotonic
+"""What this file measures time with; a test moves it, and not the event loop's."""
+
+_COUNT_SECONDS = 5.0
+"""How long what was read of all jobs is told again: with a million of them it takes a second."""
+
+
+class GenerationInstruments:
+    """What the API counts of generation."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.tokens = Counter(
+            "nanomoe_generation_tokens", "Tokens read and generated.", ["kind"], registry=self.registry
+        )
+        self.requests = Counter(
+            "nanomoe_generation_requests", "Generation requests, by how they ended.", ["outcome"],
+            registry=self.registry,
+        )  # fmt: skip
+        self.first_token_seconds = Histogram(
+            "nanomoe_generation_first_token_seconds", "From a request's arrival to its first token.",
+            buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30), registry=self.registry,
+        )  # fmt: skip
+        for kind in ("prompt", "completion"):
+            self.tokens.labels(kind)
+        self.cached = Gauge(
+            "nanomoe_generation_cached_checkpoints", "Checkpoints that are kept loaded.", registry=self.registry
+        )
+        self.cache_bytes = Gauge(
+            "nanomoe_generation_cache_bytes", "Bytes of the checkpoints that are kept loaded.", registry=self.registry
+        )
+        self.waiting = Gauge("nanomoe_generation_waiting", "Requests that have not begun.", registry=self.registry)
+        self.running = Gauge("nanomoe_generation_running", "Requests that have begun.", registry=self.registry)
+
+
+class DatabaseCollector(Collector):
+    """What the tables tell: jobs, the queue, workers, training."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._counted: tuple[float, dict[str, int], LongestWait] | None = None
+        self._ahead_since: float | None = None
+        """Monotonic time since which there was, at every look, a job that waits since a later time than now."""
+
+    def describe(self) -> list[Metric]:
+        """Nothing: registering must not read the database."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        """Raises DatabaseUnavailable."""
+        counts, wait = self._count_jobs()
+        jobs = GaugeMetricFamily("nanomoe_jobs", "Jobs by status.", labels=["status"])
+        for status, n in counts.items():
+            jobs.add_metric([status], n)
+        yield jobs
+        now = self._database.time()
+        yield GaugeMetricFamily(
+            "nanomoe_queue_age_seconds",
+            "How long the job that is due longest has waited.",
+            self._queue_age(wait, now),
+        )
+        alive = [(row, running) for row, running in store.list_workers(self._database) if store.is_alive(row, now)]
+        yield GaugeMetricFamily("nanomoe_workers", "Workers seen lately.", len(alive))
+        yield GaugeMetricFamily(
+            "nanomoe_worker_slots", "Jobs they can train at once.", sum(row.slots for row, _ in alive)
+        )
+        speed = sum(job.progress.get("tok_per_sec") or 0.0 for _, running in alive for job in running)
+        yield GaugeMetricFamily("nanomoe_training_tokens_per_second", "Training speed, all jobs together.", speed)
+
+    def _queue_age(self, wait: LongestWait, now: datetime) -> float:
+        """Seconds. A job that was submitted by a clock that was ahead has waited for as long as it was seen waiting."""
+        if not wait.clock_was_ahead:
+            self._ahead_since = None
+        elif self._ahead_since is None:
+            self._ahead_since = _clock()
+        ages = [(now - wait.since).total_seconds()] if wait.since is not None else []
+        ages += [_clock() - self._ahead_since] if self._ahead_since is not None else []
+        return max(0.0, *ages) if ages else 0.0
+
+    def _count_jobs(self) -> tuple[dict[str, int], LongestWait]:
+        now = _clock()
+        if self._counted is None or now - self._counted[0] > _COUNT_SECONDS:
+            self._counted = now, store.count_jobs(self._database), find_longest_wait(self._database)
+        return self._counted[1:]
+
+
+def expose(instruments: GenerationInstruments, database: Database) -> None:
+    """Add what the database and the operating system tell to a registry."""
+    instruments.registry.register(DatabaseCollector(database))
+    ProcessCollector(registry=instruments.registry)

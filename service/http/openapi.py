@@ -1,0 +1,109 @@
+"""The OpenAPI document: what FastAPI finds by itself, with every error as the problem it is.
+
+Knows no route by name.
+"""
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from service.http.problems import MEDIA_TYPE
+from service.http.schemas import (
+    Estimate,
+    GenerateChunk,
+    GenerateEnd,
+    OpenAIError,
+    Problem,
+    StatusEvent,
+    SubmitRequest,
+)
+
+_REF = "#/components/schemas/"
+
+_MEANINGS = {
+    400: "The body cannot be read.",
+    403: "`Host` or `Origin` is not allowed.",
+    404: "There is no such thing.",
+    409: "The state forbids it.",
+    412: "A precondition of the request (`If-Match`, `If-Unmodified-Since`) is not met.",
+    413: "The body or the text is too large.",
+    415: "The body is of another media type, compressed, or JSON in another charset than UTF-8.",
+    416: "The range lies outside of the file.",
+    422: "The request is not valid; `errors` says where.",
+    429: "Too many are waiting; `Retry-After` says when to come back.",
+    503: "Out of reach for now; `Retry-After` says when to come back.",
+    507: "The disk is full.",
+}
+
+
+NOT_MODIFIED: dict[str, Any] = {"description": "The client holds it already: `If-None-Match`, `If-Modified-Since`."}
+"""Answered without content."""
+
+
+def ref(model: type[BaseModel]) -> dict[str, str]:
+    """A reference to a model's schema."""
+    return {"$ref": _REF + model.__name__}
+
+
+def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """A route's `responses`: the problems that it can answer, beside those that every route can."""
+    return {
+        status: {"description": _MEANINGS[status], "content": {MEDIA_TYPE: {"schema": ref(Problem)}}}
+        for status in sorted({403, *statuses})
+    }
+
+
+def openai_errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """`problems` for a route under `/v1`."""
+    return {
+        status: {"description": _MEANINGS[status], "content": {"application/json": {"schema": ref(OpenAIError)}}}
+        for status in sorted({403, *statuses})
+    }
+
+
+# Schemas that FastAPI does not find, because those bodies, answers and events are read or written by hand.
+_BY_HAND = (Problem, OpenAIError, SubmitRequest, Estimate, StatusEvent, GenerateChunk, GenerateEnd)
+# FastAPI documents its own validation error wherever there is a parameter; here it is a problem, or it cannot happen.
+_NOT_OURS = ("HTTPValidationError", "ValidationError")
+
+
+def document(app: FastAPI) -> dict[str, Any]:
+    """The document of `app`, made once."""
+    if app.openapi_schema is not None:
+        return app.openapi_schema
+    made = get_openapi(
+        title=app.title,
+        version=app.version,
+        description=app.description,
+        routes=app.routes,
+        separate_input_output_schemas=False,
+    )
+    _, by_hand = models_json_schema([(model, "validation") for model in _BY_HAND], ref_template=_REF + "{model}")
+    schemas = made["components"]["schemas"] | by_hand["$defs"]
+    schemas["JsonValue"]["description"] = "Any JSON value."
+    made["components"]["schemas"] = {name: schemas[name] for name in sorted(schemas) if name not in _NOT_OURS}
+    for path in made["paths"].values():
+        for operation in path.values():
+            for parameter in operation.get("parameters", []):
+                _never_null(parameter["schema"])
+            if _is_not_ours(operation["responses"].get("422", {})):
+                del operation["responses"]["422"]
+    app.openapi_schema = made
+    return made
+
+
+def _is_not_ours(answer: dict[str, Any]) -> bool:
+    refs = [media.get("schema", {}).get("$ref", "") for media in answer.get("content", {}).values()]
+    return any(ref.removeprefix(_REF) in _NOT_OURS for ref in refs)
+
+
+def _never_null(schema: dict[str, Any]) -> None:
+    """A parameter may be left out, but a query or a header has no way to say null."""
+    choices = [choice for choice in schema.pop("anyOf", []) if choice != {"type": "null"}]
+    if len(choices) == 1:
+        schema.update(choices[0])
+    elif choices:
+        schema["anyOf"] = choices

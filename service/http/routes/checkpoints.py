@@ -1,0 +1,86 @@
+"""Recorded checkpoints, their reconstructions and their files."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query
+from fastapi.responses import FileResponse
+from pydantic import Field
+
+from service.http import schemas, views
+from service.http.files import RecordedFile
+from service.http.openapi import NOT_MODIFIED, problems
+from service.http.routes.parameters import FileName, JobId, Service, StrictQuery, Which, which
+from service.jobs import store
+
+_BYTES = {"type": "string", "format": "binary"}
+
+router = APIRouter(tags=["checkpoints"], prefix="/jobs/{job_id}/checkpoints")
+
+
+class ReconstructionQuery(StrictQuery):
+    """Query of `GET /jobs/{id}/checkpoints/{percent}/reconstruction`."""
+
+    start: int = Field(0, ge=0, le=2**31, alias="from")
+    """Index of the first target of the page."""
+
+    count: int = Field(500, ge=1, le=5000)
+    """Most targets of a page."""
+
+
+@router.get(
+    "",
+    summary="List a job's checkpoints",
+    response_description="The recorded checkpoints.",
+    responses=problems(404, 503),
+)
+def list_checkpoints(service: Service, job_id: JobId) -> schemas.Listing[schemas.CheckpointView]:
+    """The recorded checkpoints, by percent."""
+    return schemas.Listing(data=[views.checkpoint(row) for row in store.list_checkpoints(service.database, job_id)])
+
+
+@router.get(
+    "/{percent}",
+    summary="Get a checkpoint",
+    response_description="The checkpoint.",
+    responses=problems(404, 503),
+)
+def get_checkpoint(service: Service, job_id: JobId, percent: Which) -> schemas.CheckpointView:
+    """One checkpoint, or the newest."""
+    return views.checkpoint(store.get_checkpoint(service.database, job_id, which(percent)))
+
+
+@router.get(
+    "/{percent}/reconstruction",
+    summary="Page through a reconstruction",
+    response_description="A page of the reconstruction.",
+    responses=problems(404, 422, 503),
+)
+def get_reconstruction(
+    service: Service, job_id: JobId, percent: Which, query: Annotated[ReconstructionQuery, Query()]
+) -> schemas.ReconstructionPage:
+    """The model's prediction for the targets of the training text, a page at a time."""
+    row = store.get_checkpoint(service.database, job_id, which(percent))
+    return views.reconstruction(row, query.start, query.count)
+
+
+@router.get(
+    "/{percent}/files/{name}",
+    summary="Download a file of a checkpoint",
+    response_class=FileResponse,
+    responses={
+        200: {"description": "The whole file.", "content": {"application/octet-stream": {"schema": _BYTES}}},
+        206: {
+            "description": "The range of the file that was asked for; several come as `multipart/byteranges`.",
+            "content": {
+                "application/octet-stream": {"schema": _BYTES},
+                "multipart/byteranges": {"schema": _BYTES},
+            },
+        },
+        304: NOT_MODIFIED,
+        **problems(404, 409, 412, 416, 503),
+    },
+)
+def get_checkpoint_file(service: Service, job_id: JobId, percent: Which, name: FileName) -> FileResponse:
+    """A file of a checkpoint. `Repr-Digest` is the sha256 that was recorded of it."""
+    row = store.get_checkpoint(service.database, job_id, which(percent))
+    return RecordedFile.of(row, name, service.settings.data_dir)

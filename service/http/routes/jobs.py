@@ -1,0 +1,258 @@
+"""Jobs: submit, list, look at, rename, cancel, pause, resume, delete."""
+
+import asyncio
+from typing import Annotated, cast
+
+from anyio import to_thread
+from fastapi import APIRouter, Header, Query, Response
+from pydantic import Field, StringConstraints
+
+from nanomoe import checkpoint
+from nanomoe.checkpoint import CheckpointDamaged
+from service.errors import Conflict, DatabaseUnavailable
+from service.http import files, schemas, views
+from service.http.conditional import ConditionalResponse
+from service.http.context import Context
+from service.http.openapi import NOT_MODIFIED, problems, ref
+from service.http.patterns import IDEMPOTENCY_KEY, TAG
+from service.http.routes.parameters import JobId, Service, StrictQuery
+from service.http.routes.submit_body import DOCUMENTED, Submission
+from service.http.schemas import JobView
+from service.http.schemas.jobs import split_tag
+from service.jobs import queue, queue_position, store, submission
+from service.jobs.tables import TERMINAL, Job
+
+router = APIRouter(tags=["jobs"])
+
+MAX_WAIT_SECONDS = 120
+
+RETRY_SECONDS = 1.0
+"""How soon a request that waits looks again while the database is out of reach."""
+
+
+class SubmitQuery(StrictQuery):
+    """Query of `POST /jobs`."""
+
+    dry_run: bool = False
+    """Check and measure the job without submitting it."""
+
+
+class ListQuery(StrictQuery):
+    """Query of `GET /jobs`."""
+
+    status: schemas.Status | None = None
+    """Only jobs with this status."""
+
+    tag: Annotated[str, StringConstraints(pattern=TAG)] | None = None
+    """Only jobs with this tag: `key`, or `key=value`, for which `key:value` does as well."""
+
+    limit: int = Field(50, ge=1, le=200)
+    """Jobs of a page."""
+
+    cursor: Annotated[str, StringConstraints(pattern=r"^[0-9]{1,18}$")] | None = None
+    """`next_cursor` of the page before."""
+
+
+class JobQuery(StrictQuery):
+    """Query of `GET /jobs/{id}`."""
+
+    wait: float = Field(0, ge=0, le=MAX_WAIT_SECONDS, allow_inf_nan=False)
+    """Seconds to wait for another status than `seen`."""
+
+    seen: schemas.Status | None = None
+    """The status that is known already; without it, any change of the status ends the wait."""
+
+
+IdempotencyKey = Annotated[
+    Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=IDEMPOTENCY_KEY)] | None,
+    Header(description="The same key with the same request answers the first job instead of making a second."),
+]
+
+
+@router.post(
+    "/jobs",
+    summary="Submit a job",
+    response_description="The new job.",
+    status_code=201,
+    response_model=JobView,
+    responses={
+        200: {
+            "description": "The job that this key made before; or the estimate of a dry run.",
+            "content": {"application/json": {"schema": {"anyOf": [ref(JobView), ref(schemas.Estimate)]}}},
+        },
+        **problems(400, 404, 409, 413, 415, 422, 429, 503, 507),
+    },
+    openapi_extra=DOCUMENTED,
+)
+def submit_job(
+    service: Service,
+    request: Submission,
+    query: Annotated[SubmitQuery, Query()],
+    response: Response,
+    idempotency_key: IdempotencyKey = None,
+) -> Response | JobView:
+    """Train a model on a text. Everything but the text has the reference run's default."""
+    found = submission.assess(request, service.settings, _parent(service, request))
+    if query.dry_run:
+        return Response(views.estimate(found).model_dump_json(), 200, media_type="application/json")
+    row, created = queue.submit(
+        service.database, found.new_job(idempotency_key), max_queued=service.settings.max_queued
+    )
+    response.status_code = 201 if created else 200
+    response.headers["Location"] = f"/jobs/{row.id}"
+    return _placed(service, row)
+
+
+def _parent(service: Context, request: schemas.SubmitRequest) -> submission.Parent | None:
+    """The checkpoint that a job is to start from, which must have been recorded.
+
+    Raises:
+        NotFound: `job_not_found`, `checkpoint_not_found`.
+        Conflict: `checkpoint_damaged`.
+    """
+    origin = request.config.init_from
+    if origin is None:
+        return None
+    recorded = store.get_checkpoint(service.database, origin.job_id, origin.checkpoint)
+    job = store.get_job(service.database, origin.job_id)
+    try:
+        tokenizer = checkpoint.read_tokenizer(service.settings.data_dir / recorded.folder, recorded.manifest_sha256)
+    except CheckpointDamaged as error:
+        raise Conflict(error.code, f"cannot start from {origin.job_id}@{origin.checkpoint}: {error}") from error
+    return submission.Parent(views.job(job).config, tokenizer, job.text_sha256)
+
+
+@router.get(
+    "/jobs",
+    summary="List jobs",
+    response_description="A page of jobs.",
+    responses=problems(422, 503),
+)
+def list_jobs(service: Service, query: Annotated[ListQuery, Query()]) -> schemas.Page[JobView]:
+    """The jobs, newest first. Jobs that arrive meanwhile do not shift the pages."""
+    tag = None if query.tag is None else split_tag(query.tag)
+    before = None if query.cursor is None else int(query.cursor)
+    rows = store.list_jobs(service.database, status=query.status, tag=tag, before=before, limit=query.limit + 1)
+    return views.job_page(rows, query.limit)
+
+
+@router.get(
+    "/jobs/{job_id}",
+    summary="Get a job, or wait for its status",
+    response_description="The job.",
+    responses=problems(404, 422, 503),
+)
+async def get_job(service: Service, job_id: JobId, query: Annotated[JobQuery, Query()]) -> JobView:
+    """One job. With `wait`, answers once its status is another than `seen`, or its last, or when the time is over.
+
+    A database that is out of reach is waited for as long.
+    """
+    clock = asyncio.get_running_loop().time
+    deadline = clock() + query.wait
+    seen = query.seen
+
+    def is_over() -> bool:
+        return clock() >= deadline or service.wakeups.closed
+
+    while True:
+        change = service.wakeups.next()
+        try:
+            row = await to_thread.run_sync(store.get_job, service.database, job_id)
+            seen = seen or cast(schemas.Status, row.status)
+            if row.status != seen or row.status in TERMINAL or is_over():
+                # Only now: a place in the line takes a look at the whole line.
+                return await to_thread.run_sync(_placed, service, row)
+            pause = deadline - clock()
+        except DatabaseUnavailable:
+            if is_over():
+                raise
+            pause = min(deadline - clock(), RETRY_SECONDS)
+        await service.wakeups.wait(change, pause)
+
+
+def _placed(service: Context, row: Job) -> JobView:
+    """The job with its place in the queue."""
+    place = queue_position.find_place(service.database, row.id) if row.status == "queued" else None
+    if place is None:
+        return views.job(row)
+    return views.job(row, queue_position=place.position, estimated_start_at=place.estimated_start_at)
+
+
+@router.patch(
+    "/jobs/{job_id}",
+    summary="Rename or retag a job",
+    response_description="The changed job.",
+    responses=problems(400, 404, 413, 415, 422, 503, 507),
+)
+def patch_job(service: Service, job_id: JobId, patch: schemas.JobPatch) -> JobView:
+    """Change the name or the tags."""
+    return views.job(store.relabel(service.database, job_id, patch.model_dump(exclude_unset=True)))
+
+
+@router.get(
+    "/jobs/{job_id}/text",
+    summary="Get a job's training text",
+    response_class=Response,
+    responses={
+        200: {"description": "The training text.", "content": {"text/plain": {"schema": {"type": "string"}}}},
+        304: NOT_MODIFIED,
+        **problems(404, 412, 503),
+    },
+)
+def get_job_text(service: Service, job_id: JobId) -> Response:
+    """The training text."""
+    row = store.get_job(service.database, job_id)
+    return ConditionalResponse(
+        store.get_text(service.database, row.text_sha256),
+        headers={"ETag": f'"{row.text_sha256}"', "Cache-Control": "no-cache"},
+        media_type="text/plain; charset=utf-8",
+    )
+
+
+@router.post(
+    "/jobs/{job_id}/cancel",
+    summary="Cancel a job",
+    response_description="The job, which will stop or has stopped.",
+    status_code=202,
+    responses=problems(404, 409, 503, 507),
+)
+def cancel_job(service: Service, job_id: JobId) -> JobView:
+    """Ask the job to stop for good. Its checkpoints stay."""
+    return views.job(queue.request_cancel(service.database, job_id))
+
+
+@router.post(
+    "/jobs/{job_id}/pause",
+    summary="Pause a job",
+    response_description="The job, which will pause or has paused.",
+    status_code=202,
+    responses=problems(404, 409, 503, 507),
+)
+def pause_job(service: Service, job_id: JobId) -> JobView:
+    """Ask the job to stop until it is resumed."""
+    return views.job(queue.request_pause(service.database, job_id))
+
+
+@router.post(
+    "/jobs/{job_id}/resume",
+    summary="Resume a paused job",
+    response_description="The job, which waits for a worker again.",
+    status_code=202,
+    responses=problems(404, 409, 503, 507),
+)
+def resume_job(service: Service, job_id: JobId) -> JobView:
+    """Let a paused job go on where it stopped."""
+    return views.job(queue.resume(service.database, job_id))
+
+
+@router.delete(
+    "/jobs/{job_id}",
+    summary="Delete a finished job",
+    response_description="The job is deleted.",
+    status_code=204,
+    responses=problems(404, 409, 503, 507),
+)
+def delete_job(service: Service, job_id: JobId) -> None:
+    """Delete a finished job, its files, and its text if no other job has it."""
+    queue.delete(service.database, job_id)
+    files.remove_job(job_id, service.settings.data_dir)

@@ -1,0 +1,76 @@
+"""What several routes take: the parts of the service, and the ids and names that paths are made of.
+
+An id that cannot be one is answered like an id that nobody has: not found.
+"""
+
+import re
+from typing import Annotated, Any, Literal
+
+from fastapi import Depends, Path, Request
+from pydantic import AfterValidator, BaseModel, ConfigDict
+
+from service.errors import NotFound
+from service.http.context import Context
+from service.http.schemas import JOB_ID_PATTERN, Percent
+
+_JOB_ID = re.compile(JOB_ID_PATTERN)
+_WHICH: dict[str, Percent | Literal["latest"]] = {"0": 0, "25": 25, "50": 50, "75": 75, "100": 100, "latest": "latest"}
+_FILE_NAME = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")
+
+
+def _context(request: Request) -> Context:
+    context: Context = request.app.state.context
+    return context
+
+
+Service = Annotated[Context, Depends(_context)]
+
+
+class StrictQuery(BaseModel):
+    """Query parameters: unknown ones are refused, so that a misspelt one is not silently without effect."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+def _job_id(given: str) -> str:
+    if not _JOB_ID.fullmatch(given):
+        raise NotFound("job_not_found", f"there is no job {given!r}")
+    return given
+
+
+JobId = Annotated[
+    str,
+    Path(description="The job's id.", json_schema_extra={"pattern": JOB_ID_PATTERN}),
+    AfterValidator(_job_id),
+]
+
+
+def _which(given: str) -> str:
+    if given not in _WHICH:
+        raise NotFound("checkpoint_not_found", f"a checkpoint is one of {', '.join(_WHICH)}, not {given!r}")
+    return given
+
+
+Which = Annotated[
+    str,
+    Path(description="The checkpoint's percent, or the newest.", json_schema_extra={"enum": list[Any](_WHICH)}),
+    AfterValidator(_which),
+]
+
+
+def which(given: str) -> Percent | Literal["latest"]:
+    """A checked path parameter as what the store takes."""
+    return _WHICH[given]
+
+
+def _file_name(given: str) -> str:
+    if not _FILE_NAME.fullmatch(given):
+        raise NotFound("file_not_found", f"no checkpoint has a file {given!r}")
+    return given
+
+
+FileName = Annotated[
+    str,
+    Path(description="The file's name.", json_schema_extra={"pattern": _FILE_NAME.pattern}),
+    AfterValidator(_file_name),
+]

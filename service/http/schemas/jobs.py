@@ -1,0 +1,243 @@
+"""A job: how it is submitted and changed, how it looks, and how its status is told."""
+
+import re
+from datetime import datetime
+from typing import Annotated
+
+from pydantic import AwareDatetime, Field, JsonValue, StringConstraints
+
+from nanomoe.config import ConfigWarning, Integer, JobConfig, Strict
+from service.http.patterns import PRINTABLE, PRINTABLE_OR_EMPTY, TAG_KEY
+from service.http.schemas.base import TERMINAL, Status, Text, View
+
+# Names and tags end up in terminals, tables and file names: no control characters.
+JobName = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=200, pattern=PRINTABLE)]
+TagKey = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=64, pattern=TAG_KEY)]
+TagValue = Annotated[str, StringConstraints(strict=True, max_length=200, pattern=PRINTABLE_OR_EMPTY)]
+Tags = Annotated[dict[TagKey, TagValue], Field(max_length=32, json_schema_extra={"additionalProperties": False})]
+
+
+def split_tag(given: str) -> tuple[str, str | None]:
+    """`key=value` or `key:value` -> the key and the value; the value of a lone `key` is None."""
+    key, *value = re.split("[=:]", given, maxsplit=1)
+    return key, value[0] if value else None
+
+
+class SubmitRequest(Strict):
+    """The body of `POST /jobs`."""
+
+    text: Text = Field(min_length=1)
+    """The training text: 2 tokens or more, at most the server's `max_text_bytes` in UTF-8. A byte-order mark at its
+    start is dropped."""
+
+    name: JobName | None = None
+    """Name of the job, for people."""
+
+    tags: Tags = Field(default_factory=dict)
+    """Labels to find the job by."""
+
+    config: JobConfig = JobConfig()
+    """Knobs that differ from the reference run."""
+
+    priority: Integer = Field(0, ge=-100, le=100)
+    """Priority of the job: a higher one is claimed sooner."""
+
+    run_at: AwareDatetime | None = None
+    """Time before which no worker claims the job; null is as soon as possible."""
+
+
+class JobPatch(Strict):
+    """The body of `PATCH /jobs/{id}`. What is left out stays as it is."""
+
+    name: JobName | None = None
+    """The new name; null takes the name away."""
+
+    tags: Tags = Field(default_factory=dict)
+    """The new tags, instead of all the old ones."""
+
+
+class Progress(View):
+    """How far a job has come."""
+
+    step: int = 0
+    """Optimizer steps done."""
+
+    total_steps: int | None = None
+    """Optimizer steps planned; null until the text is tokenised."""
+
+    epoch: float = 0
+    """Passes over the text done."""
+
+    percent: float = 0
+    """Share of the steps that are done, 0 to 100; 100 once the job has succeeded, even if it stopped early."""
+
+    tok_per_sec: float | None = None
+    """Recent training speed, in tokens a second."""
+
+    eta_seconds: float | None = None
+    """Seconds of training left at that speed; 0 once the job has succeeded."""
+
+
+class ModelSize(View):
+    """Parameters of a job's model; null until the vocabulary is known."""
+
+    n_params: int | None = None
+    """All parameters, the tied output layer counted once."""
+
+    n_active_params: int | None = None
+    """Parameters that one token passes through."""
+
+
+class TextInfo(View):
+    """The training text, without the text."""
+
+    sha256: str
+    """SHA-256 of the text's UTF-8 bytes, hexadecimal."""
+
+    n_bytes: int
+    """Length of the text in bytes of UTF-8."""
+
+    n_tokens: int | None = None
+    """Length of the text in tokens; null until it is tokenised."""
+
+
+class JobError(View):
+    """Why a job failed."""
+
+    code: str
+    """Stable, machine-readable name of the error."""
+
+    message: str
+    """What went wrong, for a person, with the figures."""
+
+
+class Parent(View):
+    """The checkpoint that a job started from."""
+
+    job_id: str
+    """Id of the job that recorded the checkpoint."""
+
+    checkpoint: int
+    """Percent of the checkpoint."""
+
+
+class JobView(View):
+    """A job."""
+
+    id: str
+    """Id of the job: 32 hexadecimal digits."""
+
+    name: str | None
+    """Name of the job, as submitted or changed; null for none."""
+
+    tags: dict[str, str]
+    """Tags of the job, as submitted or changed."""
+
+    status: Status
+    """Status of the job: queued, running or paused; succeeded, failed or cancelled at the end."""
+
+    queue_position: int | None = None
+    """Jobs that will be claimed before this one, up to 1,000; null unless queued, and in lists."""
+
+    estimated_start_at: datetime | None = None
+    """Time at which a worker will be free for the job, by the recent speed of the running jobs; null in lists, where
+    that would be a guess, and unless the job is queued."""
+
+    created_at: datetime
+    """Time at which the job was submitted."""
+
+    started_at: datetime | None
+    """Time at which a worker first claimed the job; null before."""
+
+    finished_at: datetime | None
+    """Time at which the job reached its last status; null before."""
+
+    attempt: int
+    """Number of times that a worker claimed the job."""
+
+    status_reason: str | None
+    """Why the job is paused or waiting, or succeeded before its last step:
+    `stopped early at step 42: perplexity 1.987`."""
+
+    priority: int
+    """Priority of the job: a higher one is claimed sooner."""
+
+    run_at: datetime | None
+    """Time before which no worker claims the job; null where none was asked for."""
+
+    execution: dict[str, JsonValue] | None
+    """Device, precision, threads and paths, fixed at the first start; `micro_batch` shrinks when memory runs out."""
+
+    progress: Progress
+    """How far the training has come."""
+
+    config: JobConfig
+    """The complete config, defaults filled in."""
+
+    model: ModelSize
+    """How large the model is."""
+
+    text: TextInfo
+    """The training text, described."""
+
+    warnings: list[ConfigWarning]
+    """Legal traps of the config, and what happened on the way."""
+
+    error: JobError | None
+    """Why the job failed; null unless it did."""
+
+    parent: Parent | None
+    """The checkpoint whose weights the job started from; null for random weights."""
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether the status is the last one."""
+        return self.status in TERMINAL
+
+
+class Estimate(View):
+    """The answer to a dry run: what the job would be. Null stands for what is known only once training starts."""
+
+    config: JobConfig
+    """The complete config, defaults filled in."""
+
+    text: TextInfo
+    """The training text, described."""
+
+    model: ModelSize
+    """How large the model would be."""
+
+    training_bytes: int | None
+    """Bytes of memory for weights, gradients, optimizer and activations."""
+
+    flops_per_token: int | None
+    """Floating-point operations of training on one token, of the experts only those that it goes to."""
+
+    steps_per_epoch: int | None
+    """Optimizer steps of one pass over the text."""
+
+    total_steps: int | None
+    """Optimizer steps in all."""
+
+    quarters: dict[int, int]
+    """Percent of each checkpoint -> the step after which it is recorded; empty until `total_steps` is known."""
+
+    warnings: list[ConfigWarning]
+    """Legal traps of the config."""
+
+
+class StatusEvent(View):
+    """`event: status`: how the job stood right after it changed. `step` events are a `Progress`, `checkpoint` events a
+    `CheckpointMetrics` without tokens, `warning` events a `ConfigWarning`."""
+
+    status: Status
+    """The job's new status."""
+
+    status_reason: str | None = None
+    """Why the job is paused or waiting, or succeeded before its last step."""
+
+    attempt: int = 0
+    """Number of times that a worker had claimed the job."""
+
+    error: JobError | None = None
+    """Why the job failed; null unless it did."""

@@ -1,0 +1,251 @@
+"""Rows as the answers of the HTTP contract. Knows no query and no route."""
+
+import math
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any, cast
+
+from nanomoe.checkpoint import stopped_early
+from nanomoe.config import ConfigWarning, JobConfig
+from nanomoe.config_warnings import unused_moe_settings
+from service.generation.admission import EngineResult, Summary
+from service.generation.messages import Chunk, Inspected, LogProbs, Scored
+from service.http import schemas
+from service.jobs.addressing import Address
+from service.jobs.submission import Assessment
+from service.jobs.tables import Checkpoint, Job, Worker
+
+_LARGEST_EXPONENT = 709
+"""exp() of more is no float."""
+
+
+def _config(stored: dict[str, Any]) -> JobConfig:
+    # JSON has no tuples and no instances: the strictness for requests would refuse what was stored.
+    return JobConfig.model_validate(stored, strict=False)
+
+
+def job(row: Job, *, queue_position: int | None = None, estimated_start_at: datetime | None = None) -> schemas.JobView:
+    """A job as `GET /jobs/{id}` answers it."""
+    config = _config(row.config)
+    return schemas.JobView(
+        id=row.id,
+        name=row.name,
+        tags=row.tags,
+        status=cast(schemas.Status, row.status),
+        queue_position=queue_position,
+        estimated_start_at=estimated_start_at,
+        created_at=row.created_at,
+        started_at=row.started_at,
+        finished_at=row.finished_at,
+        attempt=row.attempt,
+        status_reason=row.status_reason or _stopped_early(row),
+        priority=row.priority,
+        run_at=row.run_at,
+        execution=row.execution,
+        progress=progress(row),
+        config=config,
+        model=schemas.ModelSize(n_params=row.n_params, n_active_params=row.n_active_params),
+        text=schemas.TextInfo(sha256=row.text_sha256, n_bytes=row.text_n_bytes, n_tokens=row.n_tokens),
+        warnings=_warnings(row, config),
+        error=None if row.error is None else schemas.JobError.model_validate(row.error),
+        parent=_parent(row),
+    )
+
+
+def _warnings(row: Job, config: JobConfig) -> list[ConfigWarning]:
+    """The row's warnings, but `moe_settings_unused` as the config deserves it: rows of earlier versions name every
+    setting of a mixture in it, for each dense job."""
+    warnings = [ConfigWarning.model_validate(warning) for warning in row.warnings]
+    unused = {warning.code: warning for warning in unused_moe_settings(config)}
+    return [unused.get(w.code, w) for w in warnings if w.code != "moe_settings_unused" or unused]
+
+
+def progress(row: Job) -> schemas.Progress:
+    """How far a job has come. One that has succeeded is done, whether or not it needed all its steps."""
+    done = {"percent": 100.0, "eta_seconds": 0.0} if row.status == "succeeded" else {}
+    return schemas.Progress.model_validate({"total_steps": row.total_steps} | row.progress | done)
+
+
+def _stopped_early(row: Job) -> str | None:
+    """Why a job ended before its last step that succeeded before the reason was recorded; None for any other."""
+    step, total_steps = row.progress.get("step"), row.total_steps
+    if row.status != "succeeded" or step is None or total_steps is None or step >= total_steps:
+        return None
+    return stopped_early(step, None)
+
+
+def job_page(rows: Sequence[Job], limit: int) -> schemas.Page[schemas.JobView]:
+    """A page of at most `limit` jobs, made from one more than that if there are more."""
+    shown = rows[:limit]
+    return schemas.Page(data=[job(row) for row in shown], next_cursor=str(shown[-1].seq) if len(rows) > limit else None)
+
+
+def _parent(row: Job) -> schemas.Parent | None:
+    if row.parent_id is None or row.parent_percent is None:
+        return None
+    return schemas.Parent(job_id=row.parent_id, checkpoint=row.parent_percent)
+
+
+def estimate(found: Assessment) -> schemas.Estimate:
+    """What a dry run answers."""
+    plan, sizes = found.plan, found.sizes
+    return schemas.Estimate(
+        config=found.request.config,
+        text=schemas.TextInfo(sha256=found.text_sha256, n_bytes=found.n_bytes, n_tokens=found.n_tokens),
+        model=schemas.ModelSize(n_params=sizes.n_params, n_active_params=sizes.n_active_params),
+        training_bytes=sizes.training_bytes,
+        flops_per_token=sizes.flops_per_token,
+        steps_per_epoch=None if plan is None else plan.steps_per_epoch,
+        total_steps=None if plan is None else plan.total_steps,
+        quarters={} if plan is None else {percent: step for step, percent in plan.quarters.items()},
+        warnings=found.warnings,
+    )
+
+
+def checkpoint_metrics(row: Checkpoint, *, tokens: bool = True) -> schemas.CheckpointMetrics:
+    """A checkpoint as `GET /jobs/{id}/metrics` answers it."""
+    metrics = dict(row.metrics)
+    if not tokens and (reconstruction := metrics.get("reconstruction")) is not None:
+        metrics["reconstruction"] = reconstruction | {"tokens": None}
+    return schemas.CheckpointMetrics.model_validate(metrics | _identity(row))
+
+
+_NOT_FIGURES = frozenset({"reconstruction", "continuation", "moe"})
+
+
+def checkpoint(row: Checkpoint) -> schemas.CheckpointView:
+    """A checkpoint as `GET /jobs/{id}/checkpoints` answers it."""
+    figures = {name: value for name, value in row.metrics.items() if name not in _NOT_FIGURES}
+    return schemas.CheckpointView.model_validate(figures | _identity(row) | {"files": row.files})
+
+
+def _identity(row: Checkpoint) -> dict[str, Any]:
+    return {"percent": row.percent, "step": row.step, "epoch": row.epoch, "created_at": row.created_at}
+
+
+def metrics(
+    row: Job, checkpoints: Sequence[Checkpoint], steps: dict[str, list[Any]], *, tokens: bool
+) -> schemas.Metrics:
+    """All that was measured of a job."""
+    return schemas.Metrics(
+        job_id=row.id,
+        status=cast(schemas.Status, row.status),
+        checkpoints=[checkpoint_metrics(one, tokens=tokens) for one in checkpoints],
+        steps=schemas.StepSeries.model_validate(steps),
+    )
+
+
+def reconstruction(row: Checkpoint, start: int, count: int) -> schemas.ReconstructionPage:
+    """A stretch of a checkpoint's reconstruction."""
+    recorded = schemas.Reconstruction.model_validate(row.metrics["reconstruction"])
+    tokens = recorded.tokens or []
+    end = min(start + count, len(tokens))
+    return schemas.ReconstructionPage(
+        job_id=row.job_id,
+        percent=row.percent,
+        start=start,
+        n_tokens=len(tokens),
+        truncated=recorded.truncated,
+        data=tokens[start:end],
+        next_from=end if end < len(tokens) else None,
+    )
+
+
+def worker(row: Worker, running: Sequence[Job]) -> schemas.WorkerView:
+    """A worker as `GET /workers` answers it."""
+    return schemas.WorkerView(
+        id=row.id,
+        name=row.name,
+        host=row.host,
+        pid=row.pid,
+        devices=[schemas.Device.model_validate(device) for device in row.devices],
+        slots=row.slots,
+        versions=row.versions,
+        current_jobs=[one.id for one in running],
+        started_at=row.started_at,
+        last_seen_at=row.last_seen_at,
+        stopped_at=row.stopped_at,
+    )
+
+
+def _logprobs(given: Sequence[LogProbs] | None) -> list[schemas.TokenLogProb] | None:
+    if given is None:
+        return None
+    return [schemas.TokenLogProb.model_validate(one.chosen.model_dump()) for one in given]
+
+
+def generate_chunk(chunk: Chunk) -> schemas.GenerateChunk:
+    """A piece of a continuation as a stream sends it."""
+    return schemas.GenerateChunk(
+        index=chunk.index,
+        text=chunk.text,
+        tokens=list(chunk.tokens),
+        logprobs=_logprobs(chunk.logprobs),
+        finish_reason=chunk.finish_reason,
+    )
+
+
+def generate_end(address: Address, seed: int, summary: Summary) -> schemas.GenerateEnd:
+    """The last event of a stream."""
+    return schemas.GenerateEnd(
+        job_id=address.job_id,
+        checkpoint=address.percent,
+        usage=schemas.Usage(
+            prompt_tokens=summary.prompt_tokens,
+            completion_tokens=summary.completion_tokens,
+            total_tokens=summary.prompt_tokens + summary.completion_tokens,
+        ),
+        timing=schemas.Timing(
+            queue_seconds=summary.timing.queue_seconds,
+            first_token_seconds=summary.timing.first_token_seconds,
+            tok_per_sec=summary.timing.tok_per_sec,
+        ),
+        seed=seed,
+        window_slid=summary.window_slid,
+        numerics=summary.numerics,
+    )
+
+
+def generated(address: Address, prompt: str, seed: int, result: EngineResult) -> schemas.GenerateResponse:
+    """The answer to `POST /generate`."""
+    choices = [
+        schemas.Choice(
+            index=choice.index,
+            text=choice.text,
+            tokens=list(choice.tokens),
+            finish_reason=choice.finish_reason,
+            logprobs=_logprobs(choice.logprobs),
+        )
+        for choice in result.choices
+    ]
+    end = generate_end(address, seed, result.summary)
+    return schemas.GenerateResponse(**dict(end), prompt=prompt, choices=choices)
+
+
+def scored(address: Address, text: str, answer: Scored, copied: schemas.CopiedSpan | None) -> schemas.ScoreResponse:
+    """The answer to `POST /score`."""
+    known = [loss for loss in answer.losses if loss is not None]
+    total = math.fsum(known) if len(known) == len(answer.losses) else None
+    mean = None if total is None else total / len(known)
+    n_bytes = len(text.encode()) - answer.tokens[1].byte_offset
+    return schemas.ScoreResponse(
+        job_id=address.job_id,
+        checkpoint=address.percent,
+        n_tokens=len(answer.tokens),
+        loss=mean,
+        total_loss=total,
+        perplexity=math.exp(mean) if mean is not None and mean < _LARGEST_EXPONENT else None,
+        bits_per_byte=None if total is None else total / math.log(2) / n_bytes,
+        tokens=[
+            schemas.ScoredToken(loss=loss, **token.model_dump())
+            for token, loss in zip(answer.tokens, (None, *answer.losses), strict=True)
+        ],
+        copied=copied,
+    )
+
+
+def inspected(address: Address, answer: Inspected) -> schemas.InspectResponse:
+    """The answer to `POST /inspect`."""
+    return schemas.InspectResponse(
+        job_id=address.job_id, checkpoint=address.percent, **answer.model_dump(exclude={"type", "id"})
+    )

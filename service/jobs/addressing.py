@@ -1,0 +1,113 @@
+"""Which recorded checkpoint a request means: by job and percent, or by a model id `JOB_ID@PERCENT`; and which is taken
+in place of a newest one that is damaged. Knows no HTTP.
+"""
+
+import re
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import datetime
+from typing import Literal, NamedTuple, TypeVar
+
+import sqlalchemy as sa
+import structlog
+
+from nanomoe.checkpoint import CheckpointDamaged
+from service.database.database import Database
+from service.errors import Conflict, NotFound
+from service.jobs import store
+from service.jobs.tables import PERCENTS, Checkpoint, Job, table
+
+T = TypeVar("T")
+
+log = structlog.get_logger(__name__)
+
+MODEL_ID_PATTERN = rf"^[0-9a-f]{{32}}(@({'|'.join(map(str, PERCENTS))}))?$"
+"""`JOB_ID@PERCENT`, or `JOB_ID` for its newest checkpoint."""
+
+MAX_MODELS = 1000
+"""Most models that are listed: a list of OpenAI's has no pages."""
+
+
+class Address(NamedTuple):
+    """A recorded checkpoint, and where its files are. Not the whole row: that holds a reconstruction."""
+
+    job_id: str
+    percent: int
+    created_at: datetime
+    folder: str
+    """In the data folder."""
+
+    manifest_sha256: str
+    """What vouches for every byte."""
+
+    @property
+    def model_id(self) -> str:
+        """What it is called as a model."""
+        return f"{self.job_id}@{self.percent}"
+
+
+jobs = table(Job)
+checkpoints = table(Checkpoint)
+_addresses = sa.select(*(checkpoints.c[name] for name in Address._fields))
+
+
+def find_checkpoints(db: Database, job_id: str, which: int | Literal["latest"]) -> list[Address]:
+    """The checkpoint to work with; for `latest` all, the newest first: the next is for when one is damaged.
+
+    Raises:
+        NotFound: `job_not_found`, `checkpoint_not_found`.
+        Conflict: `no_checkpoint_yet`.
+    """
+    with db.read() as session:
+        of_job = session.execute(_addresses.where(checkpoints.c.job_id == job_id))
+        recorded = {row.percent: Address(*row) for row in of_job}
+        if not recorded:
+            store.load_job(session, job_id)
+            raise Conflict("no_checkpoint_yet", f"job {job_id} has not recorded a checkpoint yet")
+    if which == "latest":
+        return [recorded[percent] for percent in sorted(recorded, reverse=True)]
+    if which not in recorded:
+        raise NotFound("checkpoint_not_found", f"job {job_id} has no checkpoint {which} yet")
+    return [recorded[which]]
+
+
+async def first_whole(addresses: Sequence[Address], use: Callable[[Address], Awaitable[T]]) -> tuple[Address, T]:
+    """The first checkpoint that `use` does not find damaged, and what it makes of that one.
+
+    Raises:
+        Conflict: `checkpoint_damaged`, of the first, when all are.
+        ServiceError: whatever else `use` raises.
+    """
+    damage: Conflict | None = None
+    for address in addresses:
+        try:
+            return address, await use(address)
+        except Conflict as error:
+            if error.code != CheckpointDamaged.code:
+                raise
+            log.warning("checkpoint_damaged", job_id=address.job_id, percent=address.percent, reason=error.detail)
+            damage = damage or error
+    assert damage is not None, "there is one at least"
+    raise damage
+
+
+def find_models(db: Database, model: str) -> list[Address]:
+    """The checkpoint that is called so; as `find_checkpoints`. Raises NotFound `model_not_found`."""
+    job_id, _, percent = model.partition("@")
+    if re.fullmatch(MODEL_ID_PATTERN, model) is None:
+        raise _no_model(f"a model is called JOB_ID@PERCENT, or JOB_ID for its newest checkpoint, not {model!r}")
+    try:
+        return find_checkpoints(db, job_id, int(percent) if percent else "latest")
+    except (NotFound, Conflict) as error:
+        raise _no_model(error.detail) from error
+
+
+def list_models(db: Database) -> list[Address]:
+    """The checkpoints of the newest jobs, the newest of each first; at most `MAX_MODELS`."""
+    of_job = _addresses.join(jobs, jobs.c.id == checkpoints.c.job_id)
+    newest_first = of_job.order_by(jobs.c.seq.desc(), checkpoints.c.percent.desc())
+    with db.read() as session:
+        return [Address(*row) for row in session.execute(newest_first.limit(MAX_MODELS))]
+
+
+def _no_model(detail: str) -> NotFound:
+    return NotFound("model_not_found", detail, errors=[{"loc": ["body", "model"], "msg": "there is no such model"}])

@@ -1,0 +1,219 @@
+"""The line of queued jobs: who goes first, and when a worker will be free for whom. Reads, and changes nothing."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+import sqlalchemy as sa
+from sqlmodel import Session
+
+from service.database.database import Database
+from service.jobs.queue import CLAIM_ORDER, QUEUED, RUNNING, WAIT_ENDS, claimable, jobs
+from service.jobs.store import is_alive
+from service.jobs.tables import Job, UtcTime, Worker
+
+MAX_POSITION = 1000
+"""Most jobs that are counted before one."""
+
+COMPARABLE = 4.0
+"""A job's step is estimated from one that runs if it has at most so many times the work of that one's, and at least
+that fraction: beyond, a step's fixed costs and the size of its matrix products make a time out of its work a guess.
+Assumed."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a queued job stands."""
+
+    position: int
+    """How many jobs go first, up to 1,000 (which stands for any more)."""
+
+    estimated_start_at: datetime | None
+    """When a worker will be free for the job at the latest, and not before its `run_at` and the end of its back-off.
+
+    Jobs that run need as long as they say; those that go first are taken to need, for each step, what a running job of
+    about the same work needs. None where that would be a guess: no worker is alive, none has the memory, a running job
+    has not said how long it needs, or every slot has gone by then to a job whose work is unlike that of all that run.
+    """
+
+
+@dataclass(frozen=True)
+class LongestWait:
+    """How long jobs have waited for nothing but a worker."""
+
+    since: datetime | None
+    """Since when the first of them has; None when there is none, or the clock was ahead when they began."""
+
+    clock_was_ahead: bool
+    """Whether one of them began to wait, by the clock of then, at a later time than now."""
+
+
+def find_longest_wait(db: Database) -> LongestWait:
+    """Reads every queued job."""
+    dated = sa.case((jobs.c.run_at > jobs.c.created_at, jobs.c.run_at), else_=jobs.c.created_at)
+    began = sa.case((dated < WAIT_ENDS, WAIT_ENDS), else_=dated)
+    first, last = sa.func.min(began).filter(began <= db.now), sa.func.max(began)
+    query = sa.select(first, sa.func.coalesce(last > db.now, sa.false())).where(claimable(db.now))
+    with db.read() as session:
+        longest, clock_was_ahead = session.execute(query).one()
+    return LongestWait(longest, bool(clock_was_ahead))
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What is left of a job. None stands for what nobody knows yet."""
+
+    step_work: float | None
+    """Active parameters times tokens of a step: floating-point operations, up to a factor that all have in common."""
+
+    steps: int | None
+    eta_seconds: float | None
+    """Seconds that are left, as the job itself says while it runs, or said when it last ran."""
+
+    @property
+    def step_seconds(self) -> float | None:
+        """Seconds of a running job's step, lately."""
+        return self.eta_seconds / self.steps if self.eta_seconds is not None and self.steps else None
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """A queued job."""
+
+    id: str
+    ready_in: float
+    """Seconds until it may be claimed."""
+
+    training_bytes: int | None
+    work: _Work
+
+
+@dataclass
+class _Slot:
+    """A place at a living worker."""
+
+    memory_bytes: int | None
+    free_in: float | None
+    """Seconds; None when the job that runs there does not say, infinite after one of which nobody can say."""
+
+    def fits(self, job: _Waiting) -> bool:
+        """Whether the worker has the memory for it."""
+        return self.memory_bytes is None or job.training_bytes is None or job.training_bytes <= self.memory_bytes
+
+
+def find_place(db: Database, job_id: str) -> Place | None:
+    """The place of a job in the line; None unless it is queued."""
+    with db.read() as session:
+        job = session.get(Job, job_id)
+        if job is None or job.status != "queued":
+            return None
+        now = session.scalars(sa.select(db.now)).one()
+        position = _count_before(session, job, now)
+        line = [_waiting(row, now) for row in session.execute(_LINE)]
+        running = session.execute(sa.select(jobs.c.worker_id, *_WORK).where(RUNNING)).all()
+        workers = [worker for worker in session.scalars(sa.select(Worker)) if is_alive(worker, now)]
+    known = [_work(row) for row in running]
+    slots = [
+        slot
+        for worker in workers
+        for slot in _slots(worker, [_work(row) for row in running if row.worker_id == worker.id], known)
+    ]
+    start_in = next((seconds for who, seconds in _starts(line, slots, known) if who == job_id), None)
+    return Place(position, None if start_in is None else now + timedelta(seconds=start_in))
+
+
+_STEP = ("batch_size", "gradient_accumulation_steps", "block_size")
+_WORK = (
+    jobs.c.n_active_params,
+    jobs.c.n_tokens,
+    jobs.c.total_steps,
+    jobs.c.progress,
+    *(jobs.c.config[name].as_integer().label(name) for name in _STEP),
+)
+_LINE = (
+    sa.select(jobs.c.id, jobs.c.run_at, jobs.c.waits_since, jobs.c.waits_seconds, jobs.c.training_bytes, *_WORK)
+    .where(QUEUED)
+    .order_by(*CLAIM_ORDER)
+    .limit(MAX_POSITION)
+)
+
+
+def _count_before(session: Session, job: Job, now: datetime) -> int:
+    """How many jobs may be claimed at the moment at which this one may, and go first then."""
+    moment = now + timedelta(seconds=_ready_in(job, now))
+    first = sa.select(jobs.c.id).where(claimable(sa.literal(moment, UtcTime()))).order_by(*CLAIM_ORDER)
+    before = session.scalars(first.limit(MAX_POSITION)).all()
+    return before.index(job.id) if job.id in before else MAX_POSITION
+
+
+def _ready_in(job: Any, now: datetime) -> float:
+    """Seconds until a queued job, or its row, may be claimed: the date and the back-off that `queue.claimable` asks."""
+    ready = [now] if job.run_at is None else [now, job.run_at]
+    if job.waits_since is not None and job.waits_since <= now:
+        ready.append(job.waits_since + timedelta(seconds=job.waits_seconds))
+    return (max(ready) - now).total_seconds()
+
+
+def _waiting(row: Any, now: datetime) -> _Waiting:
+    return _Waiting(row.id, _ready_in(row, now), row.training_bytes, _work(row))
+
+
+def _work(row: Any) -> _Work:
+    eta_seconds = row.progress.get("eta_seconds")
+    if None in (row.n_active_params, row.n_tokens, row.total_steps, *(getattr(row, name) for name in _STEP)):
+        return _Work(None, None, eta_seconds)
+    tokens_per_step = min(row.n_tokens, math.prod(getattr(row, name) for name in _STEP))
+    return _Work(row.n_active_params * tokens_per_step, row.total_steps - row.progress.get("step", 0), eta_seconds)
+
+
+def _slots(worker: Worker, running: Sequence[_Work], known: Sequence[_Work]) -> Iterator[_Slot]:
+    """The slots of a worker, those of its running jobs first."""
+    memory = min((device["memory_bytes"] for device in worker.devices), default=None)
+    for number in range(worker.slots):
+        yield _Slot(memory, _needed_seconds(running[number], known) if number < len(running) else 0.0)
+
+
+def _needed_seconds(work: _Work, known: Sequence[_Work]) -> float | None:
+    """How long what is left of a job takes: as it says itself, else by the steps of the running job that is most like
+    it."""
+    if work.eta_seconds is not None:
+        return work.eta_seconds
+    if work.step_work is None or work.steps is None:
+        return None
+    found = [
+        (work.step_work / other.step_work, other.step_seconds)
+        for other in known
+        if other.step_work and other.step_seconds is not None
+    ]
+    ratio, step_seconds = min(found, key=lambda one: abs(math.log(one[0])), default=(math.inf, math.inf))
+    return work.steps * step_seconds * ratio if 1 / COMPARABLE <= ratio <= COMPARABLE else None
+
+
+def _starts(line: Sequence[_Waiting], slots: Sequence[_Slot], known: Sequence[_Work]) -> Iterator[tuple[str, float]]:
+    """Who starts when, in seconds from now and in that order, as far as it is known: whenever a slot is free, the first
+    in line that may be claimed and fits takes it. `known`: the jobs that run."""
+    left = [job for job in line if any(slot.fits(job) for slot in slots)]
+    while left:
+        next_starts = [found for slot in slots if (found := _next_start(left, slot)) is not None]
+        seconds, slot, job = min(next_starts, key=lambda found: found[0], default=(math.inf, None, None))
+        # A slot of which nothing is known may be free at any moment, though not before those that are free now.
+        if slot is None or job is None or (seconds > 0 and any(slot.free_in is None for slot in slots)):
+            return
+        yield job.id, seconds
+        left.remove(job)
+        needed = _needed_seconds(job.work, known)
+        slot.free_in = math.inf if needed is None else seconds + needed
+
+
+def _next_start(left: Sequence[_Waiting], slot: _Slot) -> tuple[float, _Slot, _Waiting] | None:
+    """What a slot takes next, and in how many seconds; None where that is not known, or nothing fits."""
+    free_in = slot.free_in
+    if free_in is None or free_in == math.inf:
+        return None
+    fitting = (job for job in left if slot.fits(job))
+    if (job := next((job for job in left if slot.fits(job) and job.ready_in <= free_in), None)) is not None:
+        return free_in, slot, job
+    job = min(fitting, key=lambda job: job.ready_in, default=None)
+    return None if job is None else (job.ready_in, slot, job)

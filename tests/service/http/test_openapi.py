@@ -1,0 +1,304 @@
+"""The OpenAPI document against the API: each documented status of each route is reached, and no other."""
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from openapi_spec_validator import validate
+
+from service.app import create_app
+from service.http.openapi import document
+from service.jobs import queue
+from service.settings import Settings
+from tests.api import TEXT, Api, Serve
+from tests.service.http.routes.test_generate import tiny_files
+
+NOBODY = "0" * 32
+READ_ONLY = ("/generate", "/score", "/inspect", "/v1/completions")
+JSON = {"content-type": "application/json"}
+
+Reached = set[tuple[str, str, int]]
+
+
+class Explorer:
+    """Sends requests, and keeps which status each route answered."""
+
+    def __init__(self, api: Api, templates: list[str]) -> None:
+        self.api = api
+        self.reached: Reached = set()
+        self._routes = [(template, re.compile(re.sub(r"\{\w+\}", "[^/]+", template))) for template in templates]
+
+    def send(self, method: str, path: str, **request: Any) -> None:
+        answer = self.api.http.request(method, path, **request)
+        template = next(template for template, route in self._routes if route.fullmatch(path))
+        self.reached.add((method.lower(), template, answer.status_code))
+
+
+@contextmanager
+def failing(api: Api, error_code: int | None) -> Iterator[None]:
+    """Every transaction fails: as when the server is away, or with an error code of SQLite's."""
+    cause = Exception("injected")
+    if error_code is not None:
+        cause.sqlite_errorcode = error_code  # type: ignore[attr-defined]
+
+    @sa.event.listens_for(api.db.engine, "begin")
+    def refuse(connection: sa.Connection) -> None:
+        raise sa.exc.OperationalError("BEGIN", {}, cause)
+
+    try:
+        yield
+    finally:
+        sa.event.remove(api.db.engine, "begin", refuse)
+
+
+def valid_requests(queued: str, finished: str) -> list[tuple[str, str, Any]]:
+    """One legal request to each route, none of which needs another's effect."""
+    generate = {"job_id": finished, "prompt": "a", "max_new_tokens": 1}
+    return [
+        ("POST", "/jobs", {"text": TEXT}),
+        ("GET", "/jobs", None),
+        ("GET", f"/jobs/{queued}", None),
+        ("PATCH", f"/jobs/{queued}", {"name": "gato"}),
+        ("GET", f"/jobs/{queued}/text", None),
+        ("GET", f"/jobs/{queued}/metrics", None),
+        ("GET", f"/jobs/{queued}/metrics.csv", None),
+        ("GET", f"/jobs/{finished}/events", None),
+        ("GET", f"/jobs/{finished}/checkpoints", None),
+        ("GET", f"/jobs/{finished}/checkpoints/latest", None),
+        ("GET", f"/jobs/{finished}/checkpoints/0/reconstruction", None),
+        ("GET", f"/jobs/{finished}/checkpoints/0/files/config.json", None),
+        ("POST", "/generate", generate),
+        ("POST", "/score", {"job_id": finished, "text": "ab"}),
+        ("POST", "/inspect", {"job_id": finished, "prompt": "a"}),
+        ("POST", "/v1/completions", {"model": finished, "prompt": "a", "max_tokens": 1}),
+        ("GET", "/v1/models", None),
+        ("GET", f"/v1/models/{finished}", None),
+        ("GET", "/workers", None),
+        ("GET", "/healthz", None),
+        ("GET", "/readyz", None),
+        ("GET", "/metrics", None),
+        ("POST", f"/jobs/{queued}/pause", None),
+        ("POST", f"/jobs/{queued}/resume", None),
+        ("POST", f"/jobs/{queued}/cancel", None),
+        ("DELETE", f"/jobs/{queued}", None),
+    ]
+
+
+def test_every_documented_status_is_reached_and_no_other(serve: Serve, tmp_path: Path) -> None:
+    api = serve(max_text_bytes=1000, max_queued=3, engine_max_waiting=1)
+    made = api.http.get("/openapi.json").json()
+    explorer = Explorer(api, list(made["paths"]))
+    send = explorer.send
+    claim = api.claim(api.submit()["id"])
+    api.record_checkpoint(claim, 0, 0, tiny_files(tmp_path / "tiny"))
+    queue.finish(api.db, claim, "succeeded")
+    damaged = api.running().job_id
+    finished, queued = claim.job_id, api.submit()["id"]
+
+    requests = valid_requests(queued, finished)
+    for method, path, body in requests:
+        send(method, path, json=body, headers={"Host": "evil.example"})
+    for error_code in (None, 13):
+        with failing(api, error_code):
+            for method, path, body in requests:
+                if error_code is None or (method != "GET" and path not in READ_ONLY):
+                    send(method, path, json=body)
+    for method, path, body in requests:
+        if body is not None:
+            send(method, path, content=b"{", headers=JSON)
+            send(method, path, content=b" " * 2_000_000, headers=JSON)
+            send(method, path, json={"nope": 1})
+            send(method, path, json=body, headers={"Content-Encoding": "gzip"})
+        if "/jobs/" in path or "/models/" in path:
+            send(method, path.replace(queued, NOBODY).replace(finished, NOBODY), json=body)
+    for path in (
+        f"/jobs/{queued}",
+        "/jobs",
+        f"/jobs/{queued}/metrics",
+        f"/jobs/{finished}/checkpoints/0/reconstruction",
+    ):
+        send("GET", path, params={"nope": 1})
+    send("GET", f"/jobs/{finished}/events", headers={"Last-Event-ID": "x"})
+    send("GET", f"/jobs/{finished}/events", headers={"Last-Event-ID": "999"})
+    send("DELETE", f"/jobs/{queued}")
+    for method, path, body in requests:
+        send(method, path, json=body)
+
+    for wish in ("cancel", "pause", "resume"):
+        send("POST", f"/jobs/{finished}/{wish}")
+    file = f"/jobs/{finished}/checkpoints/0/files/config.json"
+    send("GET", file, headers={"Range": "bytes=0-1"})
+    send("GET", file, headers={"Range": "bytes=999999-"})
+    for path in (file, f"/jobs/{finished}/text"):
+        send("GET", path, headers={"If-None-Match": "*"})
+        send("GET", path, headers={"If-Match": '"other"'})
+    next((api.context.settings.data_dir / "jobs" / finished).rglob("config.json")).unlink()
+    send("GET", file)
+    next((api.context.settings.data_dir / "jobs" / damaged).rglob("manifest.json")).unlink()
+    send("POST", "/v1/completions", json={"model": damaged, "prompt": "a"})
+    send("POST", "/jobs", json={"text": TEXT, "config": {"init_from": {"job_id": NOBODY}}})
+    from_damaged = {"tokenizer": "bytes", "init_from": {"job_id": damaged, "checkpoint": 0}}
+    send("POST", "/jobs", json={"text": TEXT, "config": from_damaged})
+    send("POST", "/jobs", data={"text": TEXT})
+    send("POST", "/jobs", json={"text": TEXT}, params={"dry_run": True})
+    for _ in range(3):
+        send("POST", "/jobs", json={"text": TEXT})
+    requests_to_models: list[tuple[str, dict[str, Any]]] = [
+        ("/generate", {"prompt": "a"}),
+        ("/score", {"text": "ab"}),
+        ("/inspect", {"prompt": "a"}),
+    ]
+    (waiting,) = api.http.get("/jobs", params={"status": "queued", "limit": 1}).json()["data"]
+    full = Explorer(serve(engine_max_waiting=0), list(made["paths"]))
+    full.api.fill_generation()
+    full_claim = full.api.running()
+    for path, request in requests_to_models:
+        for asker, job_id in ((explorer, NOBODY), (explorer, waiting["id"]), (full, full_claim.job_id)):
+            asker.send("POST", path, json=request | {"job_id": job_id})
+    send("POST", "/v1/completions", json={"model": NOBODY, "prompt": "a"})
+    full.send("POST", "/v1/completions", json={"model": full_claim.job_id, "prompt": "a"})
+
+    documented = {
+        (method, path, int(status))
+        for path, operations in made["paths"].items()
+        for method, operation in operations.items()
+        for status in operation["responses"]
+    }
+    assert explorer.reached | full.reached == documented
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The document."""
+    return document(create_app(Settings(_env_file=None, data_dir=tmp_path_factory.mktemp("document"))))
+
+
+def test_every_error_is_a_problem_or_openais(made: dict[str, Any]) -> None:
+    for path, operations in made["paths"].items():
+        for method, operation in operations.items():
+            for status, answer in operation["responses"].items():
+                if int(status) >= 400:
+                    kind = "application/json" if path.startswith("/v1/") else "application/problem+json"
+                    schema = "OpenAIError" if path.startswith("/v1/") else "Problem"
+                    wanted = {kind: {"schema": {"$ref": f"#/components/schemas/{schema}"}}}
+                    assert answer["content"] == wanted, (method, path, status)
+
+
+def test_every_reference_leads_somewhere(made: dict[str, Any]) -> None:
+    refs = set(re.findall(r'"#/components/schemas/([^"]+)"', json.dumps(made)))
+    assert refs <= set(made["components"]["schemas"])
+    assert "HTTPValidationError" not in made["components"]["schemas"]
+
+
+def test_a_submission_is_documented_as_json_and_as_a_form(made: dict[str, Any]) -> None:
+    body = made["paths"]["/jobs"]["post"]["requestBody"]["content"]
+    assert set(body) == {"application/json", "multipart/form-data"}
+    config = made["components"]["schemas"]["JobConfig"]
+    assert config["properties"]["lr"]["description"].startswith("Peak learning rate")
+    assert "required" not in config
+
+
+def test_no_parameter_can_be_null(made: dict[str, Any]) -> None:
+    parameters = [
+        parameter
+        for operations in made["paths"].values()
+        for operation in operations.values()
+        for parameter in operation.get("parameters", [])
+    ]
+    assert len(parameters) > 20
+    assert not [parameter for parameter in parameters if "null" in json.dumps(parameter["schema"])]
+
+
+def operations_of(made: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    for path, operations in made["paths"].items():
+        for method, operation in operations.items():
+            yield method, path, operation
+
+
+def test_the_document_is_valid(made: dict[str, Any]) -> None:
+    validate(made)
+
+
+# Generated clients name their functions after these.
+OPERATIONS = {
+    "cancel_job", "create_completion", "delete_job", "generate", "get_checkpoint", "get_checkpoint_file", "get_health",
+    "get_job", "get_job_events", "get_job_metrics", "get_job_metrics_csv", "get_job_text", "get_model",
+    "get_prometheus_metrics", "get_readiness", "get_reconstruction", "inspect", "list_checkpoints", "list_jobs",
+    "list_models", "list_workers", "patch_job", "pause_job", "resume_job", "score", "submit_job",
+}  # fmt: skip
+
+
+def test_operations_have_stable_names(made: dict[str, Any]) -> None:
+    found = [operation["operationId"] for _, _, operation in operations_of(made)]
+    assert len(found) == len(set(found))
+    assert set(found) >= OPERATIONS, "a name that is gone breaks generated clients"
+
+
+def test_operations_are_summarised_in_words(made: dict[str, Any]) -> None:
+    summaries = [operation["summary"] for _, _, operation in operations_of(made)]
+    assert len(summaries) == len(set(summaries))
+    for summary in summaries:
+        first, *rest = summary.split()
+        assert first[0].isupper(), summary
+        assert rest, summary
+        assert any(word[0].islower() for word in rest), f"{summary}: a name in capitals"
+        assert not summary.endswith("."), summary
+        assert len(summary) <= 50, summary
+
+
+# A description is read without the name of its schema, and without its neighbours.
+LEANS_ON_SOMETHING = re.compile(
+    r"(of|its|their|both|always|as|that|those|this|these|they|it|null|from|at|in|by|never)\b"
+    r"|(when|why|how|what|where|whether)( \w+)? (it|its|they|this)\b",
+    re.IGNORECASE,
+)
+
+
+def descriptions(made: dict[str, Any]) -> Iterator[tuple[str, str | None]]:
+    for method, path, operation in operations_of(made):
+        yield f"{method} {path}", operation.get("description")
+        for status, answer in operation["responses"].items():
+            yield f"{method} {path} {status}", answer["description"]
+        for parameter in operation.get("parameters", []):
+            yield f"{method} {path} {parameter['name']}", parameter.get("description")
+    for name, schema in made["components"]["schemas"].items():
+        yield name, schema.get("description")
+        for field, described in schema.get("properties", {}).items():
+            yield f"{name}.{field}", described.get("description")
+
+
+def test_every_description_stands_alone(made: dict[str, Any]) -> None:
+    wrong = [
+        (where, text)
+        for where, text in descriptions(made)
+        if text is None
+        or len(text.split()) < 2
+        or not text.rstrip().endswith((".", "`"))
+        or LEANS_ON_SOMETHING.match(text)
+        or text.startswith("Successful Response")
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["Of its bytes.", "Both.", "Always this.", "Its id.", "When it was recorded.", "How far it has come.", "Bytes."],
+)
+def test_the_check_sees_a_description_that_does_not(text: str) -> None:
+    assert LEANS_ON_SOMETHING.match(text) or len(text.split()) < 2
+
+
+def test_a_stream_is_described_in_words_and_has_no_type(made: dict[str, Any]) -> None:
+    streams = [
+        answer["content"]["text/event-stream"]
+        for _, _, operation in operations_of(made)
+        for answer in operation["responses"].values()
+        if "text/event-stream" in answer.get("content", {})
+    ]
+    assert len(streams) == 3
+    assert all(set(stream) == {"schema"} and set(stream["schema"]) == {"description"} for stream in streams)

@@ -1,0 +1,153 @@
+"""What has no row: found whoever left it, swept after a day, and nothing else touched."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from nanomoe import checkpoint
+from service.database.database import Database
+from service.jobs import queue, store
+from service.jobs.queue import Claim, NewJob
+from service.jobs.store import WorkerIdentity
+from service.settings import Settings
+from service.storage.orphans import find_orphans, sweep_orphans
+from tests.databases import ONLY_SQLITE
+
+DAY = 86_400
+
+
+@pytest.fixture
+def data(settings: Settings) -> Path:
+    return settings.data_dir
+
+
+def claimed(db: Database) -> Claim:
+    queue.submit(db, NewJob(text="a b", config={}))
+    claim = queue.claim(db, WorkerIdentity(), 60)
+    assert claim is not None
+    return claim
+
+
+def write(data: Path, folder: str) -> str:
+    """A folder as the trainer writes it, a day and a minute old; returns its manifest's sha256."""
+    _, sha256 = checkpoint.write(data / folder, {"config.json": b"{}\n"})
+    age(data / folder)
+    return sha256
+
+
+def age(path: Path, seconds: float = DAY + 60) -> None:
+    then = time.time() - seconds
+    for entry in (*path.rglob("*"), path):
+        os.utime(entry, (then, then))
+
+
+def record(db: Database, data: Path, claim: Claim, percent: int) -> str:
+    folder = store.checkpoint_folder(claim.job_id, claim.fence, percent)
+    sha256 = write(data, folder)
+    queue.record_checkpoint(
+        db, claim, percent=percent, step=percent, epoch=percent, folder=folder, manifest_sha256=sha256,
+        files=[], metrics={},
+    )  # fmt: skip
+    return folder
+
+
+def test_only_what_has_no_row_and_no_living_claim_is_swept(db: Database, data: Path) -> None:
+    claim = claimed(db)
+    kept = record(db, data, claim, 0)
+    snapshot = store.snapshot_folder(claim.job_id, claim.fence, 7)
+    queue.record_snapshot(db, claim, step=7, folder=snapshot, manifest_sha256=write(data, snapshot))
+    left = [f"jobs/{claim.job_id}/f1-25", f"jobs/{claim.job_id}/f1-25.tmp", f"jobs/{claim.job_id}/f1-s9"]
+    for folder in left:
+        write(data, folder)
+    unfinished_text = f"jobs/{claim.job_id}/text.f1.tmp"
+    (data / unfinished_text).write_text("half")
+    age(data / unfinished_text)
+    (data / "jobs" / claim.job_id / "text.txt").write_text("a b")
+    age(data / "jobs" / claim.job_id)
+
+    assert find_orphans(db, data) == []  # all of it may be the running claim's
+
+    queue.release(db, claim)
+    again = queue.claim(db, WorkerIdentity(), 60)
+    assert again is not None
+    write(data, f"jobs/{claim.job_id}/f2-25.tmp")
+    age(data / "jobs" / claim.job_id)
+    assert sweep_orphans(db, data) == sorted([*left, unfinished_text])
+    there = {str(path.relative_to(data)) for path in (data / "jobs" / claim.job_id).iterdir()}
+    assert there == {kept, snapshot, f"jobs/{claim.job_id}/f2-25.tmp", f"jobs/{claim.job_id}/text.txt"}
+
+
+def test_all_files_of_a_deleted_job_are_swept_and_nothing_else(db: Database, data: Path, tmp_path: Path) -> None:
+    claim = claimed(db)
+    record(db, data, claim, 100)
+    queue.finish(db, claim, "succeeded")
+    queue.delete(db, claim.job_id)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "mine").write_text("keep")
+    for name in ("jobs/notes", "jobs/0123", "locks"):
+        (data / name).mkdir()
+    (data / "jobs" / ("a" * 32)).symlink_to(elsewhere)
+    inside = record_free_folder(db, data)
+    (data / inside / "f1-50").symlink_to(elsewhere)
+    for folder in (data / "jobs", data / "locks"):
+        age(folder)
+
+    assert sweep_orphans(db, data) == [f"jobs/{claim.job_id}"]
+    assert (elsewhere / "mine").read_text() == "keep"
+    assert sorted(path.name for path in (data / "jobs").iterdir()) == sorted(
+        ["0123", "a" * 32, Path(inside).name, "notes"]
+    )
+    assert (data / inside / "f1-50").is_symlink()
+
+
+def record_free_folder(db: Database, data: Path) -> str:
+    """The folder of a job that waits, and has no files yet."""
+    job, _ = queue.submit(db, NewJob(text="c d", config={}))
+    (data / store.job_folder(job.id)).mkdir(parents=True)
+    return store.job_folder(job.id)
+
+
+@ONLY_SQLITE
+def test_what_is_younger_than_a_day_stays(db: Database, data: Path) -> None:
+    claim = claimed(db)
+    old, new = f"jobs/{'b' * 32}", f"jobs/{'c' * 32}"
+    for folder in (old, new):
+        write(data, f"{folder}/f1-0")
+        age(data / folder)
+    (data / new / "f1-0" / "config.json").write_text("written a moment ago")
+    queue.release(db, claim)
+    assert find_orphans(db, data) == [old, new]
+    assert sweep_orphans(db, data) == [old]
+    assert find_orphans(db, data) == [new]
+
+
+@ONLY_SQLITE
+def test_a_row_that_is_written_while_we_look_saves_its_folder(
+    db: Database, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The commit falls between the look at the disk and the look at the rows: the order of the two is what counts.
+    claim = claimed(db)
+    folder = store.checkpoint_folder(claim.job_id, claim.fence, 50)
+    sha256 = write(data, folder)
+    age(data / store.job_folder(claim.job_id))
+    read = db.read
+
+    def commit_then_read() -> object:
+        monkeypatch.setattr(db, "read", read)
+        queue.record_checkpoint(
+            db, claim, percent=50, step=1, epoch=1, folder=folder, manifest_sha256=sha256, files=[], metrics={}
+        )
+        queue.finish(db, claim, "succeeded")
+        return read()
+
+    monkeypatch.setattr(db, "read", commit_then_read)
+    assert sweep_orphans(db, data) == []
+    assert (data / folder).is_dir()
+
+
+@ONLY_SQLITE
+def test_a_data_folder_without_jobs_has_no_orphans(db: Database, tmp_path: Path) -> None:
+    assert sweep_orphans(db, tmp_path / "nothing") == []
