@@ -31,7 +31,7 @@ from nanomoe import generate as nanomoe_generate
 from nanomoe.checkpoint import CheckpointDamaged
 from nanomoe.config import JobConfig
 from nanomoe.generate import FEW_SEQUENCES, Continuation, Engine, useful_threads
-from nanomoe.parent_death import die_with_parent
+from nanomoe.processes import die_with_parent
 from nanomoe.sampling import Sampling
 from nanomoe.tokenizer import Tokenizer
 from nanomoe.training.execution import find_device

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from nanomoe import checkpoint
-from nanomoe.parent_death import die_with_parent
+from nanomoe.processes import die_with_parent
 from worker.memory import oom_kills
 from worker.protocol import (
     CheckpointWritten,

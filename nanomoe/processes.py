@@ -1,5 +1,4 @@
-"""Ties a child process's life to its parent's. Used by every process that the service, the worker or a command
-starts."""
+"""What ties a child process to the process that started it."""
 
 import ctypes
 import os
@@ -10,8 +9,10 @@ _PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process (SIGKILL) when the thread that started it ends, where the system is Linux; exit
-    at once if `parent`, a process id, is not the parent any more.
+    """Have this process killed when the thread that started it ends, where the system is Linux; exit at once if
+    `parent`, a process id, has ended already.
+
+    The signal goes to this process alone, not to what it has started.
 
     Raises:
         OSError: the kernel refuses.
