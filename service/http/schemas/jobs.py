@@ -89,7 +89,7 @@ class ModelSize(View):
 
 
 class TextInfo(View):
-    """Digest and length of the training text."""
+    """A training text, represented by its digest and length."""
 
     sha256: str
     """SHA-256 of the text's UTF-8 bytes, hexadecimal."""
