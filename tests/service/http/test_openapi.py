@@ -16,6 +16,7 @@ from service.http.openapi import document
 from service.jobs import queue
 from service.settings import Settings
 from tests.api import TEXT, Api, Serve
+from tests.descriptions import stands_alone
 from tests.service.http.routes.test_generate import tiny_files
 
 NOBODY = "0" * 32
@@ -251,26 +252,6 @@ def test_operations_are_summarised_in_words(made: dict[str, Any]) -> None:
         assert len(summary) <= 50, summary
 
 
-# A description is read without the name of its schema, and without its neighbours.
-LEANS_ON_SOMETHING = re.compile(
-    r"(of|its|their|both|always|as|that|those|this|these|they|it|null|from|at|in|by|never|such|see|ditto)\b"
-    r"|(when|why|how|what|where|whether)( \w+)? (it|its|they|this)\b"
-    r"|the (entries|same as|above)\b",
-    re.IGNORECASE,
-)
-
-
-def stands_alone(text: str | None) -> bool:
-    """Whether a description is a noun phrase or sentence of three words or more that names what it is about."""
-    return (
-        text is not None
-        and len(text.split()) >= 3
-        and text.rstrip().endswith((".", "`"))
-        and not LEANS_ON_SOMETHING.match(text)
-        and not text.startswith("Successful Response")
-    )
-
-
 def descriptions(made: dict[str, Any]) -> Iterator[tuple[str, str | None]]:
     """Every description of the document, and where it stands: operations, answers, parameters, bodies and schemas."""
     for method, path, operation in operations_of(made):
@@ -296,18 +277,6 @@ def test_every_description_stands_alone(made: dict[str, Any]) -> None:
     found = list(descriptions(made))
     assert len(found) > 300
     assert [(where, text) for where, text in found if not stands_alone(text)] == []
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        None, "Of its bytes.", "As `submit` does it.", "Both.", "Always this very value.", "The entries of it.",
-        "See the other field.", "Its id in the table.", "It is an id.", "They are three numbers.", "The same as above.",
-        "When it was recorded.", "How far it has come.", "Bytes.", "Two words.", "An id without a full stop",
-    ],
-)  # fmt: skip
-def test_the_check_sees_a_description_that_does_not(text: str | None) -> None:
-    assert not stands_alone(text)
 
 
 def test_the_check_sees_a_bad_description_wherever_it_stands(made: dict[str, Any]) -> None:
