@@ -1,7 +1,7 @@
 """Every setting of the API and the worker, read from `NANOMOE_...` variables and from `.env`.
 
-Declared once: the documentation's table is generated from these fields and the texts under them. Knows no HTTP, no
-torch and no database connection.
+Declared once: docs/settings.md is generated from these fields and the texts under them. Knows no HTTP, no torch and no
+database connection.
 """
 
 from collections.abc import Iterator

@@ -1,6 +1,7 @@
 """Glossary of the metrics: every field with its description.
 
-`nanomoe metrics --explain` prints it, and the documentation's tables of metrics are generated from it.
+`nanomoe metrics --explain` prints it; the tables of docs/metrics.md and docs/mixture_of_experts.md are generated from
+it.
 """
 
 from collections.abc import Iterable
