@@ -87,7 +87,7 @@ def _opened(here: Settings) -> "Iterator[Database]":
     """The database, which must exist; its errors are usage errors."""
     from sqlalchemy.engine import make_url
 
-    from service.database.database import open_database
+    from service.database.opening import open_database
 
     if here.database_url.startswith("sqlite:"):
         file = Path(make_url(here.database_url).database or "")

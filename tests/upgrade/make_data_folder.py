@@ -64,7 +64,7 @@ def wait_until(holds: Callable[[], Any]) -> None:
         time.sleep(0.002)
 
 
-class TemporaryService:
+class Site:
     """A running API, and what its database says."""
 
     def __init__(self, data: Path, url: str) -> None:
@@ -85,7 +85,7 @@ class TemporaryService:
         return bool(self.ask("SELECT 1 FROM snapshots WHERE job_id = ?", job_id))
 
 
-def fill(site: TemporaryService) -> None:
+def fill(site: Site) -> None:
     """Jobs of every kind."""
     with started("worker"):
         finished = site.submit("finished", BYTES)
@@ -128,7 +128,7 @@ def main(target: Path) -> None:
         }  # fmt: skip
         with started("service", stdout=subprocess.PIPE) as api:
             assert api.stdout is not None
-            fill(TemporaryService(data, api.stdout.readline().split()[-1]))
+            fill(Site(data, api.stdout.readline().split()[-1]))
             nanomoe = [sys.executable, "-c", "from service.cli import main; main()"]
             subprocess.run([*nanomoe, "backup", str(backup / "nanomoe.db")], check=True)
         with tarfile.open(target, "w:xz", preset=9) as archive:

@@ -4,9 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from nanomoe.config import Strict, Whole
-from service.http.patterns import JOB_ID_PATTERN
-from service.http.schemas.base import Percent, Text, View
+from nanomoe.config import JOB_ID_PATTERN, Percent, Strict, Whole
+from service.http.schemas.base import Text, View
 
 
 class ScoreRequest(Strict):

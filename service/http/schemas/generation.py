@@ -4,9 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints
 
-from nanomoe.config import Integer, Strict, Whole
-from service.http.patterns import JOB_ID_PATTERN
-from service.http.schemas.base import Percent, View
+from nanomoe.config import JOB_ID_PATTERN, Integer, Percent, Strict, Whole
+from service.http.schemas.base import View
 
 TextPrompt = Annotated[str, Field(strict=True, max_length=1_000_000, json_schema_extra={"minLength": 1})]
 """A text to continue. An empty one is refused later, with the error code `empty_prompt`."""
