@@ -21,6 +21,13 @@ OPEN_TO_WORKER = ("jobs", "database", "storage", "settings", "errors", "logs")
 NO_FASTAPI = ("jobs", "database", "storage", "settings", "errors")
 """The parts of `service` that know neither HTTP nor torch."""
 
+SERVICE_BELOW = {
+    "service.database": ("jobs", "storage", "generation", "http", "client", "cli"),
+    "service.jobs": ("storage", "generation", "http", "client", "cli"),
+    "service.storage": ("generation", "http", "client", "cli"),
+}
+"""Packages of `service`, and those that stand above each: imports go downwards."""
+
 WEB = ("fastapi", "starlette", "uvicorn")
 
 BELOW = {
@@ -72,7 +79,8 @@ def forbidden(module: str, name: str) -> bool:
             or (_within(name, "torch") and module != "worker.trainer")
             or (_within(name, "service") and module == "worker.trainer")
         )
-    if _within(name, "worker"):
+    above = [f"service.{room}" for below, rooms in SERVICE_BELOW.items() if _within(module, below) for room in rooms]
+    if _within(name, "worker", *above):
         return True
     if _within(module, *(f"service.{part}" for part in NO_FASTAPI)):
         return _within(name, "torch", *WEB)
@@ -114,6 +122,10 @@ def test_a_package_imports_only_what_it_may(package: str) -> None:
         ("nanomoe.generation.engine", "from nanomoe.training import loop"),
         ("worker.attempt", "from service.http import problems"),
         ("service.generation.engine", "from fastapi import FastAPI"),
+        ("service.database.migrations.env", "from service.jobs import tables"),
+        ("service.jobs.submission", "from service.http.schemas import SubmitRequest"),
+        ("service.jobs.addressing", "from service.storage.job_folders import job_folder"),
+        ("service.storage.fsck", "from service.http import views"),
         ("service.http.routes.jobs", "import torch"),
     ],
 )
@@ -128,6 +140,8 @@ def test_the_check_sees_a_forbidden_import(module: str, source: str) -> None:
         ("worker.trainer", "import torch"),
         ("service.generation.engine", "import torch\nfrom nanomoe.model.gpt import GPT"),
         ("service.http.routes.jobs", "from ..schemas import JobView\nfrom .parameters import Limit"),
+        ("service.storage.orphans", "from service.jobs.tables import Job"),
+        ("service.jobs.queue", "from service.database.database import Database"),
         ("nanomoe.training.loop", "from nanomoe.workers_of_old import x\nimport torch"),
     ],
 )
