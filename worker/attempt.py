@@ -14,10 +14,12 @@ import structlog
 from nanomoe.checkpoint import is_disk_full
 from nanomoe.config import JobConfig
 from nanomoe.plan import OutOfMemory, Plan
+from service.database.database import Database
 from service.errors import DatabaseUnavailable, LeaseLost, StorageFull
-from service.jobs import queue, store
-from service.jobs.queue import Intents
-from service.jobs.store import Job
+from service.jobs import queue, reads, recording
+from service.jobs.lease import Intents
+from service.jobs.statuses import TERMINAL
+from service.jobs.tables import Job
 from service.settings import Settings
 from worker.lease import Lease, LeaseUncertain
 from worker.lock import SlotLock
@@ -46,7 +48,7 @@ class Attempt:
 
     def __init__(
         self,
-        db: store.Database,
+        db: Database,
         lease: Lease,
         trainer: TrainerProcess,
         lock: SlotLock,
@@ -192,7 +194,7 @@ class Attempt:
 
     def _heartbeat_when_due(self) -> None:
         if time.monotonic() >= self._lease.heartbeat_due:
-            self._recorder.write(lambda: queue.heartbeat(self._db, self._claim))
+            self._recorder.write(lambda: recording.heartbeat(self._db, self._claim))
 
     def _poll(self) -> None:
         """Read cancel and pause requests now: the next write, which returns them too, may be seconds away."""
@@ -200,7 +202,7 @@ class Attempt:
         if self._draining.is_set():
             self._request_stop("drain")
         try:
-            job = store.get_job(self._db, self._job.id)
+            job = reads.get_job(self._db, self._job.id)
         except DatabaseUnavailable:
             return  # the next heartbeat logs it, and retries
         if job.fence != self._claim.fence or job.status != "running":
@@ -245,7 +247,7 @@ class Attempt:
             return
         while not self._trainer.kill_and_reap(self._timing.heartbeat):
             try:
-                self._lease.write(lambda: queue.heartbeat(self._db, self._claim))
+                self._lease.write(lambda: recording.heartbeat(self._db, self._claim))
             except LeaseLost:
                 self._lost = True
             except (LeaseUncertain, StorageFull):
@@ -259,7 +261,7 @@ class Attempt:
             self._log.warning("lease_lost", reason=str(error))
             return
         if job is not None:
-            if job.status in store.TERMINAL:
+            if job.status in TERMINAL:
                 self._recorder.drop_snapshot()
             self._log.info("attempt_ended", status=job.status, status_reason=job.status_reason, error=job.error)
 
@@ -329,7 +331,7 @@ class Attempt:
             f"after step {step}, with micro-batches of {size} windows, the system killed the trainer because memory "
             f"ran out; from now on they have {half}: a step trains on the same windows in more parts"
         )
-        return lambda: queue.release_smaller(
+        return lambda: queue.release_out_of_memory(
             db,
             claim,
             micro_batch=half,

@@ -19,7 +19,7 @@ from queue import Queue
 from typing import TYPE_CHECKING, Literal, NoReturn
 
 from nanomoe.config import ConfigWarning, JobConfig
-from nanomoe.parent_death import die_with_parent
+from nanomoe.processes import die_with_parent
 from worker.protocol import (
     Assignment,
     CheckpointWritten,

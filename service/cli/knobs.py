@@ -1,4 +1,4 @@
-"""A config on the command line: `--set lr=1e-3`, `--config file.json`, and a table of all knobs.
+"""The config on the command line: `--set lr=1e-3`, `--config file.json`, and `nanomoe knobs`.
 
 Everything is read from the pydantic classes; no knob is named here except where its notation differs.
 """
@@ -22,7 +22,7 @@ from service.http.patterns import message_of
 
 
 def config_of(file: Path | None, settings: list[str]) -> JobConfig:
-    """The config of a JSON file, changed by `knob=value` settings; raises UsageError in words."""
+    """The config of a JSON file, changed by `knob=value` settings; raises UsageError."""
     given = _read_object(file) if file is not None else {}
     given |= settings_of(JobConfig.model_fields, settings)
     return validated(JobConfig, given)
@@ -42,14 +42,14 @@ def settings_of(fields: Mapping[str, FieldInfo], settings: Iterable[str]) -> dic
 
 
 def validated(kind: type[JobConfig], given: Mapping[str, Any]) -> JobConfig:
-    """The config, or a UsageError with one line for each thing that is wrong."""
+    """The config; raises a UsageError that names every fault."""
     try:
         return kind.model_validate(given)
     except ValidationError as error:
-        raise UsageError("; ".join(_in_words(kind, fault) for fault in error.errors())) from None
+        raise UsageError("; ".join(_message(kind, fault) for fault in error.errors())) from None
 
 
-def _in_words(kind: type[BaseModel], fault: Any) -> str:
+def _message(kind: type[BaseModel], fault: Any) -> str:
     place = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
         return f"there is no {place!r}{_suggestion(kind.model_fields, place)}"
@@ -66,7 +66,7 @@ def _value(name: str, field: FieldInfo, value: str) -> Any:
     if field.annotation is str and not value.startswith('"'):
         return value
     if name == "init_from" and not value.startswith(("{", "null")):
-        from service.cli.references import Reference  # and with it the client, for this alone
+        from service.cli.references import Reference  # imports the client, which only this needs
 
         return Reference.parse(value).init_from()
     try:
@@ -92,16 +92,16 @@ def _read_object(file: Path) -> dict[str, Any]:
 
 
 def complete_knob(incomplete: str) -> list[tuple[str, str]]:
-    """For the shell: the knobs that begin so, with their meaning."""
+    """Shell completion: the knobs that begin with `incomplete`, with their meanings."""
     return [(f"{row.name}=", row.meaning) for row in knob_rows() if row.name.startswith(incomplete)]
 
 
 class KnobRow(BaseModel):
-    """A knob as a table shows it."""
+    """A row of the table of knobs."""
 
     name: str
     part: str
-    """The class that declares it, and what that is about."""
+    """Summary of the class that declares the knob."""
     default: str
     bounds: str
     meaning: str
@@ -125,7 +125,7 @@ def knob_rows() -> list[KnobRow]:
 
 
 def _bounds(schema: Mapping[str, Any]) -> str:
-    """What a value may be, from its JSON schema: `1 to 256`, `constant or cosine`, `true or false`, `... or null`."""
+    """The bounds of a value, from its JSON schema: `1 to 256`, `constant or cosine`, `true or false`, `... or null`."""
     options = schema.get("anyOf", [schema])
     return " or ".join(dict.fromkeys(_bound(option) for option in options))
 
@@ -160,10 +160,10 @@ def _number(value: float) -> str:
 
 
 def knobs(
-    name: Annotated[str | None, typer.Argument(help="Only those whose name holds this.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Only knobs whose name contains this.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Every knob of a job: its default, what it may be, what it does."""
+    """List every knob of a job: default, bounds and meaning."""
     rows = [row for row in knob_rows() if name is None or name in row.name]
     if not rows:
         raise UsageError(f"there is no {name!r}{_suggestion(JobConfig.model_fields, name or '')}")

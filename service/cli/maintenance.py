@@ -1,7 +1,7 @@
-"""`nanomoe backup` and `nanomoe fsck`: looking after the database and the data folder of this machine.
+"""`nanomoe backup` and `nanomoe fsck`: maintenance of the database and the data folder of this machine.
 
-They open both themselves, so they need no service, and do not disturb one that runs. What opens a database is imported
-only when one of them runs: the other commands start without it.
+They open both themselves, so they need no service, and do not disturb one that runs. The database's modules are
+imported only when one of them runs.
 """
 
 import shlex
@@ -29,9 +29,11 @@ if TYPE_CHECKING:
 
 
 def backup(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A new file for the copy of the database.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="The copy of the database to write, which must not exist.")
+    ],
 ) -> None:
-    """Copy the database while everything is running, and say what else a backup needs."""
+    """Copy the database while the service runs, and print which files a backup needs too."""
     here = settings()
     if not here.database_url.startswith("sqlite:"):
         print(_pg_dump(here.database_url, file))
@@ -55,13 +57,13 @@ def _pg_dump(database_url: str, file: Path) -> str:
 
 def fsck(
     sweep: Annotated[
-        bool, typer.Option("--sweep", help="Remove what has no row now; a worker waits for a day first.")
+        bool, typer.Option("--sweep", help="Remove files without a row now; a worker removes them after a day.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Compare every checkpoint and snapshot in the database with its files, byte for byte.
+    """Verify every recorded checkpoint and snapshot against its files, byte for byte.
 
-    Exit code 0: all is as it was recorded; 1: something is missing or damaged.
+    Exit code 0: every file is as recorded; 1: a file is missing or damaged.
     """
     from service.storage.fsck import check
     from service.storage.orphans import sweep_orphans
@@ -82,15 +84,15 @@ def fsck(
 
 @contextmanager
 def _opened(here: Settings) -> "Iterator[Database]":
-    """The database, which must be there already; what it cannot do is one line and exit code 2."""
+    """The database, which must exist; its errors are usage errors."""
     from sqlalchemy.engine import make_url
 
-    from service.database.database import open_database
+    from service.database.opening import open_database
 
     if here.database_url.startswith("sqlite:"):
         file = Path(make_url(here.database_url).database or "")
         if not file.is_file():
-            raise UsageError(f"there is no database {file}: check NANOMOE_DATA_DIR and NANOMOE_DATABASE_URL")
+            raise UsageError(f"there is no database {file}; check NANOMOE_DATA_DIR and NANOMOE_DATABASE_URL")
     try:
         database = open_database(here)
         try:
@@ -114,4 +116,4 @@ def _show(report: "Report", swept: list[str] | None) -> None:
     wrong = "all as recorded" if report.is_clean else f"{len(report.faults):,} wrong"
     console.print(f"{read}: {wrong}", style=text.GOOD if report.is_clean else text.WRONG)
     if report.orphans and swept is None:
-        console.print(f"{len(report.orphans):,} without a row, which a worker sweeps after a day", style=text.DIM)
+        console.print(f"{len(report.orphans):,} without a row, which a worker removes after a day", style=text.DIM)

@@ -1,4 +1,4 @@
-"""How a job and its checkpoint are named on the command line: `JOB`, `JOB@50`, `latest`, `latest@100`."""
+"""Names of a job and its checkpoint on the command line: `JOB`, `JOB@50`, `latest`, `latest@100`."""
 
 from dataclasses import dataclass
 from typing import Any, Self, cast, get_args
@@ -15,13 +15,13 @@ LATEST = "latest"
 
 @dataclass(frozen=True)
 class Reference:
-    """A job, and perhaps one of its checkpoints."""
+    """A job, and optionally one of its checkpoints."""
 
     job: str
     """A job's id, or `latest` for the newest job."""
 
     checkpoint: Which | None
-    """Percent or `latest`; None when it was left out."""
+    """Percent or `latest`; None when none was named."""
 
     @classmethod
     def parse(cls, given: str) -> Self:
@@ -39,14 +39,14 @@ class Reference:
         return cls(job, cast(schemas.Percent, int(which.removesuffix("%"))))
 
     def find(self, client: Client) -> JobHandle:
-        """The job; raises `NotFound`, or UsageError when there is no job to be the latest."""
+        """The job; raises `NotFound`, or UsageError for `latest` when there is no job."""
         if self.job != LATEST:
             return client.job(self.job)
         newest = client.list_jobs(limit=1).data
         if not newest:
             at = option_for(client.base_url)
             raise UsageError(f"there is no job yet; submit one: {program()} submit FILE{at}")
-        return client.job(newest[0].id)  # a list leaves out its place in the line
+        return client.job(newest[0].id)  # a list has no queue positions
 
     def init_from(self) -> dict[str, Any]:
         """The reference as the knob `init_from`, whose default checkpoint is the last."""

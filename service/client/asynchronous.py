@@ -1,4 +1,4 @@
-"""The client for programs with an event loop: `blocking.py`, awaited. The requests and answers are the same code."""
+"""The client for programs with an event loop: `blocking.py`, awaited. Both share the code of requests and responses."""
 
 import asyncio
 import functools
@@ -26,7 +26,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def _of_service(build: Callable[P, Call[T]]) -> Callable[Concatenate["AsyncClient", P], Coroutine[Any, Any, T]]:
+def _client_method(build: Callable[P, Call[T]]) -> Callable[Concatenate["AsyncClient", P], Coroutine[Any, Any, T]]:
     """The method of a client that makes this call."""
 
     @functools.wraps(build)
@@ -37,10 +37,10 @@ def _of_service(build: Callable[P, Call[T]]) -> Callable[Concatenate["AsyncClien
     return method
 
 
-def _gives_job(
+def _returning_handle(
     build: Callable[P, Call[schemas.JobView]],
 ) -> Callable[Concatenate["AsyncClient", P], Coroutine[Any, Any, "AsyncJobHandle"]]:
-    """The method of a client that makes this call and hands out the job it answers."""
+    """The method of a client that makes this call and returns a handle of the job in its response."""
 
     @functools.wraps(build)
     async def method(client: "AsyncClient", /, *args: P.args, **kwargs: P.kwargs) -> "AsyncJobHandle":
@@ -50,7 +50,7 @@ def _gives_job(
     return method
 
 
-def _of_job(
+def _job_method(
     build: Callable[Concatenate[str, P], Call[T]],
 ) -> Callable[Concatenate["AsyncJobHandle", P], Coroutine[Any, Any, T]]:
     """The method of a job that makes this call about it."""
@@ -82,14 +82,14 @@ class AsyncClient:
         self.retries = retries
         self._http = httpx.AsyncClient(**connection_settings(base_url, key, timeout, transport))
 
-    estimate = _of_service(calls.estimate)
-    list_jobs = _of_service(calls.list_jobs)
-    workers = _of_service(calls.workers)
-    health = _of_service(calls.health)
-    readiness = _of_service(calls.readiness)
+    estimate = _client_method(calls.estimate)
+    list_jobs = _client_method(calls.list_jobs)
+    workers = _client_method(calls.workers)
+    health = _client_method(calls.health)
+    readiness = _client_method(calls.readiness)
 
-    submit = _gives_job(calls.submit)
-    job = _gives_job(calls.get_job)
+    submit = _returning_handle(calls.submit)
+    job = _returning_handle(calls.get_job)
 
     async def jobs(self, *, status: str | None = None, tag: str | None = None) -> "AsyncIterator[AsyncJobHandle]":
         """All jobs, newest first, fetched page by page as they are asked for."""
@@ -103,7 +103,7 @@ class AsyncClient:
                 return
 
     async def send(self, call: Call[T]) -> T:
-        """Send a call, again where that is safe and helps, and read its answer."""
+        """Send a call, with retries where that is safe and useful, and return its result."""
         retry_policy = RetryPolicy(call.repeatable, self.retries)
         while True:
             try:
@@ -113,7 +113,7 @@ class AsyncClient:
 
     @asynccontextmanager
     async def open(self, call: Call[bytes]) -> AsyncIterator[httpx.Response]:
-        """Send a call whose answer is read as it comes."""
+        """Send a call whose response is streamed."""
         response = await self._http.send(call.request(self._http), stream=True)
         try:
             if response.is_error:
@@ -143,20 +143,20 @@ class AsyncJobHandle(JobFields):
         self.client = client
         self.view = view
 
-    refresh = _of_job(calls.get_job)
-    update = _of_job(calls.update)
-    text = _of_job(calls.text)
-    cancel = _of_job(calls.cancel)
-    pause = _of_job(calls.pause)
-    resume = _of_job(calls.resume)
-    delete = _of_job(calls.delete)
-    metrics = _of_job(calls.metrics)
-    metrics_csv = _of_job(calls.metrics_csv)
-    checkpoints = _of_job(calls.checkpoints)
-    checkpoint = _of_job(calls.checkpoint)
-    reconstruction = _of_job(calls.reconstruction)
-    score = _of_job(calls.score)
-    inspect = _of_job(calls.inspect)
+    refresh = _job_method(calls.get_job)
+    update = _job_method(calls.update)
+    text = _job_method(calls.text)
+    cancel = _job_method(calls.cancel)
+    pause = _job_method(calls.pause)
+    resume = _job_method(calls.resume)
+    delete = _job_method(calls.delete)
+    metrics = _job_method(calls.metrics)
+    metrics_csv = _job_method(calls.metrics_csv)
+    checkpoints = _job_method(calls.checkpoints)
+    checkpoint = _job_method(calls.checkpoint)
+    reconstruction = _job_method(calls.reconstruction)
+    score = _job_method(calls.score)
+    inspect = _job_method(calls.inspect)
 
     @overload
     def generate(

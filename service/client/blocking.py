@@ -1,4 +1,5 @@
-"""The client for ordinary programs and notebooks: each method waits for its answer. `asynchronous.py` is its twin."""
+"""The client for ordinary programs and notebooks: each method blocks until its response. `asynchronous.py` is the same
+for event loops."""
 
 import functools
 import os
@@ -26,7 +27,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def _of_service(build: Callable[P, Call[T]]) -> Callable[Concatenate["Client", P], T]:
+def _client_method(build: Callable[P, Call[T]]) -> Callable[Concatenate["Client", P], T]:
     """The method of a client that makes this call."""
 
     @functools.wraps(build)
@@ -37,10 +38,10 @@ def _of_service(build: Callable[P, Call[T]]) -> Callable[Concatenate["Client", P
     return method
 
 
-def _gives_job(
+def _returning_handle(
     build: Callable[P, Call[schemas.JobView]],
 ) -> Callable[Concatenate["Client", P], "JobHandle"]:
-    """The method of a client that makes this call and hands out the job it answers."""
+    """The method of a client that makes this call and returns a handle of the job in its response."""
 
     @functools.wraps(build)
     def method(client: "Client", /, *args: P.args, **kwargs: P.kwargs) -> "JobHandle":
@@ -50,7 +51,7 @@ def _gives_job(
     return method
 
 
-def _of_job(build: Callable[Concatenate[str, P], Call[T]]) -> Callable[Concatenate["JobHandle", P], T]:
+def _job_method(build: Callable[Concatenate[str, P], Call[T]]) -> Callable[Concatenate["JobHandle", P], T]:
     """The method of a job that makes this call about it."""
 
     @functools.wraps(build)
@@ -68,7 +69,7 @@ class Client:
 
     `base_url` is the service's address; None is that of the environment variable NANOMOE_URL, or else
     http://127.0.0.1:8000. `key` is sent as `Authorization: Bearer`; `timeout` is the seconds without a byte after which
-    an ordinary request has failed; `retries` is how often one is sent again where that is safe.
+    an ordinary request fails; `retries` is how often one is repeated where that is safe.
     """
 
     def __init__(
@@ -85,14 +86,14 @@ class Client:
         self.retries = retries
         self._http = httpx.Client(**connection_settings(base_url, key, timeout, transport))
 
-    estimate = _of_service(calls.estimate)
-    list_jobs = _of_service(calls.list_jobs)
-    workers = _of_service(calls.workers)
-    health = _of_service(calls.health)
-    readiness = _of_service(calls.readiness)
+    estimate = _client_method(calls.estimate)
+    list_jobs = _client_method(calls.list_jobs)
+    workers = _client_method(calls.workers)
+    health = _client_method(calls.health)
+    readiness = _client_method(calls.readiness)
 
-    submit = _gives_job(calls.submit)
-    job = _gives_job(calls.get_job)
+    submit = _returning_handle(calls.submit)
+    job = _returning_handle(calls.get_job)
 
     def jobs(self, *, status: str | None = None, tag: str | None = None) -> "Iterator[JobHandle]":
         """All jobs, newest first, fetched page by page as they are asked for."""
@@ -106,7 +107,7 @@ class Client:
                 return
 
     def send(self, call: Call[T]) -> T:
-        """Send a call, again where that is safe and helps, and read its answer."""
+        """Send a call, with retries where that is safe and useful, and return its result."""
         retry_policy = RetryPolicy(call.repeatable, self.retries)
         while True:
             try:
@@ -116,7 +117,7 @@ class Client:
 
     @contextmanager
     def open(self, call: Call[bytes]) -> Iterator[httpx.Response]:
-        """Send a call whose answer is read as it comes."""
+        """Send a call whose response is streamed."""
         response = self._http.send(call.request(self._http), stream=True)
         try:
             if response.is_error:
@@ -140,26 +141,26 @@ class Client:
 
 
 class JobHandle(JobFields):
-    """A job at the service."""
+    """A job of the service: its fields as last answered, and the requests about it."""
 
     def __init__(self, client: Client, view: schemas.JobView) -> None:
         self.client = client
         self.view = view
 
-    refresh = _of_job(calls.get_job)
-    update = _of_job(calls.update)
-    text = _of_job(calls.text)
-    cancel = _of_job(calls.cancel)
-    pause = _of_job(calls.pause)
-    resume = _of_job(calls.resume)
-    delete = _of_job(calls.delete)
-    metrics = _of_job(calls.metrics)
-    metrics_csv = _of_job(calls.metrics_csv)
-    checkpoints = _of_job(calls.checkpoints)
-    checkpoint = _of_job(calls.checkpoint)
-    reconstruction = _of_job(calls.reconstruction)
-    score = _of_job(calls.score)
-    inspect = _of_job(calls.inspect)
+    refresh = _job_method(calls.get_job)
+    update = _job_method(calls.update)
+    text = _job_method(calls.text)
+    cancel = _job_method(calls.cancel)
+    pause = _job_method(calls.pause)
+    resume = _job_method(calls.resume)
+    delete = _job_method(calls.delete)
+    metrics = _job_method(calls.metrics)
+    metrics_csv = _job_method(calls.metrics_csv)
+    checkpoints = _job_method(calls.checkpoints)
+    checkpoint = _job_method(calls.checkpoint)
+    reconstruction = _job_method(calls.reconstruction)
+    score = _job_method(calls.score)
+    inspect = _job_method(calls.inspect)
 
     @overload
     def generate(
@@ -176,7 +177,7 @@ class JobHandle(JobFields):
     ) -> schemas.GenerateResponse | Iterator[Piece]:
         """Continue `prompt` from a checkpoint; `sampling` are the other fields of `GenerateRequest`.
 
-        With `stream`, chunks as they are generated, and at last a `GenerateEnd`.
+        With `stream`, an iterator of chunks as they are generated, and at the end a `GenerateEnd`.
         """
         if stream:
             return self._stream(calls.generate_stream(self.id, prompt, checkpoint, **sampling))
@@ -198,7 +199,7 @@ class JobHandle(JobFields):
     def wait(self, on_event: Callable[[JobEvent], None] | None = None) -> schemas.JobView:
         """Follow the job to its end, through pauses too, and return it; `on_event` is called with each event.
 
-        A broken connection is taken up again where it broke, for about a minute; then `Unreachable` is raised.
+        A broken connection is resumed where it broke, for about a minute; then `Unreachable` is raised.
         """
         for event in self.events():
             if on_event is not None:
@@ -221,7 +222,7 @@ class JobHandle(JobFields):
                 time.sleep(retry_policy.delay_after(failure))
 
     def download(self, which: Which, name: str, to: str | Path) -> Path:
-        """Write a file of a checkpoint to `to`, a folder or a new file's path, its size and sha256 checked."""
+        """Write a file of a checkpoint to `to`, a folder or a new file's path, and verify its size and SHA-256."""
         return self._download(self.checkpoint(which), name, Path(to))
 
     def download_checkpoint(self, which: Which, to: str | Path) -> list[Path]:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from nanomoe import checkpoint
 from nanomoe.checkpoint import CONFIG, METRICS, RESUME_STATE, RESUME_TENSORS, WEIGHTS
-from nanomoe.parent_death import die_with_parent
+from nanomoe.processes import die_with_parent
 from worker.protocol import (
     Assignment,
     CheckpointWritten,

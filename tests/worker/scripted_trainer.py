@@ -12,13 +12,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from nanomoe import checkpoint
-from nanomoe.parent_death import die_with_parent
+from nanomoe.processes import die_with_parent
 from worker.memory import oom_kills
 from worker.protocol import (
     Assignment,
@@ -356,14 +357,34 @@ class WithoutDeadline(Supervision):
             super()._handle(line)
 
 
+Sockets = tuple[socket.socket, socket.socket]
+
+
+def stdin_without_end() -> Sockets:
+    """Put a socket in stdin's place that never ends; what stdin was, and what writes to the new one."""
+    real, (mine, writer) = socket.socket(fileno=os.dup(0)), socket.socketpair()
+    os.dup2(mine.detach(), 0)
+    return real, writer
+
+
+def forward_for_ever(sockets: Sockets) -> None:
+    """Pass on messages and open files, and not the end."""
+    real, writer = sockets
+    while True:
+        content, descriptors, _, _ = socket.recv_fds(real, 1 << 16, 1)
+        if not content:
+            threading.Event().wait()
+        socket.send_fds(writer, [content], descriptors)
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
 def start_supervision(parent: int, until: float, without: Sequence[str]) -> Supervision:
     """The real trainer's safeguards but those in `without`."""
     if "signal" not in without:
         die_with_parent(parent)
     if "pipe" in without:
-        mine, other_end = socket.socketpair()  # it does not end while there is somebody who could write
-        os.dup2(mine.detach(), 0)
-        other_end.detach()
+        threading.Thread(target=forward_for_ever, args=[stdin_without_end()], daemon=True).start()
     return (WithoutDeadline if "deadline" in without else Supervision)(until)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from nanomoe.config import JobConfig
 from service.jobs import queue
-from service.jobs.store import Job
+from service.jobs.tables import Job
 from tests.databases import EITHER, ONLY_SQLITE
 from tests.faults.undisturbed import DENSE, MOE, TEXT, assert_undisturbed, hooked, train_undisturbed
 from tests.worker.workplace import QUICK, Workplace, ended_within, is_alive

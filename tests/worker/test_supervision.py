@@ -18,7 +18,7 @@ from worker.protocol import KeepAlive, Stop, encode
 ROOT = Path(__file__).parents[2]
 SUPERVISED = """
 import os, sys, time
-from nanomoe.parent_death import die_with_parent
+from nanomoe.processes import die_with_parent
 from worker.supervision import Supervision
 die_with_parent(int(sys.argv[1]))
 supervision = Supervision(time.monotonic() + float(sys.argv[2]))

@@ -13,13 +13,13 @@ from worker.trainer import Channel, Writer, _explain
 ROOT = Path(__file__).parents[2]
 
 
-class Heard(Channel):
+class RecordingChannel(Channel):
     """A channel that ends here."""
 
     def __init__(self) -> None:
         self.messages: list[object] = []
 
-    def say(self, message: object) -> None:
+    def send(self, message: object) -> None:
         self.messages.append(message)
 
 
@@ -29,7 +29,7 @@ def test_stray_prints_of_the_trainer_and_its_children_never_reach_the_supervisor
         "print('stray', flush=True); os.write(1, b'stray'); os.system('echo stray'); channel.send(Ready())"
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, cwd=ROOT)
-    assert parse_from_trainer(said.stdout) == Ready()
+    assert parse_from_trainer(said.stdout).message == Ready()
     assert said.stderr.count(b"stray") == 3
 
 
@@ -42,7 +42,7 @@ def recorded(percent: int) -> object:
 def test_folders_are_written_in_order_and_reported_once_complete(tmp_path: Path) -> None:
     from nanomoe.training.loop import Snapshot
 
-    channel = Heard()
+    channel = RecordingChannel()
     writer = Writer(channel, tmp_path, fence=4)
     writer.write(recorded(25))  # type: ignore[arg-type]
     for _ in range(2):  # a stop right after a quarter asks for the same snapshot again
@@ -64,7 +64,7 @@ def test_a_disk_that_is_full_ends_the_training_and_not_the_writer_alone(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("nanomoe.checkpoint.write", full)
-    channel = Heard()
+    channel = RecordingChannel()
     writer = Writer(channel, tmp_path, fence=1)
     writer.write(recorded(0))  # type: ignore[arg-type]
     with pytest.raises(OSError, match="No space"):

@@ -33,7 +33,7 @@ router = APIRouter(tags=["generation"])
     response_model=GenerateResponse,
     responses={
         200: {
-            "description": "The continuations; with `stream`, as events `chunk` and, at the end, `end`, then `[DONE]`.",
+            "description": "The continuations; with `stream`, events `chunk`, then `end`, then `[DONE]`.",
             "content": {
                 "application/json": {"schema": ref(GenerateResponse)},
                 **event_stream.documented(
@@ -46,7 +46,7 @@ router = APIRouter(tags=["generation"])
     },
 )
 async def generate(service: Service, asked: GenerateRequest, connection: Request) -> Response:
-    """Continue a prompt. The same seed gives the same text, whoever else is being served."""
+    """Continue a prompt. The same seed gives the same text, whatever else the service computes."""
     addresses = await to_thread.run_sync(find_checkpoints, service.database, asked.job_id, asked.checkpoint)
     seed = secrets.randbits(63) if asked.seed is None else asked.seed
     if not asked.stream:
@@ -88,7 +88,7 @@ def _request(service: Context, asked: GenerateRequest, seed: int, address: Addre
 async def _events(
     address: Address, seed: int, first: Chunk | Summary, items: AsyncGenerator[Chunk | Summary]
 ) -> AsyncIterator[bytes]:
-    """The stream on the wire. Closing it cancels the generation."""
+    """The encoded events of the stream. Closing it cancels the generation."""
     async with aclosing(items):
         yield _event(address, seed, first)
         try:
