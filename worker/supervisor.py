@@ -16,6 +16,7 @@ import structlog
 
 from service.database.database import Database
 from service.errors import DatabaseUnavailable, NotInstalled, SchemaMismatch, StorageFull
+from service.jobs.rescuer import Rescuer
 from service.jobs.workers import WorkerIdentity, worker_seen, worker_started, worker_stopped
 from service.settings import Settings
 from service.storage.installation import join_installation

@@ -9,6 +9,7 @@ from pydantic import Field, StringConstraints
 
 from nanomoe import checkpoint
 from nanomoe.checkpoint import CheckpointDamaged
+from nanomoe.config import JobConfig
 from service.errors import Conflict, DatabaseUnavailable
 from service.http import files, schemas, views
 from service.http.conditional import ConditionalResponse
