@@ -101,6 +101,8 @@ def options(
 
 def main() -> None:
     """The console script: run a command; an expected error is one line on standard error."""
+    # httpx imports its own command line where click is installed, and with it pygments: an eighth of `nanomoe jobs`.
+    sys.modules.setdefault("httpx._main", None)  # type: ignore[arg-type]
     with escaping():
         try:
             app()

@@ -15,7 +15,7 @@ from service.http import files, schemas, views
 from service.http.conditional import ConditionalResponse
 from service.http.context import Context
 from service.http.openapi import NOT_MODIFIED, problems, ref
-from service.http.patterns import IDEMPOTENCY_KEY, TAG
+from service.http.patterns import IDEMPOTENCY_KEY, SEQUENCE_NUMBER, TAG
 from service.http.routes.parameters import JobId, Service, StrictQuery
 from service.http.routes.submit_body import DOCUMENTED, Submission
 from service.http.schemas import JobView
@@ -52,7 +52,7 @@ class ListQuery(StrictQuery):
     limit: int = Field(50, ge=1, le=200)
     """Most jobs of a page."""
 
-    cursor: Annotated[str, StringConstraints(pattern=r"^[0-9]{1,18}$")] | None = None
+    cursor: Annotated[str, StringConstraints(pattern=SEQUENCE_NUMBER)] | None = None
     """Value of `next_cursor` in the previous page."""
 
 

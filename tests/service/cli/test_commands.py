@@ -422,7 +422,9 @@ def test_the_knobs_are_told_without_a_client() -> None:
 @pytest.mark.parametrize("arguments", [("jobs",), ("workers",), ("submit", "--dry-run", "LICENSE")], ids=lambda a: a[0])
 def test_a_command_for_the_service_loads_no_more_than_its_client(arguments: tuple[str, ...], api: Api) -> None:
     loaded = _loaded_by(*arguments, "--url", api.url)
-    assert loaded & {*HEAVY, "pydantic_settings", "service.settings", "service.client.asynchronous"} == set()
+    assert (
+        loaded & {*HEAVY, "pydantic_settings", "service.settings", "service.client.asynchronous", "pygments"} == set()
+    )
 
 
 def _commands() -> list[tuple[str, str, LazyCommand]]:
