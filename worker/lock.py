@@ -1,4 +1,4 @@
-"""The lock of a slot: a file lock that the trainer of a running job and all that it forks hold, and nobody else.
+"""The lock of a slot: a file lock that only the trainer of a running job and the processes that it forks hold.
 
 The supervisor opens the file anew for each trainer and lets the trainer inherit the descriptor; locking it before the
 claim locks the description that both share, and when the job starts the supervisor closes its own copy. From then on

@@ -269,7 +269,7 @@ def main() -> NoReturn:
     _warm_up()
     channel.send(Ready())
     channel.send(run_job(supervision.wait_for_start(), channel, supervision))
-    # Nothing is left to do, and tearing down torch takes longer than many a job.
+    # Exit without cleanup: tearing down torch takes longer than a short job.
     sys.stderr.flush()
     os._exit(0)
 
