@@ -251,7 +251,7 @@ class Attempt:
             except LeaseLost:
                 self._lost = True
             except (LeaseUncertain, StorageFull):
-                continue  # what is left of the trainer still has to go
+                continue  # the trainer still has to be killed
 
     def _settle(self) -> None:
         """Record the job's next state. No process of it is left."""

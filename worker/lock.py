@@ -1,4 +1,4 @@
-"""The lock of a slot: a file lock that the trainer of a running job and all that it forks hold, and nobody else.
+"""The lock of a slot: a file lock that only the trainer of a running job and the processes that it forks hold.
 
 The supervisor opens the file anew before each claim, locks it, and sends the open file with the start message; then it
 closes its own copy, and at the job's end the trainer closes the one that it received. Nobody unlocks: a lock is free

@@ -279,7 +279,7 @@ def main() -> NoReturn:
     if supervision.should_exit:  # the exit status says so: a job that was just sent has not crashed
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTERM)
-    # Nothing is left to do, and tearing down torch takes longer than many a job.
+    # Exit without cleanup: tearing down torch takes longer than a short job.
     os._exit(0)
 
 

@@ -126,7 +126,7 @@ def test_the_death_of_a_supervisor_between_files_and_row_loses_nothing(
 
 
 @ONLY_SQLITE
-def test_a_row_that_came_before_its_files_would_vouch_for_what_is_not_there(place: Workplace) -> None:
+def test_a_row_recorded_before_its_files_would_refer_to_missing_files(place: Workplace) -> None:
     place.start_worker(program=hooked({1: {"reported first": "f1-25"}}), backoff_seconds=600)
     job = place.submit(TEXT, **DENSE)
     place.wait_until(lambda: place.job(job).crashes)

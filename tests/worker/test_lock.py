@@ -41,7 +41,7 @@ def test_a_trainer_holds_the_lock_that_was_taken_after_it_started(tmp_path: Path
     assert next_lock.acquire()
 
 
-def test_what_a_dead_supervisor_left_is_ended_by_the_next_one(tmp_path: Path) -> None:
+def test_orphans_of_a_dead_supervisor_are_killed_by_the_next_one(tmp_path: Path) -> None:
     # A supervisor that takes the lock, leaves it to a trainer and dies.
     code = (
         "import os, sys; from pathlib import Path; from tests.worker.test_lock import SlotLock, trainer_with; "

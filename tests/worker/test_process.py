@@ -75,7 +75,7 @@ def test_a_trainer_that_was_killed_is_reaped_on_macos() -> None:
 
 
 @pytest.mark.usefixtures("_as_on_macos")
-def test_what_a_trainer_left_in_its_group_is_ended_on_macos() -> None:
+def test_processes_in_a_trainers_group_are_killed_on_macos() -> None:
     process = trainer(LEAVE_A_CHILD)
     while not process.has_ended():
         pass

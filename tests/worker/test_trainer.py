@@ -72,7 +72,7 @@ def test_a_disk_that_is_full_ends_the_training_and_not_the_writer_alone(
     assert channel.messages == []
 
 
-def test_an_error_that_would_come_again_fails_the_job_and_any_other_is_a_crash() -> None:
+def test_a_deterministic_error_fails_the_job_and_any_other_is_a_crash() -> None:
     import torch
 
     from nanomoe.tokenizer import TokenizerError
