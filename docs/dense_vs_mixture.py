@@ -42,9 +42,9 @@ def quarters(config: JobConfig, text: str) -> list[dict[str, Any]]:
     for happened in train(run):
         if isinstance(happened, Recorded):
             metrics = happened.metrics
-            row = {"percent": happened.percent, "loss": metrics["loss"], "perplexity": metrics["perplexity"]}
-            if metrics["moe"] is not None:
-                row |= {name: metrics["moe"]["mean"][name] for name in BALANCE}
+            row = {"percent": happened.percent, "loss": metrics.loss, "perplexity": metrics.perplexity}
+            if metrics.moe is not None:
+                row |= {name: getattr(metrics.moe.mean, name) for name in BALANCE}
             rows.append(row)
     return rows
 

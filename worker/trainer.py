@@ -120,13 +120,11 @@ class Writer:
             manifest, sha256 = checkpoint.write(self._folder / name, what.files)
             self._wire.say(
                 CheckpointWritten(
-                    percent=what.percent,
-                    step=what.step,
-                    epoch=what.epoch,
                     folder=name,
                     manifest_sha256=sha256,
                     files=manifest.files,
-                    metrics={**what.metrics, "tok_per_sec": what.tok_per_sec},
+                    metrics=what.metrics,
+                    tok_per_sec=what.tok_per_sec,
                 )
             )
         elif what.step != self._last_snapshot:  # a stop right after a quarter asks for the same one again

@@ -11,7 +11,6 @@ from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from safetensors.torch import load as load_tensors
@@ -21,7 +20,8 @@ from torch import Tensor
 from nanomoe import checkpoint
 from nanomoe.config import JobConfig
 from nanomoe.data import Order, Step, Windows
-from nanomoe.evaluation.evaluate import Choices, Evaluation, evaluate, evaluate_loss
+from nanomoe.evaluation.evaluate import Choices, evaluate, evaluate_loss
+from nanomoe.evaluation.metrics import CheckpointMetrics, Position
 from nanomoe.model.dropout import Dropout
 from nanomoe.model.gpt import GPT, token_losses
 from nanomoe.plan import OutOfMemory, Plan
@@ -41,13 +41,16 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 class Recorded:
     """A checkpoint: what a quarter of the training leaves to read."""
 
-    percent: int
-    step: int
-    epoch: int
-    metrics: dict[str, Any]
+    metrics: CheckpointMetrics
     tok_per_sec: float | None
     """Targets per second since the last checkpoint, its evaluation not counted; None before the first step."""
     files: dict[str, bytes]
+    """Content of each file by its name."""
+
+    @property
+    def percent(self) -> int:
+        """Percent of the checkpoint."""
+        return self.metrics.percent
 
 
 @dataclass(frozen=True)
@@ -254,31 +257,31 @@ class Run:
     def record(self, percent: int, *, stopped_early: bool, tok_per_sec: float | None) -> tuple[Recorded, list[Warned]]:
         """Evaluate, and gather the checkpoint's files and the warnings that its metrics give rise to."""
         progress = self.progress
-        evaluation: Evaluation = evaluate(
+        evaluation = evaluate(
             self.model,
             self.windows,
             self.val_windows,
             self.tokenizer,
             self.config,
+            position=Position(percent=percent, step=progress.step, epoch=self.plan.epoch_of(progress.step)),
             previous_choices=progress.choices,
             train_loss=progress.train_loss,
             train_dropped={layer: int(n) / max(1, progress.routed) for layer, n in progress.dropped.items()},
         )
-        metrics = evaluation.metrics | ({"stopped_early": True} if stopped_early else {})
-        files = self._model_files() | {
-            checkpoint.METRICS: checkpoint.to_json(
-                {"percent": percent, "step": progress.step, "epoch": self.plan.epoch_of(progress.step)} | metrics
-            )
-        }
+        metrics = evaluation.metrics
+        if stopped_early:
+            metrics = metrics.model_copy(update={"stopped_early": True})
+        files = self._model_files() | {checkpoint.METRICS: checkpoint.to_json(metrics.to_file())}
         if evaluation.choices:
             files[checkpoint.ROUTING] = save_tensors({f"layer.{n}": c for n, c in evaluation.choices.items()})
         progress.choices = evaluation.choices
         progress.routed = 0
         for dropped in progress.dropped.values():
             dropped.zero_()
-        recorded = Recorded(percent, progress.step, self.plan.epoch_of(progress.step), metrics, tok_per_sec, files)
         late = progress.step > self.plan.total_steps / 2
-        return recorded, [Warned(code, message) for code, message in evaluation.warnings(after_half=late)]
+        return Recorded(metrics, tok_per_sec, files), [
+            Warned(code, message) for code, message in evaluation.warnings(after_half=late)
+        ]
 
     def snapshot(self, untrained: "Run | None" = None) -> Snapshot:
         """The state after the last step. `untrained`: the copy that percent 0 is still to be recorded from."""

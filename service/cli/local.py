@@ -164,13 +164,8 @@ def _train(run: "Run", n_bytes: int, display: Display, out: Path | None) -> None
             case training.Recorded():
                 if out is not None:
                     checkpoint.write(out / str(happened.percent), happened.files)
-                figures = {
-                    "percent": happened.percent,
-                    "step": happened.step,
-                    "epoch": happened.epoch,
-                    "tok_per_sec": happened.tok_per_sec,
-                    "created_at": datetime.now(UTC),
-                }
-                display.quarter(schemas.CheckpointMetrics.model_validate(happened.metrics | figures))
+                clocked = {"tok_per_sec": happened.tok_per_sec, "created_at": datetime.now(UTC)}
+                measured = happened.metrics.model_dump(exclude_unset=True)
+                display.quarter(schemas.CheckpointMetrics.model_validate(measured | clocked))
             case training.Warned():
                 display.warning(happened.code, happened.message)

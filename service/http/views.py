@@ -8,15 +8,13 @@ from typing import Any, cast
 from nanomoe.checkpoint import stopped_early
 from nanomoe.config import ConfigWarning, JobConfig
 from nanomoe.config_warnings import unused_moe_settings
+from nanomoe.evaluation.metrics import perplexity
 from service.generation.admission import EngineResult, Summary
 from service.generation.messages import Chunk, Inspected, LogProbs, Scored
 from service.http import schemas
 from service.jobs.addressing import Address
 from service.jobs.submission import Assessment
 from service.jobs.tables import Checkpoint, Job, Worker
-
-_LARGEST_EXPONENT = 709
-"""exp() of more is no float."""
 
 
 def _config(stored: dict[str, Any]) -> JobConfig:
@@ -234,7 +232,7 @@ def scored(address: Address, text: str, answer: Scored, copied: schemas.CopiedSp
         n_tokens=len(answer.tokens),
         loss=mean,
         total_loss=total,
-        perplexity=math.exp(mean) if mean is not None and mean < _LARGEST_EXPONENT else None,
+        perplexity=None if mean is None else perplexity(mean),
         bits_per_byte=None if total is None else total / math.log(2) / n_bytes,
         tokens=[
             schemas.ScoredToken(loss=loss, **token.model_dump())

@@ -59,7 +59,7 @@ def train_undisturbed(config: JobConfig, text: str = TEXT) -> Undisturbed:
             found.files[happened.percent] = {
                 name: hashlib.sha256(content).hexdigest() for name, content in happened.files.items()
             }
-            found.metrics[happened.percent] = happened.metrics
+            found.metrics[happened.percent] = happened.metrics.to_row()
         elif isinstance(happened, Steps):
             found.steps.extend(zip(happened.step, happened.train_loss, happened.lr, happened.grad_norm, strict=True))
     return found

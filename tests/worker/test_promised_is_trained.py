@@ -209,8 +209,8 @@ def test_a_job_begun_with_an_earlier_bundle_goes_on_with_the_one_in_its_snapshot
     assert written[-1].percent == 100
     for message in written:
         assert Tokenizer.load(place.folder / "job" / message.folder) == earlier
-    ended = {m.percent: m.manifest_sha256 for m in said if isinstance(m, CheckpointWritten)}
-    assert {m.percent: m.manifest_sha256 for m in written}.items() <= ended.items()
+    ended = {m.metrics.percent: m.manifest_sha256 for m in said if isinstance(m, CheckpointWritten)}
+    assert {m.metrics.percent: m.manifest_sha256 for m in written}.items() <= ended.items()
 
 
 def test_a_job_that_starts_again_at_step_0_goes_on_with_the_tokenizer_it_began_with(place: Place) -> None:

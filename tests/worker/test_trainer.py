@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from nanomoe.evaluation.metrics import CheckpointMetrics
 from worker.protocol import CheckpointWritten, Ready, SnapshotWritten, parse_from_trainer
 from worker.trainer import Wire, Writer, _explain
 
@@ -36,7 +37,10 @@ def test_stray_prints_of_the_trainer_and_its_children_never_reach_the_supervisor
 def recorded(percent: int) -> object:
     from nanomoe.training.loop import Recorded
 
-    return Recorded(percent, 5, 2, {"loss": 1.0}, 10.0, {"model.safetensors": b"weights"})
+    metrics = CheckpointMetrics(
+        percent=percent, step=5, epoch=2, loss=1.0, perplexity=2.72, bits_per_byte=1.44, accuracy=0.5
+    )
+    return Recorded(metrics, 10.0, {"model.safetensors": b"weights"})
 
 
 def test_folders_are_written_in_order_and_told_of_once_whole(tmp_path: Path) -> None:
@@ -50,8 +54,8 @@ def test_folders_are_written_in_order_and_told_of_once_whole(tmp_path: Path) -> 
     writer.close()
     checkpoint, snapshot = wire.messages
     assert isinstance(checkpoint, CheckpointWritten)
-    assert (checkpoint.folder, checkpoint.percent) == ("f4-25", 25)
-    assert checkpoint.metrics == {"loss": 1.0, "tok_per_sec": 10.0}
+    assert (checkpoint.folder, checkpoint.metrics.percent) == ("f4-25", 25)
+    assert (checkpoint.metrics.loss, checkpoint.tok_per_sec) == (1.0, 10.0)
     assert isinstance(snapshot, SnapshotWritten)
     assert snapshot.folder == "f4-s5"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["f4-25", "f4-s5"]

@@ -90,12 +90,12 @@ def test_the_loss_falls_and_the_train_loss_of_a_checkpoint_is_that_of_its_last_s
         if isinstance(event, Steps)
         for step, loss in zip(event.step, event.train_loss, strict=True)
     }
-    losses = [event.metrics["loss"] for event in recorded.values()]
+    losses = [event.metrics.loss for event in recorded.values()]
     assert losses[0] == pytest.approx(math.log(256), abs=0.1)
     assert losses[-1] < losses[0] - 2
-    assert recorded[0].metrics["train_loss"] is None
+    assert recorded[0].metrics.train_loss is None
     assert recorded[0].tok_per_sec is None
-    assert recorded[50].metrics["train_loss"] == train_loss[recorded[50].step]
+    assert recorded[50].metrics.train_loss == train_loss[recorded[50].metrics.step]
     assert recorded[50].tok_per_sec is not None
 
 
@@ -155,10 +155,10 @@ def test_training_ends_early_once_the_evaluation_perplexity_is_low_enough() -> N
     happened = list(train(start({"epochs": 1000, "stop_at_perplexity": 12.0, "dropout": 0.0})))
     last = [event for event in happened if isinstance(event, Recorded)][-1]
     assert last.percent == 100
-    assert last.metrics["stopped_early"] is True
-    assert last.metrics["perplexity"] <= 12.0
-    assert last.step < start({"epochs": 1000}).plan.total_steps
-    assert last.step % start({}).plan.steps_per_epoch == 0
+    assert last.metrics.stopped_early is True
+    assert last.metrics.perplexity <= 12.0
+    assert last.metrics.step < start({"epochs": 1000}).plan.total_steps
+    assert last.metrics.step % start({}).plan.steps_per_epoch == 0
 
 
 def test_a_loss_that_is_not_finite_ends_training_at_its_step_and_yields_nothing_of_it(
@@ -231,9 +231,9 @@ def test_a_pause_leaves_its_snapshot_before_the_first_evaluation_ends_and_a_resu
 
 def test_what_the_training_steps_dropped_is_counted_from_one_checkpoint_to_the_next() -> None:
     happened = list(train(start(MOE)))
-    recorded = {event.percent: event.metrics["moe"] for event in happened if isinstance(event, Recorded)}
-    assert recorded[0]["mean"]["train_dropped_fraction"] == 0
-    assert 0 < recorded[50]["mean"]["train_dropped_fraction"] < 1
+    recorded = {event.percent: event.metrics.moe for event in happened if isinstance(event, Recorded)}
+    assert recorded[0].mean.train_dropped_fraction == 0
+    assert 0 < recorded[50].mean.train_dropped_fraction < 1
 
 
 def test_validation_text_is_never_trained_on_and_has_its_own_loss() -> None:
@@ -241,7 +241,7 @@ def test_validation_text_is_never_trained_on_and_has_its_own_loss() -> None:
     assert run.val_windows is not None
     held_out = run.val_windows.tokens
     assert run.windows.tokens + held_out == load_tokenizer("bytes").encode(TEXT)
-    losses = [event.metrics["val_loss"] for event in train(run) if isinstance(event, Recorded)]
+    losses = [event.metrics.val_loss for event in train(run) if isinstance(event, Recorded)]
     assert losses[0] == pytest.approx(math.log(256), abs=0.1)
     assert losses[-1] < losses[0]
 
@@ -273,7 +273,7 @@ def test_a_micro_batch_that_does_not_fit_is_halved_and_the_result_differs_by_rou
     assert warned.count("micro_batch_halved") == warned.count("resume_not_exact") == 2
     assert tight.progress.micro_batch == 2
     for one, other in zip(found, expected, strict=True):
-        assert one.metrics["loss"] == pytest.approx(other.metrics["loss"], rel=1e-4)
+        assert one.metrics.loss == pytest.approx(other.metrics.loss, rel=1e-4)
 
 
 def test_a_halved_micro_batch_stays_halved_after_a_resume() -> None:

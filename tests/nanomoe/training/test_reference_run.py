@@ -26,7 +26,7 @@ def test_the_text_is_learnt_by_heart_and_transformers_finds_the_same_losses(tmp_
     execution = Execution.decide(config, "cpu", n_tokens=len(tokens))
     run = Run(config, tokens, tokenizer, execution, device=torch.device("cpu"))
     quarters = [happened for happened in train(run) if isinstance(happened, Recorded)]
-    assert [(quarter.percent, quarter.step) for quarter in quarters] == [
+    assert [(quarter.percent, quarter.metrics.step) for quarter in quarters] == [
         (0, 0),
         (25, 125),
         (50, 250),
@@ -41,12 +41,12 @@ def test_the_text_is_learnt_by_heart_and_transformers_finds_the_same_losses(tmp_
         ids = AutoTokenizer.from_pretrained(tmp_path / "hf")(text, return_tensors="pt")["input_ids"]
         with torch.no_grad():
             loss = F.cross_entropy(theirs(ids).logits[0, :-1], ids[0, 1:]).item()
-        assert quarter.metrics["loss"] == pytest.approx(loss, rel=1e-4), quarter.percent
+        assert quarter.metrics.loss == pytest.approx(loss, rel=1e-4), quarter.percent
 
     first, last = quarters[0].metrics, quarters[-1].metrics
-    assert first["loss"] == pytest.approx(first["baselines"]["uniform"], abs=0.1)
-    assert last["perplexity"] < 2
-    assert last["accuracy"] == 1.0
-    assert last["continuation"]["prompt"] == tokenizer.decode(tokens[:10])
-    assert last["continuation"]["text"] == tokenizer.decode(tokens[10:35])
-    assert last["reconstruction"]["text"] == tokenizer.decode(tokens[1:])
+    assert first.loss == pytest.approx(first.baselines.uniform, abs=0.1)
+    assert last.perplexity < 2
+    assert last.accuracy == 1.0
+    assert last.continuation.prompt == tokenizer.decode(tokens[:10])
+    assert last.continuation.text == tokenizer.decode(tokens[10:35])
+    assert last.reconstruction.text == tokenizer.decode(tokens[1:])
