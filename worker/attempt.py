@@ -13,6 +13,7 @@ import structlog
 
 from nanomoe.checkpoint import is_disk_full
 from nanomoe.config import JobConfig
+from nanomoe.lineage import ParentUnusable
 from nanomoe.plan import OutOfMemory, Plan
 from service.errors import DatabaseUnavailable, LeaseLost, StorageFull
 from service.jobs import queue, store
@@ -24,7 +25,7 @@ from worker.memory import oom_kills
 from worker.process import Ended, Look, TrainerProcess
 from worker.protocol import Done, Failure, FromTrainer, Ready, Steps, Stop, StopReason
 from worker.recorder import Recorder
-from worker.start import ParentUnusable, compose
+from worker.start import compose
 from worker.timing import Timing
 
 log = structlog.get_logger(__name__)

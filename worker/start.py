@@ -1,6 +1,7 @@
 """What a trainer is given: the text as a file, the snapshot to go on from, the weights to start from.
 
-Nothing is given that was not verified byte by byte. Knows no process and writes nothing to the database.
+A snapshot is verified byte by byte before it is given: where it is damaged, the job starts again. The trainer verifies
+what else it reads. Knows no process and writes nothing to the database.
 """
 
 import hashlib
@@ -10,17 +11,12 @@ from pathlib import Path
 from nanomoe import checkpoint
 from nanomoe.checkpoint import CheckpointDamaged
 from nanomoe.config import JobConfig
+from nanomoe.lineage import ParentUnusable
 from service.errors import NotFound
 from service.jobs import store
 from service.jobs.store import Job, Snapshot
 from service.settings import Settings
 from worker.protocol import Folder, Start, Warned
-
-
-class ParentUnusable(Exception):
-    """The checkpoint that the job should start from is not there, or is damaged."""
-
-    code = "parent_unusable"
 
 
 def compose(
@@ -36,7 +32,7 @@ def compose(
     config = JobConfig.model_validate(job.config)
     snapshot = store.find_snapshot(db, job.id)
     resume, warnings = _verified(snapshot, settings.data_dir, meanwhile)
-    parent = _find_parent(db, config, settings.data_dir, meanwhile) if resume is None else None
+    parent = _find_parent(db, config, settings.data_dir) if resume is None else None
     start = Start(
         job_id=job.id,
         fence=job.fence,
@@ -69,17 +65,15 @@ def _verified(
     return found, []
 
 
-def _find_parent(db: store.Database, config: JobConfig, data_dir: Path, meanwhile: Callable[[], None]) -> Folder | None:
+def _find_parent(db: store.Database, config: JobConfig, data_dir: Path) -> Folder | None:
+    """The checkpoint in `init_from`. The trainer verifies its bytes as it reads them, and reads them once."""
     if config.init_from is None:
         return None
     try:
         row = store.get_checkpoint(db, config.init_from.job_id, config.init_from.checkpoint)
-        parent = Folder(folder=str(data_dir / row.folder), manifest_sha256=row.manifest_sha256)
-        checkpoint.verify(Path(parent.folder), parent.manifest_sha256, meanwhile=meanwhile)
-    except (NotFound, CheckpointDamaged) as error:
-        name = f"{config.init_from.job_id}@{config.init_from.checkpoint}"
-        raise ParentUnusable(f"cannot start from {name}: {error}") from error
-    return parent
+    except NotFound as error:
+        raise ParentUnusable(config.init_from, error) from error
+    return Folder(folder=str(data_dir / row.folder), manifest_sha256=row.manifest_sha256)
 
 
 def _find_tokenizer(db: store.Database, job: Job, data_dir: Path) -> Folder | None:
@@ -88,7 +82,7 @@ def _find_tokenizer(db: store.Database, job: Job, data_dir: Path) -> Folder | No
     for row in store.list_checkpoints(db, job.id):
         found = Folder(folder=str(data_dir / row.folder), manifest_sha256=row.manifest_sha256)
         try:
-            checkpoint.read_tokenizer(Path(found.folder), found.manifest_sha256)
+            checkpoint.open(Path(found.folder), found.manifest_sha256).tokenizer()
         except CheckpointDamaged:
             continue
         return found

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from safetensors.torch import load as load_tensors
@@ -18,22 +19,24 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from nanomoe import checkpoint
-from nanomoe.config import JobConfig
+from nanomoe.config import ConfigWarning, JobConfig
+from nanomoe.config_warnings import config_warnings
 from nanomoe.data import Order, Step, Windows
 from nanomoe.evaluation.evaluate import Choices, evaluate, evaluate_loss
 from nanomoe.evaluation.metrics import CheckpointMetrics, Position
 from nanomoe.model.dropout import Dropout
 from nanomoe.model.gpt import GPT, token_losses
+from nanomoe.model.upcycle import starting_weights
 from nanomoe.plan import OutOfMemory, Plan
 from nanomoe.tokenizer import Tokenizer
-from nanomoe.training.execution import Execution
+from nanomoe.training.execution import Execution, find_device
 from nanomoe.training.optim import AdamW, learning_rate
 
 Weights = Mapping[str, Tensor]
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """On a GPU torch has a class for it; on a CPU only a message."""
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch found no memory: on a GPU it has a class for that, on a CPU only a message."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
@@ -102,7 +105,8 @@ class Run:
         parent: Weights | None = None,
         resume: Mapping[str, bytes] | None = None,
     ) -> None:
-        """`parent`: weights to start from instead of random ones. `resume`: the files of a `Snapshot`."""
+        """Prefer `prepare`, which decides the execution. `parent`: weights of a model of this config to start from
+        instead of random ones. `resume`: the files of a `Snapshot`."""
         self.config = config
         self.tokenizer = tokenizer
         self.device = device
@@ -174,7 +178,7 @@ class Run:
                 for windows in step.micro_batches(self.progress.micro_batch):
                     loss += self._backward(windows, n_targets, counts, dropped)
             except RuntimeError as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 self._halve_micro_batch(error)
             else:
@@ -322,3 +326,60 @@ class Run:
             checkpoint.CONFIG: checkpoint.to_json(self.config.model_dump(mode="json")),
             **self.tokenizer.files(),
         }
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that can begin, and what was decided for it."""
+
+    run: Run
+    execution: Execution
+    """How it is computed."""
+    n_tokens: int
+    """Tokens of the text."""
+    warnings: list[ConfigWarning]
+    """What the user should know before it begins."""
+
+
+def prepare(
+    config: JobConfig,
+    text: str,
+    tokenizer: Tokenizer,
+    *,
+    device: str = "cpu",
+    recorded_execution: Mapping[str, Any] | None = None,
+    parent: Weights | None = None,
+    resume: Mapping[str, bytes] | None = None,
+) -> Prepared:
+    """Everything from a config and a text to a run on its device; this process then computes as was decided.
+
+    `device` is `auto`, `cpu`, `cuda` or `cuda:N`. `recorded_execution`: what the job's first attempt decided, which is
+    kept as far as this machine can. `parent`: weights to start from, those of another config where a dense model grows
+    into a mixture. `resume`: the files of a snapshot.
+
+    Raises:
+        DeviceUnavailable: a GPU was asked for and there is none.
+        TextTooShort: fewer than 2 tokens are left to train on.
+    """
+    tokens = tokenizer.encode(text)
+    execution = Execution.decide(config, device, n_tokens=len(tokens))
+    differences: list[str] = []
+    if recorded_execution is not None:
+        first = Execution.recorded(recorded_execution, config)
+        execution = execution.keeping(first)
+        differences = first.differences(execution)
+    execution.apply()
+    run = Run(
+        config,
+        tokens,
+        tokenizer,
+        execution,
+        device=find_device(device),
+        parent=None if parent is None else starting_weights(parent, config, seed=config.seed),
+        resume=resume,
+    )
+    warnings = config_warnings(config, run.plan, n_bytes=len(text.encode()), vocab_size=tokenizer.vocab_size)
+    if differences:
+        message = f"this attempt computes otherwise than the first one did: {'; '.join(differences)}"
+        warnings.append(ConfigWarning(code="resume_not_exact", message=message))
+    return Prepared(run, execution, len(tokens), warnings)

@@ -65,7 +65,7 @@ def train(start: Start) -> None:
     """The whole job, in the order of a real one: a quarter's steps, its checkpoint, its snapshot."""
     folder, toy = Path(start.folder), Toy()
     if start.resume is not None:
-        toy = Toy.resumed(checkpoint.read_all(Path(start.resume.folder), start.resume.manifest_sha256))
+        toy = Toy.resumed(checkpoint.open(Path(start.resume.folder), start.resume.manifest_sha256).read_all())
     total = max(QUARTERS)
     say(
         Prepared(

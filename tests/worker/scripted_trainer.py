@@ -48,7 +48,7 @@ class Script:
         self.step = 0
         if self.start.resume is not None:
             self.step = int(
-                checkpoint.read_all(Path(self.start.resume.folder), self.start.resume.manifest_sha256)["step"]
+                checkpoint.open(Path(self.start.resume.folder), self.start.resume.manifest_sha256).read_all()["step"]
             )
         self.leave("pid", str(os.getpid()))
 

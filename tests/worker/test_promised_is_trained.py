@@ -123,7 +123,7 @@ def promised_and_prepared(
     if parent is not None:
         folder = Folder(folder=str(parent.folder), manifest_sha256=parent.manifest_sha256)
         origin = {"parent": folder}
-        tokenizer = checkpoint.read_tokenizer(parent.folder, parent.manifest_sha256)
+        tokenizer = checkpoint.open(parent.folder, parent.manifest_sha256).tokenizer()
         of_parent = Parent(parent.config, tokenizer, hashlib.sha256(OTHER.encode()).hexdigest())
     found = assess(SubmitRequest(text=text, config=config), place.settings, of_parent)
     heard = Heard()

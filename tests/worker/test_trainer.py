@@ -4,12 +4,15 @@ import errno
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from nanomoe.config import InitFrom
 from nanomoe.evaluation.metrics import CheckpointMetrics
-from worker.protocol import CheckpointWritten, Ready, SnapshotWritten, parse_from_trainer
-from worker.trainer import Wire, Writer, _explain
+from tests.service.tiny_checkpoint import write_tiny_checkpoint
+from worker.protocol import CheckpointWritten, Folder, Ready, SnapshotWritten, Start, parse_from_trainer
+from worker.trainer import Wire, Writer, _explain, run_job
 
 ROOT = Path(__file__).parents[2]
 
@@ -94,3 +97,38 @@ def test_an_error_that_would_come_again_fails_the_job_and_any_other_is_a_crash()
     assert code(OSError(errno.EFBIG, "File too large")) == "disk_full"
     assert code(OSError(errno.EIO, "Input/output error")) == "storage_failed"  # the next attempt may find another disk
     assert code(RuntimeError("a bug")) is None
+
+
+def test_an_error_of_another_library_fails_no_job_whatever_attributes_it_has() -> None:
+    class FromElsewhere(Exception):
+        code = "out_of_stock"
+
+    assert _explain(FromElsewhere("not ours")) is None
+
+
+def test_a_damaged_parent_fails_the_job_by_name_before_anything_is_trained(tmp_path: Path) -> None:
+    parent = write_tiny_checkpoint(tmp_path / "f1-100")
+    weights = parent.folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    (tmp_path / "text.txt").write_text("o rato roeu a roupa")
+    init_from = InitFrom(job_id="ab" * 16, checkpoint=100)
+    start = Start(
+        job_id="cd" * 16,
+        fence=1,
+        config=parent.config.model_copy(update={"init_from": init_from}),
+        text_path=str(tmp_path / "text.txt"),
+        folder=str(tmp_path),
+        execution=None,
+        resume=None,
+        parent=Folder(folder=str(parent.folder), manifest_sha256=parent.manifest_sha256),
+        device="cpu",
+        snapshot_seconds=60,
+        allow_hub=False,
+        tokenizer_dir=None,
+    )
+    wire = Heard()
+    done = run_job(start, wire, SimpleNamespace(stop=None))  # type: ignore[arg-type]
+    assert done.error is not None
+    assert done.error.code == "parent_unusable"
+    assert done.error.message.startswith(f"cannot start from {'ab' * 16}@100: f1-100/model.safetensors: ")
+    assert wire.messages == []

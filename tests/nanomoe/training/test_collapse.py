@@ -7,9 +7,8 @@ import torch
 
 from nanomoe.config import JobConfig
 from nanomoe.tokenizer import load_tokenizer
-from nanomoe.training.execution import Execution
 from nanomoe.training.loop import train
-from nanomoe.training.run import Recorded, Run, Warned
+from nanomoe.training.run import Recorded, Warned, prepare
 
 TEXT = "o rato roeu a roupa do rei de roma, e a rainha com raiva resolveu remendar. "
 SMALL = {"tokenizer": "bytes", "n_layer": 2, "n_head": 2, "n_embd": 32, "epochs": 40, "lr": 3e-3}
@@ -19,10 +18,7 @@ NO_BALANCE = {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0}
 def trained(config: dict[str, Any], *, biased: bool) -> tuple[dict[int, dict[str, Any]], list[Warned]]:
     """{percent: the mixture's mean figures}, and the warnings. `biased`: at first all tokens go to experts 0 and 1."""
     parsed = JobConfig.model_validate(SMALL | {"use_moe": True} | config)
-    tokenizer = load_tokenizer("bytes")
-    tokens = tokenizer.encode(TEXT)
-    execution = Execution.decide(parsed, "cpu", n_tokens=len(tokens))
-    run = Run(parsed, tokens, tokenizer, execution, device=torch.device("cpu"))
+    run = prepare(parsed, TEXT, load_tokenizer("bytes")).run
     if biased:
         with torch.no_grad():
             block = run.model.blocks[1]

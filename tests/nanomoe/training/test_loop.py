@@ -13,9 +13,8 @@ from nanomoe.model.dropout import Dropout
 from nanomoe.model.gpt import token_losses
 from nanomoe.plan import OutOfMemory
 from nanomoe.tokenizer import load_tokenizer
-from nanomoe.training.execution import Execution
 from nanomoe.training.loop import Happened, LossNotFinite, Steps, Stopped, StopReason, Undisturbed, train
-from nanomoe.training.run import Recorded, Run, Snapshot, Warned
+from nanomoe.training.run import Recorded, Run, Snapshot, Warned, prepare
 
 TEXT = "o rato roeu a roupa do rei de roma, e a rainha com raiva resolveu remendar. " * 4
 SHAPE = {"tokenizer": "bytes", "block_size": 32, "n_layer": 2, "n_head": 2, "n_embd": 16}
@@ -28,10 +27,7 @@ def start(
     config: dict[str, object], resume: dict[str, bytes] | None = None, parent: dict[str, torch.Tensor] | None = None
 ) -> Run:
     parsed = JobConfig.model_validate(TINY | config)
-    tokenizer = load_tokenizer("bytes")
-    execution = Execution.decide(parsed, "cpu", n_tokens=len(TEXT))
-    device = torch.device("cpu")
-    return Run(parsed, tokenizer.encode(TEXT), tokenizer, execution, device=device, parent=parent, resume=resume)
+    return prepare(parsed, TEXT, load_tokenizer("bytes"), parent=parent, resume=resume).run
 
 
 def checkpoints(happened: Iterator[Happened] | list[Happened]) -> dict[int, dict[str, bytes]]:
@@ -144,9 +140,9 @@ def test_without_the_manifest_a_run_goes_on_from_a_flipped_bit(tmp_path: Path, m
     content[-2] ^= 0x40  # of the last weight's mantissa
     weights.write_bytes(content)
     with pytest.raises(checkpoint.CheckpointDamaged):
-        checkpoint.read_all(tmp_path / "s", sha256)
+        checkpoint.open(tmp_path / "s", sha256).read_all()
     monkeypatch.setattr(checkpoint, "read_file", lambda folder, entry: (folder / entry.name).read_bytes())
-    resumed = start({}, resume=checkpoint.read_all(tmp_path / "s", sha256))
+    resumed = start({}, resume=checkpoint.open(tmp_path / "s", sha256).read_all())
     undisturbed = start({}, resume=snapshot.files)
     assert list(train(resumed))[-1] != list(train(undisturbed))[-1]
 

@@ -11,9 +11,8 @@ from nanomoe import checkpoint
 from nanomoe.config import JobConfig
 from nanomoe.export import export_hf
 from nanomoe.tokenizer import load_tokenizer
-from nanomoe.training.execution import Execution
 from nanomoe.training.loop import train
-from nanomoe.training.run import Recorded, Run
+from nanomoe.training.run import Recorded, prepare
 
 
 def test_the_text_is_learnt_by_heart_and_transformers_finds_the_same_losses(tmp_path: Path) -> None:
@@ -23,8 +22,7 @@ def test_the_text_is_learnt_by_heart_and_transformers_finds_the_same_losses(tmp_
     config = JobConfig()
     tokenizer = load_tokenizer(config.tokenizer)
     tokens = tokenizer.encode(text)
-    execution = Execution.decide(config, "cpu", n_tokens=len(tokens))
-    run = Run(config, tokens, tokenizer, execution, device=torch.device("cpu"))
+    run = prepare(config, text, tokenizer).run
     quarters = [happened for happened in train(run) if isinstance(happened, Recorded)]
     assert [(quarter.percent, quarter.metrics.step) for quarter in quarters] == [
         (0, 0),
@@ -36,7 +34,7 @@ def test_the_text_is_learnt_by_heart_and_transformers_finds_the_same_losses(tmp_
 
     for quarter in quarters:
         checkpoint.write(tmp_path / f"f1-{quarter.percent}", quarter.files)
-        export_hf(tmp_path / f"f1-{quarter.percent}", tmp_path / "hf")
+        export_hf(checkpoint.open(tmp_path / f"f1-{quarter.percent}", None), tmp_path / "hf")
         theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
         ids = AutoTokenizer.from_pretrained(tmp_path / "hf")(text, return_tensors="pt")["input_ids"]
         with torch.no_grad():
