@@ -6,10 +6,8 @@ Knows no torch; the service refuses and estimates jobs with it, and the training
 from dataclasses import dataclass
 from typing import Self
 
-from nanomoe.config import JobConfig
+from nanomoe.config import PERCENTS, JobConfig
 from nanomoe.errors import NanomoeError
-
-PERCENTS = (0, 25, 50, 75, 100)
 
 
 class TextTooShort(NanomoeError, ValueError):

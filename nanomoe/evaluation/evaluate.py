@@ -27,7 +27,7 @@ from nanomoe.evaluation.metrics import (
     perplexity,
 )
 from nanomoe.evaluation.moe_metrics import LayerRouting, expert_cards, moe_metrics, moe_warnings
-from nanomoe.generate import continue_tokens
+from nanomoe.generation.engine import continue_tokens
 from nanomoe.model.gpt import GPT, token_losses
 from nanomoe.tokenizer import Tokenizer
 

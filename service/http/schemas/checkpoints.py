@@ -15,7 +15,8 @@ from nanomoe.evaluation.metrics import (
     ReconstructedToken,
     Reconstruction,
 )
-from service.http.schemas.base import Status, View
+from service.http.schemas.base import View
+from service.jobs.statuses import Status
 
 __all__ = [
     "Baselines",
