@@ -42,7 +42,7 @@ def job(row: Job, *, queue_position: int | None = None, estimated_start_at: date
         execution=row.execution,
         progress=progress(row),
         config=config,
-        model=schemas.ModelSize(n_params=row.n_params, n_active_params=row.n_active_params),
+        model=schemas.ModelSize.model_validate(row, from_attributes=True),
         text=schemas.TextInfo(sha256=row.text_sha256, n_bytes=row.text_n_bytes, n_tokens=row.n_tokens),
         warnings=_warnings(row, config),
         error=None if row.error is None else schemas.JobError.model_validate(row.error),
@@ -90,7 +90,7 @@ def estimate(found: Assessment) -> schemas.Estimate:
     return schemas.Estimate(
         config=found.config,
         text=schemas.TextInfo(sha256=found.text_sha256, n_bytes=found.n_bytes, n_tokens=found.n_tokens),
-        model=schemas.ModelSize(n_params=sizes.n_params, n_active_params=sizes.n_active_params),
+        model=schemas.ModelSize.model_validate(sizes, from_attributes=True),
         training_bytes=sizes.training_bytes,
         flops_per_token=sizes.flops_per_token,
         steps_per_epoch=None if plan is None else plan.steps_per_epoch,
