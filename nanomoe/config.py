@@ -48,7 +48,6 @@ class Strict(BaseModel):
         strict=True,
         allow_inf_nan=False,
         use_attribute_docstrings=True,
-        defer_build=True,
     )
 
 

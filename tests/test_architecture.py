@@ -207,6 +207,7 @@ def _loaded_by(statement: str) -> set[str]:
         ("nanomoe.config", {"torch", "transformers"}),
         ("nanomoe.plan", {"torch", "transformers"}),
         ("nanomoe.model.size", {"torch", "transformers"}),
+        ("nanomoe.evaluation.metrics", {"torch", "transformers"}),
         ("nanomoe.tokenizer", {"torch", "transformers"}),
         ("service.app", {"torch", "transformers", "worker"}),
         ("service.cli", {"torch", "transformers", "fastapi", "worker"}),

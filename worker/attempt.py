@@ -13,6 +13,7 @@ import structlog
 
 from nanomoe.checkpoint import is_disk_full
 from nanomoe.config import JobConfig
+from nanomoe.lineage import ParentUnusable
 from nanomoe.plan import OutOfMemory, Plan
 from service.database.database import Database
 from service.errors import DatabaseUnavailable, LeaseLost, StorageFull
@@ -27,7 +28,7 @@ from worker.memory import oom_kills
 from worker.process import Ended, TrainerProcess, WakeUp
 from worker.protocol import Done, Failure, FromTrainer, Idle, Ready, Stop, StopReason
 from worker.recorder import Recorder
-from worker.start import ParentUnusable, build_start
+from worker.start import build_start
 from worker.timing import Timing
 
 log = structlog.get_logger(__name__)

@@ -6,10 +6,11 @@ two processes, no torch and no database.
 
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import Field, TypeAdapter
+from pydantic import Field, TypeAdapter, field_serializer
 
 from nanomoe.checkpoint import FileEntry
 from nanomoe.config import ConfigWarning, JobConfig, Strict
+from nanomoe.evaluation.metrics import CheckpointMetrics
 
 StopReason = Literal["cancel", "pause", "drain"]
 
@@ -144,15 +145,25 @@ class CheckpointWritten(Strict):
     """A checkpoint is complete and flushed to the disk."""
 
     type: Literal["checkpoint"] = "checkpoint"
-    percent: int
-    step: int
-    epoch: int
     folder: str
     """Name of the folder inside of the job's folder."""
 
     manifest_sha256: str
+    """SHA-256 of the checkpoint's manifest, hexadecimal."""
+
     files: list[FileEntry]
-    metrics: dict[str, Any]
+    """Files of the checkpoint."""
+
+    metrics: CheckpointMetrics
+    """The checkpoint's metrics, with its place in the training."""
+
+    tok_per_sec: float | None
+    """Training speed since the checkpoint before, in tokens a second; null at percent 0."""
+
+    @field_serializer("metrics")
+    def _only_what_was_set(self, metrics: CheckpointMetrics) -> dict[str, Any]:
+        # A field that was not measured stays out of the row, as it stays out of `metrics.json`.
+        return metrics.model_dump(exclude_unset=True)
 
 
 class SnapshotWritten(Strict):

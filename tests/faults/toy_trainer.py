@@ -17,6 +17,7 @@ from pathlib import Path
 
 from nanomoe import checkpoint
 from nanomoe.checkpoint import CONFIG, METRICS, RESUME_STATE, RESUME_TENSORS, WEIGHTS
+from nanomoe.evaluation.metrics import CheckpointMetrics
 from nanomoe.processes import die_with_parent
 from worker.protocol import (
     Assignment,
@@ -56,8 +57,11 @@ class Toy:
         return {name: f"{self.step} {self.weights} {name}".encode() for name in names}
 
     @property
-    def metrics(self) -> dict[str, object]:
-        return {"loss": self.step, "weights": self.weights}
+    def metrics(self) -> CheckpointMetrics:
+        """Metrics that follow from all steps; `weights` is one that no version knows."""
+        place = {"percent": QUARTERS[self.step], "step": self.step, "epoch": self.step}
+        measured = {"loss": self.step, "perplexity": None, "bits_per_byte": 1.0, "accuracy": 0.0}
+        return CheckpointMetrics.model_validate(place | measured | {"weights": self.weights})
 
     @classmethod
     def resumed(cls, files: dict[str, bytes]) -> "Toy":
@@ -77,7 +81,7 @@ def train(start: Start) -> None:
     """The whole job, in the order of a real one: a quarter's steps, its checkpoint, its snapshot."""
     folder, toy = Path(start.folder), Toy()
     if start.resume is not None:
-        toy = Toy.resumed(checkpoint.read_all(Path(start.resume.folder), start.resume.manifest_sha256))
+        toy = Toy.resumed(checkpoint.open(Path(start.resume.folder), start.resume.manifest_sha256).read_all())
     total = max(QUARTERS)
     send(
         Prepared(
@@ -102,8 +106,7 @@ def commit_checkpoint(start: Start, folder: Path, toy: Toy) -> None:
     manifest, sha256 = write(folder / name, toy.files(CHECKPOINT))
     send(
         CheckpointWritten(
-            percent=QUARTERS[toy.step], step=toy.step, epoch=toy.step, folder=name, manifest_sha256=sha256,
-            files=manifest.files, metrics=toy.metrics,
+            folder=name, manifest_sha256=sha256, files=manifest.files, metrics=toy.metrics, tok_per_sec=None,
         )
     )  # fmt: skip
 

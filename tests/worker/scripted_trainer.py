@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from nanomoe import checkpoint
+from nanomoe.evaluation.metrics import CheckpointMetrics
 from nanomoe.processes import die_with_parent
 from worker.memory import oom_kills
 from worker.protocol import (
@@ -52,7 +53,7 @@ class Script:
         self.step = 0
         if self.start.resume is not None:
             self.step = int(
-                checkpoint.read_all(Path(self.start.resume.folder), self.start.resume.manifest_sha256)["step"]
+                checkpoint.open(Path(self.start.resume.folder), self.start.resume.manifest_sha256).read_all()["step"]
             )
         self.write_file("pid", str(os.getpid()))
 
@@ -96,13 +97,22 @@ class Script:
         manifest, sha256 = checkpoint.write(self.folder / name, {"step": str(self.step).encode()})
         send(
             CheckpointWritten(
-                percent=percent,
-                step=self.step,
-                epoch=self.step,
                 folder=name,
                 manifest_sha256=sha256,
                 files=manifest.files,
-                metrics={"loss": 1.0} | figures,
+                metrics=CheckpointMetrics.model_validate(
+                    {
+                        "percent": percent,
+                        "step": self.step,
+                        "epoch": self.step,
+                        "loss": 1.0,
+                        "perplexity": 2.72,
+                        "bits_per_byte": 1.44,
+                        "accuracy": 0.5,
+                    }
+                    | figures
+                ),
+                tok_per_sec=10.0,
             )
         )
 

@@ -4,6 +4,7 @@ import pytest
 
 from nanomoe.checkpoint import FileEntry
 from nanomoe.config import ConfigWarning, JobConfig
+from nanomoe.evaluation.metrics import CheckpointMetrics
 from worker.protocol import (
     Assignment,
     CheckpointWritten,
@@ -58,13 +59,13 @@ FROM_TRAINER: list[FromTrainer] = [
     ),
     Steps(step=[1, 2], train_loss=[9.0, 8.9], lr=[1e-4, 1e-4], grad_norm=[1.9, 1.8], tok_per_sec=3900.0, epoch=2),
     CheckpointWritten(
-        percent=25,
-        step=125,
-        epoch=125,
         folder="f1-25",
         manifest_sha256="b" * 64,
         files=[FileEntry(name="model.safetensors", size=1, sha256="c" * 64)],
-        metrics={"loss": 5.1, "moe": None},
+        metrics=CheckpointMetrics(
+            percent=25, step=125, epoch=125, loss=5.1, perplexity=164.0, bits_per_byte=7.36, accuracy=0.1, moe=None
+        ),
+        tok_per_sec=3900.0,
     ),
     SnapshotWritten(step=125, folder="f1-s125", manifest_sha256="d" * 64),
     Warned(code="dead_expert", message="expert 3 of layer 1"),

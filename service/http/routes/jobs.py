@@ -124,7 +124,8 @@ def _parent(service: Context, config: JobConfig) -> submission.Parent | None:
     recorded = reads.get_checkpoint(service.database, origin.job_id, origin.checkpoint)
     job = reads.get_job(service.database, origin.job_id)
     try:
-        tokenizer = checkpoint.read_tokenizer(service.settings.data_dir / recorded.folder, recorded.manifest_sha256)
+        opened = checkpoint.open(service.settings.data_dir / recorded.folder, recorded.manifest_sha256)
+        tokenizer = opened.tokenizer()
     except CheckpointDamaged as error:
         raise Conflict(error.code, f"cannot start from {origin.job_id}@{origin.checkpoint}: {error}") from error
     return submission.Parent(views.job(job).config, tokenizer, job.text_sha256)
