@@ -244,6 +244,24 @@ class TrainConfig(Strict):
         return self
 
 
+class SamplingConfig(Strict):
+    """How the next token is chosen."""
+
+    temperature: float = Field(1.0, ge=0, le=100)
+    """Divides the logits before sampling; 0 takes the likeliest token."""
+
+    top_k: Annotated[int, Field(ge=1, le=1_000_000), Whole] | None = None
+    """Sample among this many likeliest tokens; null among all."""
+
+    top_p: float | None = Field(None, gt=0, le=1)
+    """Sample among the likeliest tokens that together hold this much probability; null among all."""
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken, so that nothing is drawn."""
+        return self.temperature == 0 or self.top_k == 1
+
+
 class SampleConfig(Strict):
     """What is continued at each checkpoint, and how the next token is chosen."""
 

@@ -3,8 +3,9 @@
 `python -m service.generation.engine`, JSON lines on stdin and stdout (`service.generation.messages`), the log on
 stderr. The main thread generates; one thread reads requests, another loads checkpoints, so that a new one does not stop
 the others' texts, one scores and inspects, and on a CPU one makes the compiled loops ready. Until they are, texts are
-generated with tensor operations, which gives the same texts: nobody waits for a compiler. The process ends when its
-parent does: by signal where the system has it, else at the end of stdin. Knows no job, no database and no HTTP.
+generated with tensor operations, each to its end, because the two may differ in last bits: nobody waits for a
+compiler. The process ends when its parent does: by signal where the system has it, else at the end of stdin. Knows no
+job, no database and no HTTP.
 """
 
 import os
@@ -27,11 +28,10 @@ import torch
 from safetensors.torch import load as load_safetensors
 
 from nanomoe import checkpoint
-from nanomoe import generate as nanomoe_generate
 from nanomoe.checkpoint import CheckpointDamaged
-from nanomoe.config import JobConfig
-from nanomoe.generate import FEW_SEQUENCES, Continuation, Engine, useful_threads
-from nanomoe.sampling import Sampling
+from nanomoe.config import JobConfig, SamplingConfig
+from nanomoe.generation import engine as generation_engine
+from nanomoe.generation.engine import FEW_SEQUENCES, Continuation, Engine, useful_threads
 from nanomoe.tokenizer import Tokenizer
 from nanomoe.training.execution import find_device
 from service import logs
@@ -299,10 +299,10 @@ class Server:
         if isinstance(prompt, str):
             prompt = tuple(loaded.tokenizer.encode(prompt))
         running.n_prompt = len(prompt)
-        sampling = Sampling(request.temperature, request.top_k, request.top_p)
+        sampling = SamplingConfig(temperature=request.temperature, top_k=request.top_k, top_p=request.top_p)
         for index in range(request.n):
             continuation = loaded.engine.submit(
-                nanomoe_generate.Request(
+                generation_engine.Request(
                     prompt, request.max_new_tokens, sampling, request.seed, index, request.logprobs
                 )
             )
@@ -487,8 +487,8 @@ class Server:
     def _logprobs(self, running: _Running, choice: _Choice, n: int) -> LogProbs:
         tokenizer, found = running.loaded.tokenizer, choice.continuation.logprobs[n]
         return LogProbs(
-            chosen=token_logprob(tokenizer, choice.continuation.new[n], found.chosen),
-            likeliest=tuple(token_logprob(tokenizer, *one) for one in found.likeliest.items()),
+            chosen=token_logprob(tokenizer, found.chosen),
+            likeliest=tuple(token_logprob(tokenizer, one) for one in found.likeliest),
         )
 
     def _finish(self, running: _Running, now: float) -> None:

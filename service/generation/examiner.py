@@ -17,11 +17,11 @@ from safetensors.torch import load as load_safetensors
 from torch import device as TorchDevice
 
 from nanomoe import checkpoint
-from nanomoe import generate as nanomoe_generate
 from nanomoe.checkpoint import CheckpointDamaged
 from nanomoe.config import JobConfig
 from nanomoe.evaluation.attention import inspect
 from nanomoe.evaluation.score import logprobs_of_tokens, losses_of_tokens
+from nanomoe.generation import logprobs
 from nanomoe.model.gpt import GPT
 from nanomoe.model.moe import Routing
 from nanomoe.tokenizer import Tokenizer
@@ -156,29 +156,27 @@ def unknown_token(request_id: int, prompt: str | Sequence[int], tokenizer: Token
 def _prompt_tokens(
     tokens: list[int], n_likeliest: int | None, tokenizer: Tokenizer, model: GPT
 ) -> tuple[PromptToken, ...]:
-    logprobs: list[LogProbs | None] = [None] * len(tokens)
+    read: list[LogProbs | None] = [None] * len(tokens)
     if n_likeliest is not None:
         found = logprobs_of_tokens(model, tokens, n_likeliest)
-        logprobs[1:] = [_finite(one, token, tokenizer) for one, token in zip(found, tokens[1:], strict=True)]
+        read[1:] = [_finite(one, tokenizer) for one in found]
     return tuple(
         PromptToken(utf8=tokenizer.token_bytes(token).hex(), logprobs=one)
-        for token, one in zip(tokens, logprobs, strict=True)
+        for token, one in zip(tokens, read, strict=True)
     )
 
 
-def _finite(found: nanomoe_generate.LogProbs, token: int, tokenizer: Tokenizer) -> LogProbs | None:
-    if not math.isfinite(found.chosen):
+def _finite(found: logprobs.LogProbs, tokenizer: Tokenizer) -> LogProbs | None:
+    if not math.isfinite(found.chosen.logprob):
         return None
-    likeliest = tuple(
-        token_logprob(tokenizer, other, logprob) for other, logprob in found.likeliest.items() if math.isfinite(logprob)
-    )
-    return LogProbs(chosen=token_logprob(tokenizer, token, found.chosen), likeliest=likeliest)
+    likeliest = tuple(token_logprob(tokenizer, one) for one in found.likeliest if math.isfinite(one.logprob))
+    return LogProbs(chosen=token_logprob(tokenizer, found.chosen), likeliest=likeliest)
 
 
-def token_logprob(tokenizer: Tokenizer, token: int, logprob: float) -> TokenLogProb:
+def token_logprob(tokenizer: Tokenizer, found: logprobs.TokenLogProb) -> TokenLogProb:
     """A token's log-probability, beside what the token stands for."""
-    utf8 = tokenizer.token_bytes(token).hex()
-    return TokenLogProb(token=token, text=tokenizer.decode([token]), utf8=utf8, logprob=logprob)
+    utf8 = tokenizer.token_bytes(found.token).hex()
+    return TokenLogProb(token=found.token, text=tokenizer.decode([found.token]), utf8=utf8, logprob=found.logprob)
 
 
 def answer_inspect(question: Inspect, tokenizer: Tokenizer, model: GPT) -> Inspected | Refused:
