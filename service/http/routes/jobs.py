@@ -180,7 +180,7 @@ async def get_job(service: Service, job_id: JobId, query: Annotated[JobQuery, Qu
 
 def _placed(service: Context, row: Job) -> JobView:
     """The job with its place in the queue."""
-    place = queue_position.find_place(service.database, row.id) if row.status == "queued" else None
+    place = queue_position.find_queue_position(service.database, row.id) if row.status == "queued" else None
     if place is None:
         return views.job(row)
     return views.job(row, queue_position=place.position, estimated_start_at=place.estimated_start_at)
