@@ -181,7 +181,7 @@ async def get_job(service: Service, job_id: JobId, query: Annotated[JobQuery, Qu
 
 def _with_queue_position(service: Context, row: Job) -> JobView:
     """The job with its queue position."""
-    place = queue_position.find_place(service.database, row.id) if row.status == "queued" else None
+    place = queue_position.find_queue_position(service.database, row.id) if row.status == "queued" else None
     if place is None:
         return views.job(row)
     return views.job(row, queue_position=place.position, estimated_start_at=place.estimated_start_at)
