@@ -6,7 +6,7 @@ The same classes are the HTTP body, the OpenAPI document, the JSON column of the
 """
 
 import math
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticKnownError
@@ -32,6 +32,12 @@ Integer = Annotated[int, Whole]
 Percent = Literal[0, 25, 50, 75, 100]
 """A checkpoint of a job: how much of the training came before."""
 
+PERCENTS: tuple[Percent, ...] = get_args(Percent)
+"""The percents of all checkpoints of a job, ascending."""
+
+JOB_ID_PATTERN = r"^[0-9a-f]{32}$"
+"""Pattern of a job's id: 32 hexadecimal digits."""
+
 
 class Strict(BaseModel):
     """A frozen value that refuses unknown keys, coercions (`"1"` or `true` for a number), NaN and infinity."""
@@ -54,7 +60,7 @@ class ConfigWarning(Strict):
 class InitFrom(Strict):
     """The checkpoint whose weights a job starts from."""
 
-    job_id: str = Field(pattern=r"^[0-9a-f]{32}$")
+    job_id: str = Field(pattern=JOB_ID_PATTERN)
     """Id of the job that recorded the checkpoint."""
 
     checkpoint: Annotated[Percent, Whole] = 100

@@ -11,7 +11,7 @@ import sys
 
 import structlog
 
-from service.parent import die_with_parent
+from nanomoe.processes import die_with_parent
 
 log = structlog.get_logger(__name__)
 

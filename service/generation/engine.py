@@ -32,6 +32,7 @@ from nanomoe.checkpoint import CheckpointDamaged
 from nanomoe.config import JobConfig, SamplingConfig
 from nanomoe.generation import engine as generation_engine
 from nanomoe.generation.engine import FEW_SEQUENCES, Continuation, Engine, useful_threads
+from nanomoe.processes import die_with_parent
 from nanomoe.tokenizer import Tokenizer
 from nanomoe.training.execution import find_device
 from service import logs
@@ -57,7 +58,6 @@ from service.generation.messages import (
     to_line,
 )
 from service.generation.text_stream import TextStream
-from service.parent import die_with_parent
 
 log = structlog.get_logger(__name__)
 

@@ -2,7 +2,7 @@
 
 from alembic import context
 
-from service.jobs.tables import Row
+from service.database.schema import Row
 
 connection = context.config.attributes["connection"]
 context.configure(

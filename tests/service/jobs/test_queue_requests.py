@@ -6,10 +6,11 @@ import pytest
 
 from service.database.database import Database
 from service.errors import Conflict, NotFound
-from service.jobs import queue, store
-from service.jobs.queue import Intents
+from service.jobs import queue, reads, recording
+from service.jobs.lease import Intents
 from service.jobs.queue_position import find_place
-from service.jobs.store import Job, WorkerIdentity
+from service.jobs.tables import Job
+from service.jobs.workers import WorkerIdentity
 from tests.queued import LEASE, STEPS, claim, everything, running, statuses, submit
 from tests.races import Races
 
@@ -32,20 +33,20 @@ def test_a_job_that_is_cancelled_while_it_waits_leaves_no_snapshot(
     db: Database, worker: WorkerIdentity, waits: str
 ) -> None:
     held = running(db, worker)
-    queue.record_snapshot(db, held, step=1, folder="f", manifest_sha256="m")
+    recording.record_snapshot(db, held, step=1, folder="f", manifest_sha256="m")
     if waits == "paused":
         queue.request_pause(db, held.job_id)
     assert queue.release(db, held).status == waits
-    assert store.find_snapshot(db, held.job_id) is not None
+    assert reads.find_snapshot(db, held.job_id) is not None
     queue.request_cancel(db, held.job_id)
-    assert store.find_snapshot(db, held.job_id) is None
+    assert reads.find_snapshot(db, held.job_id) is None
 
 
 def test_the_owner_of_a_running_job_is_asked_to_cancel(db: Database, worker: WorkerIdentity) -> None:
     held = running(db, worker)
     assert queue.request_cancel(db, held.job_id).status == "running"
-    assert queue.heartbeat(db, held) == Intents(cancel=True, pause=False)
-    assert queue.record_steps(db, held, STEPS).cancel
+    assert recording.heartbeat(db, held) == Intents(cancel=True, pause=False)
+    assert recording.record_steps(db, held, STEPS).cancel
     assert queue.release(db, held).status == "cancelled"
 
 
@@ -66,7 +67,7 @@ def test_a_waiting_job_is_paused_and_goes_on_in_its_old_place(db: Database, work
 def test_the_owner_of_a_running_job_is_asked_to_pause(db: Database, worker: WorkerIdentity) -> None:
     held = running(db, worker)
     assert queue.request_pause(db, held.job_id).status == "running"
-    assert queue.heartbeat(db, held) == Intents(cancel=False, pause=True)
+    assert recording.heartbeat(db, held) == Intents(cancel=False, pause=True)
     job = queue.release(db, held)
     assert (job.status, job.pause_requested_at, job.lease_until) == ("paused", None, None)
     assert queue.resume(db, job.id).status == "queued"
@@ -85,7 +86,7 @@ def test_a_resume_before_the_owner_has_paused_keeps_the_job_in_line(
 ) -> None:
     held = running(db, worker)
     queue.request_pause(db, held.job_id)
-    assert queue.heartbeat(db, held).pause
+    assert recording.heartbeat(db, held).pause
     resume = races.hold(queue.resume, db, held.job_id)
     step_to_paused = races.start(queue.release, db, held)
     assert resume.let_go().status == "running"
@@ -110,7 +111,7 @@ def test_a_cancel_that_meets_a_claim_reaches_the_new_owner(db: Database, worker:
     held = claiming.let_go()
     assert cancel.result().status == "running"
     assert held is not None
-    assert queue.heartbeat(db, held).cancel
+    assert recording.heartbeat(db, held).cancel
 
 
 def test_a_claim_that_meets_a_cancel_gets_nothing(db: Database, worker: WorkerIdentity, races: Races) -> None:

@@ -1,6 +1,6 @@
-"""A service that exists for one measurement: API, and a worker if wanted, over a data folder that is thrown away.
+"""A service that runs for one measurement: an API, and workers if needed, with a temporary data folder.
 
-What is measured is what users run: the same processes with the same settings, on a free port of loopback.
+It consists of the processes that users run, with the same settings, on a free port of loopback.
 """
 
 import tempfile
@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING
 
 from service.cli.processes import Processes
 from service.database.database import Database
-from service.jobs import queue, store
-from service.jobs.queue import NewJob
+from service.database.opening import open_database
+from service.jobs import queue, recording
+from service.jobs.new_job import NewJob
+from service.jobs.workers import WorkerIdentity, worker_started, worker_stopped
 from service.settings import Settings, sqlite_url
+from service.storage.job_folders import checkpoint_folder
 
 if TYPE_CHECKING:
     from nanomoe.model.gpt import GPT
@@ -22,8 +25,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Site:
-    """A running service, and its database beside it."""
+class TemporaryService:
+    """A running service, and a connection to its database."""
 
     url: str
     settings: Settings
@@ -31,27 +34,27 @@ class Site:
     processes: Processes
 
     def record(self, model: "GPT", tokenizer: "Tokenizer") -> str:
-        """Make a finished job whose only checkpoint holds these weights; returns its id."""
+        """Insert a finished job whose only checkpoint holds these weights; returns its id."""
         from safetensors.torch import save
 
         from nanomoe import checkpoint
         from nanomoe.config import JobConfig
 
         config = JobConfig.model_validate(model.config.model_dump())
-        worker = store.WorkerIdentity(name="bench")
-        store.worker_started(self.database, worker)
+        worker = WorkerIdentity(name="bench")
+        worker_started(self.database, worker)
         job, _ = queue.submit(self.database, NewJob(text="Era uma vez", config=config.model_dump(mode="json")))
         claim = queue.claim(self.database, worker, 60)
         assert claim is not None
-        assert claim.job_id == job.id, "nothing else is in line"
-        folder = store.checkpoint_folder(job.id, claim.fence, 100)
+        assert claim.job_id == job.id, "no other job is queued"
+        folder = checkpoint_folder(job.id, claim.fence, 100)
         files = {
             **tokenizer.files(),
             checkpoint.CONFIG: checkpoint.to_json(config.model_dump(mode="json")),
             checkpoint.WEIGHTS: save({name: weight.contiguous() for name, weight in model.state_dict().items()}),
         }
         manifest, sha256 = checkpoint.write(self.settings.data_dir / folder, files)
-        queue.record_checkpoint(
+        recording.record_checkpoint(
             self.database,
             claim,
             percent=100,
@@ -63,14 +66,14 @@ class Site:
             metrics={},
         )
         queue.finish(self.database, claim, "succeeded")
-        store.worker_stopped(self.database, worker.id)
+        worker_stopped(self.database, worker.id)
         return job.id
 
 
 @contextmanager
-def open_site(database_url: str | None = None, **settings: object) -> Iterator[Site]:
-    """Start an API of its own and end it with the block. `settings` as in `Settings`; the data are in a temporary
-    folder, and so is the database unless `database_url` names an empty one."""
+def run_service(database_url: str | None = None, **settings: object) -> Iterator[TemporaryService]:
+    """Start an API, which is stopped at the end of the block. `settings`: as in `Settings`; the data folder is
+    temporary, and so is the database unless `database_url` names an empty one."""
     with tempfile.TemporaryDirectory(prefix="nanomoe-bench-") as folder:
         chosen = {
             "data_dir": folder,
@@ -84,5 +87,5 @@ def open_site(database_url: str | None = None, **settings: object) -> Iterator[S
         with Processes(environment, logs=logs) as processes:
             url = processes.start_api()
             here = Settings.model_validate(chosen | {"host": "127.0.0.1", "port": 0})
-            with closing(store.open_database(here)) as database:
-                yield Site(url, here, database, processes)
+            with closing(open_database(here)) as database:
+                yield TemporaryService(url, here, database, processes)
