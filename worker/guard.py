@@ -1,36 +1,24 @@
 """A trainer's tie to its supervisor: it obeys it, and does not outlive it.
 
-Three ways to notice that the supervisor is gone, each for what the others miss: the parent-death signal (Linux) comes
-even while a long C call holds the interpreter's lock; the end of the pipe is seen on every system and takes the whole
-process group; the deadline in every beat covers a supervisor that is stopped, before anybody else can claim its job.
+Three ways to notice that the supervisor has ended, each for what the others miss: the parent-death signal of Linux
+(`nanomoe.processes`) comes even while a long C call holds the interpreter's lock; the end of the pipe is seen on every
+system and takes the whole process group; the deadline in every beat covers a supervisor that is stopped, before anybody
+else can claim its job.
 Imports no torch: it is at work before the trainer does.
 """
 
-import ctypes
+import logging
 import os
 import select
 import signal
-import sys
 import threading
 import time
-import traceback
 from queue import SimpleQueue
 from typing import NoReturn
 
 from worker.protocol import Beat, Start, Stop, StopReason, parse_to_trainer
 
-_PR_SET_PDEATHSIG = 1
-
-
-def die_with_parent(parent: int) -> None:
-    """Be killed when the thread that started this process ends; leave at once if `parent` is already gone.
-
-    The signal goes to this process alone: what it started is found and killed by whoever takes the slot next.
-    """
-    if sys.platform == "linux" and ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0):
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    if os.getppid() != parent:
-        end_group()
+log = logging.getLogger(__name__)
 
 
 def end_group() -> NoReturn:
@@ -74,9 +62,9 @@ class Supervision:
                 *lines, heard = (heard + read).split(b"\n")
                 for line in lines:
                     self._obey(line)
-            print("nothing more is heard from the supervisor: ending", file=sys.stderr, flush=True)
+            log.error("supervisor_lost")
         except BaseException:  # what the supervisor said cannot be obeyed, or not even be read
-            traceback.print_exc()
+            log.exception("supervisor_message_invalid")
         finally:
             end_group()
 

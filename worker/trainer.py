@@ -14,10 +14,12 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 from queue import Queue
-from typing import TYPE_CHECKING, Literal, NoReturn
+from typing import TYPE_CHECKING, Literal, NoReturn, get_args
 
 from nanomoe.config import ConfigWarning, JobConfig
-from worker.guard import Supervision, die_with_parent
+from nanomoe.logs import LogFormat, configure_logging
+from nanomoe.processes import die_with_parent
+from worker.guard import Supervision
 from worker.protocol import (
     CheckpointWritten,
     Done,
@@ -259,6 +261,7 @@ def main() -> NoReturn:
     """One process, one job: warm up, wait for the start, train, say the last word."""
     options = _parser().parse_args()
     die_with_parent(options.parent)
+    configure_logging(options.log_format)
     wire = Wire()
     supervision = Supervision(options.until)
     faulthandler.enable()
@@ -300,6 +303,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m worker.trainer", description="Started by a worker for one job.")
     parser.add_argument("--parent", type=int, required=True, help="process id of the supervisor")
     parser.add_argument("--until", type=float, required=True, help="monotonic time to end at if nothing is heard")
+    parser.add_argument("--log-format", choices=get_args(LogFormat), default="console")
     return parser
 
 

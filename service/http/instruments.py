@@ -1,18 +1,19 @@
-"""What the service counts about itself, as Prometheus reads it. Knows no route.
+"""The service's metrics, as Prometheus reads them. Knows no route.
 
-Each API has a registry of its own. What is in the database is read when somebody asks; what generation does is counted
-where it happens (`service.generation.admission`).
+Each API has a registry of its own. What is in the database is read at each request for the metrics; generation is
+counted where it happens (`service.generation.instruments`).
 """
 
 import time
 from collections.abc import Iterator
 from datetime import datetime
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client import ProcessCollector
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from service.database.database import Database
+from service.generation.instruments import GenerationInstruments
 from service.jobs import store
 from service.jobs.queue_position import LongestWait, find_longest_wait
 
@@ -21,34 +22,6 @@ _clock = time.monotonic
 
 _COUNT_SECONDS = 5.0
 """How long what was read of all jobs is told again: with a million of them it takes a second."""
-
-
-class GenerationInstruments:
-    """What the API counts of generation."""
-
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        self.tokens = Counter(
-            "nanomoe_generation_tokens", "Tokens read and generated.", ["kind"], registry=self.registry
-        )
-        self.requests = Counter(
-            "nanomoe_generation_requests", "Generation requests, by how they ended.", ["outcome"],
-            registry=self.registry,
-        )  # fmt: skip
-        self.first_token_seconds = Histogram(
-            "nanomoe_generation_first_token_seconds", "From a request's arrival to its first token.",
-            buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30), registry=self.registry,
-        )  # fmt: skip
-        for kind in ("prompt", "completion"):
-            self.tokens.labels(kind)
-        self.cached = Gauge(
-            "nanomoe_generation_cached_checkpoints", "Checkpoints that are kept loaded.", registry=self.registry
-        )
-        self.cache_bytes = Gauge(
-            "nanomoe_generation_cache_bytes", "Bytes of the checkpoints that are kept loaded.", registry=self.registry
-        )
-        self.waiting = Gauge("nanomoe_generation_waiting", "Requests that have not begun.", registry=self.registry)
-        self.running = Gauge("nanomoe_generation_running", "Requests that have begun.", registry=self.registry)
 
 
 class DatabaseCollector(Collector):

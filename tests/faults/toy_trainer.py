@@ -17,7 +17,8 @@ from pathlib import Path
 
 from nanomoe import checkpoint
 from nanomoe.checkpoint import CONFIG, METRICS, RESUME_STATE, RESUME_TENSORS, WEIGHTS
-from worker.guard import Supervision, die_with_parent
+from nanomoe.processes import die_with_parent
+from worker.guard import Supervision
 from worker.protocol import CheckpointWritten, Done, FromTrainer, Prepared, Ready, SnapshotWritten, Start, Steps, encode
 
 CHECKPOINT = frozenset({CONFIG, METRICS, WEIGHTS, "tokenizer.json", "tokenizer_config.json"})

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from nanomoe import checkpoint
-from worker.guard import Supervision, die_with_parent
+from nanomoe.processes import die_with_parent
+from worker.guard import Supervision
 from worker.memory import oom_kills
 from worker.protocol import (
     Beat,

@@ -17,7 +17,8 @@ from worker.protocol import Beat, Stop, encode
 ROOT = Path(__file__).parents[2]
 TIED = """
 import os, sys, time
-from worker.guard import Supervision, die_with_parent
+from nanomoe.processes import die_with_parent
+from worker.guard import Supervision
 die_with_parent(int(sys.argv[1]))
 supervision = Supervision(time.monotonic() + float(sys.argv[2]))
 print("tied", flush=True)
@@ -28,10 +29,8 @@ os._exit(0)
 """
 
 
-def tied(
-    *, parent: int | None = None, seconds: float = 60, stderr: int = subprocess.DEVNULL
-) -> subprocess.Popen[bytes]:
-    arguments = [str(parent or os.getpid()), str(seconds)]
+def tied(*, seconds: float = 60, stderr: int = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
+    arguments = [str(os.getpid()), str(seconds)]
     process = subprocess.Popen(
         [sys.executable, "-c", TIED, *arguments],
         stdin=subprocess.PIPE,
@@ -41,9 +40,8 @@ def tied(
         cwd=ROOT,
         bufsize=0,
     )
-    if parent is None:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"tied\n"
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"tied\n"
     return process
 
 
@@ -102,11 +100,7 @@ def test_a_trainer_that_hears_something_else_than_the_protocol_ends_and_says_why
         said = stderr.read().decode()
     assert end(process) == -signal.SIGKILL
     assert "ValidationError" in said
-    assert "nothing more is heard" not in said
-
-
-def test_a_trainer_whose_parent_is_already_gone_ends_at_once() -> None:
-    assert end(tied(parent=1 if os.getpid() != 1 else 2)) == -signal.SIGKILL
+    assert "supervisor_lost" not in said
 
 
 SUPERVISOR = """

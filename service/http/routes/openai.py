@@ -15,7 +15,7 @@ from fastapi.sse import format_sse_event
 
 from service.errors import Invalid, NotFound, ServiceError
 from service.generation.admission import empty_prompt
-from service.generation.messages import Chunk, EngineRequest, PromptToken
+from service.generation.messages import Chunk, EngineRequest, PromptTokenLogProbs
 from service.generation.prompts import Count, Gain, continue_all
 from service.http import problems, schemas
 from service.http.context import Context
@@ -168,7 +168,7 @@ async def _begin(
 ) -> tuple["_Answer", AsyncGenerator[Gain | Count]]:
     """The answer from one checkpoint, with what the prompts' own tokens tell of them; and what will be added to it."""
     asked, folder = resolved.asked, str(service.settings.data_dir / address.folder)
-    read: Sequence[Sequence[PromptToken]] | None = None
+    read: Sequence[Sequence[PromptTokenLogProbs]] | None = None
     if resolved.is_read:
         logprobs = asked.logprobs if asked.echo else None
         read = await service.generation.read_prompts(folder, address.manifest_sha256, resolved.prompts, logprobs)
@@ -195,7 +195,9 @@ async def _begin(
     return answer, continue_all(service.generation, requests, at_once=at_once, in_chunks=bool(asked.stream))
 
 
-async def _nothing_added(resolved: _Resolved, read: Sequence[Sequence[PromptToken]]) -> AsyncGenerator[Gain | Count]:
+async def _nothing_added(
+    resolved: _Resolved, read: Sequence[Sequence[PromptTokenLogProbs]]
+) -> AsyncGenerator[Gain | Count]:
     """What is told of continuations without a token."""
     logprobs = None if resolved.asked.logprobs is None else ()
     for prompt in range(len(read)):
@@ -240,7 +242,9 @@ def chat() -> None:
 class _Answer:
     """A completion on its way out, whole or in chunks."""
 
-    def __init__(self, address: Address, resolved: _Resolved, read: Sequence[Sequence[PromptToken]] | None) -> None:
+    def __init__(
+        self, address: Address, resolved: _Resolved, read: Sequence[Sequence[PromptTokenLogProbs]] | None
+    ) -> None:
         """`read`: the prompts' own tokens, where they are needed."""
         self._n = resolved.n
         self._options = resolved.asked.stream_options

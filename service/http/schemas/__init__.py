@@ -4,6 +4,7 @@ Requests are strict and refuse unknown keys. Answers are lenient, so that an old
 torch, no FastAPI and no database.
 """
 
+from service.generation.answers import LayerRoutingView, NextTokenView, PromptToken, Timing, TokenLogProb
 from service.http.patterns import JOB_ID_PATTERN
 from service.http.schemas.base import (
     BYTE_ORDER_MARK,
@@ -37,9 +38,6 @@ from service.http.schemas.examination import (
     CopiedSpan,
     InspectRequest,
     InspectResponse,
-    LayerRoutingView,
-    NextTokenView,
-    PromptToken,
     ScoredToken,
     ScoreRequest,
     ScoreResponse,
@@ -50,8 +48,6 @@ from service.http.schemas.generation import (
     GenerateEnd,
     GenerateRequest,
     GenerateResponse,
-    Timing,
-    TokenLogProb,
     Usage,
 )
 from service.http.schemas.jobs import (

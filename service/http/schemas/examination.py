@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from nanomoe.config import Strict, Whole
+from service.generation.answers import LayerRoutingView, NextTokenView, PromptToken
 from service.http.patterns import JOB_ID_PATTERN
 from service.http.schemas.base import Percent, Text, View
 
@@ -36,19 +37,6 @@ class InspectRequest(Strict):
 
     attention: bool = True
     """Whether the attention weights are wanted, which are most of the answer."""
-
-
-class PromptToken(View):
-    """A token of a text."""
-
-    token: int
-    """Id of the token."""
-
-    text: str
-    """Text of the token; U+FFFD where it is part of a character."""
-
-    byte_offset: int
-    """Where the token begins in the text, in bytes of UTF-8."""
 
 
 class ScoredToken(PromptToken):
@@ -104,49 +92,6 @@ class ScoreResponse(View):
 
     copied: CopiedSpan | None
     """Memorised or learned: the longest span shared with the training text; null where not one character is."""
-
-
-class NextTokenView(View):
-    """A token that may follow the last one that was read."""
-
-    token: int
-    """Id of the token."""
-
-    text: str
-    """Text of the token; U+FFFD where it is part of a character."""
-
-    probability: float
-    """Probability of the token at temperature 1."""
-
-
-class LayerRoutingView(View):
-    """How a mixture of experts routed each token that was read.
-
-    Row t of every table belongs to `tokens[t]`, the token that was read and sent to experts; what these say of it goes
-    into the prediction of the token that follows.
-    """
-
-    layer: int
-    """Index of the block, from 0."""
-
-    logits: list[list[float]]
-    """The router's logits: one row a token, one number an expert."""
-
-    probabilities: list[list[float]]
-    """The logits as probabilities, by `router_score`: one row a token, one number an expert; a row sums to 1."""
-
-    chosen: list[list[int]]
-    """The k experts that each token was sent to, in gate order."""
-
-    gates: list[list[float]]
-    """The weights of the outputs of the chosen experts, in the same order."""
-
-    balance_bias: list[float] | None
-    """What is added to each expert's score for choosing only, the same for all tokens; null with
-    `router_bias_update_rate` 0."""
-
-    n_shared_experts: int
-    """Experts that see every token whatever the router says, with gate 1."""
 
 
 class InspectResponse(View):

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, StringConstraints
 
 from nanomoe.config import Integer, Strict, Whole
+from service.generation.answers import FinishReason, Timing, TokenLogProb
 from service.http.patterns import JOB_ID_PATTERN
 from service.http.schemas.base import Percent, View
 
@@ -57,19 +58,6 @@ class GenerateRequest(Strict):
     """Answer server-sent events instead of one JSON value."""
 
 
-class TokenLogProb(View):
-    """A token that was chosen, and how probable it was."""
-
-    token: int
-    """Id of the token in the vocabulary."""
-
-    text: str
-    """Text of the token; U+FFFD where it is part of a character."""
-
-    logprob: float
-    """ln of the token's probability under the model's own softmax, at temperature 1."""
-
-
 class Choice(View):
     """One continuation."""
 
@@ -82,7 +70,7 @@ class Choice(View):
     tokens: list[int]
     """Token ids of the continuation, up to the last that begins before the text's end."""
 
-    finish_reason: Literal["length", "stop"]
+    finish_reason: FinishReason
     """Whether `max_new_tokens` or a stop string ended it."""
 
     logprobs: list[TokenLogProb] | None = None
@@ -100,19 +88,6 @@ class Usage(View):
 
     total_tokens: int
     """Tokens of the prompt and of the continuations together."""
-
-
-class Timing(View):
-    """Durations and speed of a generation."""
-
-    queue_seconds: float
-    """Seconds from the request's arrival to its first step in the engine."""
-
-    first_token_seconds: float
-    """Seconds from the request's arrival to its first token."""
-
-    tok_per_sec: float | None
-    """New tokens a second, over all continuations; null when there was nothing to time."""
 
 
 class GenerateEnd(View):
@@ -165,5 +140,5 @@ class GenerateChunk(View):
     logprobs: list[TokenLogProb] | None = None
     """Log-probability of each new token; null unless asked for."""
 
-    finish_reason: Literal["length", "stop"] | None
+    finish_reason: FinishReason | None
     """Whether `max_new_tokens` or a stop string ended the continuation; null until its last chunk."""

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Discriminator, Field, Tag
 
 from nanomoe.config import Strict, Whole
+from service.generation.answers import FinishReason
 from service.http.schemas.base import View
 from service.http.schemas.generation import MAX_STOP_STRINGS, StopString, TextPrompt
 
@@ -167,7 +168,7 @@ class CompletionChoice(View):
     logprobs: CompletionLogprobs | None
     """Log-probabilities of the tokens; null unless asked for."""
 
-    finish_reason: Literal["length", "stop"] | None
+    finish_reason: FinishReason | None
     """Whether `max_tokens` or a stop string ended it; in a stream null until then."""
 
 

@@ -1,4 +1,4 @@
-"""A process that must not outlive the one that started it."""
+"""What ties a child process to the process that started it."""
 
 import ctypes
 import os
@@ -9,8 +9,10 @@ _PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent(parent: int) -> None:
-    """Be killed when the thread that started this process ends, where the system is Linux; leave at once if `parent`,
-    a process id, is already gone.
+    """Have this process killed when the thread that started it ends, where the system is Linux; exit at once if
+    `parent`, a process id, has ended already.
+
+    The signal goes to this process alone, not to what it has started.
 
     Raises:
         OSError: the kernel refuses.
