@@ -76,7 +76,7 @@ check: $(DEV) ## lint, format, types
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-readme: $(DEV) ## write the README's tables and .env.example from the code
+readme: $(DEV) ## write the tables of docs/ and .env.example from the code
 	.venv/bin/python -m tests.documents
 
 clean: ## remove what was built here; data/ stays

@@ -1,4 +1,4 @@
-"""The README's comparison of a dense model with mixtures of equal active parameters, run anew.
+"""The comparison in mixture_of_experts.md of a dense model with mixtures of equal active parameters, run anew.
 
 `.venv/bin/python docs/dense_vs_mixture.py` trains every variant with three seeds on the bundled paragraph, prints the
 table in Markdown, and writes every quarter's figures to `dense_vs_mixture.json` in the folder given with `--out`.

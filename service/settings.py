@@ -1,6 +1,6 @@
 """Every setting of the API and the worker, read from `NANOMOE_...` variables and from `.env`.
 
-Declared once; the README's table is made from these fields and the texts under them. Knows no HTTP, no torch and no
+Declared once; docs/settings.md is made from these fields and the texts under them. Knows no HTTP, no torch and no
 database connection.
 """
 

@@ -3,6 +3,7 @@
 No container engine is needed: what a container would run is run here, in a process.
 """
 
+import ast
 import importlib.util
 import os
 import re
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -22,7 +23,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from service.settings import Settings
-from tests.documents import CLIENT, ENV_EXAMPLE, client_page, default_settings, env_example, tracked
+from tests.documents import ENV_EXAMPLE, default_settings, env_example, tracked
 from worker.timing import Timing
 
 ROOT = Path(__file__).parent.parent
@@ -188,10 +189,6 @@ def test_the_example_environment_can_be_used_as_it_stands(tmp_path: Path, monkey
     assert here.model_dump(exclude={"database_url"}) == default.model_dump(exclude={"database_url"})
 
 
-def test_the_client_s_page_has_every_method_and_field() -> None:
-    assert CLIENT.read_text("utf-8") == client_page(CLIENT.read_text("utf-8")), "make readme writes it"
-
-
 def test_every_dependency_is_pinned_within_its_range() -> None:
     lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
     pinned = [line for line in lines if not line.startswith("#")]
@@ -216,6 +213,50 @@ def test_every_dependency_is_pinned_within_its_range() -> None:
                 inner.marker = None
                 wanted.append(inner)
     assert wrong == []
+
+
+def _comes_with(names: Iterable[str]) -> set[str]:
+    """Distributions that are installed with these, and themselves; no extras."""
+    found: set[str] = set()
+    wanted = [canonicalize_name(name) for name in names]
+    while wanted:
+        name = wanted.pop()
+        if name not in found:
+            found.add(name)
+            inner = map(Requirement, metadata.requires(name) or [])
+            wanted += [canonicalize_name(r.name) for r in inner if r.marker is None or r.marker.evaluate({"extra": ""})]
+    return found
+
+
+def undeclared(imported: Iterable[str], declared: Iterable[str]) -> set[str]:
+    """Packages that are imported, and that an installation of the declared distributions would lack."""
+    installed = _comes_with(declared)
+    distributions = metadata.packages_distributions()
+    return {
+        package
+        for package in imported
+        if package not in sys.stdlib_module_names
+        and installed.isdisjoint(map(canonicalize_name, distributions.get(package, [])))
+    }
+
+
+def test_whatever_is_imported_is_a_dependency_or_comes_with_one() -> None:
+    ours = ("nanomoe", "service", "worker")
+    lines = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["postgres"]]
+    imported = {
+        (name if isinstance(node, ast.Import) else str(node.module)).partition(".")[0]
+        for path in tracked(*ours)
+        if path.endswith(".py") and path != "nanomoe/assets/make_ptbr_8k.py"  # makes an asset, with the dev extra
+        for node in ast.walk(ast.parse((ROOT / path).read_text("utf-8")))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in [alias.name for alias in node.names]
+    }
+    assert undeclared(imported - set(ours), [Requirement(line).name for line in lines]) == set()
+
+
+def test_the_check_sees_a_package_that_nobody_declared() -> None:
+    assert undeclared({"sqlalchemy", "rich", "os"}, ["sqlmodel", "typer"]) == set()
+    assert undeclared({"sqlalchemy", "rich"}, ["typer"]) == {"sqlalchemy"}
 
 
 def test_the_wheel_carries_every_file_of_the_packages(tmp_path: Path) -> None:

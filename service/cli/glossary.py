@@ -1,6 +1,6 @@
 """What the words of a run mean: each is a field, and its docstring is the explanation.
 
-`nanomoe metrics --explain` prints it, and the README's tables of figures are made from it.
+`nanomoe metrics --explain` prints it; docs/metrics.md and docs/mixture_of_experts.md have their tables from it.
 """
 
 from collections.abc import Iterable

@@ -1,11 +1,11 @@
-"""The README is true: every command in it is run, every answer compared, every table made from the code.
+"""The README and the pages of `docs/` are true: every command in them is run, and every answer compared.
 
-The commands run one after the other in a copy of the project, in one shell, against the service that they start.
+The commands run one after the other in a copy of the project, against the service that the README starts. Each page has
+a shell of its own: it needs that service, and what it sets itself.
 """
 
 import hashlib
 import os
-import re
 import shutil
 import signal
 import socket
@@ -13,32 +13,36 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import httpx
 import numba
 import pytest
 
 from nanomoe.kernels.loading import load_all
-from service.app import create_app
-from service.settings import Settings
-from tests.documents import README, ROOT, readme, tracked
-from tests.markdown import blocks, differences
+from tests.documents import DOCS, PAGES, README, ROOT, tracked
+from tests.markdown import Block, blocks, differences
 
-TEXT = README.read_text("utf-8")
-BLOCKS = blocks(TEXT)
+RUN_HERE = (README, *(DOCS / f"{name}.md" for name in ("routes", "metrics", "mixture_of_experts", "running")))
+"""In this order: the README starts the service, and the last page backs up what the others have made."""
+
+RUN_ELSEWHERE = {
+    DOCS / "client.md": "tests/service/client/test_alone.py",
+    DOCS / "openai.md": "tests/service/http/routes/test_evaluation.py",
+}
 PORT = 8000
-"""The port in the README; the copy under test takes a free one."""
+"""The port in the documents; the copy under test takes a free one."""
 
 END = "\x1e"
 
 
 class Shell:
-    """One `bash` in which the README's blocks are run in turn, so that a variable set in one is there in the next."""
+    """One `bash` in which a page's blocks are run in turn, so that a variable set in one is there in the next."""
 
     def __init__(self, folder: Path, environment: dict[str, str]) -> None:
-        self._log = (folder.parent / "stderr").open("w+")
+        self._log = TemporaryFile("w+")  # noqa: SIM115 - closed with the shell
         self._bash = subprocess.Popen(
             ["bash", "-eo", "pipefail"], cwd=folder, env=environment, text=True, process_group=0,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
@@ -137,51 +141,31 @@ def test_every_command_runs_and_answers_as_printed(copy: Path) -> None:
     }
     wrong: list[str] = []
     with ExitStack() as running:
-        shell = Shell(copy, environment)
-        running.callback(shell.close)
-        for block in filter(lambda block: block.is_run, BLOCKS):
-            script = block.text.replace(f":{PORT}", f":{port}")
-            if block.stays_running:
-                running.enter_context(_served(script, copy, environment, port))
-                continue
-            if block.language == "python":
-                script = f".venv/bin/python -W error - <<'END_OF_PYTHON'\n{script}END_OF_PYTHON"
-            # With the README's own port a hint needs no address.
-            printed = shell.run(script).replace(f" --url http://127.0.0.1:{port}", "").replace(f":{port}", f":{PORT}")
-            if block.answer is not None:
-                found = differences(block.answer, printed)
-                wrong += [f"README line {block.answer.line}: {difference}" for difference in found]
+        for page in RUN_HERE:
+            with closing(Shell(copy, environment)) as shell:
+                for block in filter(lambda block: block.is_run, blocks(page.read_text("utf-8"))):
+                    if block.stays_running:
+                        script = block.text.replace(f":{PORT}", f":{port}")
+                        running.enter_context(_served(script, copy, environment, port))
+                    else:
+                        wrong += [f"{page.name}:{line}" for line in _wrong(shell, block, port)]
     assert not wrong, "\n".join(wrong)
 
 
-def test_a_block_that_is_not_run_says_why() -> None:
-    commands = [block for block in BLOCKS if block.language in ("sh", "python")]
-    assert [block.line for block in commands if not block.is_run and len(block.note) < len("not run: because")] == []
-    assert [block.line for block in commands if block.is_run and block.note not in ("", "stays running")] == []
+def _wrong(shell: Shell, block: Block, port: int) -> Iterator[str]:
+    """Run a block; what its answer should not have been, with the line."""
+    script = block.text.replace(f":{PORT}", f":{port}")
+    if block.language == "python":
+        script = f".venv/bin/python -W error - <<'END_OF_PYTHON'\n{script}END_OF_PYTHON"
+    # With the documents' own port a hint needs no address.
+    printed = shell.run(script).replace(f" --url http://127.0.0.1:{port}", "").replace(f":{port}", f":{PORT}")
+    if block.answer is not None:
+        for difference in differences(block.answer, printed):
+            yield f"{block.answer.line}: {difference}"
 
 
-def test_every_block_names_its_language() -> None:
-    assert [block.line for block in BLOCKS if block.language not in ("sh", "python", "json", "text")] == []
-
-
-def test_tables_and_tree_are_made_from_the_code() -> None:
-    assert readme(TEXT) == TEXT, "make readme writes them"
-
-
-def test_the_routes_are_those_of_the_service(tmp_path: Path) -> None:
-    paths = create_app(Settings(_env_file=None, data_dir=tmp_path)).openapi()["paths"]
-    served = {f"{method.upper()} {path}" for path, methods in paths.items() for method in methods}
-    told = set(re.findall(r"^\| `([A-Z]+ /\S*)` \|", TEXT, re.MULTILINE))
-    assert told == served
-
-
-def test_every_link_leads_somewhere() -> None:
-    headings = {
-        re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
-        for heading in re.findall(r"^#+ (.*)$", TEXT, re.MULTILINE)
-    }
-    for target in re.findall(r"\]\(([^)\s]+)\)", TEXT):
-        if target.startswith("#"):
-            assert target[1:] in headings, target
-        elif "://" not in target:
-            assert (ROOT / target).exists(), target
+def test_every_page_with_commands_has_a_test_that_runs_them() -> None:
+    with_commands = {page for page in PAGES if any(block.is_run for block in blocks(page.read_text("utf-8")))}
+    assert with_commands == {*RUN_HERE, *RUN_ELSEWHERE}
+    for page, test in RUN_ELSEWHERE.items():
+        assert page.name in (ROOT / test).read_text("utf-8")
