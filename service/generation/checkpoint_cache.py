@@ -30,9 +30,9 @@ def read_checkpoint(folder: Path, manifest_sha256: str) -> tuple[JobConfig, Toke
     Raises:
         CheckpointDamaged: a file is missing, or its bytes are not those that were recorded.
     """
-    entries = {entry.name: entry for entry in checkpoint.read_manifest(folder, manifest_sha256).files}
     names = (*TOKENIZER_FILES, checkpoint.CONFIG, checkpoint.WEIGHTS)
-    files = {name: checkpoint.read_file(folder, entries[name]) for name in names}
+    entries = checkpoint.read_manifest(folder, manifest_sha256).files
+    files = {entry.name: checkpoint.read_file(folder, entry) for entry in entries if entry.name in names}
     config = JobConfig.model_validate_json(files[checkpoint.CONFIG])
     tokenizer = Tokenizer.of_files({name: files[name] for name in TOKENIZER_FILES})
     return config, tokenizer, load_safetensors(files[checkpoint.WEIGHTS])

@@ -23,7 +23,7 @@ log = structlog.get_logger(__name__)
 RETRY_SECONDS = 2.0
 """How long a refused client is told to wait before it asks again."""
 
-_COMMAND = (sys.executable, "-m", "service.generation.engine")
+_ARGUMENTS = ("-m", "service.generation.engine")
 _MAX_LINE_BYTES = 256 * 2**20
 _STOP_SECONDS = 3.0
 _MAX_SECONDS_BETWEEN_STARTS = 30.0
@@ -85,7 +85,8 @@ class EngineProcess:
         if settings.engine_threads is not None:
             environment["OMP_NUM_THREADS"] = str(settings.engine_threads)
         process = await asyncio.create_subprocess_exec(
-            *_COMMAND,
+            sys.executable,
+            *_ARGUMENTS,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             limit=_MAX_LINE_BYTES,

@@ -1,7 +1,6 @@
 """What the tests of the API's side of generation do again and again."""
 
 import contextlib
-import sys
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -37,7 +36,7 @@ async def first_chunk(generation: Generation, tiny: TinyCheckpoint) -> contextli
 
 
 def script_engines(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
-    """Let engines be a few lines that need no torch; `told()` is the next message, `say()` answers."""
-    head = "import json, sys, time\ntold = lambda: json.loads(sys.stdin.readline())\n"
-    say = "say = lambda **message: print(json.dumps(message), flush=True)\ntold()\n"
-    monkeypatch.setattr("service.generation.engine_process._COMMAND", (sys.executable, "-c", head + say + script))
+    """Let engines be a few lines that need no torch; `receive()` gives the next message, `send()` answers."""
+    head = "import json, sys, time\nreceive = lambda: json.loads(sys.stdin.readline())\n"
+    answer = "send = lambda **message: print(json.dumps(message), flush=True)\nreceive()\n"
+    monkeypatch.setattr("service.generation.engine_process._ARGUMENTS", ("-c", head + answer + script))

@@ -94,7 +94,7 @@ def test_limits_are_checked_before_anything_is_sent(run: Run, tiny: TinyCheckpoi
 
 
 @pytest.mark.parametrize("n_may_wait", [0, 1])
-def test_what_begins_at_once_is_not_refused_and_of_the_others_so_many_wait(
+def test_a_request_with_a_place_is_not_refused_and_as_many_wait_as_may(
     run: Run, generation: Generation, tiny: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch, n_may_wait: int
 ) -> None:
     monkeypatch.setattr(generation, "_settings", generation._settings.model_copy(update={
@@ -155,15 +155,15 @@ def test_waiting_counts_from_an_engine_that_is_ready(
     run: Run, tiny: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script_engines(monkeypatch, """
-at, request = time.monotonic(), told()
+at, request = time.monotonic(), receive()
 time.sleep(0.3)
 done = {"id": request["id"], "prompt_tokens": 1, "completion_tokens": 0, "window_slid": False, "numerics": "",
         "first_token_at": at, "finished_at": at, "n_cached": 1, "cache_bytes": 1}
 print(json.dumps({"type": "ready"}), json.dumps({"type": "begun", "id": request["id"], "at": at}),
       json.dumps(done | {"type": "done"}), sep="\\n", flush=True)
-told()
-say(type="begun", id=0, at=at)
-told()
+receive()
+send(type="begun", id=0, at=at)
+receive()
 """)  # fmt: skip
     generation = Generation(settings(engine_wait_seconds=0.1))
     run(generation.generate(tiny.request()))

@@ -6,8 +6,10 @@ import pytest
 import torch
 from structlog.testing import capture_logs
 
+from nanomoe.checkpoint import CONFIG, MANIFEST, WEIGHTS
 from nanomoe.sampling import Sampling
-from nanomoe.tokenizer import load_tokenizer
+from nanomoe.tokenizer import TOKENIZER_FILES, load_tokenizer
+from service.generation.checkpoint_cache import read_checkpoint
 from service.generation.examiner import Examiner
 from service.generation.messages import Cancel, Done, Failed, Inspect, Inspected, Score, Scored
 from tests.nanomoe.sample_tokenizers import PARAGRAPH, other_meaning
@@ -20,7 +22,7 @@ def tiny(tmp_path: Path) -> TinyCheckpoint:
     return write_tiny_checkpoint(tmp_path / "tiny")
 
 
-def test_a_checkpoint_is_read_with_the_tokenizer_in_its_files_whatever_its_name_stands_for_today(
+def test_a_checkpoint_is_read_with_the_tokenizer_in_its_files_whatever_its_name_means_now(
     tmp_path: Path,
 ) -> None:
     earlier = other_meaning(load_tokenizer("ptbr-8k"))
@@ -42,7 +44,7 @@ def test_a_checkpoint_is_read_with_the_tokenizer_in_its_files_whatever_its_name_
     assert earlier.encode(PARAGRAPH) != load_tokenizer("ptbr-8k").encode(PARAGRAPH)
 
 
-def test_the_least_recently_used_checkpoint_leaves_a_full_cache(tmp_path: Path) -> None:
+def test_a_full_cache_drops_the_least_recently_used_checkpoint(tmp_path: Path) -> None:
     a, b, c = (write_tiny_checkpoint(tmp_path / name, seed=n) for n, name in enumerate("abc"))
     measuring = Driver()
     measuring.finish(measuring.ask(a.request()))
@@ -99,3 +101,23 @@ def test_a_checkpoint_that_makes_no_model_is_reported(tmp_path: Path) -> None:
     assert failure.code == "checkpoint_unreadable"
     assert "transformer.h.2" in failure.message
     assert [(entry["event"], entry["exc_info"]) for entry in logged] == [("checkpoint_unreadable", True)]
+
+
+def test_a_checkpoint_is_read_once_and_used_as_it_was_verified(
+    tiny: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names: list[str] = []
+    read_bytes = Path.read_bytes
+
+    def listed(path: Path) -> bytes:
+        names.append(path.name)
+        content = read_bytes(path)
+        path.write_bytes(b"changed since")
+        return content
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_bytes", listed)
+        config, tokenizer, weights = read_checkpoint(tiny.folder, tiny.manifest_sha256)
+    assert sorted(names) == sorted([MANIFEST, CONFIG, WEIGHTS, *TOKENIZER_FILES])
+    assert (config, tokenizer.definition) == (tiny.config, tiny.tokenizer.definition)
+    assert all(torch.equal(weights[name], tensor) for name, tensor in tiny.weights.items())

@@ -25,7 +25,7 @@ def test_a_stop_string_across_tokens_ends_a_text_and_frees_its_slot(tiny: TinyCh
     assert driver.n_sequences == 0
 
 
-def test_logprobs_name_each_token_and_its_rivals(tiny: TinyCheckpoint) -> None:
+def test_logprobs_name_each_token_and_the_likeliest_in_its_place(tiny: TinyCheckpoint) -> None:
     driver = Driver()
     request_id = driver.ask(tiny.request(max_new_tokens=4, logprobs=2), stream=True)
     driver.finish(request_id)

@@ -24,7 +24,7 @@ def tiny(tmp_path: Path) -> TinyCheckpoint:
     return write_tiny_checkpoint(tmp_path / "tiny")
 
 
-def test_a_failure_is_told_before_the_engine_waits_for_more_to_do(
+def test_a_failure_is_sent_before_the_engine_waits_for_more_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     good, bad = (write_tiny_checkpoint(tmp_path / name, seed=n) for n, name in enumerate(("good", "bad")))
@@ -49,7 +49,7 @@ def test_a_line_that_is_no_request_ends_the_process_with_its_traceback() -> None
 
 
 class Preparation:
-    """Stands for `loops.prepare`: ends when it is told to."""
+    """Takes the place of `compiled_loops.prepare`; returns when the test lets it."""
 
     def __init__(self) -> None:
         self.calls = 0

@@ -23,7 +23,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoint:
     return write_tiny_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny")
 
 
-def test_who_asks_while_an_engine_starts_waits_for_that_one(
+def test_a_request_while_an_engine_starts_waits_for_that_one(
     run: Run, generation: Generation, tiny: TinyCheckpoint
 ) -> None:
     preloaded = generation._engine._process
@@ -36,7 +36,7 @@ def test_who_asks_while_an_engine_starts_waits_for_that_one(
 def test_an_engine_that_does_not_become_ready_is_killed_and_answered_503(
     run: Run, tiny: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    script_engines(monkeypatch, "while True: told()")
+    script_engines(monkeypatch, "while True: receive()")
     generation = Generation(settings(engine_start_seconds=0.3))
 
     async def ask_two() -> list[ServiceError]:
@@ -68,7 +68,7 @@ def test_an_engine_that_dies_is_answered_503_and_restarted(
     assert len(run(generation.generate(tiny.request())).choices[0].tokens) == 8
 
 
-def test_a_line_that_is_none_ends_the_engine_and_the_next_request_starts_another(
+def test_a_line_that_is_no_message_ends_the_engine_and_the_next_request_starts_another(
     run: Run, generation: Generation, tiny: TinyCheckpoint
 ) -> None:
     async def break_the_stream() -> ServiceError:
@@ -100,7 +100,7 @@ def test_a_line_that_is_too_long_ends_the_engine(
 
 
 @pytest.mark.parametrize("allowed", [False, True])
-def test_an_engine_is_never_niced_back(
+def test_an_engine_keeps_a_higher_niceness_that_it_has(
     run: Run, tiny: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch, allowed: bool
 ) -> None:
     asked: list[int] = []
@@ -120,7 +120,7 @@ def test_an_engine_is_never_niced_back(
     run(generation.stop())
 
 
-def test_an_engine_without_its_first_line_is_killed_and_forgotten(
+def test_an_engine_without_its_first_line_is_killed_and_gets_no_request(
     run: Run, tiny: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[int] = []
@@ -197,7 +197,7 @@ def test_the_engine_dies_with_its_parent_which_never_loads_torch(tiny: TinyCheck
         os.close(engine)
 
 
-def test_the_engine_yields_the_cpu(run: Run, tiny: TinyCheckpoint) -> None:
+def test_every_thread_of_the_engine_has_its_niceness(run: Run, tiny: TinyCheckpoint) -> None:
     generation = Generation(settings(engine_nice=10))
     run(generation.generate(tiny.request()))
     assert generation._engine._process is not None

@@ -5,7 +5,7 @@ import pytest
 from service.generation.pacing import LEAST_SHARE, Pace
 
 
-def test_few_texts_give_way_where_others_want_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_texts_pause_where_others_want_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = {"wall": 0.0, "cpu": 0.0}
     monkeypatch.setattr("service.generation.pacing.time.perf_counter", lambda: clock["wall"])
     monkeypatch.setattr("service.generation.pacing.time.thread_time", lambda: clock["cpu"])
@@ -26,7 +26,7 @@ def test_few_texts_give_way_where_others_want_the_processor(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("granted", [0.05, LEAST_SHARE, 0.5, 0.8])
-def test_giving_way_leaves_a_text_its_share_of_a_core_or_all_that_the_system_grants(
+def test_pauses_leave_a_text_its_share_of_a_core_or_all_that_the_system_grants(
     monkeypatch: pytest.MonkeyPatch, granted: float
 ) -> None:
     clock = {"wall": 0.0, "cpu": 0.0}
@@ -41,7 +41,7 @@ def test_giving_way_leaves_a_text_its_share_of_a_core_or_all_that_the_system_gra
     assert clock["cpu"] / clock["wall"] == pytest.approx(min(granted, LEAST_SHARE), rel=0.1)
 
 
-def test_a_step_that_waited_long_for_the_processor_is_made_up_for_by_those_after_it(
+def test_a_long_wait_for_the_processor_shortens_the_pauses_after_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clock = {"wall": 0.0, "cpu": 0.0}

@@ -44,7 +44,7 @@ def test_every_choice_of_a_request_is_a_text_of_its_own(tiny: TinyCheckpoint) ->
     assert len({tuple(tokens) for tokens in expected.values()}) == 3
 
 
-def test_a_cancelled_request_says_nothing_more_and_frees_its_slots(tiny: TinyCheckpoint) -> None:
+def test_a_cancelled_request_is_sent_nothing_more_and_frees_its_slots(tiny: TinyCheckpoint) -> None:
     driver = Driver(max_running=2)
     long = driver.ask(tiny.request(max_new_tokens=10_000, n=2))
     waiting = driver.ask(tiny.request(max_new_tokens=1))
