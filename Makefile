@@ -52,7 +52,6 @@ $(RUN): pyproject.toml constraints.txt
 	fi; \
 	echo "Installing into .venv, once: a minute or two, and longer where torch has to be downloaded ..." >&2; \
 	$(INSTALL) -e .; \
-	.venv/bin/python -m nanomoe.kernels; \
 	(cd .venv && pwd -P) > $(RUN)
 
 $(DEV): $(RUN)

@@ -6,9 +6,7 @@ Knows no torch; the service refuses and estimates jobs with it, and the training
 from dataclasses import dataclass
 from typing import Self
 
-from nanomoe.config import JobConfig
-
-PERCENTS = (0, 25, 50, 75, 100)
+from nanomoe.config import PERCENTS, JobConfig
 
 
 class TextTooShort(ValueError):

@@ -113,7 +113,7 @@ def test_a_package_imports_only_what_it_may(package: str) -> None:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("nanomoe.training.loop", "from service.jobs.store import Job"),
+        ("nanomoe.training.loop", "from service.jobs.tables import Job"),
         ("nanomoe.training.loop", "import worker"),
         ("nanomoe.training.loop", "def late():\n    import service.jobs.queue"),
         ("worker.supervisor", "from service.app import create_app"),
@@ -121,7 +121,7 @@ def test_a_package_imports_only_what_it_may(package: str) -> None:
         ("worker.supervisor", "import torch.nn"),
         ("worker.trainer", "from service.jobs.queue import claim"),
         ("service.jobs.queue", "from fastapi import HTTPException"),
-        ("service.jobs.store", "import torch"),
+        ("service.jobs.reads", "import torch"),
         ("service.http.routes.jobs", "from ....worker import supervisor"),
         ("nanomoe.model.gpt", "from nanomoe.training.loop import train"),
         ("nanomoe.generation.engine", "from nanomoe.training import loop"),
@@ -142,7 +142,7 @@ def test_the_check_sees_a_forbidden_import(module: str, source: str) -> None:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("worker.supervisor", "from service.jobs import queue, store\nfrom service.errors import LeaseLost"),
+        ("worker.supervisor", "from service.jobs import queue, reads\nfrom service.errors import LeaseLost"),
         ("worker.trainer", "import torch"),
         ("service.generation.engine", "import torch\nfrom nanomoe.model.gpt import GPT"),
         ("service.generation.engine", "from service.generation.scheduler import Scheduler"),
@@ -221,7 +221,7 @@ def _loaded_by(statement: str) -> set[str]:
         ("service.cli", {"torch", "transformers", "fastapi", "worker"}),
         ("service.client", {"torch", "transformers", "fastapi", "sqlalchemy", "worker"}),
         (
-            "service.jobs.queue, service.jobs.store, service.settings, service.errors",
+            "service.jobs.queue, service.jobs.reads, service.settings, service.errors",
             {"torch", "transformers", "fastapi"},
         ),
         ("worker.supervisor", {"torch", "transformers", "fastapi", "uvicorn"}),

@@ -21,7 +21,7 @@ import httpx
 import numba
 import pytest
 
-from nanomoe.kernels.loading import load_all
+from nanomoe.generation.kernels.loading import load_all
 from tests.documents import DOCS, PAGES, README, ROOT, tracked
 from tests.markdown import Block, blocks, differences
 
@@ -112,17 +112,17 @@ def copy(tmp_path: Path) -> Path:
 
 
 def _bring_compiled_loops(folder: Path) -> None:
-    """Installing compiles them, half a minute's work. numba keeps them by the path of their source."""
+    """Installing compiles them, ten seconds of work. numba keeps them by the path of their source."""
     load_all()
     kept = Path(numba.config.CACHE_DIR)
-    to = folder / "nanomoe/kernels/__pycache__" / kept.name
+    to = folder / "nanomoe/generation/kernels/__pycache__" / kept.name
     shutil.copytree(kept, to)
     (to / _numbas_folder(ROOT)).rename(to / _numbas_folder(folder))
 
 
 def _numbas_folder(root: Path) -> str:
     """Where numba keeps what it compiled of a checkout: a name made from the path of the sources."""
-    return f"kernels_{hashlib.sha1(str(root / 'nanomoe/kernels').encode()).hexdigest()}"  # noqa: S324
+    return f"kernels_{hashlib.sha1(str(root / 'nanomoe/generation/kernels').encode()).hexdigest()}"  # noqa: S324
 
 
 @pytest.mark.timeout(1200)

@@ -7,8 +7,9 @@ import sys
 from contextlib import closing
 
 from nanomoe.logs import configure_logging
+from service.database.opening import open_database
 from service.errors import DatabaseUnavailable, StartRefused
-from service.jobs.store import is_alive, list_workers, open_database
+from service.jobs.workers import is_alive, list_workers
 from service.settings import Settings, read_settings
 from worker.devices import find_devices
 from worker.supervisor import TRAINER, Supervisor

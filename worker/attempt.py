@@ -14,10 +14,12 @@ import structlog
 from nanomoe.checkpoint import is_disk_full
 from nanomoe.config import JobConfig
 from nanomoe.plan import OutOfMemory, Plan
+from service.database.database import Database
 from service.errors import DatabaseUnavailable, LeaseLost, StorageFull
-from service.jobs import queue, store
-from service.jobs.queue import Intents
-from service.jobs.store import Job
+from service.jobs import queue, reads, recording
+from service.jobs.lease import Intents
+from service.jobs.statuses import TERMINAL
+from service.jobs.tables import Job
 from service.settings import Settings
 from worker.lease import Lease, LeaseUncertain
 from worker.memory import oom_kills
@@ -45,7 +47,7 @@ class Attempt:
 
     def __init__(
         self,
-        db: store.Database,
+        db: Database,
         lease: Lease,
         trainer: TrainerProcess,
         *,
@@ -181,7 +183,7 @@ class Attempt:
 
     def _beat_when_due(self) -> None:
         if time.monotonic() >= self._lease.heartbeat_due:
-            self._recorder.write(lambda: queue.heartbeat(self._db, self._claim))
+            self._recorder.write(lambda: recording.heartbeat(self._db, self._claim))
 
     def _look(self) -> None:
         """Read what is wished: something was committed, and the next write may be seconds away."""
@@ -189,7 +191,7 @@ class Attempt:
         if self._draining.is_set():
             self._ask("drain")
         try:
-            job = store.get_job(self._db, self._job.id)
+            job = reads.get_job(self._db, self._job.id)
         except DatabaseUnavailable:
             return  # the next heartbeat says so, and keeps trying
         if job.fence != self._claim.fence or job.status != "running":
@@ -229,7 +231,7 @@ class Attempt:
         """Return once no process of the job is left; the job stays ours meanwhile."""
         while not self._trainer.bury(self._timing.heartbeat):
             try:
-                self._lease.write(lambda: queue.heartbeat(self._db, self._claim))
+                self._lease.write(lambda: recording.heartbeat(self._db, self._claim))
             except LeaseLost:
                 self._lost = True
             except (LeaseUncertain, StorageFull):
@@ -243,7 +245,7 @@ class Attempt:
             self._log.warning("lease_lost", reason=str(error))
             return
         if job is not None:
-            if job.status in store.TERMINAL:
+            if job.status in TERMINAL:
                 self._recorder.drop_snapshot()
             self._log.info("attempt_ended", status=job.status, status_reason=job.status_reason, error=job.error)
 
@@ -310,7 +312,7 @@ class Attempt:
             f"after step {step}, with micro-batches of {size} windows, the system killed the trainer because memory "
             f"ran out; from now on they have {half}: a step trains on the same windows in more parts"
         )
-        return lambda: queue.release_smaller(
+        return lambda: queue.release_out_of_memory(
             db,
             claim,
             micro_batch=half,

@@ -12,7 +12,7 @@ from typing import TypeVar
 import structlog
 
 from service.errors import DatabaseUnavailable, StorageFull
-from service.jobs.queue import Claim
+from service.jobs.lease import Claim
 from worker.timing import Timing
 
 log = structlog.get_logger(__name__)

@@ -14,9 +14,10 @@ from typing import Any, assert_never
 import structlog
 
 from nanomoe import checkpoint
-from service.jobs import queue, store
-from service.jobs.queue import Intents
-from service.jobs.store import Database
+from service.database.database import Database
+from service.jobs import recording
+from service.jobs.lease import Intents
+from service.storage.job_folders import job_folder
 from worker.lease import Lease
 from worker.protocol import CheckpointWritten, Prepared, SnapshotWritten, Steps, Warned
 from worker.timing import Timing
@@ -81,7 +82,7 @@ class Recorder:
         """Commit the steps that wait."""
         if self._steps:
             steps, self._steps = self._steps, {}
-            self.write(lambda: queue.record_steps(self._db, self._claim, steps, self.progress))
+            self.write(lambda: recording.record_steps(self._db, self._claim, steps, self.progress))
             self._last_commit = time.monotonic()
 
     def write(self, write: Callable[[], Intents]) -> None:
@@ -113,7 +114,7 @@ class Recorder:
                 if message.micro_batch is not None:
                     self._keep_micro_batch(message.micro_batch)
                 warning = {"code": message.code, "message": message.message}
-                self.write(lambda: queue.record_event(self._db, self._claim, "warning", warning))
+                self.write(lambda: recording.record_event(self._db, self._claim, "warning", warning))
             case _:
                 assert_never(message)
 
@@ -123,7 +124,7 @@ class Recorder:
         log.info("prepared", job=claim.job_id, **prepared.execution)
         self.prepared, self.micro_batch = prepared, prepared.execution["micro_batch"]
         self.write(
-            lambda: queue.record_prepared(
+            lambda: recording.record_prepared(
                 db,
                 claim,
                 execution=prepared.execution,
@@ -135,26 +136,26 @@ class Recorder:
         )
         step = prepared.resumed_at_step or 0
         if claim.job.attempt > 1:
-            self.write(lambda: queue.rewind(db, claim, step))
+            self.write(lambda: recording.rewind(db, claim, step))
             resumed = {"code": "resumed", "message": f"attempt {claim.job.attempt} goes on from step {step}"}
-            self.write(lambda: queue.record_event(db, claim, "warning", resumed))
+            self.write(lambda: recording.record_event(db, claim, "warning", resumed))
         self.progress = {
             "step": step,
             "total_steps": prepared.total_steps,
             "epoch": self.progress.get("epoch", 0) if step else 0,
             "percent": _percent(step, prepared.total_steps),
         }
-        self.write(lambda: queue.heartbeat(db, claim, self.progress))
+        self.write(lambda: recording.heartbeat(db, claim, self.progress))
 
     def _keep_micro_batch(self, micro_batch: int) -> None:
         """A later attempt need not run out of memory again to learn it."""
         self.micro_batch = micro_batch
-        self.write(lambda: queue.record_micro_batch(self._db, self._claim, micro_batch))
+        self.write(lambda: recording.record_micro_batch(self._db, self._claim, micro_batch))
 
     def _add_checkpoint(self, message: CheckpointWritten) -> None:
         log.info("checkpoint", job=self._claim.job_id, percent=message.percent, step=message.step)
         self.write(
-            lambda: queue.record_checkpoint(
+            lambda: recording.record_checkpoint(
                 self._db,
                 self._claim,
                 percent=message.percent,
@@ -174,7 +175,7 @@ class Recorder:
         """Record it in place of the one before, whose files nobody needs then."""
         folder = self._relative(message.folder)
         self.write(
-            lambda: queue.record_snapshot(
+            lambda: recording.record_snapshot(
                 self._db, self._claim, step=message.step, folder=folder, manifest_sha256=message.manifest_sha256
             )
         )
@@ -188,7 +189,7 @@ class Recorder:
             shutil.rmtree(self._data_dir / self.snapshot_folder, ignore_errors=True)
 
     def _relative(self, folder: str) -> str:
-        return f"{store.job_folder(self._claim.job_id)}/{folder}"
+        return f"{job_folder(self._claim.job_id)}/{folder}"
 
 
 def _percent(step: int, total: int) -> float:

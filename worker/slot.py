@@ -10,9 +10,10 @@ from collections.abc import Sequence
 
 import structlog
 
+from service.database.database import Database
 from service.errors import DatabaseUnavailable, SchemaMismatch, StorageFull
 from service.jobs import queue
-from service.jobs.store import Database, WorkerIdentity
+from service.jobs.workers import WorkerIdentity
 from service.settings import Settings
 from worker.attempt import Attempt
 from worker.devices import Device

@@ -14,10 +14,13 @@ from collections.abc import Callable, Sequence
 
 import structlog
 
+from service.database.database import Database
 from service.errors import DatabaseUnavailable, NotInstalled, SchemaMismatch, StorageFull
-from service.jobs import queue, store
-from service.jobs.store import Database, WorkerIdentity
+from service.jobs.rescuer import Rescuer
+from service.jobs.workers import WorkerIdentity, worker_seen, worker_started, worker_stopped
 from service.settings import Settings
+from service.storage.installation import join_installation
+from service.storage.orphans import sweep_orphans
 from worker.devices import Device
 from worker.slot import Slot
 from worker.timing import Timing
@@ -140,8 +143,8 @@ class Supervisor:
         while not self._signals:
             try:
                 self._db.check_revision()
-                store.join_installation(self._db, self._settings.data_dir)
-                store.worker_started(self._db, self.worker)
+                join_installation(self._db, self._settings.data_dir)
+                worker_started(self._db, self.worker)
             except (SchemaMismatch, NotInstalled, DatabaseUnavailable, StorageFull) as error:
                 if str(error) != said:
                     said = str(error)
@@ -153,21 +156,21 @@ class Supervisor:
 
     def _keep_house(self) -> None:
         """The worker's row, a rescue round now and then, and a sweep of the files that no row refers to."""
-        rescuer = queue.Rescuer(self._db, self._timing.rescue)
+        rescuer = Rescuer(self._db, self._timing.rescue)
         seen_due = rescue_due = sweep_due = time.monotonic()
         while not self._stopped.wait(max(0.0, min(seen_due, rescue_due, sweep_due) - time.monotonic())):
             now = time.monotonic()
             try:
                 if now >= seen_due:
                     seen_due = now + self._timing.heartbeat
-                    store.worker_seen(self._db, self.worker.id)
+                    worker_seen(self._db, self.worker.id)
                 if now >= rescue_due:
                     rescue_due = now + self._timing.rescue
                     for job in rescuer.round():
                         log.warning("rescued", job=job.id, status=job.status, status_reason=job.status_reason)
                 if now >= sweep_due:
                     sweep_due = now + self._timing.sweep
-                    for path in store.sweep_orphans(self._db, self._settings.data_dir):
+                    for path in sweep_orphans(self._db, self._settings.data_dir):
                         log.info("swept", path=path)
             except (DatabaseUnavailable, StorageFull) as error:
                 log.warning("database_out_of_reach", reason=str(error))
@@ -176,7 +179,7 @@ class Supervisor:
 
     def _say_goodbye(self) -> None:
         try:
-            store.worker_stopped(self._db, self.worker.id)
+            worker_stopped(self._db, self.worker.id)
         except (DatabaseUnavailable, StorageFull) as error:
             log.warning("database_out_of_reach", reason=str(error))
         log.info("worker_stopped", worker=self.worker.id)

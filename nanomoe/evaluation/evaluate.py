@@ -17,7 +17,7 @@ from torch import Tensor
 from nanomoe.config import JobConfig
 from nanomoe.data import IGNORE, Windows
 from nanomoe.evaluation.moe_metrics import LayerRouting, expert_cards, moe_metrics, moe_warnings
-from nanomoe.generate import continue_tokens
+from nanomoe.generation.engine import continue_tokens
 from nanomoe.model.gpt import GPT, token_losses
 from nanomoe.tokenizer import Tokenizer
 

@@ -59,11 +59,6 @@ class Routing:
     """Mean squared logsumexp of the clean logits, one number (ST-MoE, arXiv 2202.08906, eq. 5), unweighted."""
 
 
-SATURATED = 25.0
-"""Derived: sigmoid scores of larger logits differ by less than 2e-11, and from 37 on not at all in float64, where the
-lowest index then decides what the logits seem to decide."""
-
-
 class Router(nn.Module):
     """Scores every expert for every token, in float32 or the model's wider type whatever autocast says."""
 

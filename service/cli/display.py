@@ -14,6 +14,7 @@ from service.cli import text
 from service.cli.output import to_json
 from service.client import JobHandle, Unavailable, Unreachable
 from service.http import schemas
+from service.jobs.statuses import TERMINAL
 
 
 class Display(Protocol):
@@ -135,7 +136,7 @@ class TextDisplay:
     def status(self, event: schemas.StatusEvent) -> None:
         self._bar.update(self._task, description=event.status, detail="")
         reason = f" ({text.visible(event.status_reason)})" if event.status_reason else ""
-        if event.status not in schemas.TERMINAL and (reason or not self._console.is_terminal):
+        if event.status not in TERMINAL and (reason or not self._console.is_terminal):
             self._console.print(f"{event.status}{reason}")
 
     def waiting(self, job: schemas.JobView) -> None:

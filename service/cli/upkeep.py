@@ -85,7 +85,7 @@ def _opened(here: Settings) -> "Iterator[Database]":
     """The database, which must be there already; what it cannot do is one line and exit code 2."""
     from sqlalchemy.engine import make_url
 
-    from service.database.database import open_database
+    from service.database.opening import open_database
 
     if here.database_url.startswith("sqlite:"):
         file = Path(make_url(here.database_url).database or "")

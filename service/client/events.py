@@ -15,6 +15,7 @@ from service.client import calls
 from service.client.errors import UnexpectedAnswer
 from service.client.sse import EventDecoder, ServerSentEvent
 from service.http import schemas
+from service.jobs.statuses import TERMINAL
 
 EventData = schemas.StatusEvent | schemas.Progress | schemas.CheckpointMetrics | ConfigWarning
 
@@ -73,7 +74,7 @@ class EventCursor:
             if sent.event not in _KINDS:
                 continue
             event = JobEvent(sent.event, _data(sent), sent.id)
-            if isinstance(event.data, schemas.StatusEvent) and event.data.status in schemas.TERMINAL:
+            if isinstance(event.data, schemas.StatusEvent) and event.data.status in TERMINAL:
                 self.ended = True
             yield event
 

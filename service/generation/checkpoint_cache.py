@@ -18,7 +18,7 @@ from torch import device as TorchDevice
 from nanomoe import checkpoint
 from nanomoe.checkpoint import CheckpointDamaged
 from nanomoe.config import JobConfig
-from nanomoe.generate import Engine
+from nanomoe.generation.engine import Engine
 from nanomoe.tokenizer import TOKENIZER_FILES, Tokenizer
 
 log = structlog.get_logger(__name__)

@@ -5,7 +5,7 @@ Knows no checkpoint and no other request.
 
 from collections.abc import Sequence
 
-from nanomoe.generate import Continuation
+from nanomoe.generation.engine import Continuation
 from nanomoe.tokenizer import Tokenizer
 from service.generation.answers import FinishReason
 from service.generation.messages import Chunk, LogProbs
@@ -73,7 +73,7 @@ class ChunkedContinuation:
             return None
         described = []
         for n in tokens:
-            found = log_probs(self._tokenizer, self.continuation.new[n], self.continuation.logprobs[n])
+            found = log_probs(self._tokenizer, self.continuation.logprobs[n])
             if found is None:
                 raise ValueError(f"the log-probability of token {n} is not finite")
             described.append(found)

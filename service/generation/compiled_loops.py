@@ -1,6 +1,6 @@
 """The compiled loops of generation, prepared while texts are generated without them.
 
-Compiling takes half a minute of a processor and holds the interpreter's lock most of the time, which every tensor
+Compiling takes eight seconds of a processor and holds the interpreter's lock most of the time, which every tensor
 operation needs as well. So it happens in a process of its own, `python -m service.generation.compiled_loops`, of the
 lowest priority; what it leaves on the disk is then loaded. No request waits for either.
 """
@@ -25,10 +25,10 @@ def prepare() -> bool:
 
     Returns whether they can be used; the reason is logged if not. Takes a second, or as long as the compiler needs.
     """
-    from nanomoe import kernels
-    from nanomoe.kernels.loading import load_all
+    from nanomoe.generation.kernels import compiling
+    from nanomoe.generation.kernels.loading import load_all
 
-    if not kernels.are_compiled():
+    if not compiling.are_compiled():
         log.info("loops_compiling")
         # This thread must live until the compiler has ended: the compiler is killed when it ends.
         compiler = subprocess.run(  # noqa: S603
@@ -50,8 +50,7 @@ def main() -> None:
     """Compile for the process whose id is the first argument."""
     os.nice(_LOWEST_PRIORITY)
     die_with_parent(int(sys.argv[1]))
-    os.environ["OMP_NUM_THREADS"] = "1"
-    from nanomoe.kernels.loading import load_all
+    from nanomoe.generation.kernels.loading import load_all
 
     load_all()
 

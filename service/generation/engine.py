@@ -2,9 +2,9 @@
 
 `python -m service.generation.engine`, JSON lines on stdin and stdout (`service.generation.messages`), the log on
 stderr. The main thread generates; one thread reads requests, another loads checkpoints, one scores and inspects, and on
-a CPU one prepares the compiled loops. Until they are ready, texts are generated with tensor operations, which give the
-same texts: no request waits for a compiler. The process ends when its parent does: by signal where the system has it,
-else at the end of stdin. Knows no job, no database and no HTTP.
+a CPU one prepares the compiled loops. Texts that begin before they are ready are generated with tensor operations to
+their end, because the two may differ in last bits: no request waits for a compiler. The process ends when its parent
+does: by signal where the system has it, else at the end of stdin. Knows no job, no database and no HTTP.
 """
 
 import os
@@ -21,7 +21,7 @@ import structlog
 import tokenizers  # noqa: F401 # imported where a checkpoint is loaded; the first request shall not wait for that
 import torch
 
-from nanomoe.generate import FEW_SEQUENCES, useful_threads
+from nanomoe.generation.engine import FEW_SEQUENCES, useful_threads
 from nanomoe.logs import configure_logging
 from nanomoe.processes import die_with_parent
 from nanomoe.training.execution import find_device

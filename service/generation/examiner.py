@@ -145,7 +145,7 @@ def _prompt_tokens(
     logprobs: list[LogProbs | None] = [None] * len(tokens)
     if n_likeliest is not None:
         found = logprobs_of_tokens(model, tokens, n_likeliest)
-        logprobs[1:] = [log_probs(tokenizer, token, one) for one, token in zip(found, tokens[1:], strict=True)]
+        logprobs[1:] = [log_probs(tokenizer, one) for one in found]
     return tuple(
         PromptTokenLogProbs(utf8=tokenizer.token_bytes(token).hex(), logprobs=one)
         for token, one in zip(tokens, logprobs, strict=True)

@@ -14,8 +14,8 @@ from pathlib import Path
 import structlog
 import torch
 
-from nanomoe.generate import Continuation, Request
-from nanomoe.sampling import Sampling
+from nanomoe.config import SamplingConfig
+from nanomoe.generation.engine import Continuation, Request
 from service.generation.checkpoint_cache import CheckpointCache, LoadedCheckpoint, LoadFailure
 from service.generation.chunks import ChunkedContinuation
 from service.generation.messages import Begun, Done, EngineRequest, Failed, FromEngine, Generate
@@ -196,5 +196,5 @@ class Scheduler:
 
 
 def _sequence(request: EngineRequest, prompt: tuple[int, ...], index: int) -> Request:
-    sampling = Sampling(request.temperature, request.top_k, request.top_p)
+    sampling = SamplingConfig(temperature=request.temperature, top_k=request.top_k, top_p=request.top_p)
     return Request(prompt, request.max_new_tokens, sampling, request.seed, index, request.logprobs)

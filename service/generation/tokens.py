@@ -6,7 +6,7 @@ Knows no model.
 import math
 from collections.abc import Sequence
 
-from nanomoe.generate import LogProbs as FoundLogProbs
+from nanomoe.generation import logprobs
 from nanomoe.tokenizer import Tokenizer
 from service.generation.answers import PromptToken
 from service.generation.messages import LogProbs, Refused, TokenBytesLogProb
@@ -22,19 +22,17 @@ def prompt_tokens(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[PromptTok
     return described
 
 
-def log_probs(tokenizer: Tokenizer, token: int, found: FoundLogProbs) -> LogProbs | None:
-    """The log-probabilities in the place of `token`; None where its own is not finite."""
-    if not math.isfinite(found.chosen):
+def log_probs(tokenizer: Tokenizer, found: logprobs.LogProbs) -> LogProbs | None:
+    """The log-probabilities in the place of a token; None where its own is not finite."""
+    if not math.isfinite(found.chosen.logprob):
         return None
-    likeliest = tuple(
-        _log_prob(tokenizer, other, logprob) for other, logprob in found.likeliest.items() if math.isfinite(logprob)
-    )
-    return LogProbs(chosen=_log_prob(tokenizer, token, found.chosen), likeliest=likeliest)
+    likeliest = tuple(_log_prob(tokenizer, one) for one in found.likeliest if math.isfinite(one.logprob))
+    return LogProbs(chosen=_log_prob(tokenizer, found.chosen), likeliest=likeliest)
 
 
-def _log_prob(tokenizer: Tokenizer, token: int, logprob: float) -> TokenBytesLogProb:
-    utf8 = tokenizer.token_bytes(token).hex()
-    return TokenBytesLogProb(token=token, text=tokenizer.decode([token]), utf8=utf8, logprob=logprob)
+def _log_prob(tokenizer: Tokenizer, found: logprobs.TokenLogProb) -> TokenBytesLogProb:
+    text, utf8 = tokenizer.decode([found.token]), tokenizer.token_bytes(found.token).hex()
+    return TokenBytesLogProb(token=found.token, text=text, utf8=utf8, logprob=found.logprob)
 
 
 def refuse_unknown_token(

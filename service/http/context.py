@@ -9,14 +9,16 @@ import structlog
 from anyio import CapacityLimiter, to_thread
 
 from service.database import migrate
-from service.database.database import Database, open_database
+from service.database.database import Database
+from service.database.opening import open_database
 from service.database.wakeups import Wakeups
 from service.errors import ServiceError
 from service.generation.admission import Generation
 from service.http.instruments import expose
-from service.jobs import store
-from service.jobs.queue import Rescuer
+from service.jobs.rescuer import Rescuer
+from service.jobs.workers import has_training
 from service.settings import Settings
+from service.storage.installation import join_installation
 
 log = structlog.get_logger(__name__)
 
@@ -65,7 +67,7 @@ def _open(settings: Settings) -> Database:
     try:
         log.info("database_opened", kind=database.engine.dialect.name, revision=database.revision())
         migrate.upgrade(database)
-        store.join_installation(database, settings.data_dir, create=True)
+        join_installation(database, settings.data_dir, create=True)
     except BaseException:
         database.close()
         raise
@@ -90,7 +92,7 @@ async def _preload_engine(database: Database, wakeups: Wakeups, generation: Gene
     while not wakeups.closed:
         change = wakeups.next()
         try:
-            if await to_thread.run_sync(store.has_training, database):
+            if await to_thread.run_sync(has_training, database):
                 return await generation.preload()
         except ServiceError as error:
             log.warning("generation_engine_not_preloaded", reason=error.detail)

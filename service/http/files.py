@@ -11,8 +11,8 @@ from starlette.types import Receive, Scope, Send
 
 from service.errors import Conflict, NotFound
 from service.http import conditional, problems
-from service.jobs import store
 from service.jobs.tables import Checkpoint
+from service.storage.job_folders import job_folder
 
 log = structlog.get_logger(__name__)
 
@@ -24,9 +24,7 @@ def remove_job(job_id: str, data_dir: Path) -> None:
         if not isinstance(error, FileNotFoundError):
             log.warning("file_not_removed", path=path, reason=str(error))
 
-    shutil.rmtree(
-        data_dir / store.job_folder(job_id), onerror=lambda function, path, info: warn(function, path, info[1])
-    )
+    shutil.rmtree(data_dir / job_folder(job_id), onerror=lambda function, path, info: warn(function, path, info[1]))
 
 
 class RecordedFile(FileResponse):

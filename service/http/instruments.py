@@ -14,8 +14,9 @@ from prometheus_client.registry import Collector
 
 from service.database.database import Database
 from service.generation.instruments import GenerationInstruments
-from service.jobs import store
+from service.jobs import reads
 from service.jobs.queue_position import LongestWait, find_longest_wait
+from service.jobs.workers import is_alive, list_workers
 
 _clock = time.monotonic
 """What this file measures time with; a test moves it, and not the event loop's."""
@@ -50,7 +51,7 @@ class DatabaseCollector(Collector):
             "How long the job that is due longest has waited.",
             self._queue_age(wait, now),
         )
-        alive = [(row, running) for row, running in store.list_workers(self._database) if store.is_alive(row, now)]
+        alive = [(row, running) for row, running in list_workers(self._database) if is_alive(row, now)]
         yield GaugeMetricFamily("nanomoe_workers", "Workers seen lately.", len(alive))
         yield GaugeMetricFamily(
             "nanomoe_worker_slots", "Jobs they can train at once.", sum(row.slots for row, _ in alive)
@@ -71,7 +72,7 @@ class DatabaseCollector(Collector):
     def _count_jobs(self) -> tuple[dict[str, int], LongestWait]:
         now = _clock()
         if self._counted is None or now - self._counted[0] > _COUNT_SECONDS:
-            self._counted = now, store.count_jobs(self._database), find_longest_wait(self._database)
+            self._counted = now, reads.count_jobs(self._database), find_longest_wait(self._database)
         return self._counted[1:]
 
 

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-JOB_ID_PATTERN = r"^[0-9a-f]{32}$"
+from nanomoe.config import JOB_ID_PATTERN
+
 PRINTABLE = r"^[^\x00-\x1f\x7f]+$"
 PRINTABLE_OR_EMPTY = r"^[^\x00-\x1f\x7f]*$"
 TAG_KEY = r"^[A-Za-z0-9_.-]+$"

@@ -90,7 +90,7 @@ def estimate(found: Assessment) -> schemas.Estimate:
     """What a dry run answers."""
     plan, sizes = found.plan, found.sizes
     return schemas.Estimate(
-        config=found.request.config,
+        config=found.config,
         text=schemas.TextInfo(sha256=found.text_sha256, n_bytes=found.n_bytes, n_tokens=found.n_tokens),
         model=schemas.ModelSize(n_params=sizes.n_params, n_active_params=sizes.n_active_params),
         training_bytes=sizes.training_bytes,

@@ -11,16 +11,18 @@ import sqlalchemy as sa
 import structlog
 
 from nanomoe.checkpoint import CheckpointDamaged
+from nanomoe.config import JOB_ID_PATTERN, PERCENTS
 from service.database.database import Database
+from service.database.schema import table
 from service.errors import Conflict, NotFound
-from service.jobs import store
-from service.jobs.tables import PERCENTS, Checkpoint, Job, table
+from service.jobs import reads
+from service.jobs.tables import Checkpoint, Job
 
 T = TypeVar("T")
 
 log = structlog.get_logger(__name__)
 
-MODEL_ID_PATTERN = rf"^[0-9a-f]{{32}}(@({'|'.join(map(str, PERCENTS))}))?$"
+MODEL_ID_PATTERN = rf"{JOB_ID_PATTERN.removesuffix('$')}(@({'|'.join(map(str, PERCENTS))}))?$"
 """`JOB_ID@PERCENT`, or `JOB_ID` for its newest checkpoint."""
 
 MAX_MODELS = 1000
@@ -61,7 +63,7 @@ def find_checkpoints(db: Database, job_id: str, which: int | Literal["latest"]) 
         of_job = session.execute(_addresses.where(checkpoints.c.job_id == job_id))
         recorded = {row.percent: Address(*row) for row in of_job}
         if not recorded:
-            store.load_job(session, job_id)
+            reads.load_job(session, job_id)
             raise Conflict("no_checkpoint_yet", f"job {job_id} has not recorded a checkpoint yet")
     if which == "latest":
         return [recorded[percent] for percent in sorted(recorded, reverse=True)]

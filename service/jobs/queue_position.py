@@ -10,9 +10,10 @@ import sqlalchemy as sa
 from sqlmodel import Session
 
 from service.database.database import Database
-from service.jobs.queue import CLAIM_ORDER, QUEUED, RUNNING, WAIT_ENDS, claimable, jobs
-from service.jobs.store import is_alive
-from service.jobs.tables import Job, UtcTime, Worker
+from service.database.utc_time import UtcTime
+from service.jobs.claim_order import CLAIM_ORDER, QUEUED, RUNNING, WAIT_ENDS, claimable, jobs
+from service.jobs.tables import Job, Worker
+from service.jobs.workers import is_alive
 
 MAX_POSITION = 1000
 """Most jobs that are counted before one."""

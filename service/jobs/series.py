@@ -12,8 +12,9 @@ from typing import Any
 import sqlalchemy as sa
 from sqlmodel import Session
 
-from service.database.database import insert_or_update
-from service.jobs.tables import SERIES, Step, StepBlock, table
+from service.database.schema import table
+from service.database.upsert import insert_or_update
+from service.jobs.tables import SERIES, Step, StepBlock
 
 BLOCK_SIZES = (256, 65_536)
 MIN_POINTS = 2 * len(SERIES) + 2

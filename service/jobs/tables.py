@@ -4,10 +4,7 @@ Knows no connection, no query and no HTTP. Times are microseconds since 1970 in 
 and PostgreSQL) and aware UTC datetimes in Python. Rows are not validated here: SQLModel tables never are.
 """
 
-import os
-import threading
-import time
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import (
@@ -15,54 +12,28 @@ from sqlalchemy import (
     BigInteger,
     CheckConstraint,
     Column,
-    Dialect,
     Float,
     ForeignKey,
     Index,
     LargeBinary,
-    MetaData,
-    Table,
-    TypeDecorator,
     text,
 )
-from sqlmodel import Field, SQLModel
+from sqlmodel import Field
 
-STATUSES = ("queued", "running", "paused", "succeeded", "failed", "cancelled")
-TERMINAL = ("succeeded", "failed", "cancelled")
-PERCENTS = (0, 25, 50, 75, 100)
+from nanomoe.config import PERCENTS
+from service.database.schema import Row
+from service.database.utc_time import UtcTime
+from service.jobs.ids import new_id
+from service.jobs.statuses import STATUSES, TERMINAL
+
 SERIES = ("train_loss", "lr", "grad_norm")
 """The columns of the step series, in the order of its CSV."""
 
-EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_WITHOUT_ROWID = {"sqlite_with_rowid": False}
+"""The rows of a table lie in its primary key's index, which saves SQLite a second one."""
 
-
-class UtcTime(TypeDecorator[datetime]):
-    """Microseconds since 1970 in the database, an aware UTC datetime in Python; a timedelta may be added to it."""
-
-    impl = BigInteger
-    cache_ok = True
-
-    def process_bind_param(self, value: datetime | timedelta | None, dialect: Dialect) -> int | None:
-        if value is None:
-            return None
-        return (value - EPOCH if isinstance(value, datetime) else value) // timedelta(microseconds=1)
-
-    def process_result_value(self, value: int | None, dialect: Dialect) -> datetime | None:
-        return None if value is None else EPOCH + timedelta(microseconds=value)
-
-
-class Row(SQLModel):
-    """What all tables share: names of constraints that a migration can refer to."""
-
-    metadata = MetaData(
-        naming_convention={
-            "ix": "ix_%(column_0_label)s",
-            "uq": "uq_%(table_name)s_%(column_0_name)s",
-            "ck": "ck_%(table_name)s_%(constraint_name)s",
-            "fk": "fk_%(table_name)s_%(column_0_name)s",
-            "pk": "pk_%(table_name)s",
-        }
-    )
+metadata = Row.metadata
+"""All tables of the database, for the migrations."""
 
 
 def _json(*, nullable: bool = False) -> Column[Any]:
@@ -71,23 +42,6 @@ def _json(*, nullable: bool = False) -> Column[Any]:
 
 def _job_key() -> Column[Any]:
     return Column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
-
-
-_last_id = 0
-_id_lock = threading.Lock()
-
-
-def new_id() -> str:
-    """A UUIDv7 (RFC 9562, 32 hex digits), strictly increasing within this process, so that an index of ids grows at its
-    end. Not an order: clocks are set back, and two processes have two. Jobs are in the order of `Job.seq`."""
-    global _last_id
-    with _id_lock:
-        milliseconds, nanoseconds = divmod(time.time_ns(), 1_000_000)
-        stamp = milliseconds << 12 | (nanoseconds << 12) // 1_000_000
-        _last_id = max(stamp, _last_id + 1)
-        stamp = _last_id
-    random = int.from_bytes(os.urandom(8)) >> 2
-    return f"{(stamp >> 12) << 80 | 0x7 << 76 | (stamp & 0xFFF) << 64 | 0b10 << 62 | random:032x}"
 
 
 class Text(Row, table=True):
@@ -259,7 +213,7 @@ class Step(Row, table=True):
     """One optimizer step's figures. Null stands for a figure that was not finite."""
 
     __tablename__ = "steps"
-    __table_args__ = {"sqlite_with_rowid": False}
+    __table_args__ = _WITHOUT_ROWID
 
     job_id: str = Field(sa_column=_job_key())
     step: int = Field(sa_type=BigInteger, primary_key=True)
@@ -272,7 +226,7 @@ class StepBlock(Row, table=True):
     """The extremes of each column over `size` steps, from step `block * size`: what thinning reads instead of steps."""
 
     __tablename__ = "step_blocks"
-    __table_args__ = {"sqlite_with_rowid": False}
+    __table_args__ = _WITHOUT_ROWID
 
     job_id: str = Field(sa_column=_job_key())
     size: int = Field(primary_key=True)
@@ -324,10 +278,3 @@ class Installation(Row, table=True):
 
     id: str = Field(primary_key=True)
     created_at: datetime = Field(sa_type=UtcTime)
-
-
-def table(row: type[Row]) -> Table:
-    """The SQLAlchemy table of a row class, for queries by column."""
-    found = row.metadata.tables[str(row.__tablename__)]
-    assert isinstance(found, Table)
-    return found

@@ -16,8 +16,8 @@ from nanomoe import checkpoint
 from nanomoe.checkpoint import CheckpointDamaged
 from service.database.database import Database
 from service.errors import StartRefused
-from service.jobs.store import join_installation
 from service.jobs.tables import Checkpoint, Snapshot
+from service.storage.installation import join_installation
 from service.storage.orphans import find_orphans
 
 

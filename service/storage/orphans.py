@@ -16,13 +16,14 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from nanomoe.checkpoint import FOLDER_NAME, UNFINISHED
+from nanomoe.config import JOB_ID_PATTERN
 from service.database.database import Database
-from service.jobs.tables import Checkpoint, Job, Snapshot, table
+from service.database.schema import table
+from service.jobs.tables import Checkpoint, Job, Snapshot
 
 SWEEP_AFTER = timedelta(days=1)
 """How long files without a row stay: time to notice that the wrong database was restored."""
 
-_JOB_FOLDER = re.compile(r"[0-9a-f]{32}")
 _FENCED = re.compile(rf"{FOLDER_NAME}({re.escape(UNFINISHED)})?|text\.f(\d+)\.tmp")
 """What a claim makes in its job's folder: checkpoints and snapshots, whole or unfinished, and an unfinished text."""
 
@@ -78,7 +79,7 @@ def _entries(data_dir: Path) -> Iterator[tuple[str, str, int | None]]:
     root = data_dir / "jobs"
     for folder in root.iterdir() if root.is_dir() else ():
         # A link is nothing that we made, and what it points to is not ours to delete.
-        if _JOB_FOLDER.fullmatch(folder.name) is None or folder.is_symlink() or not folder.is_dir():
+        if re.fullmatch(JOB_ID_PATTERN, folder.name) is None or folder.is_symlink() or not folder.is_dir():
             continue
         yield folder.name, f"jobs/{folder.name}", None
         for entry in _listed(folder):

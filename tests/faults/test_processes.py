@@ -13,8 +13,8 @@ import psutil
 import pytest
 
 from nanomoe import checkpoint
-from service.jobs import queue, store
-from service.jobs.store import Job
+from service.jobs import queue, reads
+from service.jobs.tables import Job
 from tests.databases import EITHER, ONLY_SQLITE
 from tests.worker.scripted_trainer import TIES
 from tests.worker.workplace import HERE, QUICK, SHORT_LEASE, Workplace, ended_within, is_alive
@@ -81,7 +81,7 @@ def test_a_damaged_snapshot_is_not_trusted_and_training_starts_again(place: Work
     place.wait_for_step(job, 10)
     queue.request_pause(place.db, job.id)
     place.wait_for(job, "paused")
-    snapshot = store.find_snapshot(place.db, job.id)
+    snapshot = reads.find_snapshot(place.db, job.id)
     assert snapshot is not None
     file = place.settings.data_dir / snapshot.folder / "step"
     file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
@@ -282,7 +282,7 @@ def test_a_supervisor_that_stopped_past_its_lease_writes_nothing_when_it_comes_b
     done = place.wait_for(job, "succeeded")
     assert done.attempt == 2
     assert place.statuses(job) == ["queued", "running", "queued", "running", "succeeded"]
-    assert all(row.fence == 2 for row in store.list_checkpoints(place.db, job.id))
+    assert all(row.fence == 2 for row in reads.list_checkpoints(place.db, job.id))
 
 
 def is_idle(supervisor: int) -> bool:
@@ -369,5 +369,5 @@ def test_three_workers_end_every_job_exactly_once(place: Workplace) -> None:
         done = place.wait_for(job, "succeeded", timeout=60)
         assert done.attempt == 1
         assert place.statuses(job).count("succeeded") == 1
-        for row in store.list_checkpoints(place.db, job.id):
+        for row in reads.list_checkpoints(place.db, job.id):
             checkpoint.verify(place.settings.data_dir / row.folder, row.manifest_sha256)

@@ -10,8 +10,8 @@ from typing import Any
 
 from nanomoe import checkpoint
 from nanomoe.config import JobConfig
-from service.jobs import store
-from service.jobs.store import Job
+from service.jobs import reads
+from service.jobs.tables import Job
 from tests.worker.workplace import HERE, Workplace
 
 TEXT = "O rato roeu a roupa do rei de Roma; a rainha, com raiva, resolveu remendar a roupa do rei. " * 2
@@ -67,7 +67,7 @@ def train_undisturbed(config: JobConfig, text: str = TEXT) -> Undisturbed:
 
 def assert_undisturbed(place: Workplace, job: Job, expected: Undisturbed) -> None:
     """Every byte of every checkpoint, every metric and every step."""
-    rows = store.list_checkpoints(place.db, job.id)
+    rows = reads.list_checkpoints(place.db, job.id)
     assert [row.percent for row in rows] == [0, 25, 50, 75, 100]
     for row in rows:
         files = {file["name"]: file["sha256"] for file in row.files}
@@ -75,7 +75,7 @@ def assert_undisturbed(place: Workplace, job: Job, expected: Undisturbed) -> Non
         checkpoint.verify(place.settings.data_dir / row.folder, row.manifest_sha256)
         metrics = {name: value for name, value in row.metrics.items() if name != "tok_per_sec"}
         assert metrics == json.loads(json.dumps(expected.metrics[row.percent]))
-    steps = [tuple(row) for row in store.steps_after(place.db, job.id, 0, 100_000)]
+    steps = [tuple(row) for row in reads.steps_after(place.db, job.id, 0, 100_000)]
     assert steps == expected.steps
 
 

@@ -290,7 +290,7 @@ def test_what_fails_inside_is_a_problem_that_tells_nothing(api: Api, monkeypatch
     def fail(*arguments: object, **named: object) -> None:
         raise RuntimeError("a secret")
 
-    monkeypatch.setattr("service.jobs.store.list_workers", fail)
+    monkeypatch.setattr("service.jobs.workers.list_workers", fail)
     with capture_logs() as logged:
         answer = api.http.get("/workers")
     assert [(entry["event"], entry["path"]) for entry in logged] == [("unexpected_error", "/workers")]

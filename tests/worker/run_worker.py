@@ -17,8 +17,8 @@ from typing import Any
 
 from nanomoe import checkpoint
 from nanomoe.logs import configure_logging
-from service.database import database
-from service.database.database import open_database
+from service.database import engine_options
+from service.database.opening import open_database
 from service.jobs import queue
 from service.settings import Settings
 from worker import attempt
@@ -106,7 +106,7 @@ def _run(spec: dict[str, Any]) -> int:
         os.dup2(os.open(spec["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND), sys.stderr.fileno())
     configure_logging("console")
     settings = Settings(_env_file=None, **spec["settings"])
-    database.BUSY_SECONDS = spec["busy_seconds"]
+    engine_options.LOCK_TIMEOUT_SECONDS = spec["busy_seconds"]
     queue.MAX_CRASHES = spec["max_crashes"]
     queue.BACKOFF = timedelta(seconds=spec["backoff_seconds"])
     attempt.oom_kills = lambda: oom_kills(settings.data_dir / "memory.events")

@@ -6,10 +6,12 @@ from dataclasses import replace
 
 import pytest
 
+from service.database.database import Database
 from service.errors import DatabaseUnavailable, LeaseLost
-from service.jobs import queue, store
-from service.jobs.queue import Claim, NewJob
-from service.jobs.store import Database
+from service.jobs import queue, recording
+from service.jobs.lease import Claim
+from service.jobs.new_job import NewJob
+from service.jobs.workers import WorkerIdentity
 from tests.databases import ONLY_SQLITE
 from tests.worker.workplace import QUICK
 from worker.lease import Lease, LeaseUncertain
@@ -20,7 +22,7 @@ TIMING = replace(QUICK, retry=0.01)
 @pytest.fixture
 def claim(db: Database) -> Claim:
     queue.submit(db, NewJob(text="uma frase", config={}))
-    claim = queue.claim(db, store.WorkerIdentity(), 60)
+    claim = queue.claim(db, WorkerIdentity(), 60)
     assert claim is not None
     return claim
 
@@ -29,7 +31,7 @@ def claim(db: Database) -> Claim:
 def test_a_write_extends_the_lease_from_before_it_began(db: Database, claim: Claim) -> None:
     lease = Lease(claim, time.monotonic() - 10, TIMING)
     before = time.monotonic()
-    lease.write(lambda: queue.heartbeat(db, claim))
+    lease.write(lambda: recording.heartbeat(db, claim))
     assert before + TIMING.certain <= lease.deadline <= time.monotonic() + TIMING.certain
     assert not lease.is_uncertain
 
@@ -41,7 +43,7 @@ def test_a_write_is_tried_again_while_the_database_is_out_of_reach(db: Database,
     def write() -> object:
         for failure in failures:
             raise failure
-        return queue.heartbeat(db, claim)
+        return recording.heartbeat(db, claim)
 
     Lease(claim, time.monotonic(), TIMING).write(write)
 
@@ -63,7 +65,7 @@ def test_a_write_that_came_through_too_late_does_not_bring_the_trainer_back(db: 
     lease = Lease(claim, time.monotonic(), TIMING)
     lease.fenced.set()
     with pytest.raises(LeaseUncertain):
-        lease.write(lambda: queue.heartbeat(db, claim))
+        lease.write(lambda: recording.heartbeat(db, claim))
 
 
 @ONLY_SQLITE
@@ -72,7 +74,7 @@ def test_a_job_that_is_somebody_elses_is_not_written(db: Database, claim: Claim)
     lease = Lease(claim, time.monotonic(), TIMING)
     for write in (lease.write, lambda write: lease.insist(write, threading.Event())):
         with pytest.raises(LeaseLost):
-            write(lambda: queue.heartbeat(db, claim))
+            write(lambda: recording.heartbeat(db, claim))
 
 
 @ONLY_SQLITE

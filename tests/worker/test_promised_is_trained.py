@@ -15,7 +15,6 @@ import pytest
 from nanomoe import checkpoint
 from nanomoe.config import InitFrom, JobConfig
 from nanomoe.tokenizer import Tokenizer, load_tokenizer
-from service.http.schemas import SubmitRequest
 from service.jobs.submission import TOKENISED_AT_ONCE_BYTES, Parent, assess
 from service.settings import Settings
 from tests.nanomoe.sample_tokenizers import other_meaning
@@ -125,14 +124,14 @@ def promised_and_prepared(
         origin = {"parent": folder}
         tokenizer = checkpoint.read_tokenizer(parent.folder, parent.manifest_sha256)
         of_parent = Parent(parent.config, tokenizer, hashlib.sha256(OTHER.encode()).hexdigest())
-    found = assess(SubmitRequest(text=text, config=config), place.settings, of_parent)
+    found = assess(text, config, place.settings, of_parent)
     heard = Heard()
     run = _prepare(place.start(config, text, **origin), heard)
     (said,) = heard.messages
     assert isinstance(said, Prepared)
     assert len(run.model.transformer.wte.weight) == run.tokenizer.vocab_size
     assert sum(p.numel() for p in run.model.parameters()) == said.n_params
-    new = found.new_job(None)
+    new = found.new_job()
     promised = {
         "n_tokens": new.n_tokens,
         "total_steps": new.total_steps,
@@ -232,7 +231,7 @@ def test_a_job_that_was_counted_with_an_earlier_bundle_and_not_begun_says_what_i
     earlier = earlier_bundle()
     with monkeypatch.context() as before:
         before.setattr("nanomoe.tokenizer._bundled", lambda: earlier)
-        counted = assess(SubmitRequest(text=TEXT, config=config), place.settings, None)
+        counted = assess(TEXT, config, place.settings, None)
     heard = Heard()
     run = _prepare(place.start(config), heard)
     (said,) = heard.messages

@@ -10,8 +10,13 @@ import pytest
 
 from nanomoe.config import JobConfig
 from nanomoe.training.execution import Execution
-from service.jobs import queue, store
-from service.jobs.store import Job, load_job
+from service.database.schema import REVISION
+from service.jobs import queue, reads
+from service.jobs.reads import load_job
+from service.jobs.rescuer import Rescuer
+from service.jobs.tables import Job
+from service.jobs.workers import list_workers
+from service.storage.installation import join_installation
 from tests.databases import EITHER, ONLY_SQLITE
 from tests.worker.workplace import HERE, QUICK, Workplace, is_alive
 from worker.devices import find_devices
@@ -31,7 +36,7 @@ def test_a_job_is_trained_to_its_end_and_all_that_was_said_is_recorded(place: Wo
     assert (done.attempt, done.crashes, done.total_steps, done.execution) == (1, 0, 100, EXECUTION)
     assert done.progress["step"] == 100
     assert done.progress["percent"] == 100
-    assert [(row.percent, row.folder) for row in store.list_checkpoints(place.db, job.id)] == [
+    assert [(row.percent, row.folder) for row in reads.list_checkpoints(place.db, job.id)] == [
         (0, f"jobs/{job.id}/f1-0"),
         (100, f"jobs/{job.id}/f1-100"),
     ]
@@ -53,7 +58,7 @@ def test_an_idle_worker_is_woken_by_a_submission(place: Workplace) -> None:
     place.start_worker("succeed", timing=replace(QUICK, retry=60.0))
     first = place.submit()
     place.wait_for(first, "succeeded", timeout=50)
-    worker = place.wait_until(lambda: store.list_workers(place.db))[0][0]
+    worker = place.wait_until(lambda: list_workers(place.db))[0][0]
     assert worker.stopped_at is None
     second = place.submit()
     place.wait_for(second, "running", "succeeded", timeout=20)
@@ -112,7 +117,7 @@ def test_a_paused_job_leaves_a_snapshot_and_goes_on_from_it(place: Workplace) ->
     place.wait_for_step(job, 10)
     queue.request_pause(place.db, job.id)
     place.wait_for(job, "paused")
-    snapshot = store.find_snapshot(place.db, job.id)
+    snapshot = reads.find_snapshot(place.db, job.id)
     assert snapshot is not None
     assert snapshot.step >= 10
     assert place.recorded_steps(job) == list(range(1, snapshot.step + 1))
@@ -134,9 +139,9 @@ def test_a_drained_worker_puts_its_job_back_without_counting_a_crash(place: Work
     assert worker.wait(20) == 0
     after = place.job(job)
     assert (after.status, after.crashes) == ("queued", 0)
-    assert store.find_snapshot(place.db, job.id) is not None
+    assert reads.find_snapshot(place.db, job.id) is not None
     assert not is_alive(trainer.pid)
-    assert store.list_workers(place.db)[0][0].stopped_at is not None
+    assert list_workers(place.db)[0][0].stopped_at is not None
 
 
 @ONLY_SQLITE
@@ -158,17 +163,17 @@ def test_a_worker_whose_rescue_fails_puts_its_job_back_and_ends(
 ) -> None:
     job = place.submit()
 
-    def broken(rescuer: queue.Rescuer) -> list[Job]:
+    def broken(rescuer: Rescuer) -> list[Job]:
         if place.job(job).progress.get("step"):
             raise RuntimeError("a bug")
         return []
 
-    monkeypatch.setattr(queue.Rescuer, "round", broken)
+    monkeypatch.setattr(Rescuer, "round", broken)
     command = [sys.executable, str(HERE / "scripted_trainer.py"), "work"]
     supervisor = Supervisor(place.db, find_devices("cpu"), place.settings, timing=QUICK, command=command)
     assert supervisor.run() == 1
     assert place.job(job).status == "queued"
-    assert store.find_snapshot(place.db, job.id) is not None
+    assert reads.find_snapshot(place.db, job.id) is not None
 
 
 @ONLY_SQLITE
@@ -222,7 +227,7 @@ def start_worker_that_waits(place: Workplace) -> None:
     worker = place.start_worker("succeed", log=log)
     place.wait_until(lambda: log.exists() and "waiting_for_database" in log.read_text())
     assert worker.wait(0) is None
-    assert store.list_workers(place.db) == []
+    assert list_workers(place.db) == []
 
 
 @ONLY_SQLITE
@@ -232,7 +237,7 @@ def test_the_worker_waits_for_its_schema_revision(place: Workplace) -> None:
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = 'older'")
     start_worker_that_waits(place)
     with place.db.engine.begin() as connection:
-        connection.exec_driver_sql("UPDATE alembic_version SET version_num = ?", (store.REVISION,))
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = ?", (REVISION,))
     place.wait_for(job, "succeeded")
 
 
@@ -242,7 +247,7 @@ def test_the_worker_waits_for_an_api_that_has_only_migrated_yet(place: Workplace
     with place.db.write() as session:
         session.connection().exec_driver_sql("DELETE FROM installation")
     start_worker_that_waits(place)
-    store.join_installation(place.db, place.settings.data_dir, create=True)
+    join_installation(place.db, place.settings.data_dir, create=True)
     place.wait_for(job, "succeeded")
 
 

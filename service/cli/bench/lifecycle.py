@@ -18,10 +18,13 @@ from nanomoe.config import JobConfig
 from service.cli.bench.site import Site, open_site
 from service.client import Client, JobHandle
 from service.database.database import Database
-from service.jobs import queue, store
-from service.jobs.queue import NewJob
-from service.jobs.store import Job, WorkerIdentity
-from service.jobs.tables import Counter, table
+from service.database.schema import table
+from service.jobs import queue, reads
+from service.jobs.claim_order import QUEUED, jobs
+from service.jobs.ids import new_id
+from service.jobs.new_job import NewJob
+from service.jobs.tables import Counter, Job
+from service.jobs.workers import WorkerIdentity, list_workers, worker_started
 
 _POLL_SECONDS = 0.002
 _GIVE_UP_SECONDS = 300.0
@@ -102,7 +105,7 @@ class Beside:
 def claim_times(db: Database, queued: tuple[int, ...]) -> Iterator[ClaimTime]:
     """With each number of jobs in line, from the smallest; the jobs stay."""
     worker = WorkerIdentity(name="bench")
-    store.worker_started(db, worker)
+    worker_started(db, worker)
     config = JobConfig().model_dump(mode="json")
     for n in sorted(queued):
         queue.submit(db, NewJob(text="Era uma vez", config=config))
@@ -118,18 +121,18 @@ def claim_times(db: Database, queued: tuple[int, ...]) -> Iterator[ClaimTime]:
 
 def _n_queued(db: Database) -> int:
     with db.read() as session:
-        return session.scalars(sa.select(sa.func.count()).select_from(queue.jobs).where(queue.QUEUED)).one()
+        return session.scalars(sa.select(sa.func.count()).select_from(jobs).where(QUEUED)).one()
 
 
 def _fill(db: Database, n: int) -> None:
     """Copy a queued job `n` times, within the database: a million submissions would take an hour."""
     if n <= 0:
         return
-    columns = [column.name for column in queue.jobs.columns if column.name not in ("id", "seq")]
-    row = sa.select(queue.jobs).where(queue.QUEUED).limit(1).subquery()
+    columns = [column.name for column in jobs.columns if column.name not in ("id", "seq")]
+    row = sa.select(jobs).where(QUEUED).limit(1).subquery()
     first = sa.select(sa.literal(1).label("i")).cte("numbers", recursive=True)
     numbers = first.union_all(sa.select(first.c.i + 1).where(first.c.i < n))
-    salt = store.new_id()
+    salt = new_id()
     ids = sa.literal(salt[:-8]) + sa.func.substr(sa.cast(numbers.c.i + 100_000_000, sa.String), 2, 8)
     counters = table(Counter)
     with db.write() as session:
@@ -138,7 +141,7 @@ def _fill(db: Database, n: int) -> None:
         chosen = sa.select(ids, seqs, *(row.c[name] for name in columns)).select_from(numbers.join(row, sa.true()))
         if not db.is_sqlite:
             session.execute(sa.text("SET LOCAL statement_timeout = 0"))
-        session.execute(sa.insert(queue.jobs).from_select(["id", "seq", *columns], chosen))
+        session.execute(sa.insert(jobs).from_select(["id", "seq", *columns], chosen))
 
 
 def traffic(site: Site, *, training: bool, seconds: float) -> Traffic:
@@ -217,7 +220,7 @@ def beside(site: Site, turns: int, seconds: float) -> Beside:
     """Train alone and beside a stream, by turns of so many seconds each."""
     with Client(site.url) as client, Client(site.url) as reader:
         job = client.submit(_text(), JobConfig(epochs=_LONG))
-        _wait(site, job, lambda row: len(store.list_checkpoints(site.database, row.id)) > 0)
+        _wait(site, job, lambda row: len(reads.list_checkpoints(site.database, row.id)) > 0)
         stream_from = reader.job(job.id)
         stream_from.generate("Era uma vez", max_new_tokens=1)  # the engine starts, and loads the checkpoint
         rates = []
@@ -250,9 +253,9 @@ def _steps_per_sec(site: Site, job: JobHandle, seconds: float) -> float:
 
 def _next_batch(site: Site, job: JobHandle) -> tuple[float, int]:
     """When the next batch of steps was seen, on the monotonic clock, and its last step."""
-    before = store.get_job(site.database, job.id).progress["step"]
+    before = reads.get_job(site.database, job.id).progress["step"]
     at = _wait(site, job, lambda row: row.progress["step"] > before)
-    return at, store.get_job(site.database, job.id).progress["step"]
+    return at, reads.get_job(site.database, job.id).progress["step"]
 
 
 def recovery(lease_seconds: float, settle: float) -> Recovery:
@@ -262,11 +265,11 @@ def recovery(lease_seconds: float, settle: float) -> Recovery:
         job = client.submit(_text(), JobConfig(epochs=_LONG))
         _wait(site, job, lambda row: row.progress.get("step", 0) > 100)
         site.processes.start_worker("second worker")
-        _until(lambda: len(store.list_workers(site.database)) == 2, "the second worker did not start")
+        _until(lambda: len(list_workers(site.database)) == 2, "the second worker did not start")
         time.sleep(settle)
         began = time.monotonic()
         site.processes.kill("first worker")
-        left_at = store.get_job(site.database, job.id).progress["step"]
+        left_at = reads.get_job(site.database, job.id).progress["step"]
         running = _wait(site, job, lambda row: row.status == "running" and row.attempt == 2) - began
         new_step = _wait(site, job, lambda row: row.progress["step"] > left_at) - began
     return Recovery(site.database.engine.dialect.name, lease_seconds, running, new_step)
@@ -279,7 +282,7 @@ def _cancel(site: Site, job: JobHandle) -> None:
 
 def _wait(site: Site, job: JobHandle, until: Callable[[Job], bool]) -> float:
     """The monotonic time at which the row first looked so."""
-    return _until(lambda: until(store.get_job(site.database, job.id)), f"job {job.id} did not get there")
+    return _until(lambda: until(reads.get_job(site.database, job.id)), f"job {job.id} did not get there")
 
 
 def _until(holds: Callable[[], bool], otherwise: str) -> float:

@@ -15,8 +15,8 @@ from urllib.parse import urlsplit
 import torch
 
 from nanomoe.bench import models
-from nanomoe.generate import Engine, Request, useful_threads
-from nanomoe.sampling import Sampling
+from nanomoe.config import SamplingConfig
+from nanomoe.generation.engine import Engine, Request, useful_threads
 from nanomoe.tokenizer import Tokenizer
 from service.cli.bench.site import open_site
 from service.client import Client
@@ -27,7 +27,7 @@ _LOOPS_SECONDS = 300.0
 """How long the service may take to have its compiled loops ready."""
 
 _HEAD = b"POST /generate HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
-_SAMPLING = Sampling(0.8, 200)
+_SAMPLING = SamplingConfig(temperature=0.8, top_k=200)
 """The defaults of nanoGPT's `sample.py`."""
 
 

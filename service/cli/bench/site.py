@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING
 
 from service.cli.processes import Processes
 from service.database.database import Database
-from service.jobs import queue, store
-from service.jobs.queue import NewJob
+from service.database.opening import open_database
+from service.jobs import queue, recording
+from service.jobs.new_job import NewJob
+from service.jobs.workers import WorkerIdentity, worker_started, worker_stopped
 from service.settings import Settings, sqlite_url
+from service.storage.job_folders import checkpoint_folder
 
 if TYPE_CHECKING:
     from nanomoe.model.gpt import GPT
@@ -38,20 +41,20 @@ class Site:
         from nanomoe.config import JobConfig
 
         config = JobConfig.model_validate(model.config.model_dump())
-        worker = store.WorkerIdentity(name="bench")
-        store.worker_started(self.database, worker)
+        worker = WorkerIdentity(name="bench")
+        worker_started(self.database, worker)
         job, _ = queue.submit(self.database, NewJob(text="Era uma vez", config=config.model_dump(mode="json")))
         claim = queue.claim(self.database, worker, 60)
         assert claim is not None
         assert claim.job_id == job.id, "nothing else is in line"
-        folder = store.checkpoint_folder(job.id, claim.fence, 100)
+        folder = checkpoint_folder(job.id, claim.fence, 100)
         files = {
             **tokenizer.files(),
             checkpoint.CONFIG: checkpoint.to_json(config.model_dump(mode="json")),
             checkpoint.WEIGHTS: save({name: weight.contiguous() for name, weight in model.state_dict().items()}),
         }
         manifest, sha256 = checkpoint.write(self.settings.data_dir / folder, files)
-        queue.record_checkpoint(
+        recording.record_checkpoint(
             self.database,
             claim,
             percent=100,
@@ -63,7 +66,7 @@ class Site:
             metrics={},
         )
         queue.finish(self.database, claim, "succeeded")
-        store.worker_stopped(self.database, worker.id)
+        worker_stopped(self.database, worker.id)
         return job.id
 
 
@@ -84,5 +87,5 @@ def open_site(database_url: str | None = None, **settings: object) -> Iterator[S
         with Processes(environment, logs=logs) as processes:
             url = processes.start_api()
             here = Settings.model_validate(chosen | {"host": "127.0.0.1", "port": 0})
-            with closing(store.open_database(here)) as database:
+            with closing(open_database(here)) as database:
                 yield Site(url, here, database, processes)

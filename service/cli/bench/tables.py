@@ -51,7 +51,7 @@ def numerics(figures: Iterable["Figures"]) -> Iterable[str]:
     """How the engine computed each model's tokens, and against which bandwidth its limit was taken."""
     for one in figures:
         yield (
-            f"{one.model}, {one.vocab_size:,}: {one.numerics}; {one.n_recomputed:,} tokens decided by float64; "
+            f"{one.model}, {one.vocab_size:,}: {one.numerics}; "
             f"{one.n_active_params / 1e6:.1f} M active weights read at {one.read_bytes_per_sec / 1e9:.0f} GB/s"
         )
 

@@ -10,7 +10,7 @@ from service.http import schemas, views
 from service.http.files import RecordedFile
 from service.http.openapi import NOT_MODIFIED, problems
 from service.http.routes.parameters import FileName, JobId, Service, StrictQuery, Which, which
-from service.jobs import store
+from service.jobs import reads
 
 _BYTES = {"type": "string", "format": "binary"}
 
@@ -35,7 +35,7 @@ class ReconstructionQuery(StrictQuery):
 )
 def list_checkpoints(service: Service, job_id: JobId) -> schemas.Listing[schemas.CheckpointView]:
     """The recorded checkpoints, by percent."""
-    return schemas.Listing(data=[views.checkpoint(row) for row in store.list_checkpoints(service.database, job_id)])
+    return schemas.Listing(data=[views.checkpoint(row) for row in reads.list_checkpoints(service.database, job_id)])
 
 
 @router.get(
@@ -46,7 +46,7 @@ def list_checkpoints(service: Service, job_id: JobId) -> schemas.Listing[schemas
 )
 def get_checkpoint(service: Service, job_id: JobId, percent: Which) -> schemas.CheckpointView:
     """One checkpoint, or the newest."""
-    return views.checkpoint(store.get_checkpoint(service.database, job_id, which(percent)))
+    return views.checkpoint(reads.get_checkpoint(service.database, job_id, which(percent)))
 
 
 @router.get(
@@ -59,7 +59,7 @@ def get_reconstruction(
     service: Service, job_id: JobId, percent: Which, query: Annotated[ReconstructionQuery, Query()]
 ) -> schemas.ReconstructionPage:
     """The model's prediction for the targets of the training text, a page at a time."""
-    row = store.get_checkpoint(service.database, job_id, which(percent))
+    row = reads.get_checkpoint(service.database, job_id, which(percent))
     return views.reconstruction(row, query.start, query.count)
 
 
@@ -82,5 +82,5 @@ def get_reconstruction(
 )
 def get_checkpoint_file(service: Service, job_id: JobId, percent: Which, name: FileName) -> FileResponse:
     """A file of a checkpoint. `Repr-Digest` is the sha256 that was recorded of it."""
-    row = store.get_checkpoint(service.database, job_id, which(percent))
+    row = reads.get_checkpoint(service.database, job_id, which(percent))
     return RecordedFile.of(row, name, service.settings.data_dir)

@@ -19,8 +19,9 @@ from service.http.patterns import EVENT_ID
 from service.http.routes import event_stream
 from service.http.routes.event_stream import EventStream
 from service.http.routes.parameters import JobId, Service
-from service.jobs import store
-from service.jobs.tables import TERMINAL, Event, Job
+from service.jobs import reads
+from service.jobs.statuses import TERMINAL
+from service.jobs.tables import Event, Job
 
 router = APIRouter(tags=["events"])
 
@@ -51,7 +52,7 @@ async def nothing_more(request: object, error: Exception) -> Response:
 async def _resume_after(service: Service, job_id: JobId, last_event_id: LastEventId = None) -> int:
     """The sequence number to go on after; settled before the stream begins, while another status can be answered."""
     seen = int(last_event_id or 0)
-    row = await to_thread.run_sync(store.get_job, service.database, job_id)
+    row = await to_thread.run_sync(reads.get_job, service.database, job_id)
     if row.status in TERMINAL and seen >= row.event_seq:
         raise NothingMore
     return seen
@@ -116,8 +117,8 @@ def _look(service: Context, job_id: str, seen: int) -> tuple[Job, list[tuple[int
     What happens between the two reads is left for the next look: else the step of a job that has ended meanwhile would
     follow its last status.
     """
-    row = store.get_job(service.database, job_id)
-    events = store.events_after(service.database, job_id, seen)
+    row = reads.get_job(service.database, job_id)
+    events = reads.events_after(service.database, job_id, seen)
     return row, [(event.seq, event.kind, _data(service, event)) for event in events if event.seq <= row.event_seq]
 
 
@@ -126,7 +127,7 @@ def _data(service: Context, event: Event) -> BaseModel:
         case "status":
             return schemas.StatusEvent.model_validate(event.data)
         case "checkpoint":
-            row = store.get_checkpoint(service.database, event.job_id, event.data["percent"])
+            row = reads.get_checkpoint(service.database, event.job_id, event.data["percent"])
             return views.checkpoint_metrics(row, tokens=False)
         case _:
             return ConfigWarning.model_validate(event.data)

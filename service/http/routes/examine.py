@@ -11,7 +11,7 @@ from service.http.routes.client_disconnect import CLIENT_IS_GONE, unless_gone
 from service.http.routes.parameters import Service
 from service.http.routes.responses import as_json
 from service.http.schemas import CopiedSpan, InspectRequest, InspectResponse, ScoreRequest, ScoreResponse
-from service.jobs import store
+from service.jobs import reads
 from service.jobs.addressing import Address, find_checkpoints, first_whole
 
 router = APIRouter(tags=["generation"])
@@ -59,7 +59,7 @@ def _place(service: Context, address: Address) -> tuple[str, str]:
 
 def _copied(service: Context, asked: ScoreRequest) -> CopiedSpan | None:
     """The longest span shared with the training text, in whole characters."""
-    training = store.get_text(service.database, store.get_job(service.database, asked.job_id).text_sha256)
+    training = reads.get_text(service.database, reads.get_job(service.database, asked.job_id).text_sha256)
     scored = asked.text.encode()
     found = longest_copied_span(scored, training)
     start, end = found.start, found.start + found.n_bytes

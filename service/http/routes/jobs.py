@@ -9,6 +9,7 @@ from pydantic import Field, StringConstraints
 
 from nanomoe import checkpoint
 from nanomoe.checkpoint import CheckpointDamaged
+from nanomoe.config import JobConfig
 from service.errors import Conflict, DatabaseUnavailable
 from service.http import files, schemas, views
 from service.http.conditional import ConditionalResponse
@@ -19,8 +20,10 @@ from service.http.routes.parameters import JobId, Service, StrictQuery
 from service.http.routes.submit_body import DOCUMENTED, Submission
 from service.http.schemas import JobView
 from service.http.schemas.jobs import split_tag
-from service.jobs import queue, queue_position, store, submission
-from service.jobs.tables import TERMINAL, Job
+from service.jobs import queue, queue_position, reads, submission
+from service.jobs.labels import relabel
+from service.jobs.statuses import TERMINAL
+from service.jobs.tables import Job
 
 router = APIRouter(tags=["jobs"])
 
@@ -92,29 +95,34 @@ def submit_job(
     idempotency_key: IdempotencyKey = None,
 ) -> Response | JobView:
     """Train a model on a text. Everything but the text has the reference run's default."""
-    found = submission.assess(request, service.settings, _parent(service, request))
+    found = submission.assess(request.text, request.config, service.settings, _parent(service, request.config))
     if query.dry_run:
         return Response(views.estimate(found).model_dump_json(), 200, media_type="application/json")
-    row, created = queue.submit(
-        service.database, found.new_job(idempotency_key), max_queued=service.settings.max_queued
+    new = found.new_job(
+        name=request.name,
+        tags=request.tags,
+        priority=request.priority,
+        run_at=request.run_at,
+        idempotency_key=idempotency_key,
     )
+    row, created = queue.submit(service.database, new, max_queued=service.settings.max_queued)
     response.status_code = 201 if created else 200
     response.headers["Location"] = f"/jobs/{row.id}"
     return _placed(service, row)
 
 
-def _parent(service: Context, request: schemas.SubmitRequest) -> submission.Parent | None:
+def _parent(service: Context, config: JobConfig) -> submission.Parent | None:
     """The checkpoint that a job is to start from, which must have been recorded.
 
     Raises:
         NotFound: `job_not_found`, `checkpoint_not_found`.
         Conflict: `checkpoint_damaged`.
     """
-    origin = request.config.init_from
+    origin = config.init_from
     if origin is None:
         return None
-    recorded = store.get_checkpoint(service.database, origin.job_id, origin.checkpoint)
-    job = store.get_job(service.database, origin.job_id)
+    recorded = reads.get_checkpoint(service.database, origin.job_id, origin.checkpoint)
+    job = reads.get_job(service.database, origin.job_id)
     try:
         tokenizer = checkpoint.read_tokenizer(service.settings.data_dir / recorded.folder, recorded.manifest_sha256)
     except CheckpointDamaged as error:
@@ -132,7 +140,7 @@ def list_jobs(service: Service, query: Annotated[ListQuery, Query()]) -> schemas
     """The jobs, newest first. Jobs that arrive meanwhile do not shift the pages."""
     tag = None if query.tag is None else split_tag(query.tag)
     before = None if query.cursor is None else int(query.cursor)
-    rows = store.list_jobs(service.database, status=query.status, tag=tag, before=before, limit=query.limit + 1)
+    rows = reads.list_jobs(service.database, status=query.status, tag=tag, before=before, limit=query.limit + 1)
     return views.job_page(rows, query.limit)
 
 
@@ -157,7 +165,7 @@ async def get_job(service: Service, job_id: JobId, query: Annotated[JobQuery, Qu
     while True:
         change = service.wakeups.next()
         try:
-            row = await to_thread.run_sync(store.get_job, service.database, job_id)
+            row = await to_thread.run_sync(reads.get_job, service.database, job_id)
             seen = seen or cast(schemas.Status, row.status)
             if row.status != seen or row.status in TERMINAL or is_over():
                 # Only now: a place in the line takes a look at the whole line.
@@ -186,7 +194,7 @@ def _placed(service: Context, row: Job) -> JobView:
 )
 def patch_job(service: Service, job_id: JobId, patch: schemas.JobPatch) -> JobView:
     """Change the name or the tags."""
-    return views.job(store.relabel(service.database, job_id, patch.model_dump(exclude_unset=True)))
+    return views.job(relabel(service.database, job_id, patch.model_dump(exclude_unset=True)))
 
 
 @router.get(
@@ -201,9 +209,9 @@ def patch_job(service: Service, job_id: JobId, patch: schemas.JobPatch) -> JobVi
 )
 def get_job_text(service: Service, job_id: JobId) -> Response:
     """The training text."""
-    row = store.get_job(service.database, job_id)
+    row = reads.get_job(service.database, job_id)
     return ConditionalResponse(
-        store.get_text(service.database, row.text_sha256),
+        reads.get_text(service.database, row.text_sha256),
         headers={"ETag": f'"{row.text_sha256}"', "Cache-Control": "no-cache"},
         media_type="text/plain; charset=utf-8",
     )

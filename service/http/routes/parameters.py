@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 from fastapi import Depends, Path, Request
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
+from nanomoe.config import JOB_ID_PATTERN, Percent
 from service.errors import NotFound
 from service.http.context import Context
-from service.http.schemas import JOB_ID_PATTERN, Percent
 
 _JOB_ID = re.compile(JOB_ID_PATTERN)
 _WHICH: dict[str, Percent | Literal["latest"]] = {"0": 0, "25": 25, "50": 50, "75": 75, "100": 100, "latest": "latest"}

@@ -4,10 +4,11 @@ from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 import nanomoe
+from service.database.schema import REVISION
 from service.http import schemas, views
 from service.http.openapi import problems
 from service.http.routes.parameters import Service
-from service.jobs import store
+from service.jobs import workers
 
 router = APIRouter(tags=["service"])
 
@@ -20,7 +21,7 @@ router = APIRouter(tags=["service"])
 )
 def list_workers(service: Service) -> schemas.Listing[schemas.WorkerView]:
     """The workers, as they last reported themselves."""
-    return schemas.Listing(data=[views.worker(row, running) for row, running in store.list_workers(service.database)])
+    return schemas.Listing(data=[views.worker(row, running) for row, running in workers.list_workers(service.database)])
 
 
 @router.get(
@@ -44,11 +45,8 @@ def get_readiness(service: Service) -> schemas.Readiness:
     """Whether jobs can be submitted: the database is within reach, and at this code's revision."""
     service.database.check_revision()
     now = service.database.time()
-    workers = store.list_workers(service.database)
-    alive = [row for row, _ in workers if store.is_alive(row, now)]
-    return schemas.Readiness(
-        database=service.database.engine.dialect.name, revision=store.REVISION, n_workers=len(alive)
-    )
+    alive = [row for row, _ in workers.list_workers(service.database) if workers.is_alive(row, now)]
+    return schemas.Readiness(database=service.database.engine.dialect.name, revision=REVISION, n_workers=len(alive))
 
 
 @router.get(

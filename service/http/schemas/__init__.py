@@ -4,17 +4,14 @@ Requests are strict and refuse unknown keys. Answers are lenient, so that an old
 torch, no FastAPI and no database.
 """
 
+from nanomoe.config import Percent
 from service.generation.answers import LayerRoutingView, NextTokenView, PromptToken, Timing, TokenLogProb
-from service.http.patterns import JOB_ID_PATTERN
 from service.http.schemas.base import (
     BYTE_ORDER_MARK,
-    TERMINAL,
     Listing,
     Page,
-    Percent,
     Problem,
     ProblemError,
-    Status,
     View,
 )
 from service.http.schemas.checkpoints import (
@@ -75,11 +72,10 @@ from service.http.schemas.openai import (
     StreamOptions,
 )
 from service.http.schemas.system import Device, Health, Readiness, WorkerView
+from service.jobs.statuses import Status
 
 __all__ = [
     "BYTE_ORDER_MARK",
-    "JOB_ID_PATTERN",
-    "TERMINAL",
     "Baselines",
     "CardToken",
     "CheckpointFigures",

@@ -1,13 +1,8 @@
 """What all answers share: how they are read, how lists come in pages, and what an error looks like."""
 
-from typing import Annotated, Generic, Literal, TypeVar
+from typing import Annotated, Generic, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
-
-from nanomoe.config import Percent as Percent
-
-Status = Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
-TERMINAL: frozenset[Status] = frozenset({"succeeded", "failed", "cancelled"})
 
 BYTE_ORDER_MARK = "\ufeff"
 

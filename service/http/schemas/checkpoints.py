@@ -4,7 +4,8 @@ from datetime import datetime
 
 from pydantic import ConfigDict, Field
 
-from service.http.schemas.base import Status, View
+from service.http.schemas.base import View
+from service.jobs.statuses import Status
 
 
 class ReconstructedToken(View):

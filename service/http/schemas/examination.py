@@ -4,10 +4,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from nanomoe.config import Strict, Whole
+from nanomoe.config import JOB_ID_PATTERN, Percent, Strict, Whole
 from service.generation.answers import LayerRoutingView, NextTokenView, PromptToken
-from service.http.patterns import JOB_ID_PATTERN
-from service.http.schemas.base import Percent, Text, View
+from service.http.schemas.base import Text, View
 
 
 class ScoreRequest(Strict):

@@ -4,10 +4,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints
 
-from nanomoe.config import Integer, Strict, Whole
+from nanomoe.config import JOB_ID_PATTERN, Integer, Percent, Strict, Whole
 from service.generation.answers import FinishReason, Timing, TokenLogProb
-from service.http.patterns import JOB_ID_PATTERN
-from service.http.schemas.base import Percent, View
+from service.http.schemas.base import View
 
 TextPrompt = Annotated[str, Field(strict=True, max_length=1_000_000, json_schema_extra={"minLength": 1})]
 """A text to continue. An empty one is refused by name (`empty_prompt`), where it is known why."""

@@ -8,7 +8,8 @@ from pydantic import AwareDatetime, Field, JsonValue, StringConstraints
 
 from nanomoe.config import ConfigWarning, Integer, JobConfig, Strict
 from service.http.patterns import PRINTABLE, PRINTABLE_OR_EMPTY, TAG_KEY
-from service.http.schemas.base import TERMINAL, Status, Text, View
+from service.http.schemas.base import Text, View
+from service.jobs.statuses import TERMINAL, Status
 
 # Names and tags end up in terminals, tables and file names: no control characters.
 JobName = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=200, pattern=PRINTABLE)]

@@ -17,7 +17,7 @@ from service.cli.commands import LazyCommand
 from service.cli.display import TextDisplay
 from service.cli.jobs import read_text
 from service.http import schemas
-from service.jobs import queue
+from service.jobs import queue, recording
 from tests.api import TEXT, Api
 from tests.service.cli.conftest import Run
 
@@ -246,7 +246,7 @@ def test_a_warning_is_shown_once(at: Run, api: Api) -> None:
     job = api.submit(config={"tokenizer": "bytes", "cont_prefix_tokens": 90, "cont_max_new_tokens": 5})
     claim = api.claim(job["id"])
     at_the_start = [*job["warnings"], {"code": "new", "message": "since"}]
-    queue.record_prepared(
+    recording.record_prepared(
         api.db,
         claim,
         execution={"device": "cpu"},
@@ -255,7 +255,7 @@ def test_a_warning_is_shown_once(at: Run, api: Api) -> None:
         model={"n_params": 1000, "n_active_params": 1000},
         warnings=at_the_start,
     )
-    queue.record_event(api.db, claim, "warning", {"code": "later", "message": "m"})
+    recording.record_event(api.db, claim, "warning", {"code": "later", "message": "m"})
     queue.finish(api.db, claim, "succeeded", progress={"step": 500})
     lines = at("watch", claim.job_id).out.splitlines()
     codes = [line.split()[1] for line in lines if line.startswith("warning ")]

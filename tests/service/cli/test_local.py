@@ -10,7 +10,6 @@ import pytest
 from nanomoe import checkpoint
 from nanomoe.tokenizer import load_tokenizer
 from service.cli.knobs import config_of
-from service.http.schemas import SubmitRequest
 from service.jobs.submission import assess
 from service.settings import Settings
 from tests.api import TEXT
@@ -121,6 +120,5 @@ def test_train_warns_of_what_a_job_warns_of(nanomoe: Run) -> None:
     events = [json.loads(line) for line in done.out.splitlines()]
     codes = {event["data"]["code"] for event in events if event["event"] == "warning"}
     assert codes >= {"settings_unused", "moe_settings_unused", "warmup_beyond_end", "tokenizer_far_from_text"}
-    request = SubmitRequest(text=text, config=config_of(None, [*TINY[1::2], *traps]))
-    found = assess(request, Settings(_env_file=None), None)
+    found = assess(text, config_of(None, [*TINY[1::2], *traps]), Settings(_env_file=None), None)
     assert codes == {warning.code for warning in found.warnings}

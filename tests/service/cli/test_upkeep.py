@@ -8,19 +8,22 @@ from pathlib import Path
 import pytest
 
 from nanomoe import checkpoint
-from service.database.database import Database, open_database
-from service.jobs import queue, store
-from service.jobs.store import WorkerIdentity
+from service.database.database import Database
+from service.database.opening import open_database
+from service.jobs import queue, reads, recording
+from service.jobs.workers import WorkerIdentity
 from service.settings import Settings
+from service.storage.installation import join_installation
+from service.storage.job_folders import checkpoint_folder
 from tests.databases import EITHER, ONLY_POSTGRESQL, ONLY_SQLITE
 from tests.service.cli.conftest import Run
-from tests.service.recorded_files import job_with_files, snapshot
+from tests.service.recorded_files import job_with_files, snapshot, snapshot_folder
 
 
 @pytest.fixture
 def at(nanomoe: Run, db: Database, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Run:
     """The command line with the settings of a database that has been joined to its data folder."""
-    store.join_installation(db, settings.data_dir, create=True)
+    join_installation(db, settings.data_dir, create=True)
     point_to(monkeypatch, settings)
     return nanomoe
 
@@ -37,7 +40,7 @@ def test_fsck_says_what_is_wrong_and_exits_with_1(at: Run, db: Database, setting
     assert (done.code, done.err) == (0, "")
     assert done.out == "2 checkpoints and 1 snapshots, 0.0 MB: all as recorded\n"
 
-    shutil.rmtree(settings.data_dir / store.checkpoint_folder(claim.job_id, 1, 25))
+    shutil.rmtree(settings.data_dir / checkpoint_folder(claim.job_id, 1, 25))
     done = at("fsck")
     assert done.code == 1
     assert done.out.splitlines()[0] == (
@@ -126,12 +129,12 @@ def test_a_backup_taken_while_a_worker_writes_is_whole_in_another_folder(
         for until, percent in ((copied, 50), (saved, 75)):
             while not until.is_set():
                 step += 1
-                queue.record_steps(
+                recording.record_steps(
                     db, claim, {"step": [step], "train_loss": [1.0], "lr": [0.1], "grad_norm": [1.0]}, {}
                 )
-            folder = store.checkpoint_folder(claim.job_id, claim.fence, percent)
+            folder = checkpoint_folder(claim.job_id, claim.fence, percent)
             manifest, sha256 = checkpoint.write(data / folder, {"config.json": b"{}\n"})
-            queue.record_checkpoint(
+            recording.record_checkpoint(
                 db, claim, percent=percent, step=percent, epoch=1, folder=folder, manifest_sha256=sha256,
                 files=[entry.model_dump() for entry in manifest.files], metrics={},
             )  # fmt: skip
@@ -149,7 +152,7 @@ def test_a_backup_taken_while_a_worker_writes_is_whole_in_another_folder(
     saved.set()
     assert recorded[75].wait(30)
     worker.join()
-    before = data / store.snapshot_folder(claim.job_id, claim.fence, 9)
+    before = data / snapshot_folder(claim.job_id, claim.fence, 9)
     snapshot(db, data, claim, 70)
     shutil.rmtree(before)  # as the worker does; the first copy has it
     shutil.copytree(data / "jobs", to / "jobs", dirs_exist_ok=True)
@@ -164,12 +167,12 @@ def test_a_backup_taken_while_a_worker_writes_is_whole_in_another_folder(
     assert (done.code, done.json["faults"], done.json["n_checkpoints"], done.json["n_snapshots"]) == (0, [], 3, 1)
     # The copied job still counts as running; once its worker is given up, what is newer than the database goes.
     other = open_database(restored)
-    job = store.get_job(other, claim.job_id)
+    job = reads.get_job(other, claim.job_id)
     assert (job.status, job.fence) == ("running", claim.fence)
     queue.release(other, claim)
     assert at("fsck", "--sweep", "--json").json["swept"] == [
-        store.checkpoint_folder(claim.job_id, claim.fence, 75),
-        store.snapshot_folder(claim.job_id, claim.fence, 70),
+        checkpoint_folder(claim.job_id, claim.fence, 75),
+        snapshot_folder(claim.job_id, claim.fence, 70),
     ]
     again = queue.claim(other, WorkerIdentity(), 60)
     assert again is not None

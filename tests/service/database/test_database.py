@@ -13,22 +13,26 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from service.database import database
-from service.database.database import Database, find_file_system, open_database, sqlite_driver, wal_is_safe
+from service.database import database, engine_options, sqlite
+from service.database.database import Database
+from service.database.folders import file_system_type, find_file_system
+from service.database.opening import open_database
+from service.database.sqlite import sqlite_driver, wal_is_safe
 from service.errors import DatabaseUnavailable, Invalid, NotFound, StartRefused, StorageFull
-from service.jobs import queue, store
-from service.jobs.queue import NewJob
+from service.jobs import queue, reads
+from service.jobs.new_job import NewJob
+from service.jobs.tables import Job, Text, Worker
 from service.settings import Settings
 from tests.databases import ONLY_POSTGRESQL, ONLY_SQLITE, Clock
 from tests.races import Races, at_once
 
 
-def submit(db: Database, text: str = "a b") -> store.Job:
+def submit(db: Database, text: str = "a b") -> Job:
     return queue.submit(db, NewJob(text=text, config={}))[0]
 
 
 def enter_text(db: Database) -> sa.Insert:
-    return sa.insert(store.Text).values(sha256="a", n_bytes=1, content=b"a", created_at=db.now)
+    return sa.insert(Text).values(sha256="a", n_bytes=1, content=b"a", created_at=db.now)
 
 
 def pragma(db: Database, name: str) -> Any:
@@ -43,25 +47,25 @@ def test_a_write_that_raises_leaves_nothing(db: Database) -> None:
     with pytest.raises(ZeroDivisionError), db.write() as session:
         session.execute(enter_text(db)).rowcount / 0
     with pytest.raises(NotFound):
-        store.get_text(db, "a")
+        reads.get_text(db, "a")
 
 
 def test_a_read_sees_one_moment(db: Database) -> None:
     with db.read() as session:
-        assert session.execute(sa.select(sa.func.count()).select_from(store.Job)).scalar_one() == 0
+        assert session.execute(sa.select(sa.func.count()).select_from(Job)).scalar_one() == 0
         submit(db)
-        assert session.execute(sa.select(sa.func.count()).select_from(store.Job)).scalar_one() == 0
-    assert store.count_jobs(db)["queued"] == 1
+        assert session.execute(sa.select(sa.func.count()).select_from(Job)).scalar_one() == 0
+    assert reads.count_jobs(db)["queued"] == 1
 
 
 def test_rows_stay_usable_after_their_session(db: Database) -> None:
-    job = store.get_job(db, submit(db).id)
+    job = reads.get_job(db, submit(db).id)
     assert (job.config, job.tags, job.finished_at) == ({}, {}, None)
 
 
 def test_a_reader_is_not_kept_waiting_by_a_writer(db: Database, races: Races) -> None:
     held = races.hold(submit, db)
-    assert store.count_jobs(db)["queued"] == 0
+    assert reads.count_jobs(db)["queued"] == 0
     held.let_go()
 
 
@@ -109,7 +113,7 @@ def another_process_writes(db: Database) -> Iterator[Callable[[], None]]:
     """A second process that holds SQLite's write lock until it is told to let go."""
     script = """
 import sys
-from service.database.database import sqlite_driver
+from service.database.sqlite import sqlite_driver
 connection = sqlite_driver().connect(sys.argv[1], isolation_level=None)
 connection.execute("BEGIN IMMEDIATE")
 print("held", flush=True)
@@ -132,7 +136,7 @@ connection.close()
 @ONLY_SQLITE
 def test_a_write_waits_for_a_process_that_holds_the_lock(db: Database, races: Races) -> None:
     with another_process_writes(db) as let_go:
-        assert store.count_jobs(db)["queued"] == 0
+        assert reads.count_jobs(db)["queued"] == 0
         waiting = races.start(submit, db)
         assert not waiting.done()
         let_go()
@@ -141,12 +145,12 @@ def test_a_write_waits_for_a_process_that_holds_the_lock(db: Database, races: Ra
 
 @ONLY_SQLITE
 def test_a_write_lock_held_for_too_long_is_told(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(database, "BUSY_SECONDS", 0.05)
+    monkeypatch.setattr(engine_options, "LOCK_TIMEOUT_SECONDS", 0.05)
     db = open_database(settings)
     with another_process_writes(db):
         with pytest.raises(DatabaseUnavailable, match="locked") as refused:
             submit(db)
-        assert store.count_jobs(db)["queued"] == 0
+        assert reads.count_jobs(db)["queued"] == 0
     assert (refused.value.status, refused.value.code) == (503, "database_unavailable")
     assert refused.value.retry_after is not None
     submit(db)
@@ -163,7 +167,7 @@ def test_a_deferred_transaction_would_not_wait_for_the_lock(
 
     def read_then_write() -> None:
         with db.write() as session:
-            assert session.execute(sa.select(sa.func.count()).select_from(store.Job)).scalar_one() == 0
+            assert session.execute(sa.select(sa.func.count()).select_from(Job)).scalar_one() == 0
             with ThreadPoolExecutor(1) as pool:
                 pool.submit(submit, db).result()
             session.execute(enter_text(db))
@@ -185,7 +189,7 @@ def test_a_full_disk_is_told_and_the_database_stays_usable(db: Database) -> None
     with pytest.raises(StorageFull) as refused:
         submit(db, "x" * 1_000_000)
     assert (refused.value.status, refused.value.code) == (507, "storage_full")
-    assert store.get_job(db, job.id).status == "queued"
+    assert reads.get_job(db, job.id).status == "queued"
     assert queue.request_cancel(db, job.id).status == "cancelled"
     assert pragma(db, "integrity_check") == "ok"
 
@@ -205,12 +209,12 @@ def test_a_server_that_comes_back_is_used_again(db: Database) -> None:
         connection.execute(sa.text(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false"))
         ended = sa.text("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = :name")
         connection.execute(ended, {"name": name})
-        for call in (lambda: store.get_job(db, job.id), lambda: submit(db), db.time, lambda: queue.rescue(db)):
+        for call in (lambda: reads.get_job(db, job.id), lambda: submit(db), db.time, lambda: queue.rescue(db)):
             with pytest.raises(DatabaseUnavailable):
                 call()
         connection.execute(sa.text(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true"))
     other.dispose()
-    assert store.get_job(db, job.id) == job
+    assert reads.get_job(db, job.id) == job
     submit(db)
 
 
@@ -225,7 +229,7 @@ def test_a_connection_that_is_cut_within_a_write_leaves_nothing(db: Database) ->
     with pytest.raises(DatabaseUnavailable):
         write_and_be_cut()
     with pytest.raises(NotFound):
-        store.get_text(db, "a")
+        reads.get_text(db, "a")
 
 
 def test_a_server_that_is_not_there_is_told(tmp_path: Path) -> None:
@@ -249,14 +253,14 @@ def test_all_connections_in_use_is_told(db: Database, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("text", ["a\ud800b", "\udfff"])
 def test_half_a_character_is_refused(db: Database, text: str) -> None:
     with pytest.raises(Invalid), db.write() as session:
-        session.execute(sa.insert(store.Worker).values(id=text))
-    assert store.list_jobs(db) == []
+        session.execute(sa.insert(Worker).values(id=text))
+    assert reads.list_jobs(db) == []
 
 
 @ONLY_POSTGRESQL
 def test_nul_in_a_text_column_is_refused(db: Database) -> None:
     with pytest.raises(Invalid):
-        store.get_job(db, "a\0b")
+        reads.get_job(db, "a\0b")
 
 
 def test_a_mistake_of_our_own_is_not_passed_off_as_an_outage(db: Database) -> None:
@@ -278,7 +282,7 @@ def test_sqlite_is_opened_safely(db: Database) -> None:
     assert pragma(db, "journal_mode") == "wal"
     assert pragma(db, "synchronous") == 2
     assert pragma(db, "foreign_keys") == 1
-    assert pragma(db, "busy_timeout") == database.BUSY_SECONDS * 1000
+    assert pragma(db, "busy_timeout") == engine_options.LOCK_TIMEOUT_SECONDS * 1000
 
 
 @pytest.mark.parametrize(
@@ -296,14 +300,14 @@ def test_the_versions_with_the_wal_reset_bug_are_known(version: tuple[int, int, 
 def test_an_sqlite_with_the_bug_works_without_wal_and_says_so(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(database, "wal_is_safe", lambda version: False)
+    monkeypatch.setattr(sqlite, "wal_is_safe", lambda version: False)
     with caplog.at_level(logging.WARNING):
         db = open_database(settings)
     assert "journal_mode=DELETE" in caplog.text
     assert pragma(db, "journal_mode") == "delete"
     before = db.changes.number
     at_once([lambda: submit(db)] * 8)
-    assert db.wait_for_change(10, before) > before
+    assert db.changes.wait(10, before) > before
     db.close()
 
 
@@ -312,14 +316,14 @@ def test_an_sqlite_without_returning_is_refused(tmp_path: Path, monkeypatch: pyt
         sqlite_version_info = (3, 34, 1)
         sqlite_version = "3.34.1"
 
-    monkeypatch.setattr(database, "sqlite_driver", lambda: Old)
+    monkeypatch.setattr(sqlite, "sqlite_driver", lambda: Old)
     with pytest.raises(StartRefused, match=r"3\.34\.1"):
         open_database(Settings(_env_file=None, data_dir=tmp_path))
 
 
 @pytest.mark.parametrize("kind", ["nfs", "nfs4", "cifs", "smb3", "fuse.sshfs"])
 def test_a_network_file_system_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    monkeypatch.setattr(database, "file_system_type", lambda folder: kind)
+    monkeypatch.setattr(sqlite, "file_system_type", lambda folder: kind)
     with pytest.raises(StartRefused, match="network file system") as refused:
         open_database(Settings(_env_file=None, data_dir=tmp_path))
     assert "NANOMOE_DATABASE_URL" in str(refused.value)
@@ -357,8 +361,8 @@ def test_the_nearest_mount_decides(folder: str, kind: str) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux lists its mounts in a file")
 def test_this_machine_tells_its_file_system(tmp_path: Path) -> None:
-    assert database.file_system_type(Path("/proc")) == "proc"
-    assert database.file_system_type(tmp_path) not in (None, "proc")
+    assert file_system_type(Path("/proc")) == "proc"
+    assert file_system_type(tmp_path) not in (None, "proc")
 
 
 def test_a_database_in_memory_is_refused(tmp_path: Path) -> None:
@@ -379,8 +383,8 @@ def test_a_backup_is_a_database_of_its_own(db: Database, races: Races, tmp_path:
         Settings(_env_file=None, data_dir=tmp_path, database_url=f"sqlite:///{tmp_path}/backup.db")
     )
     restored.check_revision()
-    assert [store.get_job(restored, job.id) for job in jobs] == jobs
-    assert store.count_jobs(restored)["queued"] == 5
+    assert [reads.get_job(restored, job.id) for job in jobs] == jobs
+    assert reads.count_jobs(restored)["queued"] == 5
     assert pragma(restored, "integrity_check") == "ok"
     restored.close()
     with pytest.raises(Invalid, match="exists"):
@@ -398,7 +402,7 @@ def test_a_backup_of_postgresql_is_its_own_tools_matter(db: Database, tmp_path: 
 
 def test_the_worker_can_import_the_queue_without_the_web_and_without_torch() -> None:
     script = (
-        "import sys, service.jobs.queue, service.jobs.store, service.settings, service.errors;"
+        "import sys, service.jobs.queue, service.jobs.reads, service.settings, service.errors;"
         "print([m for m in ('fastapi', 'starlette', 'torch', 'alembic', 'transformers') if m in sys.modules])"
     )
     assert subprocess.check_output([sys.executable, "-c", script], text=True) == "[]\n"

@@ -6,8 +6,9 @@ from typing import Any
 import sqlalchemy as sa
 
 from service.database.database import Database
+from service.database.schema import table
 from service.database.wakeups import Wakeups
-from service.jobs.tables import Text, table
+from service.jobs.tables import Text
 from tests.databases import EITHER
 
 pytestmark = EITHER

@@ -4,8 +4,8 @@ import io
 import os
 import threading
 
-from nanomoe.generate import Request, generate_reference
-from nanomoe.sampling import Sampling
+from nanomoe.config import SamplingConfig
+from nanomoe.generation.engine import Request, generate_reference
 from service.generation.checkpoint_cache import CheckpointCache
 from service.generation.engine import Server
 from service.generation.messages import (
@@ -82,7 +82,7 @@ class Driver:
 
 
 def reference_tokens(
-    tiny: TinyCheckpoint, prompt: str, max_new_tokens: int, sampling: Sampling, **fields: int
+    tiny: TinyCheckpoint, prompt: str, max_new_tokens: int, sampling: SamplingConfig, **fields: int
 ) -> list[int]:
     """The new tokens that the plain reference gives."""
     request = Request(tiny.tokenizer.encode(prompt), max_new_tokens, sampling, **fields)

@@ -7,7 +7,7 @@ import torch
 from structlog.testing import capture_logs
 
 from nanomoe.checkpoint import CONFIG, MANIFEST, WEIGHTS
-from nanomoe.sampling import Sampling
+from nanomoe.config import SamplingConfig
 from nanomoe.tokenizer import TOKENIZER_FILES, load_tokenizer
 from service.generation.checkpoint_cache import read_checkpoint
 from service.generation.examiner import Examiner
@@ -30,7 +30,7 @@ def test_a_checkpoint_is_read_with_the_tokenizer_in_its_files_whatever_its_name_
     driver = Driver()
     request_id = driver.ask(made.request("Era uma vez", 8))
     driver.finish(request_id)
-    expected = reference_tokens(made, "Era uma vez", 8, Sampling(0))
+    expected = reference_tokens(made, "Era uma vez", 8, SamplingConfig(temperature=0))
     (chunk,) = driver.chunks(request_id)
     assert (list(chunk.tokens), chunk.text) == (expected, earlier.decode(expected))
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from nanomoe.sampling import Sampling
+from nanomoe.config import SamplingConfig
 from tests.service.generation.driver import Driver, reference_tokens
 from tests.service.tiny_checkpoint import TinyCheckpoint, write_tiny_checkpoint
 
@@ -15,7 +15,7 @@ def tiny(tmp_path: Path) -> TinyCheckpoint:
 
 
 def test_a_stop_string_across_tokens_ends_a_text_and_frees_its_slot(tiny: TinyCheckpoint) -> None:
-    text = tiny.tokenizer.decode(reference_tokens(tiny, "Era", 30, Sampling(1.0), seed=1))
+    text = tiny.tokenizer.decode(reference_tokens(tiny, "Era", 30, SamplingConfig(), seed=1))
     stop = text[9:12]
     driver = Driver()
     request_id = driver.ask(tiny.request("Era", 30, temperature=1.0, seed=1, stop=(stop,)), stream=True)

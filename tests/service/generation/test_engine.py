@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanomoe.sampling import Sampling
+from nanomoe.config import SamplingConfig
 from service.generation.messages import (
     Done,
     Start,
@@ -85,7 +85,7 @@ def test_what_begins_before_the_loops_are_ready_is_answered_without_them_and_wha
     }  # fmt: skip
     for request_id, prompt, n in ((early, "Era", 30), (long, "Olá", 300), (late, "Era", 30)):
         tokens = [token for chunk in driver.chunks(request_id) for token in chunk.tokens]
-        assert tokens == reference_tokens(tiny, prompt, n, Sampling(0))
+        assert tokens == reference_tokens(tiny, prompt, n, SamplingConfig(temperature=0))
     assert driver.cache._replaced == []
     assert driver.n_sequences == 0
 

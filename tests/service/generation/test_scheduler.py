@@ -7,7 +7,7 @@ import pytest
 import torch
 from structlog.testing import capture_logs
 
-from nanomoe.sampling import Sampling
+from nanomoe.config import SamplingConfig
 from service.generation.messages import Begun, Cancel, Done, Failed
 from tests.service.generation.driver import Driver, reference_tokens
 from tests.service.tiny_checkpoint import TinyCheckpoint, write_tiny_checkpoint
@@ -23,7 +23,7 @@ def test_a_request_is_answered_with_its_text(tiny: TinyCheckpoint, stream: bool)
     driver = Driver()
     request_id = driver.ask(tiny.request("Era uma vez", 40), stream=stream)
     driver.finish(request_id)
-    expected = reference_tokens(tiny, "Era uma vez", 40, Sampling(0))
+    expected = reference_tokens(tiny, "Era uma vez", 40, SamplingConfig(temperature=0))
     begun, *chunks, done = driver.sent[request_id]
     assert isinstance(begun, Begun)
     assert [token for chunk in driver.chunks(request_id) for token in chunk.tokens] == expected
@@ -39,7 +39,7 @@ def test_every_choice_of_a_request_is_a_text_of_its_own(tiny: TinyCheckpoint) ->
     driver = Driver()
     request_id = driver.ask(tiny.request(n=3, temperature=1.0, seed=7))
     driver.finish(request_id)
-    expected = {i: reference_tokens(tiny, "Era uma vez", 8, Sampling(1.0), seed=7, index=i) for i in range(3)}
+    expected = {i: reference_tokens(tiny, "Era uma vez", 8, SamplingConfig(), seed=7, index=i) for i in range(3)}
     assert {chunk.index: list(chunk.tokens) for chunk in driver.chunks(request_id)} == expected
     assert len({tuple(tokens) for tokens in expected.values()}) == 3
 

@@ -6,7 +6,7 @@ from email import message_from_bytes
 
 import pytest
 
-from service.jobs import store
+from service.jobs import reads
 from tests.api import Api
 
 WEIGHTS = bytes(range(256)) * 4
@@ -227,7 +227,7 @@ def test_only_a_recorded_name_is_a_file(api: Api, finished: str, name: str) -> N
 
 def test_a_file_that_is_gone_or_has_another_size_is_told(api: Api) -> None:
     job_id = api.finished()
-    folder = api.context.settings.data_dir / store.get_checkpoint(api.db, job_id, 100).folder
+    folder = api.context.settings.data_dir / reads.get_checkpoint(api.db, job_id, 100).folder
     (folder / "model.safetensors").write_bytes(WEIGHTS[:-1])
     (folder / "config.json").unlink()
     for name in ("model.safetensors", "config.json"):

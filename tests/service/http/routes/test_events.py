@@ -12,8 +12,10 @@ import httpx
 import pytest
 import sqlalchemy as sa
 
-from service.jobs import queue, store
-from service.jobs.tables import EPOCH, Event, Job, table
+from service.database.schema import table
+from service.database.utc_time import EPOCH
+from service.jobs import queue, reads, recording
+from service.jobs.tables import Event, Job
 from tests.api import Api, Serve
 
 
@@ -70,7 +72,7 @@ def test_events_come_as_they_happen_and_end_with_the_job(api: Api) -> None:
         (*_, (_, number, checkpoint)) = stream.until("checkpoint")
         assert number == "3"
         assert (checkpoint["percent"], checkpoint["loss"], checkpoint["reconstruction"]["tokens"]) == (25, 2.0, None)
-        queue.record_event(api.db, claim, "warning", {"code": "dead_expert", "message": "expert 3 of layer 1"})
+        recording.record_event(api.db, claim, "warning", {"code": "dead_expert", "message": "expert 3 of layer 1"})
         assert stream.until("warning")[-1] == (
             "warning",
             "4",
@@ -106,14 +108,14 @@ def test_no_step_follows_the_last_status_of_a_job_that_ends_between_two_reads(
     api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     claim = api.running()
-    events_after = store.events_after
+    events_after = reads.events_after
 
     def end_then_read(*arguments: Any) -> list[Event]:
-        monkeypatch.setattr(store, "events_after", events_after)
+        monkeypatch.setattr(reads, "events_after", events_after)
         queue.finish(api.db, claim, "succeeded")
         return events_after(*arguments)
 
-    monkeypatch.setattr(store, "events_after", end_then_read)
+    monkeypatch.setattr(reads, "events_after", end_then_read)
     with listening(api, claim.job_id) as stream:
         *_, (kind, _, data) = stream
     assert (kind, data["status"]) == ("status", "succeeded")

@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 from nanomoe import checkpoint
 from service.generation import admission
 from service.generation.messages import Cancel, Generate, Start, ToEngine
-from service.jobs import queue, store
+from service.jobs import queue, reads
 from tests.api import Api, Serve
 from tests.service.tiny_checkpoint import write_tiny_checkpoint
 
@@ -39,7 +39,7 @@ def job_id(api: Api, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def damage(api: Api, job_id: str, percent: int) -> None:
     """Turn one bit of a checkpoint's weights."""
-    folder = api.context.settings.data_dir / store.get_checkpoint(api.db, job_id, percent).folder
+    folder = api.context.settings.data_dir / reads.get_checkpoint(api.db, job_id, percent).folder
     weights = bytearray((folder / checkpoint.WEIGHTS).read_bytes())
     weights[-1] ^= 1
     (folder / checkpoint.WEIGHTS).write_bytes(weights)

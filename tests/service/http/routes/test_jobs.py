@@ -17,7 +17,11 @@ from structlog.testing import capture_logs
 from nanomoe.config import JobConfig
 from nanomoe.model import size
 from nanomoe.tokenizer import load_tokenizer
-from service.jobs import queue, queue_position, store
+from service.jobs import queue, queue_position, reads
+from service.jobs.labels import relabel
+from service.jobs.new_job import NewJob
+from service.jobs.workers import worker_started
+from service.storage.job_folders import job_folder
 from tests.api import TEXT, Api, Serve, serving
 
 NOBODY = "0" * 32
@@ -33,7 +37,7 @@ def code(answer: Any) -> str:
 
 
 def n_jobs(api: Api) -> int:
-    return sum(store.count_jobs(api.db).values())
+    return sum(reads.count_jobs(api.db).values())
 
 
 def test_a_text_alone_is_the_reference_run(api: Api) -> None:
@@ -380,7 +384,7 @@ def test_a_wait_ends_when_its_time_is_over(api: Api) -> None:
 def test_a_wait_finds_the_place_in_the_line_once(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     job_id, other = api.submit()["id"], api.submit()["id"]
     places, looks = 0, threading.Semaphore(0)
-    find_place, get_job = queue_position.find_place, store.get_job
+    find_place, get_job = queue_position.find_place, reads.get_job
 
     def counted_place(*arguments: Any) -> Any:
         nonlocal places
@@ -392,12 +396,12 @@ def test_a_wait_finds_the_place_in_the_line_once(api: Api, monkeypatch: pytest.M
         return get_job(*arguments)
 
     monkeypatch.setattr(queue_position, "find_place", counted_place)
-    monkeypatch.setattr(store, "get_job", counted_look)
+    monkeypatch.setattr(reads, "get_job", counted_look)
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(api.http.get, f"/jobs/{job_id}", params={"wait": 2, "seen": "queued"})
         for name in "abc":
             looks.acquire()
-            store.relabel(api.db, other, {"name": name})
+            relabel(api.db, other, {"name": name})
         assert waiting.result(15).json()["queue_position"] is not None
     assert places == 1
 
@@ -458,7 +462,7 @@ def test_a_wish_that_comes_too_late_is_a_conflict(api: Api) -> None:
 def test_a_finished_job_is_deleted_with_its_files_and_its_text(api: Api) -> None:
     text = f"só meu {uuid4().hex}"
     job_id = api.finished(text=text)
-    folder = api.context.settings.data_dir / store.job_folder(job_id)
+    folder = api.context.settings.data_dir / job_folder(job_id)
     assert folder.is_dir()
     assert api.http.delete(f"/jobs/{job_id}").status_code == 204
     assert not folder.exists()
@@ -478,7 +482,7 @@ def test_a_job_that_is_not_finished_or_has_children_is_not_deleted(api: Api) -> 
 
 def test_weights_that_do_not_fit_or_are_not_there_are_no_start(api: Api) -> None:
     parent, damaged = api.finished(), api.finished()
-    recorded = store.get_checkpoint(api.db, damaged, 100)
+    recorded = reads.get_checkpoint(api.db, damaged, 100)
     (api.context.settings.data_dir / recorded.folder / "tokenizer.json").write_bytes(b"{}")
     claim = api.running()
     api.record_checkpoint(claim, 100, 500, {"model.safetensors": b"weights"})
@@ -525,7 +529,7 @@ def test_a_row_of_an_earlier_version_says_no_more_that_a_dense_job_has_unused_se
     other = {"code": "dead_expert", "message": "expert 3"}
     warnings: dict[str, list[dict[str, str]]] = {}
     for name, config in {"default": {}, "changed": {"n_experts": 4}}.items():
-        new = queue.NewJob(
+        new = NewJob(
             text=TEXT, config=JobConfig.model_validate(config).model_dump(mode="json"), warnings=[false, other]
         )
         job, _ = queue.submit(api.db, new)
@@ -575,7 +579,7 @@ def test_a_folder_with_a_tokenizer_may_be_named_when_the_server_says_where(serve
 def test_a_queued_job_says_when_a_worker_will_be_free_for_it(serve: Serve) -> None:
     api = serve()
     assert api.submit()["estimated_start_at"] is None  # there is no worker
-    store.worker_started(api.db, api.worker)
+    worker_started(api.db, api.worker)
     claim = api.running()
     assert api.http.get(f"/jobs/{claim.job_id}").json()["estimated_start_at"] is None
     waiting = api.submit(priority=1)  # before the first, which was paused

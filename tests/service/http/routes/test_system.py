@@ -7,7 +7,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.http import instruments
-from service.jobs import queue, store
+from service.jobs import queue
+from service.jobs.workers import worker_started, worker_stopped
 from tests.api import Api, Serve
 from tests.databases import Clock
 from tests.service.http.routes.test_generate import generate, tiny_files
@@ -31,7 +32,7 @@ def test_the_tables_are_told_as_they_are(serve: Serve, monkeypatch: pytest.Monke
     api = serve()
     before = scrape(api)
     assert before['nanomoe_jobs{status="queued"}'] == before["nanomoe_workers"] == before["nanomoe_queue_age_seconds"]
-    store.worker_started(api.db, api.worker)
+    worker_started(api.db, api.worker)
     api.running()
     api.submit()
     now = scrape(api)
@@ -42,7 +43,7 @@ def test_the_tables_are_told_as_they_are(serve: Serve, monkeypatch: pytest.Monke
     assert (now["nanomoe_workers"], now["nanomoe_worker_slots"]) == (1, 1)
     assert now["nanomoe_training_tokens_per_second"] == 100
     assert now["process_resident_memory_bytes"] > 0
-    store.worker_stopped(api.db, api.worker.id)
+    worker_stopped(api.db, api.worker.id)
     assert scrape(api)["nanomoe_workers"] == 0
 
 

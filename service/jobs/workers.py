@@ -1,0 +1,107 @@
+"""Workers: the row of each boot, whether it is alive, and what it runs."""
+
+import os
+import platform
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any
+
+import sqlalchemy as sa
+from sqlmodel import col, select
+
+from service.database.database import Database
+from service.database.schema import table
+from service.jobs.tables import Job, Worker
+
+WORKER_KEPT = timedelta(days=1)
+"""How long a worker that is no longer seen stays in the list."""
+
+
+@dataclass(frozen=True)
+class WorkerIdentity:
+    """One boot of a worker: what `GET /workers` tells of it, and which jobs it can hold."""
+
+    name: str = field(default_factory=platform.node)
+    devices: Sequence[dict[str, Any]] = ()
+    """`{"device", "name", "memory_bytes"}` of each."""
+
+    slots: int = 1
+    lease_seconds: float = 60.0
+    """Length of its leases, and how long after it was last seen it counts as alive."""
+
+    versions: dict[str, str] = field(default_factory=dict)
+    memory_bytes: int | None = None
+    """Jobs that need more are left to others; None takes every job."""
+
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    """Random for every boot: a stable name is not a fence."""
+
+
+def worker_started(db: Database, worker: WorkerIdentity) -> None:
+    """Enter this boot into the list, and forget those not seen for a day."""
+    workers = table(Worker)
+    with db.write() as session:
+        session.execute(sa.delete(workers).where(workers.c.last_seen_at < db.after(-WORKER_KEPT.total_seconds())))
+        values = {
+            "id": worker.id,
+            "name": worker.name,
+            "host": platform.node(),
+            "pid": os.getpid(),
+            "slots": worker.slots,
+            "lease_seconds": worker.lease_seconds,
+            "devices": list(worker.devices),
+            "versions": worker.versions,
+            "started_at": db.now,
+            "last_seen_at": db.now,
+            "stopped_at": None,
+        }
+        session.execute(sa.insert(workers).values(**values))
+
+
+def worker_seen(db: Database, worker_id: str) -> None:
+    """Say that this boot is alive: while it is, a lease that passed is not counted as a crash."""
+    workers = table(Worker)
+    with db.write() as session:
+        session.execute(sa.update(workers).where(workers.c.id == worker_id).values(last_seen_at=db.now))
+
+
+def worker_stopped(db: Database, worker_id: str) -> None:
+    """Say that this boot has ended."""
+    workers = table(Worker)
+    with db.write() as session:
+        session.execute(sa.update(workers).where(workers.c.id == worker_id).values(stopped_at=db.now))
+
+
+def is_alive(worker: Worker, now: datetime) -> bool:
+    """Whether a worker was seen within the length of its own leases, several heartbeats, and has not stopped. One that
+    was seen further in the future than that was seen by a clock that has been set back, and not since. `now` is the
+    database's."""
+    return not is_gone(worker, now) and worker.last_seen_at - now < timedelta(seconds=worker.lease_seconds)
+
+
+def is_gone(worker: Worker, now: datetime) -> bool:
+    """Whether a worker has stopped, or was not seen for the length of its own leases. Of one that was seen in the
+    future nobody can tell. `now` is the database's."""
+    return worker.stopped_at is not None or now - worker.last_seen_at >= timedelta(seconds=worker.lease_seconds)
+
+
+def list_workers(db: Database) -> list[tuple[Worker, list[Job]]]:
+    """The workers, the last seen first, each with the jobs it runs."""
+    with db.read() as session:
+        running: dict[str, list[Job]] = {}
+        for job in session.exec(select(Job).where(col(Job.status) == "running").order_by(col(Job.seq))):
+            running.setdefault(str(job.worker_id), []).append(job)
+        workers = session.exec(select(Worker).order_by(col(Worker.last_seen_at).desc(), col(Worker.id)))
+        return [(worker, running.get(worker.id, [])) for worker in workers]
+
+
+def has_training(db: Database) -> bool:
+    """Whether a worker is alive, or a job waits or runs."""
+    now = db.time()
+    with db.read() as session:
+        if session.exec(select(Job.id).where(col(Job.status).in_(("queued", "running"))).limit(1)).first() is not None:
+            return True
+        workers = session.exec(select(Worker).where(col(Worker.stopped_at).is_(None)))
+        return any(is_alive(worker, now) for worker in workers)
