@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter
 
-from nanomoe.config import Strict
+from nanomoe.config import SamplingConfig, Strict
 from nanomoe.logs import LogFormat
 from service.generation.answers import FinishReason, LayerRoutingView, NextTokenView, PromptToken, TokenLogProb
 
@@ -27,14 +27,8 @@ class EngineRequest(Strict):
     max_new_tokens: int
     """Tokens of each continuation, at least 1."""
 
-    temperature: float = 1.0
-    """Divides the logits; 0 takes the likeliest token."""
-
-    top_k: int | None = None
-    """Sample among this many likeliest tokens; None among all."""
-
-    top_p: float | None = None
-    """Sample among the likeliest tokens that together hold this much probability; None among all."""
+    sampling: SamplingConfig = SamplingConfig()
+    """How each token is chosen."""
 
     seed: int = 0
     """The same seed gives the same texts."""

@@ -14,7 +14,6 @@ from pathlib import Path
 import structlog
 import torch
 
-from nanomoe.config import SamplingConfig
 from nanomoe.generation.engine import Continuation, Request
 from service.generation.checkpoint_cache import CheckpointCache, LoadedCheckpoint, LoadFailure
 from service.generation.chunks import ChunkedContinuation
@@ -196,5 +195,4 @@ class Scheduler:
 
 
 def _sequence(request: EngineRequest, prompt: tuple[int, ...], index: int) -> Request:
-    sampling = SamplingConfig(temperature=request.temperature, top_k=request.top_k, top_p=request.top_p)
-    return Request(prompt, request.max_new_tokens, sampling, request.seed, index, request.logprobs)
+    return Request(prompt, request.max_new_tokens, request.sampling, request.seed, index, request.logprobs)

@@ -1,8 +1,10 @@
-"""What all answers share: how they are read, how lists come in pages, and what an error looks like."""
+"""What requests and answers share: the checkpoint that is meant, how answers are read, pages of a list, errors."""
 
-from typing import Annotated, Generic, TypeVar
+from typing import Annotated, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from nanomoe.config import JOB_ID_PATTERN, Percent, Strict, Whole
 
 BYTE_ORDER_MARK = "\ufeff"
 
@@ -15,6 +17,16 @@ Text = Annotated[str, BeforeValidator(_without_mark)]
 """What is read from files: a byte-order mark at its start says how the file is encoded, and is no part of the text."""
 
 T = TypeVar("T")
+
+
+class CheckpointRequest(Strict):
+    """The body of a request that is answered from one checkpoint."""
+
+    job_id: str = Field(pattern=JOB_ID_PATTERN)
+    """Id of the job whose checkpoint is used."""
+
+    checkpoint: Annotated[Percent, Whole] | Literal["latest"] = "latest"
+    """Percent of a recorded checkpoint, or the newest that is not damaged."""
 
 
 class View(BaseModel):

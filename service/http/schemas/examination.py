@@ -1,35 +1,22 @@
 """Looking into a checkpoint: how well it knows a text, and what a prompt makes it do."""
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 
-from nanomoe.config import JOB_ID_PATTERN, Percent, Strict, Whole
 from service.generation.answers import LayerRoutingView, NextTokenView, PromptToken
-from service.http.schemas.base import Text, View
+from service.http.schemas.base import CheckpointRequest, Text, View
 
 
-class ScoreRequest(Strict):
+class ScoreRequest(CheckpointRequest):
     """The body of `POST /score`."""
-
-    job_id: str = Field(pattern=JOB_ID_PATTERN)
-    """The job whose checkpoint reads the text."""
-
-    checkpoint: Annotated[Percent, Whole] | Literal["latest"] = "latest"
-    """Percent of a recorded checkpoint, or the newest that is not damaged."""
 
     text: Text = Field(min_length=1, max_length=65_536)
     """Any text of two tokens or more. A byte-order mark at its start is dropped, as in a training text."""
 
 
-class InspectRequest(Strict):
+class InspectRequest(CheckpointRequest):
     """The body of `POST /inspect`."""
-
-    job_id: str = Field(pattern=JOB_ID_PATTERN)
-    """The job whose checkpoint reads the prompt."""
-
-    checkpoint: Annotated[Percent, Whole] | Literal["latest"] = "latest"
-    """Percent of a recorded checkpoint, or the newest that is not damaged."""
 
     prompt: Annotated[str, Field(max_length=65_536, json_schema_extra={"minLength": 1})]
     """A text of one token or more; its newest `block_size` tokens are read, and nothing is generated."""

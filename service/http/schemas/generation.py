@@ -1,12 +1,12 @@
 """Continuing a prompt: the request, the plain answer, and the pieces of a stream."""
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, StringConstraints
 
-from nanomoe.config import JOB_ID_PATTERN, Integer, Percent, Strict, Whole
+from nanomoe.config import Integer, SamplingConfig, Whole
 from service.generation.answers import FinishReason, Timing, TokenLogProb
-from service.http.schemas.base import View
+from service.http.schemas.base import CheckpointRequest, View
 
 TextPrompt = Annotated[str, Field(strict=True, max_length=1_000_000, json_schema_extra={"minLength": 1})]
 """A text to continue. An empty one is refused by name (`empty_prompt`), where it is known why."""
@@ -17,29 +17,14 @@ MAX_STOP_STRINGS = 16
 """Most strings that may end a continuation."""
 
 
-class GenerateRequest(Strict):
+class GenerateRequest(SamplingConfig, CheckpointRequest):
     """The body of `POST /generate`."""
-
-    job_id: str = Field(pattern=JOB_ID_PATTERN)
-    """The job whose checkpoint continues the prompt."""
-
-    checkpoint: Annotated[Percent, Whole] | Literal["latest"] = "latest"
-    """Percent of a recorded checkpoint, or the newest that is not damaged."""
 
     prompt: TextPrompt
     """The text to continue."""
 
     max_new_tokens: Integer = Field(25, ge=1, le=65_536)
     """Tokens of each continuation, at most the server's limit."""
-
-    temperature: float = Field(1.0, ge=0, le=100)
-    """Divides the logits before sampling; 0 takes the likeliest token."""
-
-    top_k: Annotated[int, Field(ge=1, le=1_000_000), Whole] | None = None
-    """Sample among this many likeliest tokens; null among all."""
-
-    top_p: float | None = Field(None, gt=0, le=1)
-    """Sample among the likeliest tokens that together hold this much probability; null among all."""
 
     seed: Annotated[int, Field(ge=0, lt=2**63), Whole] | None = None
     """The same seed gives the same text, whoever else is being served; null draws one."""
