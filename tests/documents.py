@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from nanomoe.config import JobConfig, ModelConfig, SampleConfig, TrainConfig
 from service import client
 from service.cli import glossary
+from service.client.job_fields import ViewField
 from service.settings import Settings
 
 ROOT = Path(__file__).parent.parent
@@ -146,9 +147,9 @@ def methods_table(kind: type) -> str:
     """Every public method and property of a class of the client, with the first sentence of its docstring."""
     fields, methods = [], []
     for name, member in inspect.getmembers(kind):
-        if name.startswith("_") or name in ("ask", "open"):  # those two are for the client's own methods
+        if name.startswith("_") or name in ("send", "open"):  # those two are for the client's own methods
             continue
-        if isinstance(member, property):
+        if isinstance(member, ViewField):
             fields.append(f"| `{name}` | {_sentence(member)} |")
         else:
             methods.append(f"| `{name}({_parameters(member)})` | {_sentence(member)} |")

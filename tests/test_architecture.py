@@ -30,6 +30,13 @@ IN_ENGINE = tuple(
 )  # fmt: skip
 """What runs in the generation engine's process, which loads torch; the API imports none of it."""
 
+SERVICE_BELOW = {
+    "service.database": ("jobs", "storage", "generation", "http", "client", "cli"),
+    "service.jobs": ("storage", "generation", "http", "client", "cli"),
+    "service.storage": ("generation", "http", "client", "cli"),
+}
+"""Packages of `service`, and those that stand above each: imports go downwards."""
+
 WEB = ("fastapi", "starlette", "uvicorn")
 
 BELOW = {
@@ -81,7 +88,8 @@ def forbidden(module: str, name: str) -> bool:
             or (_within(name, "torch") and module != "worker.trainer")
             or (_within(name, "service") and module == "worker.trainer")
         )
-    if _within(name, "worker"):
+    above = [f"service.{room}" for below, rooms in SERVICE_BELOW.items() if _within(module, below) for room in rooms]
+    if _within(name, "worker", *above):
         return True
     if _within(module, *(f"service.{part}" for part in NO_FASTAPI)):
         return _within(name, "torch", *WEB)
@@ -130,8 +138,12 @@ def test_a_package_imports_only_what_it_may(package: str) -> None:
         ("service.generation.admission", "import torch"),
         ("service.generation.admission", "from service.generation.examiner import Examiner"),
         ("service.generation.admission", "from service.http import schemas"),
-        ("service.generation.scheduler", "from service.jobs import store"),
+        ("service.generation.scheduler", "from service.jobs import reads"),
         ("service.http.routes.generate", "from service.generation import scheduler"),
+        ("service.database.migrations.env", "from service.jobs import tables"),
+        ("service.jobs.submission", "from service.http.schemas import SubmitRequest"),
+        ("service.jobs.addressing", "from service.storage.job_folders import job_folder"),
+        ("service.storage.fsck", "from service.http import views"),
         ("service.http.routes.jobs", "import torch"),
     ],
 )
@@ -149,6 +161,8 @@ def test_the_check_sees_a_forbidden_import(module: str, source: str) -> None:
         ("service.cli.examine", "from service.generation.examiner import OpenCheckpoint"),
         ("service.http.routes.generate", "from service.generation.admission import Generation"),
         ("service.http.routes.jobs", "from ..schemas import JobView\nfrom .parameters import Limit"),
+        ("service.storage.orphans", "from service.jobs.tables import Job"),
+        ("service.jobs.queue", "from service.database.database import Database"),
         ("nanomoe.training.loop", "from nanomoe.workers_of_old import x\nimport torch"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What supervisor and trainer say to each other: one JSON object a line, over the trainer's stdin and stdout.
+"""The messages between supervisor and trainer: one JSON object a line, over the trainer's stdin and stdout.
 
 Knows neither of them, no torch and no database.
 """
@@ -20,19 +20,19 @@ class Folder(Strict):
     """Absolute path."""
 
     manifest_sha256: str
-    """SHA-256 of the recorded manifest, which vouches for every byte."""
+    """SHA-256 of the recorded manifest, which lists the SHA-256 of every file."""
 
 
 # -- To the trainer ---------------------------------------------------------------------------------------------------
 
 
 class Start(Strict):
-    """The one job of this process."""
+    """Start message: the one job that this process trains."""
 
     type: Literal["start"] = "start"
     job_id: str
     fence: int
-    """Names the folders that this attempt writes."""
+    """Fence of the claim, which is a part of the name of every folder that this attempt writes."""
 
     config: JobConfig
     text_path: str
@@ -42,7 +42,7 @@ class Start(Strict):
     """Absolute path of the job's folder, in which checkpoints and snapshots are written."""
 
     execution: dict[str, Any] | None
-    """That of the job's first start, to be used again; null at the first start."""
+    """Execution that the job's first start decided, to be used again; null at the first start."""
 
     resume: Folder | None
     """The snapshot to go on from."""
@@ -54,10 +54,10 @@ class Start(Strict):
     """The checkpoint of an earlier attempt whose tokenizer the job goes on with, where it starts again at step 0."""
 
     device: str
-    """For example `cpu` or `cuda:0`."""
+    """Device in torch's notation, for example `cpu` or `cuda`."""
 
     snapshot_seconds: float
-    """Time between rolling snapshots."""
+    """Seconds between rolling snapshots."""
 
     allow_hub: bool
     """Whether a tokenizer may be downloaded."""
@@ -66,18 +66,18 @@ class Start(Strict):
     """Folder under which local tokenizers lie."""
 
 
-class Beat(Strict):
-    """The supervisor lives, whatever the database does; it ends the trainer itself when the lease is no longer
-    certain."""
+class KeepAlive(Strict):
+    """Sign of life of the supervisor, sent whether or not the database is within reach. The supervisor itself kills the
+    trainer at the lease's deadline."""
 
-    type: Literal["beat"] = "beat"
+    type: Literal["keep_alive"] = "keep_alive"
     until: float
-    """The trainer ends itself at this time of the machine's monotonic clock unless it hears of a later one: before
-    anybody else can claim its job."""
+    """Time of the machine's monotonic clock at which the trainer kills itself unless a later one has come: before
+    another worker can claim its job."""
 
 
 class Stop(Strict):
-    """End at the next step boundary; a pause or a drain leaves a snapshot."""
+    """Request to stop at the next step boundary; before a pause or a drain a snapshot is written."""
 
     type: Literal["stop"] = "stop"
     reason: StopReason
@@ -87,13 +87,13 @@ class Stop(Strict):
 
 
 class Ready(Strict):
-    """torch is imported, no device is touched: waiting for a start."""
+    """The trainer has imported torch, has touched no GPU, and waits for the start message."""
 
     type: Literal["ready"] = "ready"
 
 
 class Prepared(Strict):
-    """The text is tokenised, the model is built; training begins."""
+    """The text is tokenised and the model is built; training begins."""
 
     type: Literal["prepared"] = "prepared"
     execution: dict[str, Any]
@@ -112,7 +112,7 @@ class Steps(Strict):
 
     type: Literal["steps"] = "steps"
     step: list[int] = Field(min_length=1)
-    """From 1."""
+    """Number of each step, from 1."""
 
     train_loss: list[float]
     lr: list[float]
@@ -128,14 +128,14 @@ class Steps(Strict):
 
 
 class CheckpointWritten(Strict):
-    """A checkpoint is whole and flushed to the disk."""
+    """A checkpoint is complete and flushed to the disk."""
 
     type: Literal["checkpoint"] = "checkpoint"
     percent: int
     step: int
     epoch: int
     folder: str
-    """Its name in the job's folder."""
+    """Name of the folder inside of the job's folder."""
 
     manifest_sha256: str
     files: list[FileEntry]
@@ -143,44 +143,44 @@ class CheckpointWritten(Strict):
 
 
 class SnapshotWritten(Strict):
-    """A snapshot is whole and flushed to the disk."""
+    """A snapshot is complete and flushed to the disk."""
 
     type: Literal["snapshot"] = "snapshot"
     step: int
     folder: str
-    """Its name in the job's folder."""
+    """Name of the folder inside of the job's folder."""
 
     manifest_sha256: str
 
 
 class Warned(Strict):
-    """Something that the user should know, while training goes on."""
+    """A warning for the user; training goes on."""
 
     type: Literal["warning"] = "warning"
     code: str
     message: str
     micro_batch: int | None = None
-    """Windows computed together from here on, where that is the warning."""
+    """New size of the micro-batch, in windows, where the warning is about that."""
 
 
 class Failure(Strict):
     """Why a job failed."""
 
     code: str
-    """Stable and machine-readable."""
+    """Stable, machine-readable name of the error."""
 
     message: str
 
 
 class Done(Strict):
-    """The last line. A trainer that ends without it has crashed."""
+    """The final message. A trainer that ends without it has crashed."""
 
     type: Literal["done"] = "done"
     outcome: Literal["succeeded", "stopped", "failed"]
     error: Failure | None = None
 
 
-ToTrainer = Start | Beat | Stop
+ToTrainer = Start | KeepAlive | Stop
 FromTrainer = Ready | Prepared | Steps | CheckpointWritten | SnapshotWritten | Warned | Done
 
 _TO_TRAINER: TypeAdapter[ToTrainer] = TypeAdapter(Annotated[ToTrainer, Field(discriminator="type")])

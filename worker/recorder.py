@@ -1,6 +1,6 @@
-"""What a trainer says becomes rows: the steps gathered into batches, the rest at once, in the order it happened.
+"""Writes a trainer's messages to the database: steps gathered into batches, everything else at once, in order.
 
-Knows neither when to stop nor what becomes of the job. Every write goes through the lease.
+Decides neither when to stop nor the job's next state. Every write goes through the lease.
 """
 
 import shutil
@@ -24,8 +24,8 @@ from worker.timing import Timing
 
 log = structlog.get_logger(__name__)
 
-Telling = Prepared | Steps | CheckpointWritten | SnapshotWritten | Warned
-"""What a trainer tells of its work."""
+Update = Prepared | Steps | CheckpointWritten | SnapshotWritten | Warned
+"""The trainer's messages about a job that it trains."""
 
 
 class Recorder:
@@ -34,7 +34,7 @@ class Recorder:
     def __init__(
         self, db: Database, lease: Lease, data_dir: Path, timing: Timing, on_intents: Callable[[Intents], None]
     ) -> None:
-        """`on_intents` is told, after every write, what is wished of the job."""
+        """`on_intents` is called after every write with the job's cancel and pause requests."""
         self._db = db
         self._lease = lease
         self._claim = lease.claim
@@ -43,18 +43,18 @@ class Recorder:
         self._on_intents = on_intents
         self.progress: dict[str, Any] = dict(lease.claim.job.progress)
         self.prepared: Prepared | None = None
-        """What this attempt's trainer decided."""
+        """The trainer's `Prepared` message, once it has come."""
         self.micro_batch = 0
-        """Windows that it computes together, once it has decided."""
+        """Windows of a micro-batch, once the trainer has decided them."""
         self.snapshot_folder: str | None = None
         """Folder of the recorded snapshot, relative to the data folder."""
         self.stopped_early: str | None = None
         """Why training ended before its last step, if it did."""
         self._steps: dict[str, list[Any]] = {}
-        """Figures that wait for the next commit."""
+        """Step figures that wait for the next commit."""
         self._last_commit = 0.0
         self.last_progress = time.monotonic()
-        """Monotonic time at which something was told."""
+        """Monotonic time of the trainer's latest message."""
         self._step_seconds: deque[float] = deque(maxlen=100)
 
     @property
@@ -67,8 +67,8 @@ class Recorder:
         """Median time of the last steps, in seconds; 0 before there are any."""
         return statistics.median(self._step_seconds) if self._step_seconds else 0.0
 
-    def hear(self, message: Telling) -> None:
-        """Record it, or keep it for the next batch."""
+    def handle(self, message: Update) -> None:
+        """Write a message to the database; steps wait for the next batch."""
         now = time.monotonic()
         if isinstance(message, Steps):
             self._step_seconds.append((now - self.last_progress) / len(message.step))
@@ -86,7 +86,7 @@ class Recorder:
             self._last_commit = time.monotonic()
 
     def write(self, write: Callable[[], Intents]) -> None:
-        """Do one write by the job's owner."""
+        """Do one write under the lease, and pass on the requests that it returns."""
         self._on_intents(self._lease.write(write))
 
     def _gather(self, steps: Steps) -> None:
@@ -119,9 +119,9 @@ class Recorder:
                 assert_never(message)
 
     def _begin(self, prepared: Prepared) -> None:
-        """Record what was decided, and make the step series end where training goes on."""
+        """Record the trainer's decisions, and cut the step series where training resumes."""
         db, claim = self._db, self._claim
-        log.info("prepared", job=claim.job_id, **prepared.execution)
+        log.info("job_prepared", job=claim.job_id, **prepared.execution)
         self.prepared, self.micro_batch = prepared, prepared.execution["micro_batch"]
         self.write(
             lambda: recording.record_prepared(
@@ -148,12 +148,12 @@ class Recorder:
         self.write(lambda: recording.heartbeat(db, claim, self.progress))
 
     def _keep_micro_batch(self, micro_batch: int) -> None:
-        """A later attempt need not run out of memory again to learn it."""
+        """Record the smaller micro-batch, so that a later attempt does not run out of memory again."""
         self.micro_batch = micro_batch
         self.write(lambda: recording.record_micro_batch(self._db, self._claim, micro_batch))
 
     def _add_checkpoint(self, message: CheckpointWritten) -> None:
-        log.info("checkpoint", job=self._claim.job_id, percent=message.percent, step=message.step)
+        log.info("checkpoint_written", job=self._claim.job_id, percent=message.percent, step=message.step)
         self.write(
             lambda: recording.record_checkpoint(
                 self._db,
@@ -172,7 +172,7 @@ class Recorder:
             self.stopped_early = checkpoint.stopped_early(message.step, message.metrics["perplexity"])
 
     def _replace_snapshot(self, message: SnapshotWritten) -> None:
-        """Record it in place of the one before, whose files nobody needs then."""
+        """Record a snapshot in place of the previous one, whose files are then removed."""
         folder = self._relative(message.folder)
         self.write(
             lambda: recording.record_snapshot(
@@ -184,7 +184,7 @@ class Recorder:
             shutil.rmtree(self._data_dir / before, ignore_errors=True)
 
     def drop_snapshot(self) -> None:
-        """Remove the files of a job's snapshot once its end is recorded: nobody resumes it."""
+        """Remove the files of a job's snapshot once its end is recorded: it is not resumed any more."""
         if self.snapshot_folder is not None:
             shutil.rmtree(self._data_dir / self.snapshot_folder, ignore_errors=True)
 

@@ -1,6 +1,6 @@
-"""What a trainer is given: the text as a file, the snapshot to go on from, the weights to start from.
+"""The start message of an attempt: the text as a file, the snapshot to resume from, the weights to start from.
 
-Nothing is given that was not verified byte by byte. Knows no process and writes nothing to the database.
+Every file in it was verified byte by byte. Knows no process and writes nothing to the database.
 """
 
 import hashlib
@@ -20,16 +20,16 @@ from worker.protocol import Folder, Start, Warned
 
 
 class ParentUnusable(Exception):
-    """The checkpoint that the job should start from is not there, or is damaged."""
+    """The checkpoint that the job is to start from is missing or damaged."""
 
     code = "parent_unusable"
 
 
-def compose(
+def build_start(
     db: Database, job: Job, *, device: str, settings: Settings, meanwhile: Callable[[], None] = lambda: None
 ) -> tuple[Start, str | None, list[Warned]]:
-    """The start message of an attempt, the recorded snapshot's folder (relative to the data folder), and what is worth
-    telling. `meanwhile` is called again and again, every few milliseconds, while large files are verified.
+    """The start message of an attempt, the recorded snapshot's folder (relative to the data folder), and warnings for
+    the user. `meanwhile` is called again and again, every few milliseconds, while large files are verified.
 
     Raises ParentUnusable, DatabaseUnavailable, OSError when the text cannot be written, and what `meanwhile` raises.
     """

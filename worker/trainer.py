@@ -1,7 +1,7 @@
-"""The child process that trains one job: it reads the job from stdin and says on stdout what happened, line by line.
+"""The child process that trains one job: it reads the job from stdin and reports on stdout, one message a line.
 
-Knows no database: everything it is told comes from its supervisor, and without a supervisor it does not live on. It is
-started before there is a job, imports torch, touches no GPU and waits. One process, one job.
+Knows no database: all its input comes from its supervisor, and it exits when the supervisor is gone. It is started
+before there is a job, imports torch, touches no GPU and waits. One process, one job.
 """
 
 import argparse
@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Literal, NoReturn, get_args
 from nanomoe.config import ConfigWarning, JobConfig
 from nanomoe.logs import LogFormat, configure_logging
 from nanomoe.processes import die_with_parent
-from worker.guard import Supervision
 from worker.protocol import (
     CheckpointWritten,
     Done,
@@ -34,6 +33,7 @@ from worker.protocol import (
     Warned,
     encode,
 )
+from worker.supervision import Supervision
 
 if TYPE_CHECKING:
     from nanomoe.tokenizer import Tokenizer
@@ -41,24 +41,24 @@ if TYPE_CHECKING:
     from nanomoe.training.run import Recorded, Run, Snapshot
 
 
-class Wire:
-    """The way back to the supervisor. Nobody else can write to it: stdout itself goes to the log."""
+class Channel:
+    """The pipe to the supervisor. Only messages are written to it: whatever else prints to stdout goes to the log."""
 
     def __init__(self) -> None:
         self._pipe = os.dup(1)
         os.dup2(2, 1)
-        self._one_at_a_time = threading.Lock()
+        self._mutex = threading.Lock()
 
-    def say(self, message: FromTrainer) -> None:
-        """Send one line, whole."""
+    def send(self, message: FromTrainer) -> None:
+        """Write one message as one line. Thread-safe."""
         line = encode(message)
-        with self._one_at_a_time:
+        with self._mutex:
             while line:
                 line = line[os.write(self._pipe, line) :]
 
 
-class Wishes:
-    """What the training loop asks between two steps."""
+class TrainingControl:
+    """Tells the training loop between two steps whether to stop, and whether a snapshot is due."""
 
     def __init__(self, supervision: Supervision, snapshot_seconds: float) -> None:
         self._supervision = supervision
@@ -76,14 +76,14 @@ class Wishes:
 
 
 class Writer:
-    """Writes checkpoints and snapshots in a thread, in their order, and says so when each is whole on the disk.
+    """Writes checkpoints and snapshots in a thread, in their order, and reports each once it is complete on the disk.
 
     Training goes on meanwhile: what was yielded is bytes, which nothing changes any more. At most one folder waits, so
     that a slow disk slows training and does not fill the memory.
     """
 
-    def __init__(self, wire: Wire, folder: Path, fence: int) -> None:
-        self._wire, self._folder, self._fence = wire, folder, fence
+    def __init__(self, channel: Channel, folder: Path, fence: int) -> None:
+        self._channel, self._folder, self._fence = channel, folder, fence
         self._last_snapshot: int | None = None
         self._waiting: Queue[Recorded | Snapshot | None] = Queue(maxsize=1)
         self._error: Exception | None = None
@@ -93,15 +93,15 @@ class Writer:
     def write(self, what: "Recorded | Snapshot") -> None:
         """Raises what writing an earlier folder raised."""
         self._waiting.put(what)
-        self._complain()
+        self._raise_if_failed()
 
     def close(self) -> None:
         """Wait until everything is on the disk. Raises what writing raised."""
         self._waiting.put(None)
         self._thread.join()
-        self._complain()
+        self._raise_if_failed()
 
-    def _complain(self) -> None:
+    def _raise_if_failed(self) -> None:
         if self._error is not None:
             raise self._error
 
@@ -110,7 +110,7 @@ class Writer:
             if self._error is None:
                 try:
                     self._commit(what)
-                except Exception as error:  # raised again where the training loop can end of it
+                except Exception as error:  # raised again in the training loop's thread
                     self._error = error
 
     def _commit(self, what: "Recorded | Snapshot") -> None:
@@ -120,7 +120,7 @@ class Writer:
         if isinstance(what, Recorded):
             name = checkpoint.folder_name(self._fence, what.percent)
             manifest, sha256 = checkpoint.write(self._folder / name, what.files)
-            self._wire.say(
+            self._channel.send(
                 CheckpointWritten(
                     percent=what.percent,
                     step=what.step,
@@ -135,18 +135,19 @@ class Writer:
             name = checkpoint.snapshot_name(self._fence, what.step)
             _, sha256 = checkpoint.write(self._folder / name, what.files)
             self._last_snapshot = what.step
-            self._wire.say(SnapshotWritten(step=what.step, folder=name, manifest_sha256=sha256))
+            self._channel.send(SnapshotWritten(step=what.step, folder=name, manifest_sha256=sha256))
 
 
-def run_job(start: Start, wire: Wire, supervision: Supervision) -> Done:
+def run_job(start: Start, channel: Channel, supervision: Supervision) -> Done:
     """Train the job to its end, to a stop, or to a failure that has a name.
 
-    Any other exception is a bug or a broken machine: the process ends without a last word, which counts as a crash.
+    Any other exception is a bug or a broken machine: the process ends without a `Done` message, which counts as a
+    crash.
     """
-    writer = Writer(wire, Path(start.folder), start.fence)
+    writer = Writer(channel, Path(start.folder), start.fence)
     try:
         try:
-            outcome = _train(start, wire, supervision, writer)
+            outcome = _train(start, channel, supervision, writer)
         finally:
             writer.close()
     except Exception as error:
@@ -157,16 +158,16 @@ def run_job(start: Start, wire: Wire, supervision: Supervision) -> Done:
     return Done(outcome=outcome)
 
 
-def _train(start: Start, wire: Wire, supervision: Supervision, writer: Writer) -> Literal["succeeded", "stopped"]:
+def _train(start: Start, channel: Channel, supervision: Supervision, writer: Writer) -> Literal["succeeded", "stopped"]:
     from nanomoe.training import loop
 
-    run = _prepare(start, wire)
-    for happened in loop.train(run, Wishes(supervision, start.snapshot_seconds)):
+    run = _prepare(start, channel)
+    for happened in loop.train(run, TrainingControl(supervision, start.snapshot_seconds)):
         match happened:
             case loop.Steps():
-                wire.say(Steps(**asdict(happened)))
+                channel.send(Steps(**asdict(happened)))
             case loop.Warned():
-                wire.say(Warned(**asdict(happened)))
+                channel.send(Warned(**asdict(happened)))
             case loop.Stopped():
                 return "stopped"
             case _:
@@ -174,7 +175,7 @@ def _train(start: Start, wire: Wire, supervision: Supervision, writer: Writer) -
     return "succeeded"
 
 
-def _prepare(start: Start, wire: Wire) -> "Run":
+def _prepare(start: Start, channel: Channel) -> "Run":
     """Everything from the start message to a model that can train, on its device."""
     from nanomoe import checkpoint
     from nanomoe.config_warnings import config_warnings
@@ -206,7 +207,7 @@ def _prepare(start: Start, wire: Wire) -> "Run":
     if differences:
         otherwise = f"this attempt computes otherwise than the first one did: {'; '.join(differences)}"
         warnings.append(ConfigWarning(code="resume_not_exact", message=otherwise))
-    wire.say(
+    channel.send(
         Prepared(
             execution=execution.model_dump(mode="json"),
             n_tokens=len(tokens),
@@ -221,7 +222,7 @@ def _prepare(start: Start, wire: Wire) -> "Run":
 
 
 def _keep(first: "Execution", now: "Execution") -> "Execution":
-    """What was decided at the job's first start, as far as this machine can do it too."""
+    """The execution of the job's first start, as far as this machine supports it."""
     if first.device != now.device:
         return now.model_copy(update={"micro_batch": first.micro_batch})
     choices = ("precision", "n_threads", "path", "expert_path", "expert_path_reason", "deterministic", "micro_batch")
@@ -229,8 +230,8 @@ def _keep(first: "Execution", now: "Execution") -> "Execution":
 
 
 def _tokenizer(start: Start, text: str) -> "Tokenizer":
-    """That of the weights or of the attempt that we go on from, where there is one: a name may mean something else by
-    now."""
+    """The tokenizer of the snapshot or checkpoint that training starts from, where there is one: the config's name may
+    stand for another tokenizer by now."""
     from nanomoe import checkpoint
     from nanomoe.tokenizer import load_tokenizer
 
@@ -241,8 +242,7 @@ def _tokenizer(start: Start, text: str) -> "Tokenizer":
 
 
 def _explain(error: Exception) -> Failure | None:
-    """What the job failed of: an error that comes again whoever tries, or of the disk, which is not the job's doing;
-    None for any other."""
+    """Why the job failed: a deterministic error of the job, or an error of the disk; None for any other exception."""
     import torch
 
     from nanomoe import checkpoint
@@ -258,19 +258,19 @@ def _explain(error: Exception) -> Failure | None:
 
 
 def main() -> NoReturn:
-    """One process, one job: warm up, wait for the start, train, say the last word."""
+    """Warm up, wait for the start message, train one job, send `Done`."""
     options = _parser().parse_args()
     die_with_parent(options.parent)
     configure_logging(options.log_format)
-    wire = Wire()
+    channel = Channel()
     supervision = Supervision(options.until)
     faulthandler.enable()
-    # The message tells what to do; the signal only wakes the main thread from a system call.
+    # The message holds the request; the signal only interrupts a system call of the main thread.
     signal.signal(signal.SIGTERM, lambda *_: supervision.terminated())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _warm_up()
-    wire.say(Ready())
-    wire.say(run_job(supervision.wait_for_start(), wire, supervision))
+    channel.send(Ready())
+    channel.send(run_job(supervision.wait_for_start(), channel, supervision))
     # Nothing is left to do, and tearing down torch takes longer than many a job.
     sys.stderr.flush()
     os._exit(0)
@@ -302,7 +302,12 @@ def _warm_up() -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m worker.trainer", description="Started by a worker for one job.")
     parser.add_argument("--parent", type=int, required=True, help="process id of the supervisor")
-    parser.add_argument("--until", type=float, required=True, help="monotonic time to end at if nothing is heard")
+    parser.add_argument(
+        "--until",
+        type=float,
+        required=True,
+        help="monotonic time to exit at without a later keep-alive",
+    )
     parser.add_argument("--log-format", choices=get_args(LogFormat), default="console")
     return parser
 

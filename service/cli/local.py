@@ -1,4 +1,4 @@
-"""The commands that compute on this machine, `train` and `export`: they import torch when run."""
+"""The commands that compute in this process, `train` and `export`. They import torch when they run."""
 
 import tempfile
 import time
@@ -17,10 +17,10 @@ from service.cli.addresses import settings
 from service.cli.display import Display, JsonDisplay, TextDisplay
 from service.cli.jobs import FAILED, INTERRUPTED, read_text
 from service.cli.knobs import config_of
-from service.cli.mistakes import Mistake
 from service.cli.options import ConfigFile, Set, Url, connect
 from service.cli.output import Json, print_json
 from service.cli.references import Reference
+from service.cli.usage_error import UsageError
 from service.http import schemas
 
 if TYPE_CHECKING:
@@ -29,29 +29,29 @@ if TYPE_CHECKING:
 
 
 class Format(StrEnum):
-    """What `nanomoe export` writes."""
+    """Formats of `nanomoe export`."""
 
     HF = "hf"
 
 
 def export(
     source: Annotated[str, typer.Argument(metavar="JOB[@PERCENT]", help="The checkpoint, or a folder that holds one.")],
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder to write.")],
-    to: Annotated[Format, typer.Option("--to", help="hf: what transformers opens.")] = Format.HF,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to write, which must not exist.")],
+    to: Annotated[Format, typer.Option("--to", help="Format: hf for transformers.")] = Format.HF,
     url: Url = None,
     as_json: Json = False,
 ) -> None:
     """Write a checkpoint in another program's format."""
     if folder.exists():
-        raise Mistake(f"{folder} is there already; name a new folder")
-    with text.waiting(f"loading {source}", quiet=as_json), _found(source, url) as checkpoint:
+        raise UsageError(f"{folder} exists already; name a new folder")
+    with text.waiting(f"loading {source}", quiet=as_json), _checkpoint_folder(source, url) as checkpoint:
         from nanomoe.export import NotExportable, export_hf
 
-        _without_bars_of_others()
+        _disable_progress_bars()
         try:
             export_hf(checkpoint, folder)
         except NotExportable as error:
-            raise Mistake(f"{source} cannot be written as {to}: {error}") from None
+            raise UsageError(f"{source} cannot be written as {to}: {error}") from None
     if as_json:
         print_json({"folder": str(folder), "format": to})
     else:
@@ -59,8 +59,8 @@ def export(
 
 
 @contextmanager
-def _found(source: str, url: str | None) -> Iterator[Path]:
-    """The folder of a checkpoint: `source` itself, or a download that is gone afterwards; raises Mistake."""
+def _checkpoint_folder(source: str, url: str | None) -> Iterator[Path]:
+    """The folder of a checkpoint: `source` itself, or a download that is removed afterwards; raises UsageError."""
     with tempfile.TemporaryDirectory(prefix="nanomoe-") as downloads:
         folder = Path(source)
         if not folder.is_dir():
@@ -71,11 +71,11 @@ def _found(source: str, url: str | None) -> Iterator[Path]:
                 job.download_checkpoint(reference.checkpoint or "latest", folder)
         for name in (WEIGHTS, CONFIG):
             if not (folder / name).is_file():
-                raise Mistake(f"{source} holds no checkpoint: {name} is missing")
+                raise UsageError(f"{source} holds no checkpoint: {name} is missing")
         yield folder
 
 
-def _without_bars_of_others() -> None:
+def _disable_progress_bars() -> None:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
@@ -90,13 +90,13 @@ def train(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Train here and now, without a service: the same loop, the same figures, the same files."""
+    """Train in this process, without a service: the same loop, figures and files."""
     job_config = config_of(config, set_ or [])
     given = read_text(file)
     if job_config.init_from is not None:
-        raise Mistake(f"init_from names a job of a service; submit this one to it: {text.program()} submit FILE")
+        raise UsageError(f"init_from names a job of a service; submit this one to it: {text.program()} submit FILE")
     if out is not None and out.exists():
-        raise Mistake(f"{out} is there already; name a new folder")
+        raise UsageError(f"{out} exists already; name a new folder")
     with text.waiting("loading torch", quiet=as_json):
         run = _prepare(given, job_config)
 
@@ -117,7 +117,7 @@ def train(
 
 
 def _prepare(given: str, config: "JobConfig") -> "Run":
-    """Text and config to a model that can train; raises Mistake for what cannot be."""
+    """Prepare a run from text and config; raises UsageError where that is impossible."""
     from nanomoe.plan import TextTooShort
     from nanomoe.tokenizer import TokenizerError, load_tokenizer
     from nanomoe.training.execution import DeviceUnavailable, Execution, find_device
@@ -133,11 +133,11 @@ def _prepare(given: str, config: "JobConfig") -> "Run":
         execution.apply()
         return Run(config, tokens, tokenizer, execution, device=device)
     except (DeviceUnavailable, TokenizerError, TextTooShort) as error:
-        raise Mistake(f"{error.code}: {error}") from None
+        raise UsageError(f"{error.code}: {error}") from None
 
 
 def _train(run: "Run", n_bytes: int, display: Display, out: Path | None) -> None:
-    """`n_bytes`: of the text, in UTF-8."""
+    """Train, and show the run. `n_bytes`: length of the text in UTF-8."""
     from nanomoe import checkpoint
     from nanomoe.config_warnings import config_warnings
     from nanomoe.training import loop as training

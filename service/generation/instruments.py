@@ -1,10 +1,10 @@
-"""What the API counts of generation, as Prometheus reads it. Knows no request."""
+"""The Prometheus metrics of generation. Knows no request."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 
 class GenerationInstruments:
-    """The Prometheus metrics of generation, in a registry of their own."""
+    """Counters and gauges of generation, in a registry of their own."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()

@@ -1,4 +1,4 @@
-"""Who may speak to the service at all: `Host`, `Origin` and the size of the body, checked before any route is found.
+"""Request admission: `Host`, `Origin` and the size of the body, checked before routing.
 
 A web page elsewhere must not be able to submit jobs to somebody's own machine, neither directly (`Origin`) nor through
 a name that resolves to it (`Host`). Knows no route and no key.
@@ -20,10 +20,10 @@ _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
 def check_address(settings: Settings) -> None:
-    """Refuse to serve others than this machine to whoever asks.
+    """Refuse to listen on an address that other machines can reach, unless the settings allow it.
 
     Raises:
-        StartRefused: the address is not loopback's, and nobody has said that this is meant.
+        StartRefused: the address is not loopback's, and `allow_no_keys` is not set.
     """
     if not is_loopback(settings.host) and not settings.allow_no_keys:
         raise StartRefused(
@@ -35,7 +35,7 @@ def check_address(settings: Settings) -> None:
 
 
 def _name_of(netloc: str) -> str | None:
-    """The host name in `name:port` or `[::1]:port`, in lower case; None for what is neither."""
+    """The host name in `name:port` or `[::1]:port`, in lower case; None for a malformed one."""
     try:
         return urlsplit(f"//{netloc}").hostname
     except ValueError:
@@ -43,12 +43,12 @@ def _name_of(netloc: str) -> str | None:
 
 
 def _origins_of(host: str) -> tuple[str, str]:
-    """The origins that a page of this `Host` has; TLS may end at a proxy before us."""
+    """The origins of a page from this `Host`, with http or https: TLS may end at a proxy."""
     return f"http://{host.lower()}", f"https://{host.lower()}"
 
 
 class Guard:
-    """ASGI middleware that lets only well-addressed requests of a bounded size through."""
+    """ASGI middleware that refuses requests with a foreign `Host` or `Origin`, or with too large a body."""
 
     def __init__(self, app: ASGIApp, *, settings: Settings) -> None:
         self._app = app
@@ -57,7 +57,7 @@ class Guard:
         self._max_body_bytes = 6 * settings.max_text_bytes + 1024 * 1024
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, or answer the problem."""
+        """Pass a request on, or answer with a problem."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

@@ -1,4 +1,4 @@
-"""Rows as the answers of the HTTP contract. Knows no query and no route."""
+"""Converts rows to the responses of the HTTP contract. Knows no query and no route."""
 
 import math
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from service.jobs.submission import Assessment
 from service.jobs.tables import Checkpoint, Job, Worker
 
 _LARGEST_EXPONENT = 709
-"""exp() of more is no float."""
+"""Largest argument for which exp() is a finite float."""
 
 
 def _config(stored: dict[str, Any]) -> JobConfig:
@@ -53,21 +53,21 @@ def job(row: Job, *, queue_position: int | None = None, estimated_start_at: date
 
 
 def _warnings(row: Job, config: JobConfig) -> list[ConfigWarning]:
-    """The row's warnings, but `moe_settings_unused` as the config deserves it: rows of earlier versions name every
-    setting of a mixture in it, for each dense job."""
+    """The row's warnings, with `moe_settings_unused` computed anew: rows of earlier versions name every setting of a
+    mixture in it, for each dense job."""
     warnings = [ConfigWarning.model_validate(warning) for warning in row.warnings]
     unused = {warning.code: warning for warning in unused_moe_settings(config)}
     return [unused.get(w.code, w) for w in warnings if w.code != "moe_settings_unused" or unused]
 
 
 def progress(row: Job) -> schemas.Progress:
-    """How far a job has come. One that has succeeded is done, whether or not it needed all its steps."""
+    """Progress of a job: 100 % for one that has succeeded, even if it stopped early."""
     done = {"percent": 100.0, "eta_seconds": 0.0} if row.status == "succeeded" else {}
     return schemas.Progress.model_validate({"total_steps": row.total_steps} | row.progress | done)
 
 
 def _stopped_early(row: Job) -> str | None:
-    """Why a job ended before its last step that succeeded before the reason was recorded; None for any other."""
+    """Why a job stopped early, for rows of earlier versions, which have no reason; None for any other job."""
     step, total_steps = row.progress.get("step"), row.total_steps
     if row.status != "succeeded" or step is None or total_steps is None or step >= total_steps:
         return None
@@ -126,7 +126,7 @@ def _identity(row: Checkpoint) -> dict[str, Any]:
 def metrics(
     row: Job, checkpoints: Sequence[Checkpoint], steps: dict[str, list[Any]], *, tokens: bool
 ) -> schemas.Metrics:
-    """All that was measured of a job."""
+    """The metrics of a job: checkpoints and step series."""
     return schemas.Metrics(
         job_id=row.id,
         status=cast(schemas.Status, row.status),
@@ -136,7 +136,7 @@ def metrics(
 
 
 def reconstruction(row: Checkpoint, start: int, count: int) -> schemas.ReconstructionPage:
-    """A stretch of a checkpoint's reconstruction."""
+    """A page of a checkpoint's reconstruction."""
     recorded = schemas.Reconstruction.model_validate(row.metrics["reconstruction"])
     tokens = recorded.tokens or []
     end = min(start + count, len(tokens))
@@ -175,7 +175,7 @@ def _logprobs(given: Sequence[LogProbs] | None) -> list[schemas.TokenLogProb] | 
 
 
 def generate_chunk(chunk: Chunk) -> schemas.GenerateChunk:
-    """A piece of a continuation as a stream sends it."""
+    """The `chunk` event of a stream."""
     return schemas.GenerateChunk(
         index=chunk.index,
         text=chunk.text,
@@ -186,7 +186,7 @@ def generate_chunk(chunk: Chunk) -> schemas.GenerateChunk:
 
 
 def generate_end(address: Address, seed: int, summary: Summary) -> schemas.GenerateEnd:
-    """The last event of a stream."""
+    """The `end` event of a stream."""
     return schemas.GenerateEnd(
         job_id=address.job_id,
         checkpoint=address.percent,

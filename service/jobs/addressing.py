@@ -72,7 +72,7 @@ def find_checkpoints(db: Database, job_id: str, which: int | Literal["latest"]) 
     return [recorded[which]]
 
 
-async def first_whole(addresses: Sequence[Address], use: Callable[[Address], Awaitable[T]]) -> tuple[Address, T]:
+async def first_undamaged(addresses: Sequence[Address], use: Callable[[Address], Awaitable[T]]) -> tuple[Address, T]:
     """The first checkpoint that `use` does not find damaged, and what it makes of that one.
 
     Raises:

@@ -32,9 +32,6 @@ SERIES = ("train_loss", "lr", "grad_norm")
 _WITHOUT_ROWID = {"sqlite_with_rowid": False}
 """The rows of a table lie in its primary key's index, which saves SQLite a second one."""
 
-metadata = Row.metadata
-"""All tables of the database, for the migrations."""
-
 
 def _json(*, nullable: bool = False) -> Column[Any]:
     return Column(JSON(none_as_null=True), nullable=nullable)

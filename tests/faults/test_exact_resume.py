@@ -127,7 +127,7 @@ def test_the_death_of_a_supervisor_between_files_and_row_loses_nothing(
 
 @ONLY_SQLITE
 def test_a_row_that_came_before_its_files_would_vouch_for_what_is_not_there(place: Workplace) -> None:
-    place.start_worker(program=hooked({1: {"told first": "f1-25"}}), backoff_seconds=600)
+    place.start_worker(program=hooked({1: {"reported first": "f1-25"}}), backoff_seconds=600)
     job = place.submit(TEXT, **DENSE)
     place.wait_until(lambda: place.job(job).crashes)
     row = reads.get_checkpoint(place.db, job.id, 25)
@@ -173,7 +173,7 @@ def test_a_job_goes_on_where_its_data_folder_was_moved_to(place: Workplace, tmp_
 @ONLY_SQLITE
 @pytest.mark.parametrize(
     "hooks",
-    [{1: {"line": 3, "starved": True}}, {1: {"fits": 3, "line": 7}, 2: {"fits": 3}}],
+    [{1: {"line": 3, "out of memory": True}}, {1: {"fits": 3, "line": 7}, 2: {"fits": 3}}],
     ids=["killed", "refused by torch and then killed"],
 )
 def test_a_job_whose_micro_batch_was_halved_trains_on_the_same_windows(

@@ -18,8 +18,8 @@ from pathlib import Path
 from nanomoe import checkpoint
 from nanomoe.checkpoint import CONFIG, METRICS, RESUME_STATE, RESUME_TENSORS, WEIGHTS
 from nanomoe.processes import die_with_parent
-from worker.guard import Supervision
 from worker.protocol import CheckpointWritten, Done, FromTrainer, Prepared, Ready, SnapshotWritten, Start, Steps, encode
+from worker.supervision import Supervision
 
 CHECKPOINT = frozenset({CONFIG, METRICS, WEIGHTS, "tokenizer.json", "tokenizer_config.json"})
 SNAPSHOT = CHECKPOINT - {METRICS} | {RESUME_TENSORS, RESUME_STATE}
@@ -54,7 +54,7 @@ class Toy:
         return cls(int(step), weights)
 
 
-def say(message: FromTrainer) -> None:
+def send(message: FromTrainer) -> None:
     os.write(1, encode(message))
 
 
@@ -64,7 +64,7 @@ def train(start: Start) -> None:
     if start.resume is not None:
         toy = Toy.resumed(checkpoint.read_all(Path(start.resume.folder), start.resume.manifest_sha256))
     total = max(QUARTERS)
-    say(
+    send(
         Prepared(
             execution={"device": "cpu", "micro_batch": 1}, n_tokens=1, total_steps=total, n_params=1, n_active_params=1,
             resumed_at_step=toy.step if start.resume else None, warnings=[],
@@ -75,7 +75,7 @@ def train(start: Start) -> None:
     while toy.step < total:
         loss = toy.learn()
         figures = {"train_loss": [loss], "lr": [0.5], "grad_norm": [1.0]}
-        say(Steps(step=[toy.step], tok_per_sec=1.0, epoch=toy.step, **figures))
+        send(Steps(step=[toy.step], tok_per_sec=1.0, epoch=toy.step, **figures))
         if toy.step in QUARTERS:
             commit_checkpoint(start, folder, toy)
             if toy.step < total:
@@ -85,7 +85,7 @@ def train(start: Start) -> None:
 def commit_checkpoint(start: Start, folder: Path, toy: Toy) -> None:
     name = checkpoint.folder_name(start.fence, QUARTERS[toy.step])
     manifest, sha256 = write(folder / name, toy.files(CHECKPOINT))
-    say(
+    send(
         CheckpointWritten(
             percent=QUARTERS[toy.step], step=toy.step, epoch=toy.step, folder=name, manifest_sha256=sha256,
             files=manifest.files, metrics=toy.metrics,
@@ -96,7 +96,7 @@ def commit_checkpoint(start: Start, folder: Path, toy: Toy) -> None:
 def commit_snapshot(start: Start, folder: Path, toy: Toy) -> None:
     name = checkpoint.snapshot_name(start.fence, toy.step)
     _, sha256 = write(folder / name, toy.files(SNAPSHOT))
-    say(SnapshotWritten(step=toy.step, folder=name, manifest_sha256=sha256))
+    send(SnapshotWritten(step=toy.step, folder=name, manifest_sha256=sha256))
 
 
 def write(folder: Path, files: dict[str, bytes]) -> tuple[checkpoint.Manifest, str]:
@@ -125,8 +125,8 @@ if __name__ == "__main__":
     options = parser.parse_args()
     die_with_parent(options.parent)
     supervision = Supervision(options.until)
-    say(Ready())
+    send(Ready())
     start = supervision.wait_for_start()
     checkpoint.reached = dying_at(deaths.get(str(start.fence)))
     train(start)
-    say(Done(outcome="succeeded"))
+    send(Done(outcome="succeeded"))

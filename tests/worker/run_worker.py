@@ -31,37 +31,37 @@ from worker.supervisor import TRAINER, Supervisor
 from worker.timing import Timing
 
 
-def take_away(protection: str) -> None:
+def remove(protection: str) -> None:
     """Patch one protection out of this process."""
     match protection:
         case "the slot's lock":
             SlotLock.acquire = lambda self: True  # type: ignore[method-assign]
-        case "the guard":
-            Slot.tend = _tend_without_deadline  # type: ignore[method-assign]
-        case "the beats":
-            Slot.tend = _tend_in_silence  # type: ignore[method-assign]
-        case "the burial":
-            TrainerProcess.bury = _reap_the_trainer_alone  # type: ignore[method-assign]
+        case "the deadline":
+            Slot.supervise = _supervise_without_deadline  # type: ignore[method-assign]
+        case "keep-alive":
+            Slot.supervise = _supervise_without_keep_alive  # type: ignore[method-assign]
+        case "kill and reap":
+            TrainerProcess.kill_and_reap = _reap_the_trainer_alone  # type: ignore[method-assign]
         case _:
             raise ValueError(protection)
 
 
-_tend = Slot.tend
+_supervise = Slot.supervise
 
 
-def _tend_without_deadline(self: Slot) -> None:
+def _supervise_without_deadline(self: Slot) -> None:
     if self._running is not None:
         self._running[1].deadline = self._running[1].trainer_until = time.monotonic() + 1000
-    _tend(self)
+    _supervise(self)
 
 
-def _tend_in_silence(self: Slot) -> None:
-    self._beat_due = math.inf
-    _tend(self)
+def _supervise_without_keep_alive(self: Slot) -> None:
+    self._keep_alive_due = math.inf
+    _supervise(self)
 
 
 def _reap_the_trainer_alone(self: TrainerProcess, timeout: float) -> bool:
-    self.lock.hand_over()
+    self.lock.close_own_copy()
     self._popen.kill()
     self._popen.wait()
     return True
@@ -111,7 +111,7 @@ def _run(spec: dict[str, Any]) -> int:
     queue.BACKOFF = timedelta(seconds=spec["backoff_seconds"])
     attempt.oom_kills = lambda: oom_kills(settings.data_dir / "memory.events")
     for protection in spec["without"]:
-        take_away(protection)
+        remove(protection)
     if spec["slow_disk_seconds"]:
         slow_down_the_disk(spec["slow_disk_seconds"])
     if spec["dies_at"] is not None:

@@ -1,7 +1,7 @@
-"""A trainer without a model: it has the real tie to its supervisor and follows a script, for tests of the worker.
+"""A trainer without a model: it has the real supervision and follows a script, for tests of the worker.
 
 `python scripted_trainer.py SCRIPT --parent PID --until TIME`. What a script does may depend on the attempt, which is
-the fence of the start message. With `--without TIE` one of its ties to its supervisor is taken away. Files in the job's
+the fence of the start message. With `--without SAFEGUARD` one of the three safeguards is taken away. Files in the job's
 folder are how a test and a script wait for each other.
 """
 
@@ -17,14 +17,13 @@ from typing import Any, NoReturn
 
 from nanomoe import checkpoint
 from nanomoe.processes import die_with_parent
-from worker.guard import Supervision
 from worker.memory import oom_kills
 from worker.protocol import (
-    Beat,
     CheckpointWritten,
     Done,
     Failure,
     FromTrainer,
+    KeepAlive,
     Prepared,
     Ready,
     SnapshotWritten,
@@ -33,16 +32,17 @@ from worker.protocol import (
     encode,
     parse_to_trainer,
 )
+from worker.supervision import Supervision
 
 TOTAL = 100
 
 
 class Script:
-    """The start message, and the lines that a real trainer would say."""
+    """The start message, and the messages that a real trainer would send."""
 
     def __init__(self, supervision: Supervision) -> None:
         self.supervision = supervision
-        say(Ready())
+        send(Ready())
         self.start: Start = supervision.wait_for_start()
         self.folder = Path(self.start.folder)
         self.step = 0
@@ -50,7 +50,7 @@ class Script:
             self.step = int(
                 checkpoint.read_all(Path(self.start.resume.folder), self.start.resume.manifest_sha256)["step"]
             )
-        self.leave("pid", str(os.getpid()))
+        self.write_file("pid", str(os.getpid()))
 
     @property
     def attempt(self) -> int:
@@ -61,7 +61,7 @@ class Script:
         return self.start.execution or {"device": "cpu", "micro_batch": self.start.config.batch_size}
 
     def prepared(self) -> None:
-        say(
+        send(
             Prepared(
                 execution=self.execution,
                 n_tokens=10,
@@ -76,7 +76,7 @@ class Script:
     def steps(self, n: int) -> None:
         first, self.step = self.step + 1, self.step + n
         figures = [float(step) for step in range(first, self.step + 1)]
-        say(
+        send(
             Steps(
                 step=list(range(first, self.step + 1)),
                 train_loss=figures,
@@ -90,7 +90,7 @@ class Script:
     def checkpoint(self, percent: int, **figures: Any) -> None:
         name = f"f{self.start.fence}-{percent}"
         manifest, sha256 = checkpoint.write(self.folder / name, {"step": str(self.step).encode()})
-        say(
+        send(
             CheckpointWritten(
                 percent=percent,
                 step=self.step,
@@ -105,9 +105,9 @@ class Script:
     def snapshot(self) -> None:
         name = f"f{self.start.fence}-s{self.step}"
         _, sha256 = checkpoint.write(self.folder / name, {"step": str(self.step).encode()})
-        say(SnapshotWritten(step=self.step, folder=name, manifest_sha256=sha256))
+        send(SnapshotWritten(step=self.step, folder=name, manifest_sha256=sha256))
 
-    def leave(self, name: str, content: str) -> None:
+    def write_file(self, name: str, content: str) -> None:
         """A file for the test, whole as soon as it is there."""
         unfinished = self.folder / f"{name}.{os.getpid()}"
         unfinished.write_text(content)
@@ -134,12 +134,12 @@ class Script:
         end("succeeded")
 
 
-def say(message: FromTrainer) -> None:
+def send(message: FromTrainer) -> None:
     os.write(1, encode(message))
 
 
 def end(outcome: Any, code: str | None = None) -> NoReturn:
-    say(Done(outcome=outcome, error=Failure(code=code, message=f"because of {code}") if code else None))
+    send(Done(outcome=outcome, error=Failure(code=code, message=f"because of {code}") if code else None))
     os._exit(0)
 
 
@@ -185,10 +185,10 @@ def hung_up(script: Script) -> None:
     script.work()
 
 
-def deaf(script: Script) -> None:
+def unstoppable(script: Script) -> None:
     """Ignores every signal and message; its child does too."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    deaf_child(script)
+    unstoppable_child(script)
     script.prepared()
     while True:
         script.steps(1)
@@ -214,8 +214,8 @@ def die_once(script: Script) -> None:
     script.work()
 
 
-def starve(script: Script) -> None:
-    """Is killed for want of memory at some step, as long as it computes more than two windows together."""
+def out_of_memory(script: Script) -> None:
+    """Is killed by the out-of-memory killer at some step, as long as it computes more than two windows together."""
     if script.execution["micro_batch"] > 2:
         script.prepared()
         script.steps(3)
@@ -223,17 +223,17 @@ def starve(script: Script) -> None:
     script.work()
 
 
-def starve_always(script: Script) -> None:
+def out_of_memory_always(script: Script) -> None:
     script.prepared()
     run_out_of_memory(script.folder)
 
 
-def starve_at_the_start(script: Script) -> None:
+def out_of_memory_at_the_start(script: Script) -> None:
     run_out_of_memory(script.folder)
 
 
 def run_out_of_memory(folder: Path) -> NoReturn:
-    """Die as one whom the kernel kills for want of memory. `folder` is the job's."""
+    """Die as by the kernel's out-of-memory killer. `folder` is the job's."""
     events = folder.parent.parent / "memory.events"
     before = oom_kills(events)
     events.write_text(f"oom_kill {before + 1}\n")
@@ -241,7 +241,7 @@ def run_out_of_memory(folder: Path) -> NoReturn:
     raise AssertionError("killed")
 
 
-def silent(script: Script) -> None:
+def stalled(script: Script) -> None:
     """A step that never ends, at the first attempt."""
     if script.attempt == 1:
         script.prepared()
@@ -251,7 +251,7 @@ def silent(script: Script) -> None:
     script.work()
 
 
-def hesitate(script: Script) -> None:
+def slow_steps(script: Script) -> None:
     """Some slow steps, and then one ten times as slow."""
     script.prepared()
     for seconds in (0.2, 0.2, 0.2, 2.0):
@@ -260,7 +260,7 @@ def hesitate(script: Script) -> None:
     end("succeeded")
 
 
-def garbled(script: Script) -> None:
+def protocol_error(script: Script) -> None:
     os.write(1, b"not the protocol\n")
     time.sleep(60)
 
@@ -269,13 +269,13 @@ def orphans(script: Script) -> None:
     """Leaves grandchildren behind that its death does not reach: one in its group, one in a session of its own."""
     if script.attempt == 1:
         script.prepared()
-        deaf_child(script)
-        deaf_child(script, start_new_session=True, close_fds=False)
+        unstoppable_child(script)
+        unstoppable_child(script, start_new_session=True, close_fds=False)
         os.kill(os.getpid(), signal.SIGKILL)
     script.work()
 
 
-def deaf_child(script: Script, **options: Any) -> None:
+def unstoppable_child(script: Script, **options: Any) -> None:
     """A process that only SIGKILL ends, and holds what it inherited."""
     code = "import signal,sys,time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(60)"
     child = subprocess.Popen([sys.executable, "-S", "-c", code], stdout=subprocess.PIPE, **options)
@@ -288,33 +288,46 @@ def deaf_child(script: Script, **options: Any) -> None:
 SCRIPTS: dict[str, Callable[[Script], None]] = {
     script.__name__: script
     for script in (
-        *(work, succeed, succeed_early, fail, disk_full, deaf, die, die_once, silent, hesitate, garbled, orphans),
+        *(
+            work,
+            succeed,
+            succeed_early,
+            fail,
+            disk_full,
+            unstoppable,
+            die,
+            die_once,
+            stalled,
+            slow_steps,
+            protocol_error,
+            orphans,
+        ),
         *(storage_failed, hung_up),
-        *(starve, starve_always, starve_at_the_start),
+        *(out_of_memory, out_of_memory_always, out_of_memory_at_the_start),
     )
 }
 
-TIES = ("signal", "pipe", "deadline")
+SAFEGUARDS = ("signal", "pipe", "deadline")
 
 
-class Patient(Supervision):
-    """Is given for ever."""
+class WithoutDeadline(Supervision):
+    """Supervision that ignores the deadlines of keep-alives."""
 
     def __init__(self, until: float) -> None:
         super().__init__(until + 3600)
 
-    def _obey(self, line: bytes) -> None:
-        if not isinstance(parse_to_trainer(line), Beat):
-            super()._obey(line)
+    def _handle(self, line: bytes) -> None:
+        if not isinstance(parse_to_trainer(line), KeepAlive):
+            super()._handle(line)
 
 
-def tie(parent: int, until: float, without: Sequence[str]) -> Supervision:
-    """What a real trainer begins with."""
+def start_supervision(parent: int, until: float, without: Sequence[str]) -> Supervision:
+    """The real trainer's safeguards but those in `without`."""
     if "signal" not in without:
         die_with_parent(parent)
     if "pipe" in without:
         os.open("/proc/self/fd/0", os.O_WRONLY)  # it does not end while there is somebody who could write
-    return (Patient if "deadline" in without else Supervision)(until)
+    return (WithoutDeadline if "deadline" in without else Supervision)(until)
 
 
 if __name__ == "__main__":
@@ -322,8 +335,8 @@ if __name__ == "__main__":
     parser.add_argument("script", choices=SCRIPTS)
     parser.add_argument("--parent", type=int, required=True)
     parser.add_argument("--until", type=float, required=True)
-    parser.add_argument("--without", choices=TIES, action="append", default=[])
+    parser.add_argument("--without", choices=SAFEGUARDS, action="append", default=[])
     options = parser.parse_args()
-    supervision = tie(options.parent, options.until, options.without)
+    supervision = start_supervision(options.parent, options.until, options.without)
     signal.signal(signal.SIGTERM, lambda *_: supervision.terminated())
     SCRIPTS[options.script](Script(supervision))

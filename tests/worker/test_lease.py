@@ -1,4 +1,4 @@
-"""A claim kept alive: what a write does when the database is out of reach, or the job somebody else's."""
+"""The lease of a claim: what a write does when the database is out of reach, or the job another worker's."""
 
 import threading
 import time
@@ -32,7 +32,7 @@ def test_a_write_extends_the_lease_from_before_it_began(db: Database, claim: Cla
     lease = Lease(claim, time.monotonic() - 10, TIMING)
     before = time.monotonic()
     lease.write(lambda: recording.heartbeat(db, claim))
-    assert before + TIMING.certain <= lease.deadline <= time.monotonic() + TIMING.certain
+    assert before + TIMING.kill_after <= lease.deadline <= time.monotonic() + TIMING.kill_after
     assert not lease.is_uncertain
 
 
@@ -49,7 +49,7 @@ def test_a_write_is_tried_again_while_the_database_is_out_of_reach(db: Database,
 
 
 @ONLY_SQLITE
-def test_a_write_ends_when_the_guard_has_killed_the_trainer(claim: Claim) -> None:
+def test_a_write_fails_once_the_trainer_was_killed_at_the_deadline(claim: Claim) -> None:
     lease = Lease(claim, time.monotonic(), TIMING)
 
     def write() -> object:
@@ -61,7 +61,7 @@ def test_a_write_ends_when_the_guard_has_killed_the_trainer(claim: Claim) -> Non
 
 
 @ONLY_SQLITE
-def test_a_write_that_came_through_too_late_does_not_bring_the_trainer_back(db: Database, claim: Claim) -> None:
+def test_a_write_that_succeeds_after_the_deadline_still_fails_the_lease(db: Database, claim: Claim) -> None:
     lease = Lease(claim, time.monotonic(), TIMING)
     lease.fenced.set()
     with pytest.raises(LeaseUncertain):
@@ -69,20 +69,20 @@ def test_a_write_that_came_through_too_late_does_not_bring_the_trainer_back(db: 
 
 
 @ONLY_SQLITE
-def test_a_job_that_is_somebody_elses_is_not_written(db: Database, claim: Claim) -> None:
+def test_a_job_that_another_worker_may_claim_is_not_written(db: Database, claim: Claim) -> None:
     queue.release(db, claim)
     lease = Lease(claim, time.monotonic(), TIMING)
-    for write in (lease.write, lambda write: lease.insist(write, threading.Event())):
+    for write in (lease.write, lambda write: lease.final_write(write, threading.Event())):
         with pytest.raises(LeaseLost):
             write(lambda: recording.heartbeat(db, claim))
 
 
 @ONLY_SQLITE
-def test_the_last_write_is_given_up_when_the_worker_must_end_at_once(claim: Claim) -> None:
-    hurry = threading.Event()
+def test_the_final_write_is_aborted_when_the_worker_must_end_at_once(claim: Claim) -> None:
+    force_stop = threading.Event()
 
     def write() -> object:
-        hurry.set()
+        force_stop.set()
         raise DatabaseUnavailable("away")
 
-    assert Lease(claim, time.monotonic(), TIMING).insist(write, hurry) is None
+    assert Lease(claim, time.monotonic(), TIMING).final_write(write, force_stop) is None

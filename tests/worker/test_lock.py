@@ -33,7 +33,7 @@ def test_a_trainer_holds_the_lock_that_was_taken_after_it_started(tmp_path: Path
     lock = SlotLock(tmp_path / "slot", "a")
     trainer = trainer_with(lock, "a")
     assert lock.acquire()
-    lock.hand_over()
+    lock.close_own_copy()
     next_lock = SlotLock(tmp_path / "slot", "b")
     assert not next_lock.acquire()
     trainer.kill()
@@ -46,7 +46,7 @@ def test_what_a_dead_supervisor_left_is_ended_by_the_next_one(tmp_path: Path) ->
     code = (
         "import os, sys; from pathlib import Path; from tests.worker.test_lock import SlotLock, trainer_with; "
         "lock = SlotLock(Path(sys.argv[1]), 'left'); trainer = trainer_with(lock, 'left'); lock.acquire(); "
-        "lock.hand_over(); print(trainer.pid, flush=True); os._exit(0)"
+        "lock.close_own_copy(); print(trainer.pid, flush=True); os._exit(0)"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "slot")]
     said = subprocess.run(command, stdout=subprocess.PIPE, check=True, cwd=Path(__file__).parents[2])

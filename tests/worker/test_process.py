@@ -1,4 +1,4 @@
-"""A trainer's process, where the machine has nothing left for it, and on a system that tells less than Linux."""
+"""A trainer's process on a machine that is out of resources, and on a system without /proc."""
 
 import errno
 import os
@@ -61,7 +61,7 @@ def _as_on_macos(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.usefixtures("_as_on_macos")
-def test_a_trainer_that_was_killed_is_buried_on_macos(tmp_path: Path) -> None:
+def test_a_trainer_that_was_killed_is_reaped_on_macos(tmp_path: Path) -> None:
     process = trainer(tmp_path)
     assert not process.has_ended()
     process.kill()
@@ -69,7 +69,7 @@ def test_a_trainer_that_was_killed_is_buried_on_macos(tmp_path: Path) -> None:
         pass
     process.kill()
     process.terminate()
-    assert process.bury(10)
+    assert process.kill_and_reap(10)
     assert process.exit_status == -signal.SIGKILL
     process.kill()
 
@@ -80,6 +80,6 @@ def test_what_a_trainer_left_in_its_group_is_ended_on_macos(tmp_path: Path) -> N
     while not process.has_ended():
         pass
     assert [member for member in group_of(process.pid) if member.status() != psutil.STATUS_ZOMBIE]
-    assert process.bury(10)
+    assert process.kill_and_reap(10)
     assert process.exit_status == 0
     assert not [member for member in group_of(process.pid) if member.status() != psutil.STATUS_ZOMBIE]

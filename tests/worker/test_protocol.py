@@ -1,16 +1,16 @@
-"""What supervisor and trainer say to each other."""
+"""The messages between supervisor and trainer."""
 
 import pytest
 
 from nanomoe.checkpoint import FileEntry
 from nanomoe.config import ConfigWarning, JobConfig
 from worker.protocol import (
-    Beat,
     CheckpointWritten,
     Done,
     Failure,
     Folder,
     FromTrainer,
+    KeepAlive,
     Prepared,
     Ready,
     SnapshotWritten,
@@ -39,7 +39,7 @@ TO_TRAINER: list[ToTrainer] = [
         allow_hub=False,
         tokenizer_dir=None,
     ),
-    Beat(until=12.5),
+    KeepAlive(until=12.5),
     Stop(reason="pause"),
 ]
 FROM_TRAINER: list[FromTrainer] = [
@@ -71,28 +71,28 @@ FROM_TRAINER: list[FromTrainer] = [
 
 
 @pytest.mark.parametrize("message", TO_TRAINER, ids=lambda message: message.type)
-def test_what_the_supervisor_says_arrives_unchanged_on_one_line(message: ToTrainer) -> None:
+def test_a_message_to_the_trainer_is_one_line_and_parses_unchanged(message: ToTrainer) -> None:
     line = encode(message)
     assert line.count(b"\n") == 1
     assert parse_to_trainer(line) == message
 
 
 @pytest.mark.parametrize("message", FROM_TRAINER, ids=lambda message: message.type)
-def test_what_the_trainer_says_arrives_unchanged_on_one_line(message: FromTrainer) -> None:
+def test_a_message_of_the_trainer_is_one_line_and_parses_unchanged(message: FromTrainer) -> None:
     line = encode(message)
     assert line.count(b"\n") == 1
     assert parse_from_trainer(line) == message
 
 
 @pytest.mark.parametrize(
-    "line", [b"", b"loading weights...", b"{}", b'{"type":"beat","until":1.0}', b'{"type":"ready","x":1}']
+    "line", [b"", b"loading weights...", b"{}", b'{"type":"keep_alive","until":1.0}', b'{"type":"ready","x":1}']
 )
-def test_anything_else_is_no_message_of_a_trainer(line: bytes) -> None:
+def test_any_other_line_is_refused(line: bytes) -> None:
     with pytest.raises(ValueError, match="validation error"):
         parse_from_trainer(line)
 
 
-def test_a_figure_that_is_not_finite_is_never_said() -> None:
+def test_a_figure_that_is_not_finite_is_refused() -> None:
     with pytest.raises(ValueError, match="finite"):
         parse_from_trainer(
             b'{"type":"steps","step":[1],"train_loss":[NaN],"lr":[1],"grad_norm":[1],"tok_per_sec":1,"epoch":1}'

@@ -13,7 +13,7 @@ from service.storage.job_folders import checkpoint_folder, job_folder
 from tests.databases import ONLY_SQLITE
 from tests.service.tiny_checkpoint import write_tiny_checkpoint
 from tests.worker.workplace import SHORT_LEASE, Workplace
-from worker.start import compose
+from worker.start import build_start
 
 TEXT = "o rato roeu a roupa do rei de Roma"
 
@@ -28,15 +28,15 @@ def claimed(db: Database) -> Claim:
 @ONLY_SQLITE
 def test_a_text_whose_bytes_changed_between_two_attempts_is_written_again(db: Database, settings: Settings) -> None:
     job = claimed(db).job
-    start, _, _ = compose(db, job, device="cpu", settings=settings)
+    start, _, _ = build_start(db, job, device="cpu", settings=settings)
     file = settings.data_dir / job_folder(job.id) / "text.txt"
     assert start.text_path == str(file)
     assert file.read_text() == TEXT
     file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
-    compose(db, job, device="cpu", settings=settings)
+    build_start(db, job, device="cpu", settings=settings)
     assert file.read_text() == TEXT
     written = file.stat().st_mtime_ns
-    compose(db, job, device="cpu", settings=settings)
+    build_start(db, job, device="cpu", settings=settings)
     assert file.stat().st_mtime_ns == written
 
 
@@ -45,7 +45,7 @@ def test_a_job_that_starts_again_at_step_0_keeps_the_tokenizer_of_its_checkpoint
     db: Database, settings: Settings
 ) -> None:
     claim = claimed(db)
-    assert compose(db, claim.job, device="cpu", settings=settings)[0].tokenizer is None
+    assert build_start(db, claim.job, device="cpu", settings=settings)[0].tokenizer is None
     for percent in (0, 25):
         made = write_tiny_checkpoint(
             settings.data_dir / checkpoint_folder(claim.job_id, claim.fence, percent), seed=percent
@@ -58,7 +58,7 @@ def test_a_job_that_starts_again_at_step_0_keeps_the_tokenizer_of_its_checkpoint
     for damaged, expected in ((None, first), (first, second), (second, None)):
         if damaged is not None:
             (damaged / "tokenizer.json").write_bytes(b"{}")
-        found = compose(db, claim.job, device="cpu", settings=settings)[0].tokenizer
+        found = build_start(db, claim.job, device="cpu", settings=settings)[0].tokenizer
         assert (found and found.folder) == (expected and str(expected))
 
 

@@ -26,7 +26,7 @@ EXECUTION = {"device": "cpu", "micro_batch": JobConfig().batch_size}
 
 
 @EITHER
-def test_a_job_is_trained_to_its_end_and_all_that_was_said_is_recorded(place: Workplace) -> None:
+def test_a_job_is_trained_to_its_end_and_every_message_is_recorded(place: Workplace) -> None:
     job = place.submit()
     place.start_worker("work")
     place.wait_for_step(job, 5)
@@ -100,7 +100,7 @@ def test_a_running_job_is_cancelled_within_two_seconds(place: Workplace) -> None
 @ONLY_SQLITE
 def test_a_trainer_that_ignores_sigterm_is_killed_and_only_then_is_the_job_cancelled(place: Workplace) -> None:
     job = place.submit()
-    place.start_worker("deaf")
+    place.start_worker("unstoppable")
     place.wait_for_step(job)
     trainer = place.trainer(job)
     assert len(place.children_left(job)) == 1
@@ -147,10 +147,10 @@ def test_a_drained_worker_puts_its_job_back_without_counting_a_crash(place: Work
 @ONLY_SQLITE
 def test_a_second_sigterm_ends_a_worker_whose_trainer_does_not_stop(place: Workplace) -> None:
     job = place.submit()
-    worker = place.start_worker("deaf", timing=replace(QUICK, stop_grace=600.0))
+    worker = place.start_worker("unstoppable", timing=replace(QUICK, stop_grace=600.0))
     place.wait_for_step(job)
     worker.signal(signal.SIGTERM)
-    time.sleep(2 * QUICK.guard)  # two signals at once are one
+    time.sleep(2 * QUICK.tick)  # two signals at once are one
     worker.signal(signal.SIGTERM)
     assert worker.wait(20) == 0
     assert place.job(job).status == "queued"
@@ -177,7 +177,7 @@ def test_a_worker_whose_rescue_fails_puts_its_job_back_and_ends(
 
 
 @ONLY_SQLITE
-def test_every_attempt_that_computes_otherwise_than_the_first_one_tells_so(place: Workplace) -> None:
+def test_every_attempt_whose_execution_differs_from_the_first_one_warns(place: Workplace) -> None:
     job = place.submit(tokenizer="bytes", block_size=8, n_layer=1, n_head=1, n_embd=8, epochs=1)
     here = Execution.decide(JobConfig(), "cpu", n_tokens=28).model_dump(mode="json")
     with place.db.write() as session:
@@ -193,7 +193,7 @@ def test_every_attempt_that_computes_otherwise_than_the_first_one_tells_so(place
 @pytest.mark.parametrize(
     ("script", "status", "code"), [("fail", "failed", "loss_not_finite"), ("disk_full", "paused", None)]
 )
-def test_what_a_trainer_says_at_last_decides_the_status(
+def test_the_final_message_of_a_trainer_decides_the_status(
     place: Workplace, script: str, status: str, code: str | None
 ) -> None:
     job = place.submit()
@@ -208,17 +208,17 @@ def test_what_a_trainer_says_at_last_decides_the_status(
 @ONLY_SQLITE
 def test_a_trainer_of_slow_steps_has_twenty_of_them_before_it_counts_as_stalled(place: Workplace) -> None:
     job = place.submit()
-    place.start_worker("hesitate", timing=replace(QUICK, stall=1.0))
+    place.start_worker("slow_steps", timing=replace(QUICK, stall=1.0))
     place.wait_for(job, "succeeded", "failed")
     assert place.job(job).status == "succeeded"
 
 
 @ONLY_SQLITE
-def test_a_trainer_that_says_something_else_than_the_protocol_has_crashed(place: Workplace) -> None:
+def test_a_trainer_that_violates_the_protocol_has_crashed(place: Workplace) -> None:
     job = place.submit()
-    place.start_worker("garbled", backoff_seconds=60)
+    place.start_worker("protocol_error", backoff_seconds=60)
     place.wait_until(lambda: place.job(job).crashes == 1)
-    assert "not the protocol" in (place.job(job).status_reason or "")
+    assert "violated the protocol" in (place.job(job).status_reason or "")
 
 
 def start_worker_that_waits(place: Workplace) -> None:

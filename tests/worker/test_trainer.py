@@ -1,4 +1,4 @@
-"""The trainer's own parts: the wire that nobody else can write to, the writer, and what an error means."""
+"""The trainer's own parts: the channel that nobody else can write to, the writer, and what an error means."""
 
 import errno
 import subprocess
@@ -8,25 +8,25 @@ from pathlib import Path
 import pytest
 
 from worker.protocol import CheckpointWritten, Ready, SnapshotWritten, parse_from_trainer
-from worker.trainer import Wire, Writer, _explain
+from worker.trainer import Channel, Writer, _explain
 
 ROOT = Path(__file__).parents[2]
 
 
-class Heard(Wire):
-    """A wire that ends here."""
+class RecordingChannel(Channel):
+    """A channel that ends here."""
 
     def __init__(self) -> None:
         self.messages: list[object] = []
 
-    def say(self, message: object) -> None:
+    def send(self, message: object) -> None:
         self.messages.append(message)
 
 
 def test_stray_prints_of_the_trainer_and_its_children_never_reach_the_supervisor() -> None:
     code = (
-        "import os, sys; from worker.trainer import Wire; from worker.protocol import Ready; wire = Wire(); "
-        "print('stray', flush=True); os.write(1, b'stray'); os.system('echo stray'); wire.say(Ready())"
+        "import os, sys; from worker.trainer import Channel; from worker.protocol import Ready; channel = Channel(); "
+        "print('stray', flush=True); os.write(1, b'stray'); os.system('echo stray'); channel.send(Ready())"
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, cwd=ROOT)
     assert parse_from_trainer(said.stdout) == Ready()
@@ -39,16 +39,16 @@ def recorded(percent: int) -> object:
     return Recorded(percent, 5, 2, {"loss": 1.0}, 10.0, {"model.safetensors": b"weights"})
 
 
-def test_folders_are_written_in_order_and_told_of_once_whole(tmp_path: Path) -> None:
+def test_folders_are_written_in_order_and_reported_once_complete(tmp_path: Path) -> None:
     from nanomoe.training.loop import Snapshot
 
-    wire = Heard()
-    writer = Writer(wire, tmp_path, fence=4)
+    channel = RecordingChannel()
+    writer = Writer(channel, tmp_path, fence=4)
     writer.write(recorded(25))  # type: ignore[arg-type]
     for _ in range(2):  # a stop right after a quarter asks for the same snapshot again
         writer.write(Snapshot(5, {"resume.json": b"{}"}))
     writer.close()
-    checkpoint, snapshot = wire.messages
+    checkpoint, snapshot = channel.messages
     assert isinstance(checkpoint, CheckpointWritten)
     assert (checkpoint.folder, checkpoint.percent) == ("f4-25", 25)
     assert checkpoint.metrics == {"loss": 1.0, "tok_per_sec": 10.0}
@@ -64,12 +64,12 @@ def test_a_disk_that_is_full_ends_the_training_and_not_the_writer_alone(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("nanomoe.checkpoint.write", full)
-    wire = Heard()
-    writer = Writer(wire, tmp_path, fence=1)
+    channel = RecordingChannel()
+    writer = Writer(channel, tmp_path, fence=1)
     writer.write(recorded(0))  # type: ignore[arg-type]
     with pytest.raises(OSError, match="No space"):
         writer.close()
-    assert wire.messages == []
+    assert channel.messages == []
 
 
 def test_an_error_that_would_come_again_fails_the_job_and_any_other_is_a_crash() -> None:

@@ -1,4 +1,4 @@
-"""What was measured, as tables that fit a terminal."""
+"""The benchmarks' results as tables of the terminal."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING

@@ -2,12 +2,12 @@
 
 from alembic import context
 
-from service.jobs.tables import metadata
+from service.database.schema import Row
 
 connection = context.config.attributes["connection"]
 context.configure(
     connection=connection,
-    target_metadata=metadata,
+    target_metadata=Row.metadata,
     # SQLite changes a table by rebuilding it, and then forgets the DESC of ix_jobs_claim: a migration that rebuilds the
     # jobs makes that index again (the test that compares the migrated schema with the declared one tells).
     render_as_batch=True,

@@ -30,22 +30,22 @@ class ReconstructionQuery(StrictQuery):
 @router.get(
     "",
     summary="List a job's checkpoints",
-    response_description="The recorded checkpoints.",
+    response_description="The recorded checkpoints, by percent.",
     responses=problems(404, 503),
 )
 def list_checkpoints(service: Service, job_id: JobId) -> schemas.Listing[schemas.CheckpointView]:
-    """The recorded checkpoints, by percent."""
+    """The recorded checkpoints of a job, by percent."""
     return schemas.Listing(data=[views.checkpoint(row) for row in reads.list_checkpoints(service.database, job_id)])
 
 
 @router.get(
     "/{percent}",
     summary="Get a checkpoint",
-    response_description="The checkpoint.",
+    response_description="The recorded checkpoint, with its files.",
     responses=problems(404, 503),
 )
 def get_checkpoint(service: Service, job_id: JobId, percent: Which) -> schemas.CheckpointView:
-    """One checkpoint, or the newest."""
+    """One recorded checkpoint of a job, by percent or the newest."""
     return views.checkpoint(reads.get_checkpoint(service.database, job_id, which(percent)))
 
 
@@ -68,7 +68,7 @@ def get_reconstruction(
     summary="Download a file of a checkpoint",
     response_class=FileResponse,
     responses={
-        200: {"description": "The whole file.", "content": {"application/octet-stream": {"schema": _BYTES}}},
+        200: {"description": "The complete file.", "content": {"application/octet-stream": {"schema": _BYTES}}},
         206: {
             "description": "The range of the file that was asked for; several come as `multipart/byteranges`.",
             "content": {
@@ -81,6 +81,6 @@ def get_reconstruction(
     },
 )
 def get_checkpoint_file(service: Service, job_id: JobId, percent: Which, name: FileName) -> FileResponse:
-    """A file of a checkpoint. `Repr-Digest` is the sha256 that was recorded of it."""
+    """A file of a checkpoint. `Repr-Digest` is its recorded SHA-256."""
     row = reads.get_checkpoint(service.database, job_id, which(percent))
     return RecordedFile.of(row, name, service.settings.data_dir)

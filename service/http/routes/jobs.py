@@ -1,4 +1,4 @@
-"""Jobs: submit, list, look at, rename, cancel, pause, resume, delete."""
+"""Jobs: submit, list, read, rename, cancel, pause, resume, delete."""
 
 import asyncio
 from typing import Annotated, cast
@@ -30,14 +30,14 @@ router = APIRouter(tags=["jobs"])
 MAX_WAIT_SECONDS = 120
 
 RETRY_SECONDS = 1.0
-"""How soon a request that waits looks again while the database is out of reach."""
+"""Delay between two reads of a waiting request while the database is out of reach."""
 
 
 class SubmitQuery(StrictQuery):
     """Query of `POST /jobs`."""
 
     dry_run: bool = False
-    """Check and measure the job without submitting it."""
+    """Validate and measure the job without submitting it."""
 
 
 class ListQuery(StrictQuery):
@@ -50,10 +50,10 @@ class ListQuery(StrictQuery):
     """Only jobs with this tag: `key`, or `key=value`, for which `key:value` does as well."""
 
     limit: int = Field(50, ge=1, le=200)
-    """Jobs of a page."""
+    """Most jobs of a page."""
 
     cursor: Annotated[str, StringConstraints(pattern=r"^[0-9]{1,18}$")] | None = None
-    """`next_cursor` of the page before."""
+    """Value of `next_cursor` in the previous page."""
 
 
 class JobQuery(StrictQuery):
@@ -63,24 +63,24 @@ class JobQuery(StrictQuery):
     """Seconds to wait for another status than `seen`."""
 
     seen: schemas.Status | None = None
-    """The status that is known already; without it, any change of the status ends the wait."""
+    """The status that the client has already; without it, any change of the status ends the wait."""
 
 
 IdempotencyKey = Annotated[
     Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=IDEMPOTENCY_KEY)] | None,
-    Header(description="The same key with the same request answers the first job instead of making a second."),
+    Header(description="Token that makes the request safe to repeat: the same key and request answer the first job."),
 ]
 
 
 @router.post(
     "/jobs",
     summary="Submit a job",
-    response_description="The new job.",
+    response_description="The job that was submitted.",
     status_code=201,
     response_model=JobView,
     responses={
         200: {
-            "description": "The job that this key made before; or the estimate of a dry run.",
+            "description": "The job that was submitted with this key before; or the estimate of a dry run.",
             "content": {"application/json": {"schema": {"anyOf": [ref(JobView), ref(schemas.Estimate)]}}},
         },
         **problems(400, 404, 409, 413, 415, 422, 429, 503, 507),
@@ -112,7 +112,7 @@ def submit_job(
 
 
 def _parent(service: Context, config: JobConfig) -> submission.Parent | None:
-    """The checkpoint that a job is to start from, which must have been recorded.
+    """The recorded checkpoint that a job is to start from; None for random weights.
 
     Raises:
         NotFound: `job_not_found`, `checkpoint_not_found`.
@@ -147,13 +147,13 @@ def list_jobs(service: Service, query: Annotated[ListQuery, Query()]) -> schemas
 @router.get(
     "/jobs/{job_id}",
     summary="Get a job, or wait for its status",
-    response_description="The job.",
+    response_description="The job as it is now.",
     responses=problems(404, 422, 503),
 )
 async def get_job(service: Service, job_id: JobId, query: Annotated[JobQuery, Query()]) -> JobView:
-    """One job. With `wait`, answers once its status is another than `seen`, or its last, or when the time is over.
+    """One job. With `wait`, answers once its status differs from `seen` or is terminal, or after that time.
 
-    A database that is out of reach is waited for as long.
+    While the database is out of reach, the request waits as long.
     """
     clock = asyncio.get_running_loop().time
     deadline = clock() + query.wait
@@ -168,7 +168,7 @@ async def get_job(service: Service, job_id: JobId, query: Annotated[JobQuery, Qu
             row = await to_thread.run_sync(reads.get_job, service.database, job_id)
             seen = seen or cast(schemas.Status, row.status)
             if row.status != seen or row.status in TERMINAL or is_over():
-                # Only now: a place in the line takes a look at the whole line.
+                # Only now: a queue position takes a query over the whole queue.
                 return await to_thread.run_sync(_placed, service, row)
             pause = deadline - clock()
         except DatabaseUnavailable:
@@ -179,7 +179,7 @@ async def get_job(service: Service, job_id: JobId, query: Annotated[JobQuery, Qu
 
 
 def _placed(service: Context, row: Job) -> JobView:
-    """The job with its place in the queue."""
+    """The job with its queue position."""
     place = queue_position.find_place(service.database, row.id) if row.status == "queued" else None
     if place is None:
         return views.job(row)
@@ -193,7 +193,7 @@ def _placed(service: Context, row: Job) -> JobView:
     responses=problems(400, 404, 413, 415, 422, 503, 507),
 )
 def patch_job(service: Service, job_id: JobId, patch: schemas.JobPatch) -> JobView:
-    """Change the name or the tags."""
+    """Change the name or the tags of a job."""
     return views.job(relabel(service.database, job_id, patch.model_dump(exclude_unset=True)))
 
 
@@ -202,13 +202,16 @@ def patch_job(service: Service, job_id: JobId, patch: schemas.JobPatch) -> JobVi
     summary="Get a job's training text",
     response_class=Response,
     responses={
-        200: {"description": "The training text.", "content": {"text/plain": {"schema": {"type": "string"}}}},
+        200: {
+            "description": "The training text of the job.",
+            "content": {"text/plain": {"schema": {"type": "string"}}},
+        },
         304: NOT_MODIFIED,
         **problems(404, 412, 503),
     },
 )
 def get_job_text(service: Service, job_id: JobId) -> Response:
-    """The training text."""
+    """The training text of a job, in UTF-8."""
     row = reads.get_job(service.database, job_id)
     return ConditionalResponse(
         reads.get_text(service.database, row.text_sha256),
@@ -225,7 +228,7 @@ def get_job_text(service: Service, job_id: JobId) -> Response:
     responses=problems(404, 409, 503, 507),
 )
 def cancel_job(service: Service, job_id: JobId) -> JobView:
-    """Ask the job to stop for good. Its checkpoints stay."""
+    """Request that the job stops for good. Its checkpoints stay."""
     return views.job(queue.request_cancel(service.database, job_id))
 
 
@@ -237,7 +240,7 @@ def cancel_job(service: Service, job_id: JobId) -> JobView:
     responses=problems(404, 409, 503, 507),
 )
 def pause_job(service: Service, job_id: JobId) -> JobView:
-    """Ask the job to stop until it is resumed."""
+    """Request that the job stops until it is resumed."""
     return views.job(queue.request_pause(service.database, job_id))
 
 
@@ -249,7 +252,7 @@ def pause_job(service: Service, job_id: JobId) -> JobView:
     responses=problems(404, 409, 503, 507),
 )
 def resume_job(service: Service, job_id: JobId) -> JobView:
-    """Let a paused job go on where it stopped."""
+    """Put a paused job back into the queue, to continue where it stopped."""
     return views.job(queue.resume(service.database, job_id))
 
 

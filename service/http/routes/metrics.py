@@ -1,4 +1,4 @@
-"""What a job measured: its checkpoints' figures and its step series."""
+"""The metrics of a job: the figures of each checkpoint, and the step series."""
 
 from collections.abc import Iterator
 from typing import Annotated
@@ -36,7 +36,7 @@ class MetricsQuery(StrictQuery):
     responses=problems(404, 422, 503),
 )
 def get_job_metrics(service: Service, job_id: JobId, query: Annotated[MetricsQuery, Query()]) -> schemas.Metrics:
-    """Each checkpoint's figures, and the step series."""
+    """The figures of each checkpoint of a job, and its step series."""
     row = reads.get_job(service.database, job_id)
     checkpoints = reads.list_checkpoints(service.database, job_id)
     steps = reads.series(service.database, job_id, query.points)
@@ -56,7 +56,7 @@ def get_job_metrics(service: Service, job_id: JobId, query: Annotated[MetricsQue
     },
 )
 def get_job_metrics_csv(service: Service, job_id: JobId) -> StreamingResponse:
-    """The whole step series as CSV."""
+    """The complete step series of a job as CSV."""
     reads.get_job(service.database, job_id)
     return StreamingResponse(_csv(service, job_id), media_type="text/csv; charset=utf-8")
 

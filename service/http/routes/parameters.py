@@ -1,6 +1,6 @@
-"""What several routes take: the parts of the service, and the ids and names that paths are made of.
+"""Parameters of several routes: the service's context, and the ids and names in paths.
 
-An id that cannot be one is answered like an id that nobody has: not found.
+A malformed id is answered as an unknown one is: 404.
 """
 
 import re
@@ -27,7 +27,7 @@ Service = Annotated[Context, Depends(_context)]
 
 
 class StrictQuery(BaseModel):
-    """Query parameters: unknown ones are refused, so that a misspelt one is not silently without effect."""
+    """Query parameters. Unknown ones are refused, so that a misspelt one is not ignored."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -40,7 +40,7 @@ def _job_id(given: str) -> str:
 
 JobId = Annotated[
     str,
-    Path(description="The job's id.", json_schema_extra={"pattern": JOB_ID_PATTERN}),
+    Path(description="Id of the job: 32 hexadecimal digits.", json_schema_extra={"pattern": JOB_ID_PATTERN}),
     AfterValidator(_job_id),
 ]
 
@@ -53,13 +53,16 @@ def _which(given: str) -> str:
 
 Which = Annotated[
     str,
-    Path(description="The checkpoint's percent, or the newest.", json_schema_extra={"enum": list[Any](_WHICH)}),
+    Path(
+        description="Percent of the checkpoint, or `latest` for the newest.",
+        json_schema_extra={"enum": list[Any](_WHICH)},
+    ),
     AfterValidator(_which),
 ]
 
 
 def which(given: str) -> Percent | Literal["latest"]:
-    """A checked path parameter as what the store takes."""
+    """The percent, or `latest`, that a validated path parameter stands for."""
     return _WHICH[given]
 
 
@@ -71,6 +74,8 @@ def _file_name(given: str) -> str:
 
 FileName = Annotated[
     str,
-    Path(description="The file's name.", json_schema_extra={"pattern": _FILE_NAME.pattern}),
+    Path(
+        description="Name of the file, as listed in the checkpoint.", json_schema_extra={"pattern": _FILE_NAME.pattern}
+    ),
     AfterValidator(_file_name),
 ]

@@ -1,4 +1,4 @@
-"""The service itself: its workers, whether it lives, whether it can serve."""
+"""The service itself: its workers, liveness, readiness and Prometheus metrics."""
 
 from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -16,7 +16,7 @@ router = APIRouter(tags=["service"])
 @router.get(
     "/workers",
     summary="List the workers",
-    response_description="The workers.",
+    response_description="The workers, with their current jobs.",
     responses=problems(503),
 )
 def list_workers(service: Service) -> schemas.Listing[schemas.WorkerView]:
@@ -26,23 +26,23 @@ def list_workers(service: Service) -> schemas.Listing[schemas.WorkerView]:
 
 @router.get(
     "/healthz",
-    summary="Tell whether the process lives",
-    response_description="The process lives.",
+    summary="Check whether the process is alive",
+    response_description="The process is alive.",
     responses=problems(),
 )
 async def get_health() -> schemas.Health:
-    """Whether the process answers at all."""
+    """Liveness check: the process answers."""
     return schemas.Health(version=nanomoe.__version__)
 
 
 @router.get(
     "/readyz",
-    summary="Tell whether jobs can be submitted",
+    summary="Check whether jobs can be submitted",
     response_description="Jobs can be submitted.",
     responses=problems(503),
 )
 def get_readiness(service: Service) -> schemas.Readiness:
-    """Whether jobs can be submitted: the database is within reach, and at this code's revision."""
+    """Readiness check: the database is within reach, and at this code's schema revision."""
     service.database.check_revision()
     now = service.database.time()
     alive = [row for row, _ in workers.list_workers(service.database) if workers.is_alive(row, now)]
@@ -54,10 +54,13 @@ def get_readiness(service: Service) -> schemas.Readiness:
     summary="Get metrics for Prometheus",
     response_class=Response,
     responses={
-        200: {"description": "The metrics as text.", "content": {"text/plain": {"schema": {"type": "string"}}}},
+        200: {
+            "description": "The metrics in the Prometheus text format.",
+            "content": {"text/plain": {"schema": {"type": "string"}}},
+        },
         **problems(503),
     },
 )
 def get_prometheus_metrics(service: Service) -> Response:
-    """What a Prometheus server scrapes: jobs, queue, workers, training speed, generation."""
+    """Metrics in the Prometheus text format: jobs, queue, workers, training speed, generation."""
     return Response(generate_latest(service.generation.instruments.registry), media_type=CONTENT_TYPE_LATEST)

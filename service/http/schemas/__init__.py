@@ -1,4 +1,4 @@
-"""What goes in and out over HTTP: the requests and answers of every route, as classes shared with the Python client.
+"""The requests and responses of every route, as pydantic classes shared with the Python client.
 
 Requests are strict and refuse unknown keys. Answers are lenient, so that an older client reads a newer server. Knows no
 torch, no FastAPI and no database.

@@ -1,4 +1,4 @@
-"""What requests and answers share: the checkpoint that is meant, how answers are read, pages of a list, errors."""
+"""What requests and responses share: the checkpoint that is meant, views, pages of lists, and errors."""
 
 from typing import Annotated, Generic, Literal, TypeVar
 
@@ -14,7 +14,7 @@ def _without_mark(given: object) -> object:
 
 
 Text = Annotated[str, BeforeValidator(_without_mark)]
-"""What is read from files: a byte-order mark at its start says how the file is encoded, and is no part of the text."""
+"""A text that may come from a file: a byte-order mark at its start is dropped."""
 
 T = TypeVar("T")
 
@@ -30,7 +30,7 @@ class CheckpointRequest(Strict):
 
 
 class View(BaseModel):
-    """A frozen answer. Fields that this version does not know are left out."""
+    """A frozen response. Fields that this version does not know are ignored."""
 
     model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
@@ -58,7 +58,7 @@ class Listing(View, Generic[T]):
 
 
 class ProblemError(View):
-    """One thing that is wrong with a request."""
+    """One fault of an invalid request."""
 
     loc: list[str | int]
     """Path to the faulty field: `body`, `query`, `path` or `header` first."""
@@ -74,13 +74,13 @@ class Problem(View):
     """`about:blank`, or an address that names the problem."""
 
     title: str
-    """The HTTP status in words."""
+    """Short summary of the kind of error."""
 
     status: int
-    """The HTTP status."""
+    """HTTP status of the response."""
 
     detail: str
-    """What went wrong this time, for a person."""
+    """Explanation of this occurrence of the error, for people."""
 
     code: str
     """Stable, machine-readable name of the error."""

@@ -1,4 +1,4 @@
-"""Continuing a prompt: the request, the plain answer, and the pieces of a stream."""
+"""Generation: the request, the plain response, and the events of a stream."""
 
 from typing import Annotated
 
@@ -9,7 +9,7 @@ from service.generation.answers import FinishReason, Timing, TokenLogProb
 from service.http.schemas.base import CheckpointRequest, View
 
 TextPrompt = Annotated[str, Field(strict=True, max_length=1_000_000, json_schema_extra={"minLength": 1})]
-"""A text to continue. An empty one is refused by name (`empty_prompt`), where it is known why."""
+"""A text to continue. An empty one is refused later, with the error code `empty_prompt`."""
 
 StopString = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=200)]
 
@@ -43,7 +43,7 @@ class GenerateRequest(SamplingConfig, CheckpointRequest):
 
 
 class Choice(View):
-    """One continuation."""
+    """One continuation of the prompt."""
 
     index: int = 0
     """Number of the continuation, 0 to n - 1."""
@@ -62,7 +62,7 @@ class Choice(View):
 
 
 class Usage(View):
-    """What was counted."""
+    """Token counts of a request."""
 
     prompt_tokens: int
     """Tokens of the prompt."""
@@ -75,7 +75,7 @@ class Usage(View):
 
 
 class GenerateEnd(View):
-    """What is known of a generation at its end: the last event of a stream, and the rest of a plain answer."""
+    """`event: end`: usage and timing of a generation, the last event of a stream and a part of a plain response."""
 
     job_id: str
     """Id of the job."""
@@ -84,10 +84,10 @@ class GenerateEnd(View):
     """Percent of the checkpoint that was used."""
 
     usage: Usage
-    """Numbers of tokens."""
+    """Token counts of the prompt and the continuations."""
 
     timing: Timing
-    """How long the generation took."""
+    """Durations and speed of the generation."""
 
     seed: int
     """Seed that was used: the same seed gives the same texts again."""
@@ -96,7 +96,7 @@ class GenerateEnd(View):
     """Whether the context grew past `block_size`, so that its earliest tokens were forgotten."""
 
     numerics: str
-    """How the engine computed."""
+    """Numerics of the engine: device, precision and kernels."""
 
 
 class GenerateResponse(GenerateEnd):
@@ -110,13 +110,13 @@ class GenerateResponse(GenerateEnd):
 
 
 class GenerateChunk(View):
-    """`event: chunk`: what a continuation has gained since its last chunk."""
+    """`event: chunk`: the part of a continuation that is new since its last chunk."""
 
     index: int
     """Number of the continuation, 0 to n - 1."""
 
     text: str
-    """Text that the continuation gained, never cut inside a character."""
+    """New text of the continuation, never cut inside a character."""
 
     tokens: list[int]
     """The new tokens that begin in the text so far."""

@@ -3,7 +3,7 @@
 import pytest
 
 from service.cli.bench import lifecycle, tables
-from service.cli.bench.site import open_site
+from service.cli.bench.temporary_service import run_service
 from tests.service.cli.conftest import Run
 
 
@@ -35,7 +35,7 @@ def test_what_cannot_be_measured_is_a_mistake(nanomoe: Run, options: list[str], 
 
 
 def test_a_claim_is_timed_with_as_many_jobs_in_line_as_it_says() -> None:
-    with open_site() as site:
+    with run_service() as site:
         times = []
         for one in lifecycle.claim_times(site.database, (1, 40)):
             times.append(one)
@@ -46,7 +46,7 @@ def test_a_claim_is_timed_with_as_many_jobs_in_line_as_it_says() -> None:
 
 
 def test_submissions_are_counted_and_taken_back() -> None:
-    with open_site() as site:
+    with run_service() as site:
         seen = lifecycle.traffic(site, training=False, seconds=2)
         assert seen.submits_per_sec > 1
         assert 0 < seen.get_p50_seconds <= seen.get_p99_seconds

@@ -6,19 +6,23 @@ import shlex
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated, Any
 
 import pytest
+import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
 from service.cli import COMMANDS, addresses, app
-from service.cli.commands import LazyCommand
+from service.cli.commands import LazyCommand, as_command
 from service.cli.display import TextDisplay
 from service.cli.jobs import read_text
 from service.http import schemas
 from service.jobs import queue, recording
 from tests.api import TEXT, Api
+from tests.descriptions import stands_alone
 from tests.service.cli.conftest import Run
 
 ROOT = Path(__file__).parents[3]
@@ -280,7 +284,7 @@ def test_watching_a_job_that_waits_tells_how_the_line_moves(at: Run, api: Api, m
         next(looks)()
 
     monkeypatch.setattr(TextDisplay, "waiting", look)
-    monkeypatch.setattr("service.cli.display.LOOK_SECONDS", 0.0)
+    monkeypatch.setattr("service.cli.display.QUEUE_POLL_SECONDS", 0.0)
     lines = at("watch", third).out.splitlines()
     assert lines[0] == f"{third}  queued, 1 ahead"
     assert [line for line in lines if line.startswith("queued")] == ["queued", "queued, next"]
@@ -406,7 +410,7 @@ def test_the_list_of_commands_loads_none_of_them() -> None:
     assert {name for name in loaded if name.startswith("service.")} == {
         "service.cli",
         "service.cli.commands",
-        "service.cli.mistakes",
+        "service.cli.usage_error",
         "service.cli.output",
     }
 
@@ -447,6 +451,33 @@ def test_every_command_has_a_help_of_its_own(nanomoe: Run, name: str) -> None:
     done = nanomoe(name, "--help")
     assert done.code == 0
     assert f"Usage: nanomoe {name} " in done.out
+
+
+def parameter_helps(command: Any, path: str) -> Iterator[tuple[str, str | None]]:
+    """The help of every option and argument of a command and of the commands below it, but that of typer's own."""
+    for parameter in command.params:
+        if not {"--help", "--install-completion", "--show-completion"} & set(parameter.opts):
+            yield f"{path} {parameter.name}", getattr(parameter, "help", None)
+    for name, below in getattr(command, "commands", {}).items():
+        yield from parameter_helps(below.load() if isinstance(below, LazyCommand) else below, f"{path} {name}")
+
+
+def test_every_option_and_argument_has_a_help_that_stands_alone() -> None:
+    found = list(parameter_helps(get_command(app), "nanomoe"))
+    assert len(found) > 60
+    assert [(where, text) for where, text in found if not stands_alone(text)] == []
+
+
+def test_the_check_sees_an_option_without_such_a_help() -> None:
+    def made_up(
+        file: str,
+        limit: Annotated[int, typer.Option(help="Of the list.")] = 1,
+        name: Annotated[str, typer.Option(help="Name of the job.")] = "",
+    ) -> None:
+        """A command."""
+
+    wrong = [where for where, text in parameter_helps(as_command(made_up), "made_up") if not stands_alone(text)]
+    assert wrong == ["made_up file", "made_up limit"]
 
 
 def test_a_command_that_is_not_there_is_named_with_what_is_close(nanomoe: Run) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from nanomoe.config import InitFrom, JobConfig
 from service.cli.knobs import complete_knob, config_of, knob_rows
-from service.cli.mistakes import Mistake
+from service.cli.usage_error import UsageError
 
 JOB_ID = "0123456789abcdef" * 2
 
@@ -62,7 +62,7 @@ def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
 def test_a_file_that_is_no_config_is_a_mistake(tmp_path: Path, content: str, said: str) -> None:
     file = tmp_path / "config.json"
     file.write_bytes(content.encode("latin-1"))
-    with pytest.raises(Mistake, match=said.replace("?", r"\?")):
+    with pytest.raises(UsageError, match=said.replace("?", r"\?")):
         config_of(file, [])
 
 

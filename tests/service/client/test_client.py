@@ -200,7 +200,7 @@ def test_a_request_that_never_left_is_repeated_whatever_it_is(using: Any) -> Non
     assert len(script.requests) == 2
 
 
-def test_patience_ends(using: Any) -> None:
+def test_retries_end_after_the_configured_number(using: Any) -> None:
     script = Script(*[httpx.ConnectError("refused")] * 4)
     with pytest.raises(Unreachable, match="nothing answers"):
         using(script, lambda client: client.health())

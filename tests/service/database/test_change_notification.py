@@ -16,7 +16,7 @@ from service.jobs.new_job import NewJob
 from service.jobs.tables import Installation
 from service.settings import Settings
 from tests.databases import ONLY_POSTGRESQL
-from tests.races import PATIENCE, Races
+from tests.races import TIMEOUT_SECONDS, Races
 
 
 @pytest.fixture
@@ -42,20 +42,20 @@ def settled(db: Database) -> int:
 def test_a_commit_of_another_process_wakes_who_waits(db: Database, other: Database) -> None:
     seen = settled(db)
     submit(other)
-    assert db.changes.wait(PATIENCE, seen) > seen
+    assert db.changes.wait(TIMEOUT_SECONDS, seen) > seen
 
 
 def test_a_commit_of_ones_own_wakes_too(db: Database) -> None:
     seen = settled(db)
     submit(db)
-    assert db.changes.wait(PATIENCE, seen) > seen
+    assert db.changes.wait(TIMEOUT_SECONDS, seen) > seen
 
 
 def test_a_change_between_looking_and_waiting_is_not_missed(db: Database, other: Database) -> None:
     seen = settled(db)
     submit(other)
-    db.changes.wait(PATIENCE, seen)  # another waiter of this process was told
-    assert db.changes.wait(PATIENCE, seen) > seen
+    db.changes.wait(TIMEOUT_SECONDS, seen)  # another waiter of this process was told
+    assert db.changes.wait(TIMEOUT_SECONDS, seen) > seen
 
 
 def test_without_a_change_the_wait_ends(db: Database) -> None:
@@ -76,7 +76,7 @@ def test_word_comes_after_the_commit_not_before(db: Database, races: Races) -> N
     held = races.hold(submit, db)
     assert db.changes.wait(0.1, seen) == seen
     held.let_go()
-    assert db.changes.wait(PATIENCE, seen) > seen
+    assert db.changes.wait(TIMEOUT_SECONDS, seen) > seen
     assert reads.count_jobs(db)["queued"] == 1
 
 
@@ -85,13 +85,13 @@ def test_a_subscriber_is_called_until_it_leaves(db: Database) -> None:
     called = threading.Event()
     leave = db.changes.subscribe(called.set)
     submit(db)
-    assert called.wait(PATIENCE)
+    assert called.wait(TIMEOUT_SECONDS)
     leave()
     leave()
     called.clear()
     seen = settled(db)
     submit(db)
-    assert db.changes.wait(PATIENCE, seen) > seen
+    assert db.changes.wait(TIMEOUT_SECONDS, seen) > seen
     assert not called.is_set()
 
 
@@ -99,9 +99,9 @@ def test_closing_wakes_who_waits(db: Database) -> None:
     settled(db)
     closing = threading.Timer(0.05, db.changes.close)
     closing.start()
-    db.changes.wait(PATIENCE)
+    db.changes.wait(TIMEOUT_SECONDS)
     closing.join()
-    assert db.changes.wait(PATIENCE) == db.changes.number
+    assert db.changes.wait(TIMEOUT_SECONDS) == db.changes.number
 
 
 @ONLY_POSTGRESQL
@@ -111,10 +111,10 @@ def test_a_listener_that_was_cut_off_listens_again(db: Database, monkeypatch: py
     with db.read() as session:
         cut = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE 'LISTEN%' AND datname = :name"
         assert session.scalars(sa.text(cut), {"name": db.engine.url.database}).all() == [True]
-    assert db.changes.wait(PATIENCE, seen) > seen  # the gap counts as a change
+    assert db.changes.wait(TIMEOUT_SECONDS, seen) > seen  # the gap counts as a change
     seen = settled(db)
     submit(db)
-    assert db.changes.wait(PATIENCE, seen) > seen
+    assert db.changes.wait(TIMEOUT_SECONDS, seen) > seen
 
 
 def test_a_source_that_fails_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +130,7 @@ def test_a_source_that_fails_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> 
         stop.wait()
 
     watching = Changes(source)
-    while watching.wait(PATIENCE) < 3:
+    while watching.wait(TIMEOUT_SECONDS) < 3:
         pass
     assert asked == 3
     watching.close()

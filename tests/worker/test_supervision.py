@@ -1,4 +1,4 @@
-"""A trainer's tie to its supervisor, in real processes."""
+"""A trainer under supervision, in real processes: when it ends, and when it does not."""
 
 import os
 import signal
@@ -10,18 +10,18 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.worker.scripted_trainer import TIES
+from tests.worker.scripted_trainer import SAFEGUARDS
 from tests.worker.workplace import ended_within
-from worker.protocol import Beat, Stop, encode
+from worker.protocol import KeepAlive, Stop, encode
 
 ROOT = Path(__file__).parents[2]
-TIED = """
+SUPERVISED = """
 import os, sys, time
 from nanomoe.processes import die_with_parent
-from worker.guard import Supervision
+from worker.supervision import Supervision
 die_with_parent(int(sys.argv[1]))
 supervision = Supervision(time.monotonic() + float(sys.argv[2]))
-print("tied", flush=True)
+print("supervised", flush=True)
 while supervision.stop is None:
     time.sleep(0.005)
 print(supervision.stop, sys.stdin.read(), flush=True)
@@ -29,10 +29,10 @@ os._exit(0)
 """
 
 
-def tied(*, seconds: float = 60, stderr: int = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
+def supervised(*, seconds: float = 60, stderr: int = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
     arguments = [str(os.getpid()), str(seconds)]
     process = subprocess.Popen(
-        [sys.executable, "-c", TIED, *arguments],
+        [sys.executable, "-c", SUPERVISED, *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=stderr,
@@ -41,7 +41,7 @@ def tied(*, seconds: float = 60, stderr: int = subprocess.DEVNULL) -> subprocess
         bufsize=0,
     )
     assert process.stdout is not None
-    assert process.stdout.readline() == b"tied\n"
+    assert process.stdout.readline() == b"supervised\n"
     return process
 
 
@@ -53,24 +53,24 @@ def end(process: subprocess.Popen[bytes]) -> int:
     return status
 
 
-def test_a_trainer_ends_when_its_pipe_does() -> None:
-    process = tied()
+def test_a_trainer_ends_at_the_end_of_its_pipe() -> None:
+    process = supervised()
     assert process.stdin is not None
     process.stdin.close()
     assert end(process) == -signal.SIGKILL
 
 
-def test_a_trainer_ends_when_it_hears_nothing_in_time() -> None:
+def test_a_trainer_without_a_keep_alive_ends_at_its_deadline() -> None:
     began = time.monotonic()
-    process = tied(seconds=0.5)
+    process = supervised(seconds=0.5)
     assert end(process) == -signal.SIGKILL
     assert time.monotonic() - began >= 0.5
 
 
-def test_a_beat_gives_a_trainer_more_time() -> None:
-    process = tied(seconds=1)
+def test_a_keep_alive_extends_the_deadline() -> None:
+    process = supervised(seconds=1)
     assert process.stdin is not None
-    process.stdin.write(encode(Beat(until=time.monotonic() + 60)))
+    process.stdin.write(encode(KeepAlive(until=time.monotonic() + 60)))
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(1.5)
     process.stdin.write(encode(Stop(reason="pause")))
@@ -80,27 +80,27 @@ def test_a_beat_gives_a_trainer_more_time() -> None:
     assert end(process) == 0
 
 
-def test_a_trainer_that_was_stopped_reads_its_beats_before_the_clock() -> None:
-    process = tied(seconds=1)
+def test_a_trainer_that_was_stopped_reads_its_keep_alives_before_the_clock() -> None:
+    process = supervised(seconds=1)
     process.send_signal(signal.SIGSTOP)
     assert process.stdin is not None
-    process.stdin.write(encode(Beat(until=time.monotonic() + 60)))
+    process.stdin.write(encode(KeepAlive(until=time.monotonic() + 60)))
     time.sleep(1.2)  # its first deadline passes while it is stopped: the fault itself
     process.send_signal(signal.SIGCONT)
     process.stdin.write(encode(Stop(reason="drain")))
     assert end(process) == 0
 
 
-def test_a_trainer_that_hears_something_else_than_the_protocol_ends_and_says_why() -> None:
-    process = tied(stderr=subprocess.PIPE)
+def test_a_line_that_is_no_message_ends_the_trainer_and_its_error_is_logged() -> None:
+    process = supervised(stderr=subprocess.PIPE)
     assert process.stdin is not None
     process.stdin.write(b"hello\n")
     assert process.stderr is not None
     with process.stderr as stderr:
-        said = stderr.read().decode()
+        logged = stderr.read().decode()
     assert end(process) == -signal.SIGKILL
-    assert "ValidationError" in said
-    assert "supervisor_lost" not in said
+    assert "ValidationError" in logged
+    assert "supervisor_lost" not in logged
 
 
 SUPERVISOR = """
@@ -115,10 +115,10 @@ sys.stdin.read()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has the parent-death signal")
-@pytest.mark.parametrize("left", TIES)
-def test_each_tie_alone_ends_the_trainer_of_a_killed_supervisor(left: str) -> None:
+@pytest.mark.parametrize("left", SAFEGUARDS)
+def test_each_safeguard_alone_ends_the_trainer_of_a_killed_supervisor(left: str) -> None:
     trainer = [sys.executable, "-m", "tests.worker.scripted_trainer", "work", "--until", str(time.monotonic() + 5)]
-    for taken in TIES:
+    for taken in SAFEGUARDS:
         trainer += ["--without", taken] if taken != left else []
     supervisor = subprocess.Popen(
         [sys.executable, "-c", SUPERVISOR, *trainer], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT

@@ -1,10 +1,9 @@
-"""A trainer's tie to its supervisor: it obeys it, and does not outlive it.
+"""The trainer's side of its supervision: it receives the supervisor's messages, and does not outlive the supervisor.
 
-Three ways to notice that the supervisor has ended, each for what the others miss: the parent-death signal of Linux
+Three safeguards detect that the supervisor is gone, each for what the others miss: the parent-death signal of Linux
 (`nanomoe.processes`) comes even while a long C call holds the interpreter's lock; the end of the pipe is seen on every
-system and takes the whole process group; the deadline in every beat covers a supervisor that is stopped, before anybody
-else can claim its job.
-Imports no torch: it is at work before the trainer does.
+system and kills the whole process group; the deadline in every keep-alive covers a supervisor that is stopped, before
+another worker can claim its job. Imports no torch: it is active before the trainer imports it.
 """
 
 import logging
@@ -16,24 +15,24 @@ import time
 from queue import SimpleQueue
 from typing import NoReturn
 
-from worker.protocol import Beat, Start, Stop, StopReason, parse_to_trainer
+from worker.protocol import KeepAlive, Start, Stop, StopReason, parse_to_trainer
 
 log = logging.getLogger(__name__)
 
 
 def end_group() -> NoReturn:
     """Kill this process and all of its group."""
-    if os.getpgrp() == os.getpid():  # not when somebody runs a trainer by hand, in the group of his shell
+    if os.getpgrp() == os.getpid():  # not when a trainer is run by hand, in the group of a shell
         os.killpg(0, signal.SIGKILL)
     os._exit(1)
 
 
 class Supervision:
-    """Reads stdin in a thread: the start, wishes to stop, and beats."""
+    """Reads the supervisor's messages from stdin in a thread: the start, stop requests and keep-alives."""
 
     def __init__(self, until: float) -> None:
-        """`until`: monotonic time at which this process ends itself if it has heard nothing."""
-        # A copy that no child inherits, and an empty stdin for whatever else reads it.
+        """`until`: monotonic time at which this process kills itself if no keep-alive has come."""
+        # A copy that no child inherits, and an empty stdin for any other reader.
         self._pipe = os.dup(0)
         with open(os.devnull, "rb") as nothing:  # noqa: PTH123 - a descriptor is wanted
             os.dup2(nothing.fileno(), 0)
@@ -41,36 +40,37 @@ class Supervision:
         self._starts: SimpleQueue[Start] = SimpleQueue()
         self.stop: StopReason | None = None
         """Why training should end at the next step boundary."""
-        threading.Thread(target=self._listen, name="supervision", daemon=True).start()
+        threading.Thread(target=self._read, name="supervision", daemon=True).start()
 
     def wait_for_start(self) -> Start:
         """The job of this process."""
         return self._starts.get()
 
     def terminated(self) -> None:
-        """SIGTERM has come. Without a message, somebody other than the supervisor wants this process to end."""
+        """Handle SIGTERM. Without a stop message it comes from someone other than the supervisor: stop as for a
+        drain."""
         self.stop = self.stop or "drain"
 
-    def _listen(self) -> None:
-        heard = b""
+    def _read(self) -> None:
+        rest = b""
         try:
-            # Look into the pipe before at the clock: a process that was stopped finds its beats waiting.
+            # Read the pipe before the clock: a process that was stopped (SIGSTOP) finds its keep-alives there.
             while select.select([self._pipe], [], [], max(0.0, self._until - time.monotonic()))[0]:
                 read = os.read(self._pipe, 1 << 16)
                 if not read:
                     break
-                *lines, heard = (heard + read).split(b"\n")
+                *lines, rest = (rest + read).split(b"\n")
                 for line in lines:
-                    self._obey(line)
+                    self._handle(line)
             log.error("supervisor_lost")
-        except BaseException:  # what the supervisor said cannot be obeyed, or not even be read
+        except BaseException:  # a message that cannot be parsed or handled
             log.exception("supervisor_message_invalid")
         finally:
             end_group()
 
-    def _obey(self, line: bytes) -> None:
+    def _handle(self, line: bytes) -> None:
         match parse_to_trainer(line):
-            case Beat(until=until):
+            case KeepAlive(until=until):
                 self._until = until
             case Start() as start:
                 self._starts.put(start)

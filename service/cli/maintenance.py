@@ -1,7 +1,7 @@
-"""`nanomoe backup` and `nanomoe fsck`: looking after the database and the data folder of this machine.
+"""`nanomoe backup` and `nanomoe fsck`: maintenance of the database and the data folder of this machine.
 
-They open both themselves, so they need no service, and do not disturb one that runs. What opens a database is imported
-only when one of them runs: the other commands start without it.
+They open both themselves, so they need no service, and do not disturb one that runs. The database's modules are
+imported only when one of them runs.
 """
 
 import shlex
@@ -18,8 +18,8 @@ from rich.text import Text
 from service.cli import text
 from service.cli.addresses import settings
 from service.cli.jobs import FAILED
-from service.cli.mistakes import Mistake
 from service.cli.output import Json, print_json
+from service.cli.usage_error import UsageError
 from service.errors import ServiceError, StartRefused
 from service.settings import Settings
 
@@ -29,13 +29,15 @@ if TYPE_CHECKING:
 
 
 def backup(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A new file for the copy of the database.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="The copy of the database to write, which must not exist.")
+    ],
 ) -> None:
-    """Copy the database while everything is running, and say what else a backup needs."""
+    """Copy the database while the service runs, and print which files a backup needs too."""
     here = settings()
     if not here.database_url.startswith("sqlite:"):
         print(_pg_dump(here.database_url, file))
-        raise Mistake("nothing was written: run the command above, which copies a PostgreSQL database")
+        raise UsageError("nothing was written: run the command above, which copies a PostgreSQL database")
     with _opened(here) as database:
         database.backup(file)
     text.console().print(f"wrote {file}")
@@ -55,13 +57,13 @@ def _pg_dump(database_url: str, file: Path) -> str:
 
 def fsck(
     sweep: Annotated[
-        bool, typer.Option("--sweep", help="Remove what has no row now; a worker waits for a day first.")
+        bool, typer.Option("--sweep", help="Remove files without a row now; a worker removes them after a day.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Compare every checkpoint and snapshot in the database with its files, byte for byte.
+    """Verify every recorded checkpoint and snapshot against its files, byte for byte.
 
-    Exit code 0: all is as it was recorded; 1: something is missing or damaged.
+    Exit code 0: every file is as recorded; 1: a file is missing or damaged.
     """
     from service.storage.fsck import check
     from service.storage.orphans import sweep_orphans
@@ -82,7 +84,7 @@ def fsck(
 
 @contextmanager
 def _opened(here: Settings) -> "Iterator[Database]":
-    """The database, which must be there already; what it cannot do is one line and exit code 2."""
+    """The database, which must exist; its errors are usage errors."""
     from sqlalchemy.engine import make_url
 
     from service.database.opening import open_database
@@ -90,7 +92,7 @@ def _opened(here: Settings) -> "Iterator[Database]":
     if here.database_url.startswith("sqlite:"):
         file = Path(make_url(here.database_url).database or "")
         if not file.is_file():
-            raise Mistake(f"there is no database {file}: check NANOMOE_DATA_DIR and NANOMOE_DATABASE_URL")
+            raise UsageError(f"there is no database {file}; check NANOMOE_DATA_DIR and NANOMOE_DATABASE_URL")
     try:
         database = open_database(here)
         try:
@@ -98,9 +100,9 @@ def _opened(here: Settings) -> "Iterator[Database]":
         finally:
             database.close()
     except StartRefused as error:
-        raise Mistake(str(error)) from None
+        raise UsageError(str(error)) from None
     except ServiceError as error:
-        raise Mistake(f"{error.code}: {error.detail}") from None
+        raise UsageError(f"{error.code}: {error.detail}") from None
 
 
 def _show(report: "Report", swept: list[str] | None) -> None:
@@ -114,4 +116,4 @@ def _show(report: "Report", swept: list[str] | None) -> None:
     wrong = "all as recorded" if report.is_clean else f"{len(report.faults):,} wrong"
     console.print(f"{read}: {wrong}", style=text.GOOD if report.is_clean else text.WRONG)
     if report.orphans and swept is None:
-        console.print(f"{len(report.orphans):,} without a row, which a worker sweeps after a day", style=text.DIM)
+        console.print(f"{len(report.orphans):,} without a row, which a worker removes after a day", style=text.DIM)

@@ -1,6 +1,6 @@
-"""A service that exists for one measurement: API, and a worker if wanted, over a data folder that is thrown away.
+"""A service that runs for one measurement: an API, and workers if needed, with a temporary data folder.
 
-What is measured is what users run: the same processes with the same settings, on a free port of loopback.
+It consists of the processes that users run, with the same settings, on a free port of loopback.
 """
 
 import tempfile
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Site:
-    """A running service, and its database beside it."""
+class TemporaryService:
+    """A running service, and a connection to its database."""
 
     url: str
     settings: Settings
@@ -34,7 +34,7 @@ class Site:
     processes: Processes
 
     def record(self, model: "GPT", tokenizer: "Tokenizer") -> str:
-        """Make a finished job whose only checkpoint holds these weights; returns its id."""
+        """Insert a finished job whose only checkpoint holds these weights; returns its id."""
         from safetensors.torch import save
 
         from nanomoe import checkpoint
@@ -46,7 +46,7 @@ class Site:
         job, _ = queue.submit(self.database, NewJob(text="Era uma vez", config=config.model_dump(mode="json")))
         claim = queue.claim(self.database, worker, 60)
         assert claim is not None
-        assert claim.job_id == job.id, "nothing else is in line"
+        assert claim.job_id == job.id, "no other job is queued"
         folder = checkpoint_folder(job.id, claim.fence, 100)
         files = {
             **tokenizer.files(),
@@ -71,9 +71,9 @@ class Site:
 
 
 @contextmanager
-def open_site(database_url: str | None = None, **settings: object) -> Iterator[Site]:
-    """Start an API of its own and end it with the block. `settings` as in `Settings`; the data are in a temporary
-    folder, and so is the database unless `database_url` names an empty one."""
+def run_service(database_url: str | None = None, **settings: object) -> Iterator[TemporaryService]:
+    """Start an API, which is stopped at the end of the block. `settings`: as in `Settings`; the data folder is
+    temporary, and so is the database unless `database_url` names an empty one."""
     with tempfile.TemporaryDirectory(prefix="nanomoe-bench-") as folder:
         chosen = {
             "data_dir": folder,
@@ -88,4 +88,4 @@ def open_site(database_url: str | None = None, **settings: object) -> Iterator[S
             url = processes.start_api()
             here = Settings.model_validate(chosen | {"host": "127.0.0.1", "port": 0})
             with closing(open_database(here)) as database:
-                yield Site(url, here, database, processes)
+                yield TemporaryService(url, here, database, processes)
