@@ -76,7 +76,7 @@ def forbidden(module: str, name: str) -> bool:
         return (
             (_within(name, "service") and not _within(name, *(f"service.{part}" for part in OPEN_TO_WORKER)))
             or _within(name, *WEB, "httpx", "sqlalchemy", "sqlmodel")
-            or (_within(name, "torch") and module != "worker.trainer")
+            or (_within(name, "torch") and module not in ("worker.trainer", "worker.process_state"))
             or (_within(name, "service") and module == "worker.trainer")
         )
     above = [f"service.{room}" for below, rooms in SERVICE_BELOW.items() if _within(module, below) for room in rooms]
@@ -207,6 +207,7 @@ def _loaded_by(statement: str) -> set[str]:
         ("nanomoe.config", {"torch", "transformers"}),
         ("nanomoe.plan", {"torch", "transformers"}),
         ("nanomoe.model.size", {"torch", "transformers"}),
+        ("nanomoe.evaluation.metrics", {"torch", "transformers"}),
         ("nanomoe.tokenizer", {"torch", "transformers"}),
         ("service.app", {"torch", "transformers", "worker"}),
         ("service.cli", {"torch", "transformers", "fastapi", "worker"}),

@@ -25,11 +25,10 @@ from typing import BinaryIO
 import structlog
 import tokenizers  # noqa: F401 # imported where a checkpoint is loaded; the first request shall not wait for that
 import torch
-from safetensors.torch import load as load_safetensors
 
 from nanomoe import checkpoint
 from nanomoe.checkpoint import CheckpointDamaged
-from nanomoe.config import JobConfig, SamplingConfig
+from nanomoe.config import SamplingConfig
 from nanomoe.generation import engine as generation_engine
 from nanomoe.generation.engine import FEW_SEQUENCES, Continuation, Engine, useful_threads
 from nanomoe.processes import die_with_parent
@@ -357,15 +356,11 @@ class Server:
     def _read(self, folder: Path, sha256: str, *, with_loops: bool) -> Loaded | tuple[str, str]:
         """A checkpoint from the disk, every byte that is used verified; or the code and message of what is wrong."""
         try:
-            files = {entry.name: entry for entry in checkpoint.read_manifest(folder, sha256).files}
-            for name in ("tokenizer.json", "tokenizer_config.json"):
-                checkpoint.read_file(folder, files[name])
-            tokenizer = Tokenizer.load(folder)
-            config = JobConfig.model_validate_json(checkpoint.read_file(folder, files[checkpoint.CONFIG]))
-            weights = load_safetensors(checkpoint.read_file(folder, files[checkpoint.WEIGHTS]))
+            opened = checkpoint.open(folder, sha256)
+            tokenizer = opened.tokenizer()
             engine = Engine(
-                weights,
-                config,
+                opened.weights(),
+                opened.config(),
                 device=self._device,
                 max_running=self._start.max_running,
                 cache_bytes=self._start.cache_bytes // 4,

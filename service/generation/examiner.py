@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Self
 
 import structlog
-from safetensors.torch import load as load_safetensors
 from torch import device as TorchDevice
 
 from nanomoe import checkpoint
@@ -57,7 +56,7 @@ _DIGITS = 6
 
 
 @dataclass(frozen=True)
-class OpenCheckpoint:
+class LoadedModel:
     """A checkpoint that was read, and what it takes to ask it."""
 
     config: JobConfig
@@ -65,12 +64,10 @@ class OpenCheckpoint:
     model: GPT
 
     @classmethod
-    def load(cls, folder: Path, device: TorchDevice) -> Self:
-        """From a checkpoint's folder, whose bytes the caller vouches for."""
-        tokenizer = Tokenizer.load(folder)
-        config = JobConfig.model_validate_json((folder / checkpoint.CONFIG).read_bytes())
-        model = GPT.build(config, tokenizer.vocab_size, device)
-        model.load_state_dict(load_safetensors((folder / checkpoint.WEIGHTS).read_bytes()))
+    def load(cls, folder: Path, manifest_sha256: str | None, device: TorchDevice) -> Self:
+        """The model of a checkpoint, every byte verified; without a hash, of a folder whose files are taken as they
+        are. Raises CheckpointDamaged."""
+        model, config, tokenizer = checkpoint.load_model(checkpoint.open(folder, manifest_sha256), device)
         return cls(config, tokenizer, model)
 
     @property
@@ -85,7 +82,7 @@ class Examiner:
     def __init__(self, device: TorchDevice, *, kept_bytes: int = KEPT_BYTES) -> None:
         self._device = device
         self._kept_bytes = kept_bytes
-        self._kept: OrderedDict[str, OpenCheckpoint] = OrderedDict()
+        self._kept: OrderedDict[str, LoadedModel] = OrderedDict()
         """By manifest sha256, the least recently asked first."""
 
     @property
@@ -108,12 +105,11 @@ class Examiner:
             log.exception("question_failed", folder=question.folder)
             return Failed(id=question.id, code="checkpoint_unreadable", message=f"{type(error).__name__}: {error}")
 
-    def _open(self, folder: Path, manifest_sha256: str) -> OpenCheckpoint:
+    def _open(self, folder: Path, manifest_sha256: str) -> LoadedModel:
         """From what was kept, or from the disk with every byte verified."""
         opened = self._kept.pop(manifest_sha256, None)
         if opened is None:
-            checkpoint.verify(folder, manifest_sha256)
-            opened = OpenCheckpoint.load(folder, self._device)
+            opened = LoadedModel.load(folder, manifest_sha256, self._device)
         self._kept[manifest_sha256] = opened
         total = sum(kept.n_bytes for kept in self._kept.values())
         while total > self._kept_bytes:
