@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any, cast
+from typing import Any
 
 from nanomoe.checkpoint import stopped_early
 from nanomoe.config import ConfigWarning, JobConfig
@@ -29,7 +29,7 @@ def job(row: Job, *, queue_position: int | None = None, estimated_start_at: date
         id=row.id,
         name=row.name,
         tags=row.tags,
-        status=cast(schemas.Status, row.status),
+        status=row.status,
         queue_position=queue_position,
         estimated_start_at=estimated_start_at,
         created_at=row.created_at,
@@ -127,7 +127,7 @@ def metrics(
     """The metrics of a job: checkpoints and step series."""
     return schemas.Metrics(
         job_id=row.id,
-        status=cast(schemas.Status, row.status),
+        status=row.status,
         checkpoints=[checkpoint_metrics(one, tokens=tokens) for one in checkpoints],
         steps=schemas.StepSeries.model_validate(steps),
     )
