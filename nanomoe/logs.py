@@ -1,4 +1,4 @@
-"""How the processes log: every line on standard error in one form, whichever library wrote it.
+"""Logging of every process: API, worker, trainer and generation engine write lines of one format to standard error.
 
 Lines of structlog, of the standard library's loggers and of its warnings go through one handler. Knows no settings.
 """
@@ -20,7 +20,7 @@ _OURS = ("nanomoe", "service", "worker", "__main__")
 def configure_logging(form: LogFormat) -> None:
     """Log to standard error from now on: for people, or as one JSON object a line, tracebacks as text in `exception`.
 
-    An uncaught exception is logged as well, whichever thread it ends.
+    Uncaught exceptions are logged too, in every thread.
     """
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,

@@ -24,7 +24,7 @@ COMMANDS = {
     },
     "Jobs": {
         "submit": "Train a model on a text.",
-        "watch": "Follow a job to its end: a bar, and each quarter as it is recorded. Ctrl-C leaves the job running.",
+        "watch": "Follow a job to its end: a bar, and each quarter as it is recorded. Ctrl-C does not stop the job.",
         "jobs": "List the newest jobs.",
         "metrics": "Show each quarter: figures, reconstruction and continuation; and the curve of the training loss.",
         "cancel": "Stop a job for good; its checkpoints stay.",
@@ -101,6 +101,8 @@ def options(
 
 def main() -> None:
     """The console script: run a command; an expected error is one line on standard error."""
+    # httpx imports its own command line where click is installed, and with it pygments: an eighth of `nanomoe jobs`.
+    sys.modules.setdefault("httpx._main", None)  # type: ignore[arg-type]
     with escaping():
         try:
             app()

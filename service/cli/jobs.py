@@ -68,7 +68,7 @@ def submit(
 
 
 def watch(job: Job = LATEST, url: Url = None, as_json: Json = False) -> None:
-    """Follow a job to its end: a bar, and each quarter as it is recorded. Ctrl-C leaves the job running."""
+    """Follow a job to its end: a bar, and each quarter as it is recorded. Ctrl-C does not stop the job."""
     with connect(url) as client:
         raise typer.Exit(watch_to_the_end(Reference.parse(job).find(client), as_json=as_json))
 
@@ -183,7 +183,7 @@ def generate(
 
 def _stream(targets: list[str], prompt: str, sampling: dict[str, Any], url: str | None, as_json: bool) -> None:
     if len(targets) > 1 or sampling.get("n", 1) != 1:
-        raise UsageError("--stream shows one text at a time: name one checkpoint, and leave n at 1")
+        raise UsageError("--stream shows one text at a time: name one checkpoint, and do not set n")
     reference = Reference.parse(targets[0])
     console = text.console()
     with connect(url) as client:

@@ -1,14 +1,14 @@
 """Names of a job and its checkpoint on the command line: `JOB`, `JOB@50`, `latest`, `latest@100`."""
 
 from dataclasses import dataclass
-from typing import Any, Self, cast, get_args
+from typing import Any, Self, cast
 
+from nanomoe.config import PERCENTS, Percent
 from service.cli.addresses import option_for
 from service.cli.text import program
 from service.cli.usage_error import UsageError
 from service.client import Client, JobHandle
-from service.client.calls import Which
-from service.http import schemas
+from service.client.calls import CheckpointSelector
 
 LATEST = "latest"
 
@@ -20,7 +20,7 @@ class Reference:
     job: str
     """A job's id, or `latest` for the newest job."""
 
-    checkpoint: Which | None
+    checkpoint: CheckpointSelector | None
     """Percent or `latest`; None when none was named."""
 
     @classmethod
@@ -31,12 +31,12 @@ class Reference:
             raise UsageError(f"{given!r} names no job; it must look like JOB@50, or latest@50")
         if not at:
             return cls(job, None)
-        percents = [str(percent) for percent in get_args(schemas.Percent)]
+        percents = [str(percent) for percent in PERCENTS]
         if which == LATEST:
             return cls(job, "latest")
         if which.removesuffix("%") not in percents:
             raise UsageError(f"{given!r} names no checkpoint; after @ comes {', '.join(percents)} or {LATEST}")
-        return cls(job, cast(schemas.Percent, int(which.removesuffix("%"))))
+        return cls(job, cast(Percent, int(which.removesuffix("%"))))
 
     def find(self, client: Client) -> JobHandle:
         """The job; raises `NotFound`, or UsageError for `latest` when there is no job."""

@@ -12,7 +12,7 @@ from typing import Any, Concatenate, Literal, ParamSpec, Self, TypeVar, overload
 import httpx
 
 from service.client import calls
-from service.client.calls import Call, Which, method_signature
+from service.client.calls import Call, CheckpointSelector, method_signature
 from service.client.connection import DEFAULT_URL, URL_VARIABLE, connection_settings
 from service.client.continuation import ContinuationReader, Piece
 from service.client.download import Download, file_names, make_folder, recorded_file
@@ -160,16 +160,16 @@ class AsyncJobHandle(JobFields):
 
     @overload
     def generate(
-        self, prompt: str, checkpoint: Which = "latest", *, stream: Literal[False] = False, **sampling: Any
+        self, prompt: str, checkpoint: CheckpointSelector = "latest", *, stream: Literal[False] = False, **sampling: Any
     ) -> Coroutine[Any, Any, schemas.GenerateResponse]: ...
 
     @overload
     def generate(
-        self, prompt: str, checkpoint: Which = "latest", *, stream: Literal[True], **sampling: Any
+        self, prompt: str, checkpoint: CheckpointSelector = "latest", *, stream: Literal[True], **sampling: Any
     ) -> AsyncIterator[Piece]: ...
 
     def generate(
-        self, prompt: str, checkpoint: Which = "latest", *, stream: bool = False, **sampling: Any
+        self, prompt: str, checkpoint: CheckpointSelector = "latest", *, stream: bool = False, **sampling: Any
     ) -> Coroutine[Any, Any, schemas.GenerateResponse] | AsyncIterator[Piece]:
         """`JobHandle.generate`: awaited, or with `stream` iterated over."""
         if stream:
@@ -213,11 +213,11 @@ class AsyncJobHandle(JobFields):
             except (httpx.TransportError, ClientError) as failure:
                 await asyncio.sleep(retry_policy.delay_after(failure))
 
-    async def download(self, which: Which, name: str, to: str | Path) -> Path:
+    async def download(self, which: CheckpointSelector, name: str, to: str | Path) -> Path:
         """Write a file of a checkpoint to `to`, a folder or a new file's path, its size and sha256 checked."""
         return await self._download(await self.checkpoint(which), name, Path(to))
 
-    async def download_checkpoint(self, which: Which, to: str | Path) -> list[Path]:
+    async def download_checkpoint(self, which: CheckpointSelector, to: str | Path) -> list[Path]:
         """Write all files of a checkpoint into the folder `to`, which is made if it is missing."""
         folder = make_folder(to)
         checkpoint = await self.checkpoint(which)

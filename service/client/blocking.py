@@ -13,7 +13,7 @@ from typing import Any, Concatenate, Literal, ParamSpec, Self, TypeVar, overload
 import httpx
 
 from service.client import calls
-from service.client.calls import Call, Which, method_signature
+from service.client.calls import Call, CheckpointSelector, method_signature
 from service.client.connection import DEFAULT_URL, URL_VARIABLE, connection_settings
 from service.client.continuation import ContinuationReader, Piece
 from service.client.download import Download, file_names, make_folder, recorded_file
@@ -164,16 +164,16 @@ class JobHandle(JobFields):
 
     @overload
     def generate(
-        self, prompt: str, checkpoint: Which = "latest", *, stream: Literal[False] = False, **sampling: Any
+        self, prompt: str, checkpoint: CheckpointSelector = "latest", *, stream: Literal[False] = False, **sampling: Any
     ) -> schemas.GenerateResponse: ...
 
     @overload
     def generate(
-        self, prompt: str, checkpoint: Which = "latest", *, stream: Literal[True], **sampling: Any
+        self, prompt: str, checkpoint: CheckpointSelector = "latest", *, stream: Literal[True], **sampling: Any
     ) -> Iterator[Piece]: ...
 
     def generate(
-        self, prompt: str, checkpoint: Which = "latest", *, stream: bool = False, **sampling: Any
+        self, prompt: str, checkpoint: CheckpointSelector = "latest", *, stream: bool = False, **sampling: Any
     ) -> schemas.GenerateResponse | Iterator[Piece]:
         """Continue `prompt` from a checkpoint; `sampling` are the other fields of `GenerateRequest`.
 
@@ -221,11 +221,11 @@ class JobHandle(JobFields):
             except (httpx.TransportError, ClientError) as failure:
                 time.sleep(retry_policy.delay_after(failure))
 
-    def download(self, which: Which, name: str, to: str | Path) -> Path:
+    def download(self, which: CheckpointSelector, name: str, to: str | Path) -> Path:
         """Write a file of a checkpoint to `to`, a folder or a new file's path, and verify its size and SHA-256."""
         return self._download(self.checkpoint(which), name, Path(to))
 
-    def download_checkpoint(self, which: Which, to: str | Path) -> list[Path]:
+    def download_checkpoint(self, which: CheckpointSelector, to: str | Path) -> list[Path]:
         """Write all files of a checkpoint into the folder `to`, which is made if it is missing."""
         folder = make_folder(to)
         checkpoint = self.checkpoint(which)

@@ -22,7 +22,7 @@ from service.http import schemas
 T = TypeVar("T")
 Answer = TypeVar("Answer", bound=BaseModel)
 
-Which = schemas.Percent | Literal["latest"]
+CheckpointSelector = schemas.Percent | Literal["latest"]
 """Selects a checkpoint of a job: its percent, or the newest."""
 
 GENERATE_SECONDS = 600
@@ -169,13 +169,13 @@ def checkpoints(job_id: str) -> Call[list[schemas.CheckpointView]]:
     return Call("GET", _job(job_id, "checkpoints"), lambda response: read(response).data)
 
 
-def checkpoint(job_id: str, which: Which = "latest") -> Call[schemas.CheckpointView]:
+def checkpoint(job_id: str, which: CheckpointSelector = "latest") -> Call[schemas.CheckpointView]:
     """One recorded checkpoint, with its files."""
     return Call("GET", _job(job_id, "checkpoints", str(which)), _model(schemas.CheckpointView))
 
 
 def reconstruction(
-    job_id: str, which: Which = "latest", *, start: int = 0, count: int | None = None
+    job_id: str, which: CheckpointSelector = "latest", *, start: int = 0, count: int | None = None
 ) -> Call[schemas.ReconstructionPage]:
     """Targets of a checkpoint's reconstruction, from index `start`."""
     path = _job(job_id, "checkpoints", str(which), "reconstruction")
@@ -197,7 +197,7 @@ def events(job_id: str, last_event_id: str | None) -> Call[bytes]:
 
 
 def generate(
-    job_id: str, /, prompt: str, checkpoint: Which = "latest", **sampling: Any
+    job_id: str, /, prompt: str, checkpoint: CheckpointSelector = "latest", **sampling: Any
 ) -> Call[schemas.GenerateResponse]:
     """Continue `prompt` from a checkpoint; `sampling` are the other fields of `GenerateRequest`."""
     body = {"job_id": job_id, "checkpoint": checkpoint, "prompt": prompt, **sampling}
@@ -205,20 +205,22 @@ def generate(
     return Call("POST", "/generate", read, body=body, repeatable=False, read_seconds=GENERATE_SECONDS)
 
 
-def generate_stream(job_id: str, /, prompt: str, checkpoint: Which = "latest", **sampling: Any) -> Call[bytes]:
+def generate_stream(
+    job_id: str, /, prompt: str, checkpoint: CheckpointSelector = "latest", **sampling: Any
+) -> Call[bytes]:
     """`generate`, answered as a stream of events."""
     body = {"job_id": job_id, "checkpoint": checkpoint, "prompt": prompt, "stream": True, **sampling}
     return Call("POST", "/generate", _bytes, body=body, repeatable=False, read_seconds=GENERATE_SECONDS)
 
 
-def score(job_id: str, /, text: str, checkpoint: Which = "latest") -> Call[schemas.ScoreResponse]:
+def score(job_id: str, /, text: str, checkpoint: CheckpointSelector = "latest") -> Call[schemas.ScoreResponse]:
     """The loss of each token of `text` under a checkpoint, and the longest span copied from the training text."""
     body = {"job_id": job_id, "checkpoint": checkpoint, "text": text}
     return Call("POST", "/score", _model(schemas.ScoreResponse), body=body, read_seconds=GENERATE_SECONDS)
 
 
 def inspect(
-    job_id: str, /, prompt: str, checkpoint: Which = "latest", *, attention: bool = True
+    job_id: str, /, prompt: str, checkpoint: CheckpointSelector = "latest", *, attention: bool = True
 ) -> Call[schemas.InspectResponse]:
     """Evaluate `prompt`: the likeliest next tokens, the attention, and the routing of each token.
 

@@ -11,31 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
-from safetensors.torch import load as load_safetensors
-from torch import Tensor
 from torch import device as TorchDevice
 
 from nanomoe import checkpoint
 from nanomoe.checkpoint import CheckpointDamaged
-from nanomoe.config import JobConfig
 from nanomoe.generation.engine import Engine
-from nanomoe.tokenizer import TOKENIZER_FILES, Tokenizer
+from nanomoe.tokenizer import Tokenizer
 
 log = structlog.get_logger(__name__)
-
-
-def read_checkpoint(folder: Path, manifest_sha256: str) -> tuple[JobConfig, Tokenizer, dict[str, Tensor]]:
-    """Config, tokenizer and weights of a recorded checkpoint, from bytes that were verified.
-
-    Raises:
-        CheckpointDamaged: a file is missing, or its bytes are not those that were recorded.
-    """
-    names = (*TOKENIZER_FILES, checkpoint.CONFIG, checkpoint.WEIGHTS)
-    entries = checkpoint.read_manifest(folder, manifest_sha256).files
-    files = {entry.name: checkpoint.read_file(folder, entry) for entry in entries if entry.name in names}
-    config = JobConfig.model_validate_json(files[checkpoint.CONFIG])
-    tokenizer = Tokenizer.of_files({name: files[name] for name in TOKENIZER_FILES})
-    return config, tokenizer, load_safetensors(files[checkpoint.WEIGHTS])
 
 
 @dataclass(eq=False)
@@ -156,11 +139,12 @@ class CheckpointCache:
     def _read(self, folder: Path, manifest_sha256: str, *, with_loops: bool) -> LoadedCheckpoint | LoadFailure:
         """Called in the loader's thread."""
         try:
-            config, tokenizer, weights = read_checkpoint(folder, manifest_sha256)
+            opened = checkpoint.open(folder, manifest_sha256)
+            tokenizer = opened.tokenizer()
             on_cpu = self._device.type == "cpu"
             engine = Engine(
-                weights,
-                config,
+                opened.weights(),
+                opened.config(),
                 device=self._device,
                 max_running=self._max_running,
                 cache_bytes=self._max_bytes // 4,

@@ -7,13 +7,12 @@ loaded as they were trained. Knows no HTTP.
 
 import math
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 import structlog
-from torch import Tensor
 from torch import device as TorchDevice
 
 from nanomoe import checkpoint
@@ -25,7 +24,6 @@ from nanomoe.model.gpt import GPT
 from nanomoe.model.moe import Routing
 from nanomoe.tokenizer import Tokenizer
 from service.generation.answers import LayerRoutingView, NextTokenView
-from service.generation.checkpoint_cache import read_checkpoint
 from service.generation.messages import (
     Examined,
     Failed,
@@ -57,7 +55,7 @@ _DIGITS = 6
 
 
 @dataclass(frozen=True)
-class OpenCheckpoint:
+class LoadedModel:
     """A checkpoint that was read, with what it takes to answer questions about it."""
 
     config: JobConfig
@@ -65,17 +63,14 @@ class OpenCheckpoint:
     model: GPT
 
     @classmethod
-    def build(cls, config: JobConfig, tokenizer: Tokenizer, weights: Mapping[str, Tensor], device: TorchDevice) -> Self:
-        """The model of a checkpoint that was read."""
-        model = GPT.build(config, tokenizer.vocab_size, device)
-        model.load_state_dict(weights)
-        return cls(config, tokenizer, model)
+    def load(cls, folder: Path, manifest_sha256: str | None, device: TorchDevice) -> Self:
+        """Load a checkpoint whose bytes are verified; without a hash, a folder whose files are taken as they are.
 
-    @classmethod
-    def load(cls, folder: Path, device: TorchDevice) -> Self:
-        """Read a checkpoint's folder without verifying its bytes."""
-        config, weights = checkpoint.read_config(folder), checkpoint.load_weights(folder)
-        return cls.build(config, Tokenizer.load(folder), weights, device)
+        Raises:
+            CheckpointDamaged: a file is missing, or its bytes are not those that were recorded.
+        """
+        model, config, tokenizer = checkpoint.load_model(checkpoint.open(folder, manifest_sha256), device)
+        return cls(config, tokenizer, model)
 
     @property
     def n_bytes(self) -> int:
@@ -89,7 +84,7 @@ class Examiner:
     def __init__(self, device: TorchDevice, *, kept_bytes: int = KEPT_BYTES) -> None:
         self._device = device
         self._kept_bytes = kept_bytes
-        self._kept: OrderedDict[str, OpenCheckpoint] = OrderedDict()
+        self._kept: OrderedDict[str, LoadedModel] = OrderedDict()
         """By manifest sha256, the least recently asked first."""
 
     def answer(self, question: Question) -> Examined | Refused | Failed:
@@ -107,11 +102,11 @@ class Examiner:
             log.exception("question_failed", folder=question.folder)
             return Failed(id=question.id, code="checkpoint_unreadable", message=f"{type(error).__name__}: {error}")
 
-    def _open(self, folder: Path, manifest_sha256: str) -> OpenCheckpoint:
+    def _open(self, folder: Path, manifest_sha256: str) -> LoadedModel:
         """A checkpoint that was kept, or one read from the disk."""
         opened = self._kept.pop(manifest_sha256, None)
         if opened is None:
-            opened = OpenCheckpoint.build(*read_checkpoint(folder, manifest_sha256), self._device)
+            opened = LoadedModel.load(folder, manifest_sha256, self._device)
         self._kept[manifest_sha256] = opened
         total = sum(kept.n_bytes for kept in self._kept.values())
         while total > self._kept_bytes:

@@ -1,6 +1,6 @@
 """Request admission: `Host`, `Origin` and the size of the body, checked before routing.
 
-A web page elsewhere must not be able to submit jobs to somebody's own machine, neither directly (`Origin`) nor through
+A page of another site must not be able to submit jobs to a local service, neither directly (`Origin`) nor through
 a name that resolves to it (`Host`). Knows no route and no key.
 """
 
@@ -28,8 +28,8 @@ def check_address(settings: Settings) -> None:
     if not is_loopback(settings.host) and not settings.allow_no_keys:
         raise StartRefused(
             f"NANOMOE_HOST is {settings.host}, which other machines can reach, and this version has no keys yet: "
-            "anybody there could submit, read and delete jobs. Use 127.0.0.1, or, if something else keeps strangers "
-            "out (a container port published on loopback, a proxy that asks for a password), "
+            "anybody there could submit, read and delete jobs. Use 127.0.0.1, or, if access is restricted "
+            "otherwise (a container port published on loopback, a proxy with a password), "
             "set NANOMOE_ALLOW_NO_KEYS=true"
         )
 

@@ -27,12 +27,12 @@ _MEANINGS = {
     400: "The request body cannot be parsed.",
     403: "`Host` or `Origin` is not allowed.",
     404: "The job, checkpoint or file does not exist.",
-    409: "The state of the job or checkpoint does not allow the request; `code` says why.",
+    409: "The state of the job or checkpoint does not allow the request; `code` names the reason.",
     412: "A precondition of the request (`If-Match`, `If-Unmodified-Since`) is not met.",
     413: "The request body or the training text is too large.",
     415: "The body is of another media type, compressed, or JSON in another charset than UTF-8.",
     416: "The range lies outside of the file.",
-    422: "The request is not valid; `errors` says where.",
+    422: "The request is not valid; `errors` names each fault.",
     429: "The queue is full; `Retry-After` gives the seconds until another attempt may succeed.",
     503: "The database or the generation engine is unavailable; `Retry-After` gives the seconds until another attempt.",
     507: "The disk of the database is full.",
@@ -103,7 +103,7 @@ def _is_not_ours(answer: dict[str, Any]) -> bool:
 
 
 def _never_null(schema: dict[str, Any]) -> None:
-    """A parameter may be left out, but a query or a header has no way to say null."""
+    """Remove null from a parameter's schema: a query or header can be left out, but not be null."""
     choices = [choice for choice in schema.pop("anyOf", []) if choice != {"type": "null"}]
     if len(choices) == 1:
         schema.update(choices[0])

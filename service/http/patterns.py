@@ -11,7 +11,7 @@ TAG_KEY = r"^[A-Za-z0-9_.-]+$"
 TAG = r"^[A-Za-z0-9_.-]{1,64}([=:][^\x00-\x1f\x7f]{0,200})?$"
 """A tag filter: a key, and optionally `=` or `:` and a value, which may contain both."""
 IDEMPOTENCY_KEY = r"^[\x21-\x7e]+$"
-EVENT_ID = r"^[0-9]{1,18}$"
+SEQUENCE_NUMBER = r"^[0-9]{1,18}$"
 
 _MESSAGES = {
     JOB_ID_PATTERN: "must be 32 hexadecimal digits, in lower case",
@@ -20,7 +20,7 @@ _MESSAGES = {
     TAG_KEY: "must consist of the letters A to Z and a to z, digits, _, . and -",
     TAG: "must look like key or key=value, the key of at most 64 letters A to Z and a to z, digits, _, . and -",
     IDEMPOTENCY_KEY: "must consist of visible ASCII characters, without spaces",
-    EVENT_ID: "must be a number of at most 18 digits",
+    SEQUENCE_NUMBER: "must be a number of at most 18 digits",
 }
 
 

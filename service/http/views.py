@@ -8,15 +8,13 @@ from typing import Any, cast
 from nanomoe.checkpoint import stopped_early
 from nanomoe.config import ConfigWarning, JobConfig
 from nanomoe.config_warnings import unused_moe_settings
+from nanomoe.evaluation.metrics import perplexity
 from service.generation.admission import EngineResult, Summary
 from service.generation.messages import Chunk, Inspected, LogProbs, Scored
 from service.http import schemas
 from service.jobs.addressing import Address
 from service.jobs.submission import Assessment
 from service.jobs.tables import Checkpoint, Job, Worker
-
-_LARGEST_EXPONENT = 709
-"""Largest argument for which exp() is a finite float."""
 
 
 def _config(stored: dict[str, Any]) -> JobConfig:
@@ -44,7 +42,7 @@ def job(row: Job, *, queue_position: int | None = None, estimated_start_at: date
         execution=row.execution,
         progress=progress(row),
         config=config,
-        model=schemas.ModelSize(n_params=row.n_params, n_active_params=row.n_active_params),
+        model=schemas.ModelSize.model_validate(row, from_attributes=True),
         text=schemas.TextInfo(sha256=row.text_sha256, n_bytes=row.text_n_bytes, n_tokens=row.n_tokens),
         warnings=_warnings(row, config),
         error=None if row.error is None else schemas.JobError.model_validate(row.error),
@@ -92,7 +90,7 @@ def estimate(found: Assessment) -> schemas.Estimate:
     return schemas.Estimate(
         config=found.config,
         text=schemas.TextInfo(sha256=found.text_sha256, n_bytes=found.n_bytes, n_tokens=found.n_tokens),
-        model=schemas.ModelSize(n_params=sizes.n_params, n_active_params=sizes.n_active_params),
+        model=schemas.ModelSize.model_validate(sizes, from_attributes=True),
         training_bytes=sizes.training_bytes,
         flops_per_token=sizes.flops_per_token,
         steps_per_epoch=None if plan is None else plan.steps_per_epoch,
@@ -230,7 +228,7 @@ def scored(address: Address, text: str, answer: Scored, copied: schemas.CopiedSp
         n_tokens=len(answer.tokens),
         loss=mean,
         total_loss=total,
-        perplexity=math.exp(mean) if mean is not None and mean < _LARGEST_EXPONENT else None,
+        perplexity=None if mean is None else perplexity(mean),
         bits_per_byte=None if total is None else total / math.log(2) / n_bytes,
         tokens=[
             schemas.ScoredToken(loss=loss, **token.model_dump())

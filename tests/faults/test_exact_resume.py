@@ -62,7 +62,7 @@ def undisturbed_toy() -> Undisturbed:
             found.steps.append((toy.step, loss, 0.5, 1.0))
         files = toy.files(toy_trainer.CHECKPOINT)
         found.files[percent] = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-        found.metrics[percent] = toy.metrics
+        found.metrics[percent] = toy.metrics.to_row()
     return found
 
 
@@ -126,7 +126,7 @@ def test_the_death_of_a_supervisor_between_files_and_row_loses_nothing(
 
 
 @ONLY_SQLITE
-def test_a_row_that_came_before_its_files_would_vouch_for_what_is_not_there(place: Workplace) -> None:
+def test_a_row_recorded_before_its_files_would_refer_to_missing_files(place: Workplace) -> None:
     place.start_worker(program=hooked({1: {"reported first": "f1-25"}}), backoff_seconds=600)
     job = place.submit(TEXT, **DENSE)
     place.wait_until(lambda: place.job(job).crashes)

@@ -99,7 +99,7 @@ def test_a_damaged_snapshot_is_not_trusted_and_training_starts_again(place: Work
 
 @ONLY_SQLITE
 @pytest.mark.parametrize("script", ["storage_failed", "hung_up"])
-def test_an_end_for_a_reason_outside_of_the_job_is_no_crash(place: Workplace, script: str) -> None:
+def test_an_end_by_an_external_cause_is_no_crash(place: Workplace, script: str) -> None:
     job = place.submit()
     place.start_worker(script)
     place.wait_until(lambda: place.job(job).fence == 5)
@@ -137,7 +137,7 @@ def test_a_supervisor_that_cannot_use_the_data_folder_counts_no_crash(place: Wor
 
 
 @EITHER
-def test_a_trainer_killed_for_want_of_memory_goes_on_with_smaller_micro_batches(place: Workplace) -> None:
+def test_a_job_whose_trainer_was_killed_out_of_memory_continues_with_smaller_micro_batches(place: Workplace) -> None:
     job = place.submit(batch_size=8, block_size=2)  # 5 windows
     place.start_worker("out_of_memory")
     place.wait_until(lambda: place.job(job).fence == 3)
@@ -161,7 +161,7 @@ def test_a_trainer_killed_for_want_of_memory_goes_on_with_smaller_micro_batches(
         ("out_of_memory_at_the_start", {"batch_size": 2}, 1, "not even the model"),
     ],
 )
-def test_a_job_that_no_memory_holds_fails_with_its_figures(
+def test_a_job_too_large_for_the_memory_fails_with_its_figures(
     place: Workplace, script: str, config: dict[str, Any], attempts: int, said: str
 ) -> None:
     job = place.submit(block_size=2, **config)
@@ -197,7 +197,7 @@ def test_without_kill_and_reap_and_the_lock_grandchildren_live_beside_the_next_a
 
 
 @ONLY_SQLITE
-def test_what_a_killed_worker_left_running_is_ended_before_its_slot_is_used_again(place: Workplace) -> None:
+def test_orphans_of_a_killed_worker_are_killed_before_its_slot_is_used_again(place: Workplace) -> None:
     job = place.submit()
     worker = place.start_worker("orphans", without=("kill and reap",), timing=SHORT_LEASE)
     place.wait_until(lambda: place.children_left(job) and place.job(job).status == "queued")

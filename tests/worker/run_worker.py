@@ -42,6 +42,8 @@ def remove(protection: str) -> None:
             Slot.supervise = _supervise_without_keep_alive  # type: ignore[method-assign]
         case "kill and reap":
             TrainerProcess.kill_and_reap = _reap_the_trainer_alone  # type: ignore[method-assign]
+        case "the search for survivors":
+            TrainerProcess.is_alone = lambda self: True  # type: ignore[method-assign]
         case _:
             raise ValueError(protection)
 
@@ -61,7 +63,6 @@ def _supervise_without_keep_alive(self: Slot) -> None:
 
 
 def _reap_the_trainer_alone(self: TrainerProcess, timeout: float) -> bool:
-    self.lock.close_own_copy()
     self._popen.kill()
     self._popen.wait()
     return True

@@ -63,7 +63,7 @@ def test_a_job_that_starts_again_at_step_0_keeps_the_tokenizer_of_its_checkpoint
 
 
 @ONLY_SQLITE
-def test_a_job_stays_ours_while_its_snapshot_is_read_for_longer_than_the_lease(place: Workplace) -> None:
+def test_the_lease_is_renewed_while_a_snapshot_is_read_for_longer_than_it(place: Workplace) -> None:
     job = place.submit()
     first = place.start_worker("work", timing=SHORT_LEASE)
     place.wait_for_step(job, 5)

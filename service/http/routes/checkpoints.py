@@ -9,7 +9,7 @@ from pydantic import Field
 from service.http import schemas, views
 from service.http.files import RecordedFile
 from service.http.openapi import NOT_MODIFIED, problems
-from service.http.routes.parameters import FileName, JobId, Service, StrictQuery, Which, which
+from service.http.routes.parameters import CheckpointPath, FileName, JobId, Service, StrictQuery, selected
 from service.jobs import reads
 
 _BYTES = {"type": "string", "format": "binary"}
@@ -44,9 +44,9 @@ def list_checkpoints(service: Service, job_id: JobId) -> schemas.Listing[schemas
     response_description="The recorded checkpoint, with its files.",
     responses=problems(404, 503),
 )
-def get_checkpoint(service: Service, job_id: JobId, percent: Which) -> schemas.CheckpointView:
+def get_checkpoint(service: Service, job_id: JobId, percent: CheckpointPath) -> schemas.CheckpointView:
     """One recorded checkpoint of a job, by percent or the newest."""
-    return views.checkpoint(reads.get_checkpoint(service.database, job_id, which(percent)))
+    return views.checkpoint(reads.get_checkpoint(service.database, job_id, selected(percent)))
 
 
 @router.get(
@@ -56,10 +56,10 @@ def get_checkpoint(service: Service, job_id: JobId, percent: Which) -> schemas.C
     responses=problems(404, 422, 503),
 )
 def get_reconstruction(
-    service: Service, job_id: JobId, percent: Which, query: Annotated[ReconstructionQuery, Query()]
+    service: Service, job_id: JobId, percent: CheckpointPath, query: Annotated[ReconstructionQuery, Query()]
 ) -> schemas.ReconstructionPage:
     """The model's prediction for the targets of the training text, a page at a time."""
-    row = reads.get_checkpoint(service.database, job_id, which(percent))
+    row = reads.get_checkpoint(service.database, job_id, selected(percent))
     return views.reconstruction(row, query.start, query.count)
 
 
@@ -80,7 +80,7 @@ def get_reconstruction(
         **problems(404, 409, 412, 416, 503),
     },
 )
-def get_checkpoint_file(service: Service, job_id: JobId, percent: Which, name: FileName) -> FileResponse:
+def get_checkpoint_file(service: Service, job_id: JobId, percent: CheckpointPath, name: FileName) -> FileResponse:
     """A file of a checkpoint. `Repr-Digest` is its recorded SHA-256."""
-    row = reads.get_checkpoint(service.database, job_id, which(percent))
+    row = reads.get_checkpoint(service.database, job_id, selected(percent))
     return RecordedFile.of(row, name, service.settings.data_dir)

@@ -9,7 +9,7 @@ MEDIA_TYPE = "text/event-stream"
 
 _HEADERS = {
     "Cache-Control": "no-cache",
-    # nginx collects an answer before it passes it on, unless the answer says otherwise.
+    # nginx buffers a response unless this header disables it.
     "X-Accel-Buffering": "no",
 }
 

@@ -15,7 +15,7 @@ from service.errors import ServiceError
 from service.http import schemas, views
 from service.http.context import Context
 from service.http.openapi import problems
-from service.http.patterns import EVENT_ID
+from service.http.patterns import SEQUENCE_NUMBER
 from service.http.routes import event_stream
 from service.http.routes.event_stream import EventStream
 from service.http.routes.parameters import JobId, Service
@@ -34,7 +34,7 @@ seconds."""
 LastEventId = Annotated[
     str | None,
     Header(
-        pattern=EVENT_ID,
+        pattern=SEQUENCE_NUMBER,
         description="The `id` of the last event that the client received: the stream resumes after it.",
     ),
 ]

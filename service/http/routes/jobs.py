@@ -15,7 +15,7 @@ from service.http import files, schemas, views
 from service.http.conditional import ConditionalResponse
 from service.http.context import Context
 from service.http.openapi import NOT_MODIFIED, problems, ref
-from service.http.patterns import IDEMPOTENCY_KEY, TAG
+from service.http.patterns import IDEMPOTENCY_KEY, SEQUENCE_NUMBER, TAG
 from service.http.routes.parameters import JobId, Service, StrictQuery
 from service.http.routes.submit_body import DOCUMENTED, Submission
 from service.http.schemas import JobView
@@ -52,7 +52,7 @@ class ListQuery(StrictQuery):
     limit: int = Field(50, ge=1, le=200)
     """Most jobs of a page."""
 
-    cursor: Annotated[str, StringConstraints(pattern=r"^[0-9]{1,18}$")] | None = None
+    cursor: Annotated[str, StringConstraints(pattern=SEQUENCE_NUMBER)] | None = None
     """Value of `next_cursor` in the previous page."""
 
 
@@ -108,7 +108,7 @@ def submit_job(
     row, created = queue.submit(service.database, new, max_queued=service.settings.max_queued)
     response.status_code = 201 if created else 200
     response.headers["Location"] = f"/jobs/{row.id}"
-    return _placed(service, row)
+    return _with_queue_position(service, row)
 
 
 def _parent(service: Context, config: JobConfig) -> submission.Parent | None:
@@ -124,7 +124,8 @@ def _parent(service: Context, config: JobConfig) -> submission.Parent | None:
     recorded = reads.get_checkpoint(service.database, origin.job_id, origin.checkpoint)
     job = reads.get_job(service.database, origin.job_id)
     try:
-        tokenizer = checkpoint.read_tokenizer(service.settings.data_dir / recorded.folder, recorded.manifest_sha256)
+        opened = checkpoint.open(service.settings.data_dir / recorded.folder, recorded.manifest_sha256)
+        tokenizer = opened.tokenizer()
     except CheckpointDamaged as error:
         raise Conflict(error.code, f"cannot start from {origin.job_id}@{origin.checkpoint}: {error}") from error
     return submission.Parent(views.job(job).config, tokenizer, job.text_sha256)
@@ -169,7 +170,7 @@ async def get_job(service: Service, job_id: JobId, query: Annotated[JobQuery, Qu
             seen = seen or cast(schemas.Status, row.status)
             if row.status != seen or row.status in TERMINAL or is_over():
                 # Only now: a queue position takes a query over the whole queue.
-                return await to_thread.run_sync(_placed, service, row)
+                return await to_thread.run_sync(_with_queue_position, service, row)
             pause = deadline - clock()
         except DatabaseUnavailable:
             if is_over():
@@ -178,9 +179,9 @@ async def get_job(service: Service, job_id: JobId, query: Annotated[JobQuery, Qu
         await service.wakeups.wait(change, pause)
 
 
-def _placed(service: Context, row: Job) -> JobView:
+def _with_queue_position(service: Context, row: Job) -> JobView:
     """The job with its queue position."""
-    place = queue_position.find_place(service.database, row.id) if row.status == "queued" else None
+    place = queue_position.find_queue_position(service.database, row.id) if row.status == "queued" else None
     if place is None:
         return views.job(row)
     return views.job(row, queue_position=place.position, estimated_start_at=place.estimated_start_at)

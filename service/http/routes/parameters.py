@@ -9,12 +9,15 @@ from typing import Annotated, Any, Literal
 from fastapi import Depends, Path, Request
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
-from nanomoe.config import JOB_ID_PATTERN, Percent
+from nanomoe.config import JOB_ID_PATTERN, PERCENTS, Percent
 from service.errors import NotFound
 from service.http.context import Context
 
 _JOB_ID = re.compile(JOB_ID_PATTERN)
-_WHICH: dict[str, Percent | Literal["latest"]] = {"0": 0, "25": 25, "50": 50, "75": 75, "100": 100, "latest": "latest"}
+_CHECKPOINTS: dict[str, Percent | Literal["latest"]] = {
+    **{str(percent): percent for percent in PERCENTS},
+    "latest": "latest",
+}
 _FILE_NAME = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")
 
 
@@ -45,25 +48,25 @@ JobId = Annotated[
 ]
 
 
-def _which(given: str) -> str:
-    if given not in _WHICH:
-        raise NotFound("checkpoint_not_found", f"a checkpoint is one of {', '.join(_WHICH)}, not {given!r}")
+def _checkpoint(given: str) -> str:
+    if given not in _CHECKPOINTS:
+        raise NotFound("checkpoint_not_found", f"a checkpoint is one of {', '.join(_CHECKPOINTS)}, not {given!r}")
     return given
 
 
-Which = Annotated[
+CheckpointPath = Annotated[
     str,
     Path(
         description="Percent of the checkpoint, or `latest` for the newest.",
-        json_schema_extra={"enum": list[Any](_WHICH)},
+        json_schema_extra={"enum": list[Any](_CHECKPOINTS)},
     ),
-    AfterValidator(_which),
+    AfterValidator(_checkpoint),
 ]
 
 
-def which(given: str) -> Percent | Literal["latest"]:
+def selected(given: str) -> Percent | Literal["latest"]:
     """The percent, or `latest`, that a validated path parameter stands for."""
-    return _WHICH[given]
+    return _CHECKPOINTS[given]
 
 
 def _file_name(given: str) -> str:

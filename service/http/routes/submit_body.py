@@ -103,7 +103,7 @@ async def _values(form: FormData, limit: int) -> dict[str, Any]:
                 "invalid_request", "a part is sent twice", errors=[{"loc": ["body", name], "msg": "sent twice"}]
             )
         content = await _content(part, limit if name == "text" else None)
-        # A file may begin with the mark that says how it is encoded.
+        # A file may begin with a byte-order mark.
         content = content.removeprefix(codecs.BOM_UTF8)
         values[name] = _parse(name, content) if name in _JSON_PARTS else _decode(name, content)
     return values

@@ -48,7 +48,7 @@ class SubmitRequest(Strict):
 
 
 class JobPatch(Strict):
-    """The body of `PATCH /jobs/{id}`. What is left out stays as it is."""
+    """The body of `PATCH /jobs/{id}`. Fields that are left out keep their values."""
 
     name: JobName | None = None
     """New name of the job; null removes the name."""

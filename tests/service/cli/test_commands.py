@@ -43,7 +43,7 @@ def text_file(tmp_path: Path) -> str:
     return str(path)
 
 
-def test_submit_says_what_the_job_is_and_how_to_watch_it(at: Run, text_file: str, api: Api) -> None:
+def test_submit_prints_the_job_and_how_to_watch_it(at: Run, text_file: str, api: Api) -> None:
     done = at("submit", text_file, *TINY, "--name", "uma rodada", "--tag", "a=b", "--priority", "3")
     assert done.code == 0
     assert done.err == ""
@@ -55,7 +55,7 @@ def test_submit_says_what_the_job_is_and_how_to_watch_it(at: Run, text_file: str
     assert (job["tags"], job["priority"], job["config"]["epochs"]) == ({"a": "b"}, 3, 3)
 
 
-def test_what_a_hint_says_can_be_typed_in_any_terminal(
+def test_a_hinted_command_works_in_any_terminal(
     at: Run, text_file: str, api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hints = [at("submit", text_file, *TINY).out.splitlines()[-1], at("watch", api.finished()).out.splitlines()[-2]]
@@ -106,7 +106,7 @@ def test_a_text_comes_from_a_pipe_and_a_config_from_a_file(at: Run, tmp_path: Pa
     assert (done.json["config"]["epochs"], done.json["config"]["lr"]) == (7, 0.001)
 
 
-def test_a_dry_run_tells_the_steps_and_makes_no_job(at: Run, text_file: str, api: Api) -> None:
+def test_a_dry_run_prints_the_steps_and_submits_no_job(at: Run, text_file: str, api: Api) -> None:
     before = len(api.http.get("/jobs").json()["data"])
     done = at("submit", text_file, *TINY, "--dry-run", "--set", "cont_prefix_tokens=90")
     assert "100 % at step 3" in done.out
@@ -143,7 +143,7 @@ def test_a_dry_run_tells_the_steps_and_makes_no_job(at: Run, text_file: str, api
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
-def test_a_mistake_is_one_line_and_exit_code_2(at: Run, arguments: list[str], said: str) -> None:
+def test_a_usage_error_is_one_line_and_exit_code_2(at: Run, arguments: list[str], said: str) -> None:
     done = at(*arguments)
     assert done.code == 2
     assert done.out == ""
@@ -170,12 +170,12 @@ def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path: Path) -> None:
     assert read_text(str(file)) == "olá"
 
 
-def test_a_file_that_is_not_utf_8_is_refused_with_the_place(at: Run) -> None:
+def test_a_file_that_is_not_utf_8_is_refused_with_the_offset(at: Run) -> None:
     done = at("submit", "-", stdin=b"ol\xe1")
     assert (done.code, done.err) == (2, "nanomoe: - is not UTF-8: byte 2 is 0xe1\n")
 
 
-def test_nobody_at_the_address_is_exit_code_3_and_says_what_to_do(nanomoe: Run) -> None:
+def test_an_unreachable_service_is_exit_code_3_with_advice(nanomoe: Run) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
@@ -228,7 +228,7 @@ def test_watching_a_job_that_fails_is_exit_code_1(at: Run, api: Api) -> None:
 
 
 @pytest.mark.parametrize("reason", ["stopped early at step 42: perplexity 1.987", None], ids=["recorded", "derived"])
-def test_a_job_that_stopped_early_is_done_and_says_so(at: Run, api: Api, reason: str | None) -> None:
+def test_a_job_that_stopped_early_is_shown_with_the_reason(at: Run, api: Api, reason: str | None) -> None:
     job_id = api.stopped_early(reason=reason)
     told = reason or "stopped early at step 42"
     lines = at("watch", job_id).out.splitlines()
@@ -266,7 +266,7 @@ def test_a_warning_is_shown_once(at: Run, api: Api) -> None:
     assert codes == ["prefix_longer_than_text:", "new:", "later:"]
 
 
-def test_watching_a_job_that_waits_tells_how_the_line_moves(at: Run, api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_watching_a_queued_job_shows_its_queue_position(at: Run, api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     first = api.running()
     second, third = api.submit()["id"], api.submit()["id"]
     looks = iter(
@@ -291,7 +291,7 @@ def test_watching_a_job_that_waits_tells_how_the_line_moves(at: Run, api: Api, m
     assert lines[-2] == "cancelled"
 
 
-def test_jobs_in_line_are_listed_with_their_place(at: Run, api: Api) -> None:
+def test_queued_jobs_are_listed_with_their_queue_position(at: Run, api: Api) -> None:
     api.running()
     ids = [api.submit()["id"] for _ in range(2)]
     rows = at("jobs", "--limit", "2").out.splitlines()[1:]
@@ -355,7 +355,7 @@ def test_a_job_is_stopped_resumed_cancelled_and_deleted(at: Run, text_file: str)
     assert at("watch", job_id).code == 2
 
 
-def test_jobs_are_a_table_that_a_pipe_gets_whole(at: Run, api: Api) -> None:
+def test_the_table_of_jobs_is_not_cut_in_a_pipe(at: Run, api: Api) -> None:
     name = "um nome bastante comprido para caber numa coluna só"
     ids = [api.submit(name=name)["id"] for _ in range(2)]
     done = at("jobs", "--limit", "2")
@@ -377,7 +377,7 @@ def test_a_tag_is_set_and_found_in_one_notation(at: Run, text_file: str, separat
     assert at("jobs", "--tag", "aula=2").out == "no jobs\n"
 
 
-def test_workers_are_listed_or_missed(at: Run, api: Api) -> None:
+def test_workers_are_listed_or_their_absence_is_reported(at: Run, api: Api) -> None:
     assert at("workers", "--json").code == 0
     assert at("workers").out != ""
 
@@ -415,14 +415,16 @@ def test_the_list_of_commands_loads_none_of_them() -> None:
     }
 
 
-def test_the_knobs_are_told_without_a_client() -> None:
+def test_knobs_are_listed_without_loading_a_client() -> None:
     assert _loaded_by("knobs", "lr") & {*HEAVY, "pydantic_settings", "httpx", "service.http.schemas"} == set()
 
 
 @pytest.mark.parametrize("arguments", [("jobs",), ("workers",), ("submit", "--dry-run", "LICENSE")], ids=lambda a: a[0])
 def test_a_command_for_the_service_loads_no_more_than_its_client(arguments: tuple[str, ...], api: Api) -> None:
     loaded = _loaded_by(*arguments, "--url", api.url)
-    assert loaded & {*HEAVY, "pydantic_settings", "service.settings", "service.client.asynchronous"} == set()
+    assert (
+        loaded & {*HEAVY, "pydantic_settings", "service.settings", "service.client.asynchronous", "pygments"} == set()
+    )
 
 
 def _commands() -> list[tuple[str, str, LazyCommand]]:
@@ -436,7 +438,7 @@ def _commands() -> list[tuple[str, str, LazyCommand]]:
     return found
 
 
-def test_the_list_of_commands_says_what_each_says_of_itself() -> None:
+def test_the_list_of_commands_has_the_summary_of_each() -> None:
     assert [(panel, name) for panel, name, _ in _commands()] == [
         (panel, name) for panel, commands in COMMANDS.items() for name in commands
     ]
@@ -480,7 +482,7 @@ def test_the_check_sees_an_option_without_such_a_help() -> None:
     assert wrong == ["made_up file", "made_up limit"]
 
 
-def test_a_command_that_is_not_there_is_named_with_what_is_close(nanomoe: Run) -> None:
+def test_an_unknown_command_is_refused_with_a_suggestion(nanomoe: Run) -> None:
     done = nanomoe("sumbit")
     assert done.code == 2
     assert "No such command 'sumbit'. Did you mean 'submit'?" in " ".join(done.err.replace("│", " ").split())

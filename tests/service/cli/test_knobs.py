@@ -37,7 +37,7 @@ def test_a_value_is_json_or_a_word(setting: str, value: object) -> None:
     assert getattr(config, setting.partition("=")[0]) == value
 
 
-def test_a_setting_wins_over_the_file_and_a_later_one_over_an_earlier(tmp_path: Path) -> None:
+def test_a_set_option_overrides_the_file_and_a_later_one_an_earlier_one(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_text('{"epochs": 1, "seed": 5}')
     config = config_of(file, ["epochs=2", "epochs=3"])
@@ -59,7 +59,7 @@ def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
         ('{"epohcs": 1}', "did you mean 'epochs'?"),
     ],
 )
-def test_a_file_that_is_no_config_is_a_mistake(tmp_path: Path, content: str, said: str) -> None:
+def test_a_file_that_is_no_config_is_a_usage_error(tmp_path: Path, content: str, said: str) -> None:
     file = tmp_path / "config.json"
     file.write_bytes(content.encode("latin-1"))
     with pytest.raises(UsageError, match=said.replace("?", r"\?")):

@@ -34,7 +34,7 @@ def point_to(monkeypatch: pytest.MonkeyPatch, settings: Settings) -> None:
 
 
 @EITHER
-def test_fsck_says_what_is_wrong_and_exits_with_1(at: Run, db: Database, settings: Settings) -> None:
+def test_fsck_lists_faults_and_exits_with_1(at: Run, db: Database, settings: Settings) -> None:
     claim = job_with_files(db, settings.data_dir)
     done = at("fsck")
     assert (done.code, done.err) == (0, "")
@@ -53,7 +53,7 @@ def test_fsck_says_what_is_wrong_and_exits_with_1(at: Run, db: Database, setting
 
 
 @ONLY_SQLITE
-def test_fsck_lists_what_has_no_row_and_sweeps_it_when_told_to(at: Run, db: Database, settings: Settings) -> None:
+def test_fsck_lists_orphans_and_removes_them_with_sweep(at: Run, db: Database, settings: Settings) -> None:
     claim = job_with_files(db, settings.data_dir)
     queue.release(db, claim)
     orphan = f"jobs/{claim.job_id}/f1-50.tmp"
@@ -99,7 +99,7 @@ def test_a_backup_never_writes_over_a_file(at: Run, tmp_path: Path) -> None:
 
 
 @ONLY_POSTGRESQL
-def test_postgresql_is_told_the_command_and_that_nothing_was_written(at: Run, settings: Settings) -> None:
+def test_a_backup_of_postgresql_prints_the_command_and_writes_nothing(at: Run, settings: Settings) -> None:
     done = at("backup", "a copy.dump")
     url = settings.database_url.replace("+psycopg", "")
     assert done.code == 2
@@ -115,7 +115,7 @@ def test_the_command_for_postgresql_shows_no_password(nanomoe: Run, monkeypatch:
 
 
 @ONLY_SQLITE
-def test_a_backup_taken_while_a_worker_writes_is_whole_in_another_folder(
+def test_a_backup_taken_while_a_worker_writes_is_consistent(
     at: Run, db: Database, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data, to = settings.data_dir, tmp_path / "backup"

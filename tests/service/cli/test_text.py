@@ -112,14 +112,14 @@ def job(**fields: object) -> schemas.JobView:
         (1000, None, "1,000 ahead"),
     ],
 )
-def test_a_job_that_waits_tells_its_place_and_when_it_may_start(
+def test_a_queued_job_shows_its_queue_position_and_estimated_start(
     position: int | None, seconds: float | None, told: str
 ) -> None:
     start = None if seconds is None else datetime.now(UTC) + timedelta(seconds=seconds)
     assert job_text.queue_text(job(queue_position=position, estimated_start_at=start)) == told
 
 
-def test_a_job_that_runs_has_no_place() -> None:
+def test_a_running_job_has_no_queue_position() -> None:
     assert job_text.queue_text(job(status="running", queue_position=None, estimated_start_at=None)) == ""
 
 
@@ -131,7 +131,7 @@ def test_a_warning_is_broken_where_a_terminal_ends_and_one_line_in_a_pipe() -> N
     assert "\n" not in job_text.warning_line("code", "word " * 30, Console(width=40)).plain
 
 
-def test_what_is_waited_for_is_said_in_a_terminal_only(
+def test_the_current_activity_is_shown_in_a_terminal_only(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for seen, quiet in ((False, False), (True, True)):

@@ -101,7 +101,7 @@ def test_what_was_measured_and_recorded_comes_back(api: Api, tmp_path: Path) -> 
         assert not (tmp_path / "nothing.bin").exists()
 
 
-def test_the_service_tells_of_itself(api: Api) -> None:
+def test_workers_health_and_readiness_are_answered(api: Api) -> None:
     with Client(api.url) as client:
         assert client.health().version == __version__
         assert client.readiness().database == "sqlite"

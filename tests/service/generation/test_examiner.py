@@ -1,15 +1,11 @@
-"""The examiner keeps the models that it was asked about last."""
+"""The examiner keeps what it was asked about last."""
 
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from nanomoe import checkpoint
-from nanomoe.config import JobConfig
-from nanomoe.tokenizer import Tokenizer
-from service.generation.checkpoint_cache import read_checkpoint
 from service.generation.examiner import Examiner
 from service.generation.messages import Failed, Score, Scored
 from tests.service.tiny_checkpoint import TinyCheckpoint, write_tiny_checkpoint
@@ -19,15 +15,16 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The folders that were read, by name."""
-    names: list[str] = []
+    """The folders that were opened, by name."""
+    opened: list[str] = []
+    open_folder = checkpoint.open
 
-    def listed(folder: Path, manifest_sha256: str) -> tuple[JobConfig, Tokenizer, dict[str, Tensor]]:
-        names.append(folder.name)
-        return read_checkpoint(folder, manifest_sha256)
+    def listed(folder: Path, manifest_sha256: str | None) -> checkpoint.OpenCheckpoint:
+        opened.append(folder.name)
+        return open_folder(folder, manifest_sha256)
 
-    monkeypatch.setattr("service.generation.examiner.read_checkpoint", listed)
-    return names
+    monkeypatch.setattr(checkpoint, "open", listed)
+    return opened
 
 
 def ask(examiner: Examiner, tiny: TinyCheckpoint) -> object:

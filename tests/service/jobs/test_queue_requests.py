@@ -8,7 +8,7 @@ from service.database.database import Database
 from service.errors import Conflict, NotFound
 from service.jobs import queue, reads, recording
 from service.jobs.lease import Intents
-from service.jobs.queue_position import find_place
+from service.jobs.queue_position import find_queue_position
 from service.jobs.tables import Job
 from service.jobs.workers import WorkerIdentity
 from tests.queued import LEASE, STEPS, claim, everything, running, statuses, submit
@@ -55,7 +55,7 @@ def test_a_waiting_job_is_paused_and_goes_on_in_its_old_place(db: Database, work
     paused = queue.request_pause(db, first.id)
     assert (paused.status, paused.pause_requested_at) == ("paused", None)
     assert paused.status_reason is not None
-    place = find_place(db, second.id)
+    place = find_queue_position(db, second.id)
     assert place is not None
     assert place.position == 0
     resumed = queue.resume(db, first.id)

@@ -74,7 +74,7 @@ def test_a_prompt_is_continued(api: Api, job_id: str) -> None:
     assert generate(api, job_id=job_id, checkpoint=25, max_new_tokens=5, temperature=0).json()["checkpoint"] == 25
 
 
-def test_a_seed_gives_the_same_text_again_and_is_told(api: Api, job_id: str) -> None:
+def test_a_seed_gives_the_same_text_again_and_is_in_the_response(api: Api, job_id: str) -> None:
     first = generate(api, job_id=job_id, n=3, logprobs=True).json()
     again = generate(api, job_id=job_id, n=3, logprobs=True, seed=first["seed"]).json()
     assert again["choices"] == first["choices"]
@@ -175,7 +175,7 @@ def test_a_job_without_a_checkpoint_is_a_conflict(api: Api) -> None:
         assert (answer.status_code, answer.json()["code"]) == (409, "no_checkpoint_yet")
 
 
-def test_a_damaged_checkpoint_is_told(api: Api, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_a_conflict(api: Api, tmp_path: Path) -> None:
     claim = api.claim(api.submit()["id"])
     for percent in (0, 25):
         api.record_checkpoint(claim, percent, percent, tiny_files(tmp_path / str(percent), seed=7 + percent))
@@ -187,9 +187,7 @@ def test_a_damaged_checkpoint_is_told(api: Api, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_the_newest_checkpoint_that_is_whole_stands_in_for_a_damaged_one(
-    api: Api, tmp_path: Path, stream: bool
-) -> None:
+def test_latest_is_the_newest_undamaged_checkpoint(api: Api, tmp_path: Path, stream: bool) -> None:
     claim = api.claim(api.submit()["id"])
     for percent in (0, 25, 50):
         # Other models than in the other tests: what is loaded already is not read again.
@@ -207,7 +205,7 @@ def test_the_newest_checkpoint_that_is_whole_stands_in_for_a_damaged_one(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_frees_its_slot(
+def test_a_client_that_disconnects_frees_its_slot(
     api: Api, job_id: str, stream: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     request = {"job_id": job_id, "prompt": "Era", "max_new_tokens": 4096, "stream": stream}

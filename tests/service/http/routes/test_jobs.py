@@ -185,13 +185,13 @@ def test_another_kind_of_body_is_refused(api: Api) -> None:
     assert (answer.status_code, code(answer)) == (415, "unsupported_media_type")
 
 
-def test_what_was_sent_is_not_repeated_at_length(api: Api) -> None:
+def test_an_error_does_not_repeat_long_input(api: Api) -> None:
     answer = api.http.post("/jobs", json={"text": "ab", "config": {"x" * 100_000: 1}, "y" * 100_000: [1] * 1000})
     assert code(answer) == "invalid_request"
     assert len(answer.content) < 3000
 
 
-def test_every_fault_is_named_with_its_place(api: Api) -> None:
+def test_every_fault_is_named_with_its_location(api: Api) -> None:
     answer = api.http.post("/jobs", json={"text": "ab", "config": {"lr": -1, "nope": 1}})
     assert [error["loc"] for error in answer.json()["errors"]] == [["body", "config", "lr"], ["body", "config", "nope"]]
 
@@ -334,13 +334,13 @@ def test_a_bad_filter_is_refused(api: Api, params: dict[str, Any]) -> None:
     "job_id", [NOBODY, "x", "%00", "%ff", "..%2f..%2fetc", "A" * 32, "0" * 33, "a" * 5000, "%F0%9F%90%88", " " * 3]
 )
 @pytest.mark.parametrize("rest", ["", "/text", "/metrics", "/metrics.csv", "/events", "/checkpoints/latest"])
-def test_an_id_that_nobody_has_is_not_found(api: Api, job_id: str, rest: str) -> None:
+def test_an_unknown_id_is_not_found(api: Api, job_id: str, rest: str) -> None:
     answer = api.http.get(f"/jobs/{job_id}{rest}")
     assert answer.status_code == 404
     assert code(answer) in {"job_not_found", "not_found"}
 
 
-def test_the_place_in_the_queue_is_told(serve: Serve) -> None:
+def test_a_queued_job_has_its_queue_position(serve: Serve) -> None:
     api = serve()
     first, second = api.submit(), api.submit()
     assert api.http.get(f"/jobs/{first['id']}").json()["queue_position"] == 0
@@ -381,21 +381,21 @@ def test_a_wait_ends_when_its_time_is_over(api: Api) -> None:
     assert answer.elapsed >= timedelta(seconds=0.2)
 
 
-def test_a_wait_finds_the_place_in_the_line_once(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wait_queries_the_queue_position_once(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     job_id, other = api.submit()["id"], api.submit()["id"]
     places, looks = 0, threading.Semaphore(0)
-    find_place, get_job = queue_position.find_place, reads.get_job
+    find_queue_position, get_job = queue_position.find_queue_position, reads.get_job
 
     def counted_place(*arguments: Any) -> Any:
         nonlocal places
         places += 1
-        return find_place(*arguments)
+        return find_queue_position(*arguments)
 
     def counted_look(*arguments: Any) -> Any:
         looks.release()
         return get_job(*arguments)
 
-    monkeypatch.setattr(queue_position, "find_place", counted_place)
+    monkeypatch.setattr(queue_position, "find_queue_position", counted_place)
     monkeypatch.setattr(reads, "get_job", counted_look)
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(api.http.get, f"/jobs/{job_id}", params={"wait": 2, "seen": "queued"})
@@ -444,7 +444,7 @@ def test_the_text_comes_back_byte_for_byte(api: Api) -> None:
     assert answer.headers["content-type"] == "text/plain; charset=utf-8"
 
 
-def test_wishes_are_obeyed_and_may_be_repeated(api: Api) -> None:
+def test_cancel_pause_and_resume_take_effect_and_are_idempotent(api: Api) -> None:
     where = f"/jobs/{api.submit()['id']}"
     for wish, status in [("pause", "paused"), ("pause", "paused"), ("resume", "queued"), ("resume", "queued"),
                          ("cancel", "cancelled"), ("cancel", "cancelled")]:  # fmt: skip
@@ -452,7 +452,7 @@ def test_wishes_are_obeyed_and_may_be_repeated(api: Api) -> None:
         assert (answer.status_code, answer.json()["status"]) == (202, status)
 
 
-def test_a_wish_that_comes_too_late_is_a_conflict(api: Api) -> None:
+def test_a_request_to_stop_an_ended_job_is_a_conflict(api: Api) -> None:
     where = f"/jobs/{api.finished()}"
     for wish, expected in [("cancel", "not_cancellable"), ("pause", "not_pausable"), ("resume", "not_resumable")]:
         answer = api.http.post(f"{where}/{wish}")
@@ -480,7 +480,7 @@ def test_a_job_that_is_not_finished_or_has_children_is_not_deleted(api: Api) -> 
     assert (answer.status_code, code(answer)) == (409, "has_dependents")
 
 
-def test_weights_that_do_not_fit_or_are_not_there_are_no_start(api: Api) -> None:
+def test_a_parent_that_is_missing_or_does_not_fit_is_refused(api: Api) -> None:
     parent, damaged = api.finished(), api.finished()
     recorded = reads.get_checkpoint(api.db, damaged, 100)
     (api.context.settings.data_dir / recorded.folder / "tokenizer.json").write_bytes(b"{}")
@@ -541,7 +541,7 @@ def test_a_row_of_an_earlier_version_says_no_more_that_a_dense_job_has_unused_se
     ]
 
 
-def test_a_job_can_wait_for_its_time(serve: Serve) -> None:
+def test_a_job_is_not_claimed_before_its_run_at(serve: Serve) -> None:
     api = serve()
     tomorrow = datetime.now(UTC) + timedelta(days=1)
     job = api.submit(run_at=tomorrow.isoformat())
@@ -549,7 +549,7 @@ def test_a_job_can_wait_for_its_time(serve: Serve) -> None:
     assert queue.claim(api.db, api.worker, 60) is None
 
 
-def test_both_databases_answer_alike(settings: Any) -> None:
+def test_both_databases_give_the_same_answers(settings: Any) -> None:
     with serving(settings.model_copy(update={"port": 0})) as api:
         tags = {"k": "v:w"}
         job_id = api.submit(text="nul \0 e gato", name="gato", tags=tags)["id"]
@@ -576,7 +576,7 @@ def test_a_folder_with_a_tokenizer_may_be_named_when_the_server_says_where(serve
     assert api.submit(config={"tokenizer": "meu"})["text"]["n_tokens"] == len(tokenizer.encode(TEXT))
 
 
-def test_a_queued_job_says_when_a_worker_will_be_free_for_it(serve: Serve) -> None:
+def test_a_queued_job_has_an_estimated_start(serve: Serve) -> None:
     api = serve()
     assert api.submit()["estimated_start_at"] is None  # there is no worker
     worker_started(api.db, api.worker)
@@ -592,7 +592,7 @@ def test_a_queued_job_says_when_a_worker_will_be_free_for_it(serve: Serve) -> No
 @pytest.mark.parametrize(
     ("kind", "sent"), [("application/json", b'{"te'), ("multipart/form-data; boundary=x", b"--x\r\nCon")]
 )
-def test_a_client_that_leaves_while_it_sends_its_text_is_no_error(api: Api, kind: str, sent: bytes) -> None:
+def test_a_client_that_disconnects_during_its_upload_is_no_error(api: Api, kind: str, sent: bytes) -> None:
     heard = iter([{"type": "http.request", "body": sent, "more_body": True}, {"type": "http.disconnect"}])
     said: list[Any] = []
 

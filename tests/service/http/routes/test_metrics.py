@@ -48,7 +48,7 @@ def test_a_thinned_series_keeps_its_extremes(api: Api) -> None:
     assert steps["grad_norm"][spike] is None
 
 
-def test_the_csv_is_the_whole_series(api: Api) -> None:
+def test_the_csv_is_the_complete_series(api: Api) -> None:
     claim = api.running()
     api.record_steps(claim, 4, 25_000)
     recording.record_steps(
@@ -64,6 +64,6 @@ def test_the_csv_is_the_whole_series(api: Api) -> None:
 
 
 @pytest.mark.parametrize("params", [{"points": 0}, {"points": 10**9}, {"points": "x"}, {"tokens": "x"}, {"point": 5}])
-def test_a_bad_question_is_refused(api: Api, params: dict[str, str]) -> None:
+def test_a_bad_query_is_refused(api: Api, params: dict[str, str]) -> None:
     answer = api.http.get(f"/jobs/{api.submit()['id']}/metrics", params=params)
     assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request")

@@ -27,7 +27,7 @@ def scrape(api: Api) -> dict[str, float]:
     return found
 
 
-def test_the_tables_are_told_as_they_are(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metrics_of_the_database_match_its_tables(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(instruments, "_COUNT_SECONDS", 0.0)
     api = serve()
     before = scrape(api)
@@ -47,7 +47,7 @@ def test_the_tables_are_told_as_they_are(serve: Serve, monkeypatch: pytest.Monke
     assert scrape(api)["nanomoe_workers"] == 0
 
 
-def test_the_age_of_a_job_that_a_clock_ahead_submitted_is_what_was_seen_of_it(
+def test_the_age_of_a_job_submitted_by_a_clock_ahead_counts_from_its_first_scrape(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(instruments, "_COUNT_SECONDS", -1.0)
@@ -88,7 +88,7 @@ def test_generation_is_counted(serve: Serve, tmp_path: Path) -> None:
     assert now["nanomoe_generation_cache_bytes"] > 0
 
 
-def test_a_generation_that_fails_is_counted_as_that(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_generation_is_counted_as_failed(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     api = serve()
     monkeypatch.setattr("sys.executable", "/bin/false")
     assert generate(api, job_id=api.running().job_id).status_code == 503
