@@ -158,7 +158,7 @@ def test_the_check_sees_a_forbidden_import(module: str, source: str) -> None:
         ("worker.trainer", "import torch"),
         ("service.generation.engine", "import torch\nfrom nanomoe.model.gpt import GPT"),
         ("service.generation.engine", "from service.generation.scheduler import Scheduler"),
-        ("service.cli.examine", "from service.generation.examiner import OpenCheckpoint"),
+        ("service.cli.examine", "from service.generation.examiner import LoadedModel"),
         ("service.http.routes.generate", "from service.generation.admission import Generation"),
         ("service.http.routes.jobs", "from ..schemas import JobView\nfrom .parameters import Limit"),
         ("service.storage.orphans", "from service.jobs.tables import Job"),

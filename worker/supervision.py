@@ -1,9 +1,9 @@
 """The trainer's side of its supervision: it receives the supervisor's messages, and does not outlive the supervisor.
 
-Three safeguards detect that the supervisor is gone, each for what the others miss: the parent-death signal of Linux
-(`nanomoe.processes`) comes even while a long C call holds the interpreter's lock; the end of the pipe is seen on every
-system and kills the whole process group; the deadline in every keep-alive covers a supervisor that is stopped, before
-another worker can claim its job. Imports no torch: it is active before the trainer imports it.
+Three safeguards detect that the supervisor is gone, each for what the others miss: the parent-death signal (Linux)
+comes even while a long C call holds the interpreter's lock; the end of the pipe is seen on every system and kills the
+whole process group; the deadline in every keep-alive covers a supervisor that is stopped, before another worker can
+claim its job. Imports no torch: it is active before the trainer imports it.
 """
 
 import logging

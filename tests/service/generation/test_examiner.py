@@ -1,4 +1,4 @@
-"""The examiner keeps the models that it was asked about last."""
+"""The examiner keeps what it was asked about last."""
 
 from pathlib import Path
 
