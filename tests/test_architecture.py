@@ -8,7 +8,8 @@ import ast
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -287,6 +288,34 @@ def test_no_drawer_is_named_utils() -> None:
 
 def _modules() -> dict[str, Path]:
     return {_module(path): path for package in PACKAGES for path in _sources(package)}
+
+
+def imports_of(module: str, path: Path, modules: Container[str]) -> set[str]:
+    """The modules of ours that a file imports."""
+    found = set()
+    for _, name in _imports(ast.parse(path.read_text("utf-8")), module, path.name == "__init__.py"):
+        found.add(name if name in modules else name.rpartition(".")[0])
+    return {name for name in found if name in modules}
+
+
+def circles(imports: Mapping[str, set[str]]) -> list[list[str]]:
+    """Modules that import each other, directly or through others."""
+    sorter = TopologicalSorter(imports)
+    try:
+        sorter.prepare()
+    except CycleError as error:
+        return [error.args[1]]
+    return []
+
+
+def test_no_modules_import_each_other() -> None:
+    modules = _modules()
+    assert circles({module: imports_of(module, path, modules) for module, path in modules.items()}) == []
+
+
+def test_the_check_sees_a_circle() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}})
+    assert circles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
 
 
 def same_names(source: str, module: str) -> list[str]:
