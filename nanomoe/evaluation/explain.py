@@ -61,7 +61,8 @@ class LayerExplanation(Strict):
         balance_bias: Sequence[float] | None,
         shared_experts: int,
     ) -> Self:
-        """Explain a token from the router's numbers, one for each expert; of `chosen` and `gates`, one for each choice."""
+        """Explain a token from the numbers of its router: one for each expert, in `chosen` and `gates` one for each
+        choice."""
         gate_of = dict(zip(chosen, gates, strict=True))
         scores = zip(logits, probabilities, balance_bias or [0.0] * len(logits), strict=True)
         return cls(
