@@ -43,7 +43,11 @@ class Strict(BaseModel):
     """A frozen value that refuses unknown keys, coercions (`"1"` or `true` for a number), NaN and infinity."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
     )
 
 

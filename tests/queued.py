@@ -7,7 +7,7 @@ import sqlalchemy as sa
 
 from service.database.database import Database
 from service.database.schema import table
-from service.jobs import queue, reads
+from service.jobs import queue, reads, recording
 from service.jobs.ids import new_id
 from service.jobs.lease import Claim
 from service.jobs.new_job import NewJob
@@ -16,6 +16,7 @@ from service.jobs.workers import WorkerIdentity, worker_started
 
 LEASE = 60.0
 STEPS = {"step": [1, 2], "train_loss": [9.0, 8.0], "lr": [1e-4, 1e-4], "grad_norm": [1.0, 2.0]}
+EXECUTION = {"device": "cpu", "micro_batch": 8}
 CHECKPOINT = {"step": 0, "epoch": 0.0, "folder": "f", "manifest_sha256": "m", "files": [], "metrics": {"loss": 9.0}}
 
 
@@ -67,3 +68,15 @@ def copy_job(db: Database, job: Job, times: int, **values: Any) -> None:
         last = session.scalars(raised).one()
         copies = [row | {"id": new_id(), "seq": seq} for seq in range(last - times + 1, last + 1)]
         session.execute(sa.insert(jobs), copies)
+
+
+def prepare(db: Database, held: Claim) -> None:
+    model = {"n_params": 1, "n_active_params": 1}
+    recording.record_prepared(db, held, execution=EXECUTION, n_tokens=9, total_steps=4, model=model)
+
+
+def out_of_memory(db: Database, held: Claim) -> Job:
+    prepare(db, held)
+    return queue.release_out_of_memory(
+        db, held, micro_batch=4, reason="memory ran out", warnings=[{"code": "a"}, {"code": "b"}]
+    )

@@ -13,6 +13,7 @@ import structlog
 
 from nanomoe.checkpoint import is_disk_full
 from nanomoe.config import JobConfig
+from nanomoe.lineage import ParentUnusable
 from nanomoe.plan import OutOfMemory, Plan
 from service.database.database import Database
 from service.errors import DatabaseUnavailable, LeaseLost, StorageFull
@@ -22,11 +23,12 @@ from service.jobs.statuses import TERMINAL
 from service.jobs.tables import Job
 from service.settings import Settings
 from worker.lease import Lease, LeaseUncertain
+from worker.lock import SlotLock
 from worker.memory import oom_kills
 from worker.process import Ended, TrainerProcess, WakeUp
-from worker.protocol import Done, Failure, FromTrainer, Ready, Steps, Stop, StopReason
+from worker.protocol import Done, Failure, FromTrainer, Idle, Ready, Stop, StopReason
 from worker.recorder import Recorder
-from worker.start import ParentUnusable, build_start
+from worker.start import build_start
 from worker.timing import Timing
 
 log = structlog.get_logger(__name__)
@@ -50,31 +52,33 @@ class Attempt:
         db: Database,
         lease: Lease,
         trainer: TrainerProcess,
+        lock: SlotLock,
         *,
         device: str,
         settings: Settings,
         timing: Timing,
         draining: threading.Event,
         force_stop: threading.Event,
-        on_training: Callable[[], None],
     ) -> None:
-        """`draining`: the worker is to end once its jobs have snapshots; `force_stop`: at once. `on_training` is called
-        with every batch of steps."""
+        """`lock`: the slot's, taken for this job. `draining`: the worker is to end once its jobs have snapshots;
+        `force_stop`: at once."""
         self._db = db
         self._lease = lease
         self._claim = lease.claim
         self._job = lease.claim.job
         self._trainer = trainer
+        self._lock = lock
         self._device = device
         self._settings = settings
         self._timing = timing
         self._draining = draining
         self._force_stop = force_stop
-        self._on_training = on_training
         self._log = log.bind(job=self._job.id, fence=self._claim.fence, trainer=trainer.pid)
 
         self._done: Done | None = None
-        """The trainer's final message."""
+        """The trainer's final message about the job."""
+        self.trainer_is_idle = False
+        """Whether the trainer has outlived its job, with nothing of it left: it can be given the next one."""
         self._stopping: StopReason | None = None
         """Why the trainer was asked to stop."""
         self._kill_at: float | None = None
@@ -102,13 +106,16 @@ class Attempt:
             self._follow()
         except LeaseLost as error:
             self._log.warning("lease_lost", reason=str(error))
-            self._lost = True
+            self._lost, self.trainer_is_idle = True, False
         except LeaseUncertain:
             self._log.warning("lease_uncertain")
-            self._done = None  # the message may have come, but not all before it is recorded
+            # The final message may have come, but not all before it is recorded.
+            self._done, self.trainer_is_idle = None, False
         except ParentUnusable as error:
             self._done = Done(outcome="failed", error=Failure(code=error.code, message=str(error)))
+            self.trainer_is_idle = True  # it was given nothing
         except Exception as error:
+            self.trainer_is_idle = False
             # Whatever it is, the trainer must not outlive the attempt, and the slot must go on with the next job.
             self._disk_full = isinstance(error, StorageFull) or is_disk_full(error)
             reason = f"the supervisor failed: {error!r}"
@@ -117,7 +124,7 @@ class Attempt:
             else:
                 self._crash = reason
             self._log.exception("attempt_failed")
-        self._kill_and_reap()
+        self._end_what_is_left()
         if not self._lost:
             self._settle()
 
@@ -131,12 +138,12 @@ class Attempt:
             )
         )
         self._recorder.snapshot_folder = snapshot_folder
-        self._trainer.start(start)
+        self._trainer.start(start, self._lock)
         for warning in warnings:
             self._recorder.handle(warning)
 
     def _follow(self) -> None:
-        """Handle the trainer's messages and run due work until the trainer has ended."""
+        """Handle the trainer's messages and run due work until the trainer is idle or has ended."""
         while True:
             match message := self._next_message():
                 case Ended(protocol_error=protocol_error, timed_out=timed_out):
@@ -150,10 +157,14 @@ class Attempt:
                 case Done():
                     self._done = message
                     self._kill_within(self._timing.exit_grace)
+                case Idle():
+                    if self._done is None:
+                        self._crash = self._crash or "the trainer did not report how its job ended"
+                    else:
+                        self.trainer_is_idle = True
+                    break
                 case _:
                     self._recorder.handle(message)
-                    if isinstance(message, Steps):
-                        self._on_training()
             self._run_due_work()
         self._recorder.flush()
 
@@ -213,7 +224,7 @@ class Attempt:
             self._log.info("trainer_asked_to_stop", reason=reason)
             self._stopping = reason
             self._trainer.send(Stop(reason=reason))
-            self._trainer.terminate()
+            self._trainer.wake()
             self._kill_within(self._timing.cancel_grace if reason == "cancel" else self._timing.stop_grace)
 
     def _kill_within(self, seconds: float) -> None:
@@ -228,8 +239,13 @@ class Attempt:
 
     # -- The end ---------------------------------------------------------------------------------------------------
 
-    def _kill_and_reap(self) -> None:
-        """Return once no process of the job is left; heartbeats keep the job this worker's meanwhile."""
+    def _end_what_is_left(self) -> None:
+        """Return once nothing of the job is left: its trainer is idle and no process lives that it started, or none of
+        its processes lives. Heartbeats keep the job this worker's meanwhile."""
+        self._lock.close()
+        self.trainer_is_idle = self.trainer_is_idle and self._trainer.is_alone()
+        if self.trainer_is_idle:
+            return
         while not self._trainer.kill_and_reap(self._timing.heartbeat):
             try:
                 self._lease.write(lambda: recording.heartbeat(self._db, self._claim))

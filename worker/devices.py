@@ -40,6 +40,8 @@ class Device:
         environment = dict(os.environ)
         if self.is_gpu:
             environment["CUDA_VISIBLE_DEVICES"] = self.identity
+            # A job that is to be deterministic needs it, and cuBLAS reads it once in a process.
+            environment.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         else:
             environment["CUDA_VISIBLE_DEVICES"] = ""
             if slots > 1:

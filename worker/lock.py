@@ -1,9 +1,10 @@
 """The lock of a slot: a file lock that only the trainer of a running job and the processes that it forks hold.
 
-The supervisor opens the file anew for each trainer and lets the trainer inherit the descriptor; locking it before the
-claim locks the description that both share, and when the job starts the supervisor closes its own copy. From then on
-the lock is free exactly when no process of the job is left, whatever happened to the supervisor: a stopped or killed
-supervisor's trainer can never share its device with a second one.
+The supervisor opens the file anew before each claim, locks it, and sends the open file with the start message; then it
+closes its own copy, and at the job's end the trainer closes the one that it received. Nobody unlocks: a lock is free
+when the last copy is closed, and so exactly when no process of the job has it any more, whatever happened to the
+supervisor. A stopped or killed supervisor's trainer can never share its device with a second one, and a child that
+outlives its job keeps the slot locked.
 
 Knows no job and no database. The lock (flock) is kept by the kernel, so it ends with its last holder.
 """
@@ -22,7 +23,7 @@ Owner = dict[str, str | int | None]
 
 
 class SlotLock:
-    """One trainer's open description of a slot's lock file."""
+    """An open file of a slot's lock, for one job."""
 
     def __init__(self, path: Path, token: str) -> None:
         """`token` identifies the trainer in the environment of all its processes."""
@@ -32,7 +33,7 @@ class SlotLock:
         self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
 
     def acquire(self) -> bool:
-        """Take the lock, for this process and for whoever inherited the descriptor; False when a job still holds it.
+        """Take the lock, for this process and for whoever is sent the open file; False when a job still holds it.
 
         Orphans of a dead supervisor of this machine are killed here, so that a later attempt succeeds. Raises OSError
         when the disk is full, and takes nothing then.
@@ -44,20 +45,12 @@ class SlotLock:
             return False
         owner = _supervisor(os.getpid()) | {"trainer": self._token}
         content = json.dumps(owner).encode()
-        try:
-            os.pwrite(self.descriptor, content, 0)
-            os.ftruncate(self.descriptor, len(content))  # not before: on a full disk the room might be gone
-        except OSError:
-            self.release()
-            raise
+        os.pwrite(self.descriptor, content, 0)
+        os.ftruncate(self.descriptor, len(content))  # not before: on a full disk the room might be gone
         return True
 
-    def release(self) -> None:
-        """Unlock: there was nothing to claim."""
-        fcntl.flock(self.descriptor, fcntl.LOCK_UN)
-
-    def close_own_copy(self) -> None:
-        """Close this process's descriptor: the lock is then released when the trainer's processes end. Idempotent."""
+    def close(self) -> None:
+        """Close this process's copy of the open file. Idempotent."""
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1

@@ -9,6 +9,7 @@ import math
 import os
 import select
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -16,13 +17,12 @@ import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from queue import Empty, SimpleQueue
 
 import structlog
 
 from worker.lock import SlotLock
-from worker.protocol import FromTrainer, KeepAlive, Start, ToTrainer, encode, parse_from_trainer
+from worker.protocol import Assignment, FromTrainer, KeepAlive, Ready, Start, ToTrainer, encode, parse_from_trainer
 from worker.survivors import TOKEN_VARIABLE, survivors
 
 log = structlog.get_logger(__name__)
@@ -50,36 +50,38 @@ class WakeUp:
 class TrainerProcess:
     """A trainer in a session and process group of its own, which holds the lock of its slot while it has a job."""
 
-    def __init__(
-        self, command: Sequence[str], lock: Path, environment: Mapping[str, str], *, until: float = math.inf
-    ) -> None:
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], *, until: float = math.inf) -> None:
         """`until`: monotonic time at which the trainer kills itself, as `command` tells it, unless a keep-alive names a
         later one. Raises OSError when the system has no process, memory or descriptor left."""
         assert threading.current_thread() is threading.main_thread(), "the parent-death signal follows the thread"
         self.inbox: SimpleQueue[FromTrainer | Ended | WakeUp] = SimpleQueue()
         """Messages of the trainer, its end, and wake-ups from other threads."""
         self._until = until
-        self._token = uuid.uuid4().hex
-        self.lock = SlotLock(lock, self._token)
+        self.token = uuid.uuid4().hex
+        """In the environment of the trainer and of all that it starts."""
+        self.assignment: Assignment | None = None
+        """The attempt that it was given last."""
+        # Its stdin is a socket, because only a socket can send the open file of a lock.
+        self._socket, its_stdin = socket.socketpair()
         try:
-            self._popen = subprocess.Popen(  # noqa: S603 - our own command
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                bufsize=0,
-                start_new_session=True,
-                pass_fds=(self.lock.descriptor,),
-                env={**environment, TOKEN_VARIABLE: self._token},
-            )
+            with its_stdin:
+                self._popen = subprocess.Popen(  # noqa: S603 - our own command
+                    command,
+                    stdin=its_stdin.fileno(),
+                    stdout=subprocess.PIPE,
+                    bufsize=0,
+                    start_new_session=True,
+                    env={**environment, TOKEN_VARIABLE: self.token},
+                )
         except OSError:
-            self.lock.close_own_copy()  # the start is retried every second, with a descriptor each time
+            self._socket.close()  # the start is retried every second, with a descriptor each time
             raise
         self.pid = self._popen.pid
-        assert self._popen.stdin is not None
         # A keep-alive must never block the supervisor's main thread on a trainer that has stopped reading.
-        os.set_blocking(self._popen.stdin.fileno(), False)
+        self._socket.setblocking(False)
         self._mutex = threading.Lock()
-        """Held while the trainer is written to, signalled or reaped: its process id and pipe must still be its own."""
+        """Held while the trainer is sent to, signalled or reaped: its process id and socket must still be its own."""
+        self._killed = False
         self._gone = False
         threading.Thread(target=self._read, name=f"read-{self.pid}", daemon=True).start()
 
@@ -92,25 +94,26 @@ class TrainerProcess:
 
     # -- Messages ------------------------------------------------------------------------------------------------
 
-    def start(self, message: Start) -> None:
-        """Give the trainer its job, and the slot's lock with it."""
-        self.send(message)
-        self.lock.close_own_copy()
+    def start(self, message: Start, lock: SlotLock) -> None:
+        """Give the trainer a job, and the slot's lock with it, of which no copy stays in this process."""
+        self.assignment = message.assignment
+        self.send(message, lock.descriptor)
+        lock.close()
 
-    def send(self, message: ToTrainer) -> None:
-        """Send a message. One to a trainer that has ended or does not read is dropped: `Ended` or a deadline
-        follows."""
-        assert self._popen.stdin is not None
+    def send(self, message: ToTrainer, *descriptors: int) -> None:
+        """Send a message, and open files with it. One to a trainer that has ended or does not read is dropped: `Ended`
+        or a deadline follows."""
         rest = encode(message)
         with self._mutex:
             if self._gone:
                 return
             try:
+                rest = rest[socket.send_fds(self._socket, [rest], descriptors) :]
                 while rest:
-                    rest = rest[os.write(self._popen.stdin.fileno(), rest) :]
+                    rest = rest[self._socket.send(rest) :]
                 if isinstance(message, KeepAlive):
                     self._until = message.until
-            except (BlockingIOError, BrokenPipeError):
+            except (BlockingIOError, BrokenPipeError, ConnectionResetError):
                 log.debug("message_not_sent", trainer=self.pid, message=message.type)
 
     def _read(self) -> None:
@@ -133,10 +136,17 @@ class TrainerProcess:
             *lines, buffered = (buffered + read).split(b"\n")
             for line in lines:
                 try:
-                    self.inbox.put(parse_from_trainer(line))
+                    self.inbox.put(self._parse(line))
                 except ValueError as error:
                     log.error("trainer_protocol_error", trainer=self.pid, line=line[:200], error=str(error))
                     return False
+
+    def _parse(self, line: bytes) -> FromTrainer:
+        """Raises ValueError when the line is no message about the attempt that the trainer was given."""
+        found = parse_from_trainer(line)
+        if not isinstance(found.message, Ready) and found.assignment != self.assignment:
+            raise ValueError(f"a message about {found.assignment} from a trainer that has {self.assignment}")
+        return found.message
 
     # -- Ending --------------------------------------------------------------------------------------------------
 
@@ -159,17 +169,22 @@ class TrainerProcess:
         assert self._popen.returncode is not None
         return self._popen.returncode
 
-    def terminate(self) -> None:
-        """SIGTERM to the trainer: wake it from a system call, so that it sees the message that was sent."""
+    def wake(self) -> None:
+        """SIGUSR1 to the trainer: wake it from a system call, so that it sees the message that was sent."""
         with self._mutex:
             if not self._has_ended():
-                os.kill(self.pid, signal.SIGTERM)
+                os.kill(self.pid, signal.SIGUSR1)
+
+    def is_alone(self) -> bool:
+        """Whether the trainer lives and was not killed, and no process lives that it ever started."""
+        return survivors(self.pid, self.token) == {self.pid} and not (self._killed or self.has_ended())
 
     def kill(self) -> None:
         """SIGKILL to every process of the group. Thread-safe and idempotent."""
         with self._mutex:
             if self._gone:
                 return
+            self._killed = True
             try:
                 os.killpg(self.pid, signal.SIGKILL)
             except ProcessLookupError:
@@ -184,10 +199,9 @@ class TrainerProcess:
         False after `timeout` seconds: a process cannot be killed yet, for example one inside a driver's system call.
         """
         deadline = time.monotonic() + timeout
-        self.lock.close_own_copy()
         while True:
             self.kill()
-            left = survivors(self.pid, self._token)
+            left = survivors(self.pid, self.token)
             for pid in left:
                 with suppress(ProcessLookupError, PermissionError):  # the next round shows whether it is gone
                     os.kill(pid, signal.SIGKILL)
@@ -195,8 +209,7 @@ class TrainerProcess:
                 with self._mutex:
                     self._popen.wait()
                     self._gone = True
-                    assert self._popen.stdin is not None
-                    self._popen.stdin.close()
+                    self._socket.close()
                 return True
             if time.monotonic() > deadline:
                 log.warning("trainer_does_not_die", trainer=self.pid, processes=sorted(left))

@@ -1,14 +1,16 @@
 """The messages between supervisor and trainer: one JSON object a line, over the trainer's stdin and stdout.
 
-Knows neither of them, no torch and no database.
+A trainer serves one job after another, so each of its messages names the attempt that it is about. Knows neither of the
+two processes, no torch and no database.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import Field, TypeAdapter
+from pydantic import Field, TypeAdapter, field_serializer
 
 from nanomoe.checkpoint import FileEntry
 from nanomoe.config import ConfigWarning, JobConfig, Strict
+from nanomoe.evaluation.metrics import CheckpointMetrics
 
 StopReason = Literal["cancel", "pause", "drain"]
 
@@ -23,11 +25,18 @@ class Folder(Strict):
     """SHA-256 of the recorded manifest, which lists the SHA-256 of every file."""
 
 
+class Assignment(NamedTuple):
+    """An attempt at a job. The fence alone names none: the first attempts of two jobs have the same."""
+
+    job_id: str
+    fence: int
+
+
 # -- To the trainer ---------------------------------------------------------------------------------------------------
 
 
 class Start(Strict):
-    """Start message: the one job that this process trains."""
+    """A job for a trainer that has none. The open file of the slot's lock is sent with it (`worker.lock`)."""
 
     type: Literal["start"] = "start"
     job_id: str
@@ -65,6 +74,11 @@ class Start(Strict):
     tokenizer_dir: str | None
     """Folder under which local tokenizers lie."""
 
+    @property
+    def assignment(self) -> Assignment:
+        """The attempt that begins with this message."""
+        return Assignment(self.job_id, self.fence)
+
 
 class KeepAlive(Strict):
     """Sign of life of the supervisor, sent whether or not the database is within reach. The supervisor itself kills the
@@ -87,7 +101,7 @@ class Stop(Strict):
 
 
 class Ready(Strict):
-    """The trainer has imported torch, has touched no GPU, and waits for the start message."""
+    """A new trainer has imported torch, has touched no GPU, and waits for its first start message."""
 
     type: Literal["ready"] = "ready"
 
@@ -131,15 +145,25 @@ class CheckpointWritten(Strict):
     """A checkpoint is complete and flushed to the disk."""
 
     type: Literal["checkpoint"] = "checkpoint"
-    percent: int
-    step: int
-    epoch: int
     folder: str
     """Name of the folder inside of the job's folder."""
 
     manifest_sha256: str
+    """SHA-256 of the checkpoint's manifest, hexadecimal."""
+
     files: list[FileEntry]
-    metrics: dict[str, Any]
+    """Files of the checkpoint."""
+
+    metrics: CheckpointMetrics
+    """The checkpoint's metrics, with its place in the training."""
+
+    tok_per_sec: float | None
+    """Training speed since the checkpoint before, in tokens a second; null at percent 0."""
+
+    @field_serializer("metrics")
+    def _only_what_was_set(self, metrics: CheckpointMetrics) -> dict[str, Any]:
+        # A field that was not measured stays out of the row, as it stays out of `metrics.json`.
+        return metrics.model_dump(exclude_unset=True)
 
 
 class SnapshotWritten(Strict):
@@ -173,30 +197,51 @@ class Failure(Strict):
 
 
 class Done(Strict):
-    """The final message. A trainer that ends without it has crashed."""
+    """The final message about a job's training. A trainer that ends without it has crashed."""
 
     type: Literal["done"] = "done"
     outcome: Literal["succeeded", "stopped", "failed"]
     error: Failure | None = None
 
 
+class Idle(Strict):
+    """Nothing of the job is left in the trainer: its threads have ended, its memory is freed, its copy of the lock is
+    closed. It waits for the next start message. A trainer of which that is not true exits instead."""
+
+    type: Literal["idle"] = "idle"
+
+
 ToTrainer = Start | KeepAlive | Stop
-FromTrainer = Ready | Prepared | Steps | CheckpointWritten | SnapshotWritten | Warned | Done
+FromTrainer = Ready | Prepared | Steps | CheckpointWritten | SnapshotWritten | Warned | Done | Idle
+
+
+class Line(Strict):
+    """A line from the trainer."""
+
+    assignment: Assignment | None
+    """The attempt that the message is about; null for `Ready`."""
+
+    message: FromTrainer = Field(discriminator="type")
+
 
 _TO_TRAINER: TypeAdapter[ToTrainer] = TypeAdapter(Annotated[ToTrainer, Field(discriminator="type")])
-_FROM_TRAINER: TypeAdapter[FromTrainer] = TypeAdapter(Annotated[FromTrainer, Field(discriminator="type")])
 
 
-def encode(message: ToTrainer | FromTrainer) -> bytes:
-    """The line that carries `message`."""
+def encode(message: ToTrainer) -> bytes:
+    """The line that carries `message` to the trainer."""
     return message.model_dump_json().encode() + b"\n"
 
 
+def encode_from_trainer(message: FromTrainer, assignment: Assignment | None) -> bytes:
+    """The line that carries `message`, about this attempt, to the supervisor."""
+    return Line(assignment=assignment, message=message).model_dump_json().encode() + b"\n"
+
+
 def parse_to_trainer(line: bytes) -> ToTrainer:
-    """The message of a line; a ValueError when it is none."""
+    """The message of a line. Raises ValueError when it is none."""
     return _TO_TRAINER.validate_json(line)
 
 
-def parse_from_trainer(line: bytes) -> FromTrainer:
-    """The message of a line; a ValueError when it is none."""
-    return _FROM_TRAINER.validate_json(line)
+def parse_from_trainer(line: bytes) -> Line:
+    """The message of a line, and the attempt that it is about. Raises ValueError when it is none."""
+    return Line.model_validate_json(line)

@@ -153,23 +153,24 @@ class Recorder:
         self.write(lambda: recording.record_micro_batch(self._db, self._claim, micro_batch))
 
     def _add_checkpoint(self, message: CheckpointWritten) -> None:
-        log.info("checkpoint_written", job=self._claim.job_id, percent=message.percent, step=message.step)
+        metrics = message.metrics
+        log.info("checkpoint_written", job=self._claim.job_id, percent=metrics.percent, step=metrics.step)
         self.write(
             lambda: recording.record_checkpoint(
                 self._db,
                 self._claim,
-                percent=message.percent,
-                step=message.step,
-                epoch=message.epoch,
+                percent=metrics.percent,
+                step=metrics.step,
+                epoch=metrics.epoch,
                 folder=self._relative(message.folder),
                 manifest_sha256=message.manifest_sha256,
                 files=[file.model_dump() for file in message.files],
-                metrics=message.metrics,
+                metrics=metrics.to_row() | {"tok_per_sec": message.tok_per_sec},
                 progress=self.progress,
             )
         )
-        if message.metrics.get("stopped_early"):
-            self.stopped_early = checkpoint.stopped_early(message.step, message.metrics["perplexity"])
+        if metrics.stopped_early:
+            self.stopped_early = checkpoint.stopped_early(metrics.step, metrics.perplexity)
 
     def _replace_snapshot(self, message: SnapshotWritten) -> None:
         """Record a snapshot in place of the previous one, whose files are then removed."""

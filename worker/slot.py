@@ -1,5 +1,7 @@
 """A slot trains one job at a time on a device. Its thread claims a job, runs an attempt at it, and claims the next.
 
+A trainer is given job after job. It is replaced when it has ended, or was killed because something of a job might be
+left in it; before each claim the slot's lock is taken anew, which proves that no process of an earlier job holds it.
 Knows neither torch nor what a job's messages mean. The trainers themselves are started by the main thread.
 """
 
@@ -18,6 +20,7 @@ from service.settings import Settings
 from worker.attempt import Attempt
 from worker.devices import Device
 from worker.lease import Lease
+from worker.lock import SlotLock
 from worker.process import Ended, TrainerProcess, WakeUp
 from worker.protocol import KeepAlive, Ready
 from worker.timing import Timing
@@ -26,7 +29,7 @@ log = structlog.get_logger(__name__)
 
 
 class Slot:
-    """One trainer that trains on a device, and the next one, which warms up."""
+    """One trainer at a time on one device."""
 
     def __init__(
         self,
@@ -59,6 +62,8 @@ class Slot:
         """Set when a claim may succeed that did not before, or when the worker drains."""
         self._trainer: TrainerProcess | None = None
         """The trainer that warms up, or waits for a job."""
+        self._is_warm = False
+        """Whether that trainer is ready for a job."""
         self._wants_trainer = True
         self._running: tuple[TrainerProcess, Lease] | None = None
         self._start_due = 0.0
@@ -72,8 +77,8 @@ class Slot:
         """Until the worker drains: wait for a warm trainer, claim a job for it, and run an attempt at it."""
         while not self._draining.is_set():
             trainer = self._wait_for_trainer()
-            if trainer is not None and (lease := self._wait_for_job(trainer)) is not None:
-                self._run_attempt(trainer, lease)
+            if trainer is not None and (claimed := self._wait_for_job(trainer)) is not None:
+                self._run_attempt(trainer, *claimed)
         if self._trainer is not None:
             self._end(self._trainer)
 
@@ -85,9 +90,11 @@ class Slot:
             if trainer is None:
                 self._draining.wait(self._timing.tick)  # the main thread starts one
                 continue
+            if self._is_warm:
+                return trainer
             message = trainer.next_message(self._timing.tick)
             if isinstance(message, Ready):
-                self._failures = 0
+                self._failures, self._is_warm = 0, True
                 return trainer
             if isinstance(message, Ended) or time.monotonic() > deadline:
                 self._failures += 1
@@ -99,8 +106,9 @@ class Slot:
                 return None
         return None
 
-    def _wait_for_job(self, trainer: TrainerProcess) -> Lease | None:
-        """The lease of the next job; None when the trainer ended meanwhile, or the worker drains."""
+    def _wait_for_job(self, trainer: TrainerProcess) -> tuple[SlotLock, Lease] | None:
+        """The slot's lock and the lease of the next job; None when the trainer ended meanwhile, or the worker
+        drains."""
         while not self._draining.is_set():
             self._changed.clear()  # before the claim, so that no change is missed between it and the wait
             if trainer.has_ended():
@@ -108,21 +116,27 @@ class Slot:
                 self._wants_trainer = True
                 return None
             # The lock comes first: it proves that no process of an earlier job is left on this device.
-            if self._acquire(trainer):
+            if (lock := self._take_lock(trainer)) is not None:
                 lease = self._claim()
                 if lease is not None:
-                    return lease
-                trainer.lock.release()
+                    return lock, lease
+                lock.close()
             self._changed.wait(self._timing.retry)
         return None
 
-    def _acquire(self, trainer: TrainerProcess) -> bool:
+    def _take_lock(self, trainer: TrainerProcess) -> SlotLock | None:
+        """The slot's lock in a newly opened file; None while a job holds it."""
+        lock: SlotLock | None = None
         try:
-            return trainer.lock.acquire()
+            lock = SlotLock(self._lock_path, trainer.token)
+            if lock.acquire():
+                return lock
         except OSError as error:
             # The disk is full, for example: the other slots must go on.
             log.error("slot_not_locked", slot=self.name, error=str(error))
-            return False
+        if lock is not None:
+            lock.close()
+        return None
 
     def _claim(self) -> Lease | None:
         began = time.monotonic()
@@ -138,30 +152,30 @@ class Slot:
             return None if claim is None else Lease(claim, began, self._timing)
         return None
 
-    def _run_attempt(self, trainer: TrainerProcess, lease: Lease) -> None:
+    def _run_attempt(self, trainer: TrainerProcess, lock: SlotLock, lease: Lease) -> None:
         self._running = trainer, lease
-        self._wants_trainer = False
         self._trainer = None
-        Attempt(
+        attempt = Attempt(
             self._db,
             lease,
             trainer,
+            lock,
             device=self._device.torch_name,
             settings=self._settings,
             timing=self._timing,
             draining=self._draining,
             force_stop=self._force_stop,
-            on_training=self._start_next_trainer,
-        ).run()
+        )
+        attempt.run()
         self._running = None
-        self._wants_trainer = True
-
-    def _start_next_trainer(self) -> None:
-        """Have the next trainer started, after the job's first steps: importing torch would slow down its start."""
-        self._wants_trainer = self._trainer is None
+        if attempt.trainer_is_idle:
+            self._trainer = trainer
+        else:
+            self._is_warm = False
+            self._wants_trainer = True
 
     def _end(self, trainer: TrainerProcess) -> None:
-        self._trainer = None
+        self._trainer, self._is_warm = None, False
         while not trainer.kill_and_reap(self._timing.heartbeat):
             log.warning("trainer_does_not_die", slot=self.name, trainer=trainer.pid)
 
@@ -196,7 +210,7 @@ class Slot:
         options = ["--parent", str(os.getpid()), "--until", str(until)]
         try:
             command = [*self._command, *options]
-            self._trainer = TrainerProcess(command, self._lock_path, self._environment, until=until)
+            self._trainer = TrainerProcess(command, self._environment, until=until)
             self._wants_trainer = False
         except OSError as error:
             # No process, no memory, no descriptor: the jobs that run must go on.

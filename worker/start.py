@@ -1,6 +1,7 @@
 """The start message of an attempt: the text as a file, the snapshot to resume from, the weights to start from.
 
-Every file in it was verified byte by byte. Knows no process and writes nothing to the database.
+A snapshot is verified byte by byte first: where it is damaged, the job starts again. The trainer verifies what else it
+reads. Knows no process and writes nothing to the database.
 """
 
 import hashlib
@@ -10,6 +11,7 @@ from pathlib import Path
 from nanomoe import checkpoint
 from nanomoe.checkpoint import CheckpointDamaged
 from nanomoe.config import JobConfig
+from nanomoe.lineage import ParentUnusable
 from service.database.database import Database
 from service.errors import NotFound
 from service.jobs import reads
@@ -17,12 +19,6 @@ from service.jobs.tables import Job, Snapshot
 from service.settings import Settings
 from service.storage.job_folders import job_folder
 from worker.protocol import Folder, Start, Warned
-
-
-class ParentUnusable(Exception):
-    """The checkpoint that the job is to start from is missing or damaged."""
-
-    code = "parent_unusable"
 
 
 def build_start(
@@ -38,7 +34,7 @@ def build_start(
     config = JobConfig.model_validate(job.config)
     snapshot = reads.find_snapshot(db, job.id)
     resume, warnings = _verified(snapshot, settings.data_dir, meanwhile)
-    parent = _find_parent(db, config, settings.data_dir, meanwhile) if resume is None else None
+    parent = _find_parent(db, config, settings.data_dir) if resume is None else None
     start = Start(
         job_id=job.id,
         fence=job.fence,
@@ -71,17 +67,15 @@ def _verified(
     return found, []
 
 
-def _find_parent(db: Database, config: JobConfig, data_dir: Path, meanwhile: Callable[[], None]) -> Folder | None:
+def _find_parent(db: Database, config: JobConfig, data_dir: Path) -> Folder | None:
+    """The checkpoint in `init_from`. The trainer verifies its bytes as it reads them, and reads them once."""
     if config.init_from is None:
         return None
     try:
         row = reads.get_checkpoint(db, config.init_from.job_id, config.init_from.checkpoint)
-        parent = Folder(folder=str(data_dir / row.folder), manifest_sha256=row.manifest_sha256)
-        checkpoint.verify(Path(parent.folder), parent.manifest_sha256, meanwhile=meanwhile)
-    except (NotFound, CheckpointDamaged) as error:
-        name = f"{config.init_from.job_id}@{config.init_from.checkpoint}"
-        raise ParentUnusable(f"cannot start from {name}: {error}") from error
-    return parent
+    except NotFound as error:
+        raise ParentUnusable(config.init_from, error) from error
+    return Folder(folder=str(data_dir / row.folder), manifest_sha256=row.manifest_sha256)
 
 
 def _find_tokenizer(db: Database, job: Job, data_dir: Path) -> Folder | None:
@@ -90,7 +84,7 @@ def _find_tokenizer(db: Database, job: Job, data_dir: Path) -> Folder | None:
     for row in reads.list_checkpoints(db, job.id):
         found = Folder(folder=str(data_dir / row.folder), manifest_sha256=row.manifest_sha256)
         try:
-            checkpoint.read_tokenizer(Path(found.folder), found.manifest_sha256)
+            checkpoint.open(Path(found.folder), found.manifest_sha256).tokenizer()
         except CheckpointDamaged:
             continue
         return found

@@ -6,17 +6,20 @@ whole process group; the deadline in every keep-alive covers a supervisor that i
 claim its job. Imports no torch: it is active before the trainer imports it.
 """
 
+import logging
 import os
 import select
 import signal
-import sys
+import socket
 import threading
 import time
-import traceback
+from collections import deque
 from queue import SimpleQueue
 from typing import NoReturn
 
 from worker.protocol import KeepAlive, Start, Stop, StopReason, parse_to_trainer
+
+log = logging.getLogger(__name__)
 
 
 def end_group() -> NoReturn:
@@ -27,43 +30,50 @@ def end_group() -> NoReturn:
 
 
 class Supervision:
-    """Reads the supervisor's messages from stdin in a thread: the start, stop requests and keep-alives."""
+    """Reads the supervisor's messages from stdin, a socket, in a thread: starts, stop requests and keep-alives."""
 
     def __init__(self, until: float) -> None:
         """`until`: monotonic time at which this process kills itself if no keep-alive has come."""
         # A copy that no child inherits, and an empty stdin for any other reader.
-        self._pipe = os.dup(0)
+        self._socket = socket.socket(fileno=os.dup(0))
         with open(os.devnull, "rb") as nothing:  # noqa: PTH123 - a descriptor is wanted
             os.dup2(nothing.fileno(), 0)
         self._until = until
-        self._starts: SimpleQueue[Start] = SimpleQueue()
+        self._starts: SimpleQueue[tuple[Start, int] | None] = SimpleQueue()
+        self._descriptors: deque[int] = deque()
+        """Open files that came with bytes of a message that is not handled yet."""
         self.stop: StopReason | None = None
-        """Why training should end at the next step boundary."""
+        """Why the job should end at the next step boundary."""
+        self.should_exit = False
+        """Whether this process should exit once its job has ended: someone other than its supervisor asked it to."""
         threading.Thread(target=self._read, name="supervision", daemon=True).start()
 
-    def wait_for_start(self) -> Start:
-        """The job of this process."""
+    def wait_for_start(self) -> tuple[Start, int] | None:
+        """The next job, and the descriptor of the slot's lock, to be closed when nothing of the job is left; None when
+        this process should exit."""
         return self._starts.get()
 
     def terminated(self) -> None:
-        """Handle SIGTERM. Without a stop message it comes from someone other than the supervisor: stop as for a
-        drain."""
+        """Handle SIGTERM, which the supervisor never sends: stop as for a drain, then exit."""
+        self.should_exit = True
         self.stop = self.stop or "drain"
+        self._starts.put(None)  # for a trainer that waits
 
     def _read(self) -> None:
         rest = b""
         try:
             # Read the pipe before the clock: a process that was stopped (SIGSTOP) finds its keep-alives there.
-            while select.select([self._pipe], [], [], max(0.0, self._until - time.monotonic()))[0]:
-                read = os.read(self._pipe, 1 << 16)
+            while select.select([self._socket], [], [], max(0.0, self._until - time.monotonic()))[0]:
+                read, descriptors, _, _ = socket.recv_fds(self._socket, 1 << 16, 1)
+                self._descriptors += descriptors
                 if not read:
                     break
                 *lines, rest = (rest + read).split(b"\n")
                 for line in lines:
                     self._handle(line)
-            print("the supervisor is gone or sends no keep-alive: exiting", file=sys.stderr, flush=True)
+            log.error("supervisor_lost")
         except BaseException:  # a message that cannot be parsed or handled
-            traceback.print_exc()
+            log.exception("supervisor_message_invalid")
         finally:
             end_group()
 
@@ -72,6 +82,8 @@ class Supervision:
             case KeepAlive(until=until):
                 self._until = until
             case Start() as start:
-                self._starts.put(start)
+                # A request to stop the job before is over; one to exit is not.
+                self.stop = "drain" if self.should_exit else None
+                self._starts.put((start, self._descriptors.popleft()))
             case Stop(reason=reason):
                 self.stop = reason

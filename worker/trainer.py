@@ -1,11 +1,14 @@
-"""The child process that trains one job: it reads the job from stdin and reports on stdout, one message a line.
+"""The child process that trains one job after another: it reads each from stdin and reports on stdout, one message a
+line.
 
 Knows no database: all its input comes from its supervisor, and it exits when the supervisor is gone. It is started
-before there is a job, imports torch, touches no GPU and waits. One process, one job.
+before there is a job, imports torch, touches no GPU and waits. Between two jobs nothing of the first is left; where
+that is not certain, after a failure for example, the process exits, and the supervisor starts another.
 """
 
 import argparse
 import faulthandler
+import logging
 import os
 import signal
 import sys
@@ -14,15 +17,18 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 from queue import Queue
-from typing import TYPE_CHECKING, Literal, NoReturn
+from typing import TYPE_CHECKING, Literal, NoReturn, get_args
 
-from nanomoe.config import ConfigWarning, JobConfig
+from nanomoe.config import JobConfig
+from nanomoe.logs import LogFormat, configure_logging
 from nanomoe.processes import die_with_parent
 from worker.protocol import (
+    Assignment,
     CheckpointWritten,
     Done,
     Failure,
     FromTrainer,
+    Idle,
     Prepared,
     Ready,
     SnapshotWritten,
@@ -30,14 +36,15 @@ from worker.protocol import (
     Steps,
     StopReason,
     Warned,
-    encode,
+    encode_from_trainer,
 )
 from worker.supervision import Supervision
 
 if TYPE_CHECKING:
     from nanomoe.tokenizer import Tokenizer
-    from nanomoe.training.execution import Execution
-    from nanomoe.training.run import Recorded, Run, Snapshot
+    from nanomoe.training.run import Recorded, Run, Snapshot, Weights
+
+log = logging.getLogger(__name__)
 
 
 class Channel:
@@ -47,10 +54,12 @@ class Channel:
         self._pipe = os.dup(1)
         os.dup2(2, 1)
         self._mutex = threading.Lock()
+        self.assignment: Assignment | None = None
+        """The attempt that messages are about."""
 
     def send(self, message: FromTrainer) -> None:
         """Write one message as one line. Thread-safe."""
-        line = encode(message)
+        line = encode_from_trainer(message, self.assignment)
         with self._mutex:
             while line:
                 line = line[os.write(self._pipe, line) :]
@@ -121,13 +130,11 @@ class Writer:
             manifest, sha256 = checkpoint.write(self._folder / name, what.files)
             self._channel.send(
                 CheckpointWritten(
-                    percent=what.percent,
-                    step=what.step,
-                    epoch=what.epoch,
                     folder=name,
                     manifest_sha256=sha256,
                     files=manifest.files,
-                    metrics={**what.metrics, "tok_per_sec": what.tok_per_sec},
+                    metrics=what.metrics,
+                    tok_per_sec=what.tok_per_sec,
                 )
             )
         elif what.step != self._last_snapshot:  # a stop right after a quarter asks for the same one again
@@ -176,120 +183,140 @@ def _train(start: Start, channel: Channel, supervision: Supervision, writer: Wri
 
 def _prepare(start: Start, channel: Channel) -> "Run":
     """Everything from the start message to a model that can train, on its device."""
-    from nanomoe import checkpoint
-    from nanomoe.config_warnings import config_warnings
     from nanomoe.model.size import n_active_params, n_params
-    from nanomoe.model.upcycle import starting_weights
-    from nanomoe.training.execution import Execution, find_device
-    from nanomoe.training.run import Run
+    from nanomoe.training.run import prepare
 
-    config = start.config
     text = Path(start.text_path).read_bytes().decode()
-    tokenizer = _tokenizer(start, text)
-    tokens = tokenizer.encode(text)
-    execution = Execution.decide(config, start.device, n_tokens=len(tokens))
-    differences: list[str] = []
-    if start.execution is not None:
-        # A job that began before the micro-batch was part of it had the config's.
-        first = Execution.model_validate({"micro_batch": config.batch_size} | start.execution)
-        execution = _keep(first, execution)
-        differences = first.differences(execution)
-    execution.apply()
-    resume, parent = None, None
-    if start.resume is not None:
-        resume = checkpoint.read_all(Path(start.resume.folder), start.resume.manifest_sha256)
-    elif start.parent is not None:
-        parent = starting_weights(checkpoint.load_weights(Path(start.parent.folder)), config, seed=config.seed)
-    device = find_device(start.device)
-    run = Run(config, tokens, tokenizer, execution, device=device, parent=parent, resume=resume)
-    warnings = config_warnings(config, run.plan, n_bytes=len(text.encode()), vocab_size=tokenizer.vocab_size)
-    if differences:
-        otherwise = f"this attempt computes otherwise than the first one did: {'; '.join(differences)}"
-        warnings.append(ConfigWarning(code="resume_not_exact", message=otherwise))
+    tokenizer, parent, resume = _read_origin(start, text)
+    prepared = prepare(
+        start.config,
+        text,
+        tokenizer,
+        device=start.device,
+        recorded_execution=start.execution,
+        parent=parent,
+        resume=resume,
+    )
+    run = prepared.run
     channel.send(
         Prepared(
-            execution=execution.model_dump(mode="json"),
-            n_tokens=len(tokens),
+            execution=prepared.execution.model_dump(mode="json"),
+            n_tokens=prepared.n_tokens,
             total_steps=run.plan.total_steps,
-            n_params=n_params(config, tokenizer.vocab_size),
-            n_active_params=n_active_params(config, tokenizer.vocab_size),
+            n_params=n_params(start.config, tokenizer.vocab_size),
+            n_active_params=n_active_params(start.config, tokenizer.vocab_size),
             resumed_at_step=run.progress.step if resume is not None else None,
-            warnings=warnings,
+            warnings=prepared.warnings,
         )
     )
     return run
 
 
-def _keep(first: "Execution", now: "Execution") -> "Execution":
-    """The execution of the job's first start, as far as this machine supports it."""
-    if first.device != now.device:
-        return now.model_copy(update={"micro_batch": first.micro_batch})
-    choices = ("precision", "n_threads", "path", "expert_path", "expert_path_reason", "deterministic", "micro_batch")
-    return now.model_copy(update={name: getattr(first, name) for name in choices})
+def _read_origin(start: Start, text: str) -> "tuple[Tokenizer, Weights | None, dict[str, bytes] | None]":
+    """The tokenizer, the parent's weights and the snapshot's files, every byte verified.
 
+    The tokenizer is that of the snapshot or checkpoint that training starts from, where there is one: the config's name
+    may stand for another tokenizer by now.
 
-def _tokenizer(start: Start, text: str) -> "Tokenizer":
-    """The tokenizer of the snapshot or checkpoint that training starts from, where there is one: the config's name may
-    stand for another tokenizer by now."""
+    Raises:
+        ParentUnusable: a file of the parent is missing or damaged.
+        CheckpointDamaged: a file of the snapshot, or of the checkpoint that holds the tokenizer, is.
+        TokenizerError: the config's tokenizer cannot be loaded or trained.
+    """
     from nanomoe import checkpoint
-    from nanomoe.tokenizer import load_tokenizer
+    from nanomoe.lineage import ParentUnusable
+    from nanomoe.tokenizer import Tokenizer, load_tokenizer
 
-    if (origin := start.resume or start.parent or start.tokenizer) is not None:
-        return checkpoint.read_tokenizer(Path(origin.folder), origin.manifest_sha256)
+    if start.resume is not None:
+        files = checkpoint.open(Path(start.resume.folder), start.resume.manifest_sha256).read_all()
+        return Tokenizer.of_files(files), None, files
+    if start.parent is not None:
+        assert start.config.init_from is not None, "a parent is named in init_from"
+        try:
+            parent = checkpoint.open(Path(start.parent.folder), start.parent.manifest_sha256)
+            return parent.tokenizer(), parent.weights(), None
+        except checkpoint.CheckpointDamaged as error:
+            raise ParentUnusable(start.config.init_from, error) from error
+    if start.tokenizer is not None:
+        earlier = checkpoint.open(Path(start.tokenizer.folder), start.tokenizer.manifest_sha256)
+        return earlier.tokenizer(), None, None
     folders = () if start.tokenizer_dir is None else (Path(start.tokenizer_dir),)
-    return load_tokenizer(start.config.tokenizer, text=text, allow_hub=start.allow_hub, allowed_folders=folders)
+    tokenizer = load_tokenizer(start.config.tokenizer, text=text, allow_hub=start.allow_hub, allowed_folders=folders)
+    return tokenizer, None, None
 
 
 def _explain(error: Exception) -> Failure | None:
-    """Why the job failed: a deterministic error of the job, or an error of the disk; None for any other exception."""
-    import torch
-
+    """Why the job failed: an error that follows from the job itself, or an error of the disk; None for any other
+    exception."""
     from nanomoe import checkpoint
+    from nanomoe.errors import NanomoeError
+    from nanomoe.plan import OutOfMemory
+    from nanomoe.training.run import is_out_of_memory
 
+    if isinstance(error, NanomoeError):
+        return Failure(code=error.code, message=str(error))
+    if is_out_of_memory(error):
+        return Failure(code=OutOfMemory.code, message=str(error))
     if checkpoint.is_disk_full(error):
         return Failure(code="disk_full", message=f"the disk is full: {error}")
-    if isinstance(error, OSError) and not hasattr(error, "code"):
+    if isinstance(error, OSError):
         return Failure(code="storage_failed", message=f"a file could not be read or written: {error!r}")
-    if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
-        return Failure(code="out_of_memory", message=str(error))
-    code = getattr(error, "code", None)
-    return Failure(code=code, message=str(error)) if isinstance(code, str) else None
+    return None
 
 
 def main() -> NoReturn:
-    """Warm up, wait for the start message, train one job, send `Done`."""
+    """Warm up, then train job after job until the process should exit."""
     options = _parser().parse_args()
     die_with_parent(options.parent)
+    configure_logging(options.log_format)
     channel = Channel()
     supervision = Supervision(options.until)
     faulthandler.enable()
-    # The message holds the request; the signal only interrupts a system call of the main thread.
+    # The message holds the request; the supervisor's signal only interrupts a system call of the main thread.
+    signal.signal(signal.SIGUSR1, lambda *_: None)
     signal.signal(signal.SIGTERM, lambda *_: supervision.terminated())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _warm_up()
-    channel.send(Ready())
-    channel.send(run_job(supervision.wait_for_start(), channel, supervision))
-    # Exit without cleanup: tearing down torch takes longer than a short job.
+    train_jobs(channel, supervision)
     sys.stderr.flush()
+    if supervision.should_exit:  # the exit status says so: a job that was just sent has not crashed
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)
+    # Exit without cleanup: tearing down torch takes longer than a short job.
     os._exit(0)
+
+
+def train_jobs(channel: Channel, supervision: Supervision) -> None:
+    """Train job after job, until one fails or leaves something behind, or someone asks the process to exit."""
+    from worker.process_state import ProcessState
+
+    as_new = ProcessState()
+    channel.send(Ready())
+    while (assigned := supervision.wait_for_start()) is not None:
+        start, lock = assigned
+        as_new.restore()
+        channel.assignment = start.assignment
+        done = run_job(start, channel, supervision)
+        channel.send(done)
+        if done.outcome == "failed" or supervision.should_exit:
+            return
+        if (left := as_new.what_is_left()) is not None:
+            log.warning("trainer_exits: %s", left)
+            return
+        # Closed, never unlocked: a child of the job that still lives keeps the slot locked.
+        os.close(lock)
+        channel.send(Idle())
 
 
 def _warm_up() -> None:
     """Import what a job needs, train a toy to its end, and a step at the default size: much of torch is loaded, and its
     kernels are chosen, by the first step of a kind only. Touches no GPU."""
-    import torch
-
-    import nanomoe.model.upcycle  # noqa: F401
     from nanomoe.tokenizer import BUNDLED, load_tokenizer
-    from nanomoe.training.execution import Execution
     from nanomoe.training.loop import train
-    from nanomoe.training.run import Run
+    from nanomoe.training.run import prepare
 
-    def run_of(config: JobConfig, text: str) -> Run:
-        tokenizer = load_tokenizer(config.tokenizer)
-        tokens = tokenizer.encode(text)
-        execution = Execution.decide(config, "cpu", n_tokens=len(tokens))
-        return Run(config, tokens, tokenizer, execution, device=torch.device("cpu"))
+    def run_of(config: JobConfig, text: str) -> "Run":
+        return prepare(config, text, load_tokenizer(config.tokenizer)).run
 
     toy = JobConfig(tokenizer="bytes", block_size=4, n_layer=2, n_head=1, n_embd=4, use_moe=True, epochs=1)
     for _ in train(run_of(toy, "warm up")):
@@ -298,7 +325,7 @@ def _warm_up() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m worker.trainer", description="Started by a worker for one job.")
+    parser = argparse.ArgumentParser(prog="python -m worker.trainer", description="Started by a worker.")
     parser.add_argument("--parent", type=int, required=True, help="process id of the supervisor")
     parser.add_argument(
         "--until",
@@ -306,6 +333,7 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         help="monotonic time to exit at without a later keep-alive",
     )
+    parser.add_argument("--log-format", choices=get_args(LogFormat), default="console")
     return parser
 
 

@@ -230,16 +230,14 @@ class Engine:
             for request in requests
         ]
         candidates: list[Candidates] = self._output.candidates(hidden_NC, counts)
-        uniforms = [0.0 if each.request.sampling.greedy else each.uniforms.random() for each in grown]
-        tokens = sampling.choose(candidates, [request.sampling for request in requests], uniforms)
-        for continuation, token, row in zip(grown, tokens, candidates, strict=True):
-            if continuation.request.logprobs is not None:
-                logprobs = sampling.log_probs(row.logits, token, continuation.request.logprobs)
-                continuation.logprobs.append(logprobs)
+        for continuation, request, row in zip(grown, requests, candidates, strict=True):
+            token = sampling.choose(row, request.sampling, continuation.uniforms.random())
+            if request.logprobs is not None:
+                continuation.logprobs.append(sampling.log_probs(row.logits, token, request.logprobs))
             continuation.window_slid |= len(continuation.tokens) > self.config.block_size
             continuation.tokens.append(token)
             continuation.new.append(token)
-            continuation.finished |= len(continuation.new) == continuation.request.max_new_tokens
+            continuation.finished |= len(continuation.new) == request.max_new_tokens
 
 
 def continue_tokens(
@@ -273,6 +271,5 @@ def generate_reference(weights: Mapping[str, Tensor], config: ModelConfig, reque
     for _ in range(request.max_new_tokens):
         window_BT = torch.tensor([tokens[-config.block_size :]])
         logits_V = model(window_BT).logits_BTV[0, -1].numpy()
-        uniform = 0.0 if request.sampling.greedy else uniforms.random()
-        tokens += sampling.choose([Candidates(logits_V)], [request.sampling], [uniform])
+        tokens.append(sampling.choose(Candidates(logits_V), request.sampling, uniforms.random()))
     return tokens[len(request.prompt) :]

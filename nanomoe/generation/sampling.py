@@ -6,7 +6,6 @@ from the sequence's own stream picks a token: the first, in the order of ids, at
 left exceeds it. All sums are float64.
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,9 +16,6 @@ from nanomoe.generation.logprobs import LogProbs, TokenLogProb
 
 Floats = npt.NDArray[np.floating[Any]]
 Ids = npt.NDArray[np.int64]
-
-_LONG = 8192
-"""Tokens from which on a row is drawn from by itself, not beside others filled up to its length."""
 
 
 class Candidates(NamedTuple):
@@ -37,61 +33,32 @@ def uniform_stream(seed: int, index: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, index])))
 
 
-def choose(rows: Sequence[Candidates], samplings: Sequence[SamplingConfig], uniforms: Sequence[float]) -> list[int]:
-    """The next token of each row.
+def choose(candidates: Candidates, sampling: SamplingConfig, uniform: float) -> int:
+    """The next token.
 
     Args:
-        rows: what may be chosen.
-        samplings: how.
-        uniforms: numbers in [0, 1); those of greedy rows are not looked at.
+        candidates: tokens that hold every one which may be chosen.
+        sampling: how to choose.
+        uniform: a number in [0, 1), of no meaning where nothing is drawn.
 
     Raises:
-        ValueError: a row's largest logit is not a finite number.
+        ValueError: the largest logit is not a finite number.
     """
-    places = [0] * len(rows)
-    short: list[int] = []
-    allowed: dict[int, npt.NDArray[np.intp] | None] = {}
-    scaled: dict[int, Floats] = {}
-    for n, (row, sampling) in enumerate(zip(rows, samplings, strict=True)):
-        places[n] = best = int(row.logits.argmax())
-        if not np.isfinite(row.logits[best]):
-            raise ValueError("the model's logits overflow float32")
-        if sampling.greedy:
-            continue
-        with np.errstate(over="ignore"):  # a temperature near 0 overflows to -inf, which has no weight
-            scaled[n] = (row.logits.astype(np.float64) - float(row.logits[best])) / sampling.temperature
-        allowed[n] = kept = _allowed(scaled[n], sampling)
-        if kept is not None:
-            scaled[n] = scaled[n][kept]
-        if len(scaled[n]) < _LONG:
-            short.append(n)
-        else:
-            places[n] = _draw([scaled[n]], [uniforms[n]])[0]
-    if short:
-        drawn = _draw([scaled[n] for n in short], [uniforms[n] for n in short])
-        for n, place in zip(short, drawn, strict=True):
-            places[n] = place
-    tokens = []
-    for n, (row, place) in enumerate(zip(rows, places, strict=True)):
-        kept = allowed.get(n)
-        at = place if kept is None else int(kept[place])
-        tokens.append(at if row.ids is None else int(row.ids[at]))
-    return tokens
-
-
-def _draw(rows: Sequence[Floats], uniforms: Sequence[float]) -> list[int]:
-    """A place in each row of log-weights. Rows are filled up to the longest with weights of 0, which changes nothing:
-    each is summed up by itself, from its first number on."""
-    longest = max(map(len, rows))
-    weights_NS = np.full((len(rows), longest), -np.inf)
-    for n, row in enumerate(rows):
-        weights_NS[n, : len(row)] = row
-    sums_NS = np.cumsum(np.exp(weights_NS, out=weights_NS), axis=1)
-    targets_N1 = np.multiply(uniforms, sums_NS[:, -1])[:, None]
+    logits, ids = candidates
+    best = int(logits.argmax())
+    if not np.isfinite(logits[best]):
+        raise ValueError("the model's logits overflow float32")
+    if sampling.greedy:
+        return best if ids is None else int(ids[best])
+    with np.errstate(over="ignore"):  # a temperature near 0 overflows to -inf, which has no weight
+        scaled = np.subtract(logits, logits[best], dtype=np.float64) / sampling.temperature
+    allowed = _allowed(scaled, sampling)
+    sums = np.cumsum(np.exp(scaled if allowed is None else scaled[allowed]))
     # Rounding can lift the target to the sum itself: then the last token with a weight, which is where the sum begins.
-    places_N = np.minimum((sums_NS <= targets_N1).sum(1), (sums_NS < sums_NS[:, -1:]).sum(1))
-    places: list[int] = places_N.tolist()
-    return places
+    place = sums.searchsorted(min(uniform * sums[-1], np.nextafter(sums[-1], 0)), side="right")
+    if allowed is not None:
+        place = allowed[place]
+    return int(place if ids is None else ids[place])
 
 
 def _allowed(scaled: Floats, sampling: SamplingConfig) -> npt.NDArray[np.intp] | None:

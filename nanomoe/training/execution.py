@@ -5,16 +5,18 @@ Only the micro-batch changes later, when the memory does not hold it.
 """
 
 import os
-from typing import Literal, Self
+from collections.abc import Mapping
+from typing import Any, Literal, Self
 
 import torch
 
 from nanomoe.config import JobConfig, Strict
+from nanomoe.errors import NanomoeError
 from nanomoe.model.moe import ExpertPath, choose_expert_path
 from nanomoe.plan import n_windows
 
 
-class DeviceUnavailable(RuntimeError):
+class DeviceUnavailable(NanomoeError, RuntimeError):
     """The device that was asked for, or that an earlier attempt used, is not there."""
 
     code = "device_unavailable"
@@ -90,6 +92,18 @@ class Execution(Strict):
             micro_batch=config.batch_size,
             torch_version=torch.__version__,
         )
+
+    @classmethod
+    def recorded(cls, stored: Mapping[str, Any], config: JobConfig) -> Self:
+        """The execution in a job's row. A job that began before the micro-batch was part of it had the config's."""
+        return cls.model_validate({"micro_batch": config.batch_size} | dict(stored))
+
+    def keeping(self, first: Self) -> Self:
+        """What was decided at the job's first start, as far as the machine that this was decided on can do it too."""
+        if first.device != self.device:
+            return self.model_copy(update={"micro_batch": first.micro_batch})
+        kept = ("precision", "n_threads", "path", "expert_path", "expert_path_reason", "deterministic", "micro_batch")
+        return self.model_copy(update={name: getattr(first, name) for name in kept})
 
     def apply(self) -> None:
         """Make this process compute so."""

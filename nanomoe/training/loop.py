@@ -14,6 +14,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from nanomoe.errors import NanomoeError
 from nanomoe.plan import OutOfMemory
 from nanomoe.training.run import Recorded, Run, Snapshot, Warned
 
@@ -39,7 +40,7 @@ REPORT_SECONDS = 0.25
 StopReason = Literal["cancel", "pause", "drain"]
 
 
-class LossNotFinite(ArithmeticError):
+class LossNotFinite(NanomoeError, ArithmeticError):
     """The loss or the gradient is NaN or infinite; nothing after the last good step was yielded."""
 
     code = "loss_not_finite"
@@ -201,7 +202,7 @@ class _Report:
 
     def add(self, loss: Tensor, grad_norm: Tensor) -> None:
         self._figures.append((loss, grad_norm))
-        self._lr.append(self._run.optimizer.param_groups[0]["lr"])
+        self._lr.append(self._run.optimizer.lr)
         step = self._run.order.step(self._run.progress.step - 1)
         self._targets += self._run.windows.n_targets(step.windows)
 

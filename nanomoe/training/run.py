@@ -19,21 +19,24 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from nanomoe import checkpoint
-from nanomoe.config import JobConfig
+from nanomoe.config import ConfigWarning, JobConfig
+from nanomoe.config_warnings import config_warnings
 from nanomoe.data import Order, Step, Windows
-from nanomoe.evaluation.evaluate import Choices, Evaluation, evaluate, evaluate_loss
+from nanomoe.evaluation.evaluate import Choices, evaluate, evaluate_loss
+from nanomoe.evaluation.metrics import CheckpointMetrics, Position
 from nanomoe.model.dropout import Dropout
 from nanomoe.model.gpt import GPT, token_losses
+from nanomoe.model.upcycle import starting_weights
 from nanomoe.plan import OutOfMemory, Plan
 from nanomoe.tokenizer import Tokenizer
-from nanomoe.training.execution import Execution
-from nanomoe.training.optim import build_optimizer, learning_rate
+from nanomoe.training.execution import Execution, find_device
+from nanomoe.training.optim import AdamW, learning_rate
 
 Weights = Mapping[str, Tensor]
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """On a GPU torch has a class for it; on a CPU only a message."""
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch found no memory: on a GPU it has a class for that, on a CPU only a message."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
@@ -41,13 +44,16 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 class Recorded:
     """A checkpoint: what a quarter of the training leaves to read."""
 
-    percent: int
-    step: int
-    epoch: int
-    metrics: dict[str, Any]
+    metrics: CheckpointMetrics
     tok_per_sec: float | None
     """Targets per second since the last checkpoint, its evaluation not counted; None before the first step."""
     files: dict[str, bytes]
+    """Content of each file by its name."""
+
+    @property
+    def percent(self) -> int:
+        """Percent of the checkpoint."""
+        return self.metrics.percent
 
 
 @dataclass(frozen=True)
@@ -99,7 +105,8 @@ class Run:
         parent: Weights | None = None,
         resume: Mapping[str, bytes] | None = None,
     ) -> None:
-        """`parent`: weights to start from instead of random ones. `resume`: the files of a `Snapshot`."""
+        """Prefer `prepare`, which decides the execution. `parent`: weights of a model of this config to start from
+        instead of random ones. `resume`: the files of a `Snapshot`."""
         self.config = config
         self.tokenizer = tokenizer
         self.device = device
@@ -120,7 +127,7 @@ class Run:
             self.model.init_weights(config.seed)
         for moe in self.model.moe_layers.values():
             moe.path = execution.expert_path
-        self.optimizer = build_optimizer(self.model, config)
+        self.optimizer = AdamW(self.model, config)
         self.warnings: list[Warned] = []
         """What the steps so far gave rise to; whoever reads them clears them."""
         self.progress = self._nothing_counted(execution.micro_batch)
@@ -137,9 +144,7 @@ class Run:
         """
         index = self.progress.step
         step = self.order.step(index)
-        lr = learning_rate(self.config, index, self.plan.total_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        self.optimizer.lr = learning_rate(self.config, index, self.plan.total_steps)
         self.model.train()
         loss, counts, dropped = self._gradient(step)
         grad_norm = torch.nn.utils.get_total_norm(
@@ -164,7 +169,7 @@ class Run:
             OutOfMemory: a micro-batch cannot be halved.
         """
         while True:
-            self.optimizer.zero_grad(set_to_none=True)
+            self.optimizer.zero_grad()
             n_targets = self.windows.n_targets(step.windows)
             loss = torch.zeros((), device=self.device)
             counts: dict[int, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.int64, device=self.device))
@@ -173,7 +178,7 @@ class Run:
                 for windows in step.micro_batches(self.progress.micro_batch):
                     loss += self._backward(windows, n_targets, counts, dropped)
             except RuntimeError as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 self._halve_micro_batch(error)
             else:
@@ -256,40 +261,38 @@ class Run:
     def record(self, percent: int, *, stopped_early: bool, tok_per_sec: float | None) -> tuple[Recorded, list[Warned]]:
         """Evaluate, and gather the checkpoint's files and the warnings that its metrics give rise to."""
         progress = self.progress
-        evaluation: Evaluation = evaluate(
+        evaluation = evaluate(
             self.model,
             self.windows,
             self.val_windows,
             self.tokenizer,
             self.config,
+            position=Position(percent=percent, step=progress.step, epoch=self.plan.epoch_of(progress.step)),
             previous_choices=progress.choices,
             train_loss=progress.train_loss,
             train_dropped={layer: int(n) / max(1, progress.routed) for layer, n in progress.dropped.items()},
         )
-        metrics = evaluation.metrics | ({"stopped_early": True} if stopped_early else {})
-        files = self._model_files() | {
-            checkpoint.METRICS: checkpoint.to_json(
-                {"percent": percent, "step": progress.step, "epoch": self.plan.epoch_of(progress.step)} | metrics
-            )
-        }
+        metrics = evaluation.metrics
+        if stopped_early:
+            metrics = metrics.model_copy(update={"stopped_early": True})
+        files = self._model_files() | {checkpoint.METRICS: checkpoint.to_json(metrics.to_file())}
         if evaluation.choices:
             files[checkpoint.ROUTING] = save_tensors({f"layer.{n}": c for n, c in evaluation.choices.items()})
         progress.choices = evaluation.choices
         progress.routed = 0
         for dropped in progress.dropped.values():
             dropped.zero_()
-        recorded = Recorded(percent, progress.step, self.plan.epoch_of(progress.step), metrics, tok_per_sec, files)
         late = progress.step > self.plan.total_steps / 2
-        return recorded, [Warned(code, message) for code, message in evaluation.warnings(after_half=late)]
+        return Recorded(metrics, tok_per_sec, files), [
+            Warned(code, message) for code, message in evaluation.warnings(after_half=late)
+        ]
 
     def snapshot(self, untrained: "Run | None" = None) -> Snapshot:
         """The state after the last step. `untrained`: the copy that percent 0 is still to be recorded from."""
         progress = self.progress
         tensors = {f"dropped.{layer}": n for layer, n in progress.dropped.items()}
         tensors |= {f"choices.{layer}": chosen for layer, chosen in progress.choices.items()}
-        for name, parameter in self.model.named_parameters():
-            for key, value in self.optimizer.state[parameter].items():
-                tensors[f"{key}.{name}"] = value
+        tensors |= self.optimizer.tensors()
         state = {name: getattr(progress, name) for name in ("micro_batch", "step", "train_loss", "routed")}
         files = self._model_files() | {
             checkpoint.RESUME_TENSORS: save_tensors({name: t.cpu().contiguous() for name, t in tensors.items()}),
@@ -310,10 +313,7 @@ class Run:
         for layer, dropped in progress.dropped.items():
             dropped.copy_(tensors[f"dropped.{layer}"])
         progress.choices = {n: tensors[f"choices.{n}"] for n in self.config.moe_layers if f"choices.{n}" in tensors}
-        for name, parameter in self.model.named_parameters():
-            self.optimizer.state[parameter] = {
-                key: tensors[f"{key}.{name}"].to(self.device) for key in ("step", "exp_avg", "exp_avg_sq")
-            }
+        self.optimizer.load(tensors)
         if checkpoint.RESUME_UNTRAINED in files:
             self._untrained = load_tensors(files[checkpoint.RESUME_UNTRAINED])
 
@@ -326,3 +326,60 @@ class Run:
             checkpoint.CONFIG: checkpoint.to_json(self.config.model_dump(mode="json")),
             **self.tokenizer.files(),
         }
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that can begin, and what was decided for it."""
+
+    run: Run
+    execution: Execution
+    """How it is computed."""
+    n_tokens: int
+    """Tokens of the text."""
+    warnings: list[ConfigWarning]
+    """What the user should know before it begins."""
+
+
+def prepare(
+    config: JobConfig,
+    text: str,
+    tokenizer: Tokenizer,
+    *,
+    device: str = "cpu",
+    recorded_execution: Mapping[str, Any] | None = None,
+    parent: Weights | None = None,
+    resume: Mapping[str, bytes] | None = None,
+) -> Prepared:
+    """Everything from a config and a text to a run on its device; this process then computes as was decided.
+
+    `device` is `auto`, `cpu`, `cuda` or `cuda:N`. `recorded_execution`: what the job's first attempt decided, which is
+    kept as far as this machine can. `parent`: weights to start from, those of another config where a dense model grows
+    into a mixture. `resume`: the files of a snapshot.
+
+    Raises:
+        DeviceUnavailable: a GPU was asked for and there is none.
+        TextTooShort: fewer than 2 tokens are left to train on.
+    """
+    tokens = tokenizer.encode(text)
+    execution = Execution.decide(config, device, n_tokens=len(tokens))
+    differences: list[str] = []
+    if recorded_execution is not None:
+        first = Execution.recorded(recorded_execution, config)
+        execution = execution.keeping(first)
+        differences = first.differences(execution)
+    execution.apply()
+    run = Run(
+        config,
+        tokens,
+        tokenizer,
+        execution,
+        device=find_device(device),
+        parent=None if parent is None else starting_weights(parent, config, seed=config.seed),
+        resume=resume,
+    )
+    warnings = config_warnings(config, run.plan, n_bytes=len(text.encode()), vocab_size=tokenizer.vocab_size)
+    if differences:
+        message = f"this attempt computes otherwise than the first one did: {'; '.join(differences)}"
+        warnings.append(ConfigWarning(code="resume_not_exact", message=message))
+    return Prepared(run, execution, len(tokens), warnings)

@@ -121,10 +121,10 @@ def _inspect_folder(folder: Path, prompt: str) -> "tuple[JobConfig, Inspected]":
             raise UsageError(f"{folder} holds no checkpoint: {name} is missing")
     from torch import device
 
-    from service.generation.examiner import OpenCheckpoint, answer_inspect
+    from service.generation.examiner import LoadedModel, answer_inspect
     from service.generation.messages import Inspect, Refused
 
-    opened = OpenCheckpoint.load(folder, device("cpu"))
+    opened = LoadedModel.load(folder, None, device("cpu"))
     _check_is_mixture(str(folder), opened.config)
     question = Inspect(id=0, folder=str(folder), manifest_sha256="", prompt=prompt, attention=False)
     try:

@@ -25,7 +25,7 @@ from service.http import schemas
 
 if TYPE_CHECKING:
     from nanomoe.config import JobConfig
-    from nanomoe.training.run import Run
+    from nanomoe.training.run import Prepared
 
 
 class Format(StrEnum):
@@ -45,11 +45,12 @@ def export(
     if folder.exists():
         raise UsageError(f"{folder} exists already; name a new folder")
     with text.waiting(f"loading {source}", quiet=as_json), _checkpoint_folder(source, url) as checkpoint:
+        from nanomoe.checkpoint import open as open_checkpoint
         from nanomoe.export import NotExportable, export_hf
 
         _disable_progress_bars()
         try:
-            export_hf(checkpoint, folder)
+            export_hf(open_checkpoint(checkpoint, None), folder)
         except NotExportable as error:
             raise UsageError(f"{source} cannot be written as {to}: {error}") from None
     if as_json:
@@ -98,13 +99,14 @@ def train(
     if out is not None and out.exists():
         raise UsageError(f"{out} exists already; name a new folder")
     with text.waiting("loading torch", quiet=as_json):
-        run = _prepare(given, job_config)
+        prepared = _prepare(given, job_config)
+        run = prepared.run
 
         from nanomoe.training.loop import LossNotFinite
 
     try:
         with JsonDisplay() if as_json else TextDisplay(text.console()) as display:
-            _train(run, len(given.encode()), display, out)
+            _train(prepared, display, out)
     except KeyboardInterrupt:
         kept = f"; its checkpoints are in {out}" if out is not None else ""
         text.console(stderr=True).print(f"stopped at step {run.progress.step:,}{kept}")
@@ -116,35 +118,31 @@ def train(
         text.console().print(f"checkpoints are in {out}")
 
 
-def _prepare(given: str, config: "JobConfig") -> "Run":
+def _prepare(given: str, config: "JobConfig") -> "Prepared":
     """Prepare a run from text and config; raises UsageError where that is impossible."""
-    from nanomoe.plan import TextTooShort
-    from nanomoe.tokenizer import TokenizerError, load_tokenizer
-    from nanomoe.training.execution import DeviceUnavailable, Execution, find_device
-    from nanomoe.training.run import Run
+    from nanomoe.errors import NanomoeError
+    from nanomoe.tokenizer import load_tokenizer
+    from nanomoe.training.execution import find_device
+    from nanomoe.training.run import prepare
 
     here = settings()
     try:
-        device = find_device(here.device)
+        find_device(here.device)  # before a tokenizer is loaded, let alone trained
         folders = [here.tokenizer_dir] if here.tokenizer_dir is not None else []
         tokenizer = load_tokenizer(config.tokenizer, text=given, allow_hub=here.allow_hub, allowed_folders=folders)
-        tokens = tokenizer.encode(given)
-        execution = Execution.decide(config, here.device, n_tokens=len(tokens))
-        execution.apply()
-        return Run(config, tokens, tokenizer, execution, device=device)
-    except (DeviceUnavailable, TokenizerError, TextTooShort) as error:
+        return prepare(config, given, tokenizer, device=here.device)
+    except NanomoeError as error:
         raise UsageError(f"{error.code}: {error}") from None
 
 
-def _train(run: "Run", n_bytes: int, display: Display, out: Path | None) -> None:
-    """Train, and show the run. `n_bytes`: length of the text in UTF-8."""
+def _train(prepared: "Prepared", display: Display, out: Path | None) -> None:
+    """Train, and show the run."""
     from nanomoe import checkpoint
-    from nanomoe.config_warnings import config_warnings
     from nanomoe.training import loop as training
 
     began = time.monotonic()
-    vocab_size = run.tokenizer.vocab_size
-    for warning in config_warnings(run.config, run.plan, n_bytes=n_bytes, vocab_size=vocab_size):
+    run = prepared.run
+    for warning in prepared.warnings:
         display.warning(warning.code, warning.message)
     for happened in training.train(run):
         match happened:
@@ -164,13 +162,8 @@ def _train(run: "Run", n_bytes: int, display: Display, out: Path | None) -> None
             case training.Recorded():
                 if out is not None:
                     checkpoint.write(out / str(happened.percent), happened.files)
-                figures = {
-                    "percent": happened.percent,
-                    "step": happened.step,
-                    "epoch": happened.epoch,
-                    "tok_per_sec": happened.tok_per_sec,
-                    "created_at": datetime.now(UTC),
-                }
-                display.quarter(schemas.CheckpointMetrics.model_validate(happened.metrics | figures))
+                clocked = {"tok_per_sec": happened.tok_per_sec, "created_at": datetime.now(UTC)}
+                measured = happened.metrics.model_dump(exclude_unset=True)
+                display.quarter(schemas.CheckpointMetrics.model_validate(measured | clocked))
             case training.Warned():
                 display.warning(happened.code, happened.message)

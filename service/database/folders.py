@@ -13,7 +13,7 @@ NETWORK_FILE_SYSTEMS = (
 
 
 def file_system_type(folder: Path) -> str | None:
-    """The type of the file system that holds `folder`, as the system names it; None where that cannot be told."""
+    """The type of the file system that holds `folder`, as the system names it; None where it is unknown."""
     mounts = Path("/proc/self/mountinfo")
     if not mounts.exists():
         return None

@@ -3,20 +3,18 @@
 import math
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any, cast
+from typing import Any
 
 from nanomoe.checkpoint import stopped_early
 from nanomoe.config import ConfigWarning, JobConfig
 from nanomoe.config_warnings import unused_moe_settings
+from nanomoe.evaluation.metrics import perplexity
 from service.generation.admission import EngineResult, Summary
 from service.generation.messages import Chunk, Inspected, LogProbs, Scored
 from service.http import schemas
 from service.jobs.addressing import Address
 from service.jobs.submission import Assessment
 from service.jobs.tables import Checkpoint, Job, Worker
-
-_LARGEST_EXPONENT = 709
-"""Largest argument for which exp() is a finite float."""
 
 
 def _config(stored: dict[str, Any]) -> JobConfig:
@@ -31,7 +29,7 @@ def job(row: Job, *, queue_position: int | None = None, estimated_start_at: date
         id=row.id,
         name=row.name,
         tags=row.tags,
-        status=cast(schemas.Status, row.status),
+        status=row.status,
         queue_position=queue_position,
         estimated_start_at=estimated_start_at,
         created_at=row.created_at,
@@ -44,7 +42,7 @@ def job(row: Job, *, queue_position: int | None = None, estimated_start_at: date
         execution=row.execution,
         progress=progress(row),
         config=config,
-        model=schemas.ModelSize(n_params=row.n_params, n_active_params=row.n_active_params),
+        model=schemas.ModelSize.model_validate(row, from_attributes=True),
         text=schemas.TextInfo(sha256=row.text_sha256, n_bytes=row.text_n_bytes, n_tokens=row.n_tokens),
         warnings=_warnings(row, config),
         error=None if row.error is None else schemas.JobError.model_validate(row.error),
@@ -92,7 +90,7 @@ def estimate(found: Assessment) -> schemas.Estimate:
     return schemas.Estimate(
         config=found.config,
         text=schemas.TextInfo(sha256=found.text_sha256, n_bytes=found.n_bytes, n_tokens=found.n_tokens),
-        model=schemas.ModelSize(n_params=sizes.n_params, n_active_params=sizes.n_active_params),
+        model=schemas.ModelSize.model_validate(sizes, from_attributes=True),
         training_bytes=sizes.training_bytes,
         flops_per_token=sizes.flops_per_token,
         steps_per_epoch=None if plan is None else plan.steps_per_epoch,
@@ -129,7 +127,7 @@ def metrics(
     """The metrics of a job: checkpoints and step series."""
     return schemas.Metrics(
         job_id=row.id,
-        status=cast(schemas.Status, row.status),
+        status=row.status,
         checkpoints=[checkpoint_metrics(one, tokens=tokens) for one in checkpoints],
         steps=schemas.StepSeries.model_validate(steps),
     )
@@ -171,7 +169,7 @@ def worker(row: Worker, running: Sequence[Job]) -> schemas.WorkerView:
 def _logprobs(given: Sequence[LogProbs] | None) -> list[schemas.TokenLogProb] | None:
     if given is None:
         return None
-    return [schemas.TokenLogProb.model_validate(one.chosen.model_dump()) for one in given]
+    return [one.chosen for one in given]
 
 
 def generate_chunk(chunk: Chunk) -> schemas.GenerateChunk:
@@ -195,11 +193,7 @@ def generate_end(address: Address, seed: int, summary: Summary) -> schemas.Gener
             completion_tokens=summary.completion_tokens,
             total_tokens=summary.prompt_tokens + summary.completion_tokens,
         ),
-        timing=schemas.Timing(
-            queue_seconds=summary.timing.queue_seconds,
-            first_token_seconds=summary.timing.first_token_seconds,
-            tok_per_sec=summary.timing.tok_per_sec,
-        ),
+        timing=summary.timing,
         seed=seed,
         window_slid=summary.window_slid,
         numerics=summary.numerics,
@@ -234,7 +228,7 @@ def scored(address: Address, text: str, answer: Scored, copied: schemas.CopiedSp
         n_tokens=len(answer.tokens),
         loss=mean,
         total_loss=total,
-        perplexity=math.exp(mean) if mean is not None and mean < _LARGEST_EXPONENT else None,
+        perplexity=None if mean is None else perplexity(mean),
         bits_per_byte=None if total is None else total / math.log(2) / n_bytes,
         tokens=[
             schemas.ScoredToken(loss=loss, **token.model_dump())
@@ -247,5 +241,11 @@ def scored(address: Address, text: str, answer: Scored, copied: schemas.CopiedSp
 def inspected(address: Address, answer: Inspected) -> schemas.InspectResponse:
     """The answer to `POST /inspect`."""
     return schemas.InspectResponse(
-        job_id=address.job_id, checkpoint=address.percent, **answer.model_dump(exclude={"type", "id"})
+        job_id=address.job_id,
+        checkpoint=address.percent,
+        n_unread=answer.n_unread,
+        tokens=answer.tokens,
+        likeliest=answer.likeliest,
+        attention=answer.attention,
+        routing=answer.routing,
     )

@@ -10,7 +10,7 @@ _id_lock = threading.Lock()
 
 def new_id() -> str:
     """A UUIDv7 (RFC 9562, 32 hex digits), strictly increasing within this process, so that an index of ids grows at its
-    end. Not an order: clocks are set back, and two processes have two. Jobs are in the order of `Job.seq`."""
+    end. Ids do not order jobs, since clocks are set back and two processes differ: `Job.seq` does."""
     global _last_id
     with _id_lock:
         milliseconds, nanoseconds = divmod(time.time_ns(), 1_000_000)

@@ -9,18 +9,18 @@ from service.database.database import Database
 from service.database.schema import table
 from service.errors import NotFound
 from service.jobs.series import read_series, read_steps_after
-from service.jobs.statuses import STATUSES
+from service.jobs.statuses import STATUSES, Status
 from service.jobs.tables import Checkpoint, Event, Job, Snapshot, Text
 
 
 def get_job(db: Database, job_id: str) -> Job:
-    """Raises NotFound `job_not_found`."""
+    """The job of that id. Raises NotFound `job_not_found`."""
     with db.read() as session:
         return load_job(session, job_id)
 
 
 def load_job(session: Session, job_id: str) -> Job:
-    """`get_job` within a transaction."""
+    """The job of that id, within a transaction. Raises NotFound `job_not_found`."""
     job = session.get(Job, job_id)
     if job is None:
         raise NotFound("job_not_found", f"there is no job {job_id!r}")
@@ -30,14 +30,14 @@ def load_job(session: Session, job_id: str) -> Job:
 def list_jobs(
     db: Database,
     *,
-    status: str | None = None,
+    status: Status | None = None,
     tag: tuple[str, str | None] | None = None,
     before: int | None = None,
     limit: int = 50,
 ) -> list[Job]:
     """The newest jobs first; `before` is the `seq` of the last one of the page before, so inserts do not shift pages.
 
-    `tag`: its key, which must have no quotes, and its value; a value of None stands for any.
+    `tag`: its key, which must have no quotes, and its value; None stands for any value.
     """
     query = select(Job).order_by(col(Job.seq).desc()).limit(limit)
     if status is not None:
@@ -74,7 +74,7 @@ def get_text(db: Database, sha256: str) -> bytes:
 
 
 def list_checkpoints(db: Database, job_id: str) -> list[Checkpoint]:
-    """By percent. Raises NotFound `job_not_found`."""
+    """The checkpoints of a job by percent, ascending. Raises NotFound `job_not_found`."""
     with db.read() as session:
         load_job(session, job_id)
         query = select(Checkpoint).where(col(Checkpoint.job_id) == job_id).order_by(col(Checkpoint.percent))
@@ -82,7 +82,7 @@ def list_checkpoints(db: Database, job_id: str) -> list[Checkpoint]:
 
 
 def get_checkpoint(db: Database, job_id: str, percent: int | Literal["latest"]) -> Checkpoint:
-    """Raises NotFound `job_not_found`, `checkpoint_not_found`."""
+    """The checkpoint of that percent, or the newest. Raises NotFound `job_not_found`, `checkpoint_not_found`."""
     with db.read() as session:
         load_job(session, job_id)
         query = select(Checkpoint).where(col(Checkpoint.job_id) == job_id).order_by(col(Checkpoint.percent).desc())

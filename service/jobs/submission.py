@@ -7,12 +7,12 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Self
 
 from nanomoe import lineage
 from nanomoe.config import ConfigWarning, JobConfig
 from nanomoe.config_warnings import config_warnings
 from nanomoe.model import size
+from nanomoe.model.size import Sizes
 from nanomoe.plan import Plan, TextTooShort
 from nanomoe.tokenizer import (
     MIN_VOCAB_SIZE,
@@ -42,25 +42,6 @@ class Parent:
 
     text_sha256: str
     """SHA-256 of the text that the checkpoint was trained on, hexadecimal."""
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Size of a job's model and the work of training it; None where the vocabulary is not known yet."""
-
-    n_params: int | None = None
-    n_active_params: int | None = None
-    training_bytes: int | None = None
-    flops_per_token: int | None = None
-
-    @classmethod
-    def of(cls, config: JobConfig, vocab_size: int, n_tokens: int) -> Self:
-        return cls(
-            size.n_params(config, vocab_size),
-            size.n_active_params(config, vocab_size),
-            size.training_bytes(config, vocab_size, n_tokens),
-            size.flops_per_token(config, vocab_size, min(n_tokens, config.block_size)),
-        )
 
 
 @dataclass(frozen=True)

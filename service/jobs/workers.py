@@ -21,11 +21,11 @@ WORKER_KEPT = timedelta(days=1)
 
 @dataclass(frozen=True)
 class WorkerIdentity:
-    """One boot of a worker: what `GET /workers` tells of it, and which jobs it can hold."""
+    """One boot of a worker: what `GET /workers` shows of it, and which jobs it can claim."""
 
     name: str = field(default_factory=platform.node)
     devices: Sequence[dict[str, Any]] = ()
-    """`{"device", "name", "memory_bytes"}` of each."""
+    """`{"device", "name", "memory_bytes"}` of each device."""
 
     slots: int = 1
     lease_seconds: float = 60.0
@@ -33,14 +33,14 @@ class WorkerIdentity:
 
     versions: dict[str, str] = field(default_factory=dict)
     memory_bytes: int | None = None
-    """Jobs that need more are left to others; None takes every job."""
+    """Memory for training; jobs that need more are not claimed. None claims every job."""
 
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
-    """Random for every boot: a stable name is not a fence."""
+    """Random for every boot, so that a restarted worker is another worker."""
 
 
 def worker_started(db: Database, worker: WorkerIdentity) -> None:
-    """Enter this boot into the list, and forget those not seen for a day."""
+    """Insert the row of this boot, and delete the rows of workers not seen for a day."""
     workers = table(Worker)
     with db.write() as session:
         session.execute(sa.delete(workers).where(workers.c.last_seen_at < db.after(-WORKER_KEPT.total_seconds())))
@@ -61,29 +61,31 @@ def worker_started(db: Database, worker: WorkerIdentity) -> None:
 
 
 def worker_seen(db: Database, worker_id: str) -> None:
-    """Say that this boot is alive: while it is, a lease that passed is not counted as a crash."""
+    """Record that this boot is alive: while it is, an expired lease is not counted as a crash."""
     workers = table(Worker)
     with db.write() as session:
         session.execute(sa.update(workers).where(workers.c.id == worker_id).values(last_seen_at=db.now))
 
 
 def worker_stopped(db: Database, worker_id: str) -> None:
-    """Say that this boot has ended."""
+    """Record that this boot has ended."""
     workers = table(Worker)
     with db.write() as session:
         session.execute(sa.update(workers).where(workers.c.id == worker_id).values(stopped_at=db.now))
 
 
 def is_alive(worker: Worker, now: datetime) -> bool:
-    """Whether a worker was seen within the length of its own leases, several heartbeats, and has not stopped. One that
-    was seen further in the future than that was seen by a clock that has been set back, and not since. `now` is the
-    database's."""
+    """Whether a worker was seen within the length of its own leases (several heartbeats) and has not stopped.
+
+    A worker last seen further in the future than that was seen by a clock that has been set back since: it is not
+    alive. `now`: the database's clock.
+    """
     return not is_gone(worker, now) and worker.last_seen_at - now < timedelta(seconds=worker.lease_seconds)
 
 
 def is_gone(worker: Worker, now: datetime) -> bool:
-    """Whether a worker has stopped, or was not seen for the length of its own leases. Of one that was seen in the
-    future nobody can tell. `now` is the database's."""
+    """Whether a worker has stopped, or was not seen for the length of its own leases. A worker that was seen in the
+    future may still be alive: it is not gone. `now`: the database's clock."""
     return worker.stopped_at is not None or now - worker.last_seen_at >= timedelta(seconds=worker.lease_seconds)
 
 

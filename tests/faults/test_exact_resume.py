@@ -62,7 +62,7 @@ def undisturbed_toy() -> Undisturbed:
             found.steps.append((toy.step, loss, 0.5, 1.0))
         files = toy.files(toy_trainer.CHECKPOINT)
         found.files[percent] = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-        found.metrics[percent] = toy.metrics
+        found.metrics[percent] = toy.metrics.to_row()
     return found
 
 

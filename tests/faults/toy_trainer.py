@@ -17,8 +17,20 @@ from pathlib import Path
 
 from nanomoe import checkpoint
 from nanomoe.checkpoint import CONFIG, METRICS, RESUME_STATE, RESUME_TENSORS, WEIGHTS
+from nanomoe.evaluation.metrics import CheckpointMetrics
 from nanomoe.processes import die_with_parent
-from worker.protocol import CheckpointWritten, Done, FromTrainer, Prepared, Ready, SnapshotWritten, Start, Steps, encode
+from worker.protocol import (
+    Assignment,
+    CheckpointWritten,
+    Done,
+    FromTrainer,
+    Prepared,
+    Ready,
+    SnapshotWritten,
+    Start,
+    Steps,
+    encode_from_trainer,
+)
 from worker.supervision import Supervision
 
 CHECKPOINT = frozenset({CONFIG, METRICS, WEIGHTS, "tokenizer.json", "tokenizer_config.json"})
@@ -45,8 +57,11 @@ class Toy:
         return {name: f"{self.step} {self.weights} {name}".encode() for name in names}
 
     @property
-    def metrics(self) -> dict[str, object]:
-        return {"loss": self.step, "weights": self.weights}
+    def metrics(self) -> CheckpointMetrics:
+        """Metrics that follow from all steps; `weights` is one that no version knows."""
+        place = {"percent": QUARTERS[self.step], "step": self.step, "epoch": self.step}
+        measured = {"loss": self.step, "perplexity": None, "bits_per_byte": 1.0, "accuracy": 0.0}
+        return CheckpointMetrics.model_validate(place | measured | {"weights": self.weights})
 
     @classmethod
     def resumed(cls, files: dict[str, bytes]) -> "Toy":
@@ -54,15 +69,19 @@ class Toy:
         return cls(int(step), weights)
 
 
+assignment: Assignment | None = None
+"""The attempt that messages are about."""
+
+
 def send(message: FromTrainer) -> None:
-    os.write(1, encode(message))
+    os.write(1, encode_from_trainer(message, assignment))
 
 
 def train(start: Start) -> None:
     """The whole job, in the order of a real one: a quarter's steps, its checkpoint, its snapshot."""
     folder, toy = Path(start.folder), Toy()
     if start.resume is not None:
-        toy = Toy.resumed(checkpoint.read_all(Path(start.resume.folder), start.resume.manifest_sha256))
+        toy = Toy.resumed(checkpoint.open(Path(start.resume.folder), start.resume.manifest_sha256).read_all())
     total = max(QUARTERS)
     send(
         Prepared(
@@ -87,8 +106,7 @@ def commit_checkpoint(start: Start, folder: Path, toy: Toy) -> None:
     manifest, sha256 = write(folder / name, toy.files(CHECKPOINT))
     send(
         CheckpointWritten(
-            percent=QUARTERS[toy.step], step=toy.step, epoch=toy.step, folder=name, manifest_sha256=sha256,
-            files=manifest.files, metrics=toy.metrics,
+            folder=name, manifest_sha256=sha256, files=manifest.files, metrics=toy.metrics, tok_per_sec=None,
         )
     )  # fmt: skip
 
@@ -126,7 +144,10 @@ if __name__ == "__main__":
     die_with_parent(options.parent)
     supervision = Supervision(options.until)
     send(Ready())
-    start = supervision.wait_for_start()
+    assigned = supervision.wait_for_start()
+    assert assigned is not None
+    start, _ = assigned
+    assignment = start.assignment
     checkpoint.reached = dying_at(deaths.get(str(start.fence)))
     train(start)
     send(Done(outcome="succeeded"))

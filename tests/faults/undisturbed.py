@@ -44,22 +44,18 @@ def undisturbed(name: str) -> Undisturbed:
 
 def train_undisturbed(config: JobConfig, text: str = TEXT) -> Undisturbed:
     """Of a config, with nothing but the library."""
-    import torch
-
     from nanomoe.tokenizer import load_tokenizer
-    from nanomoe.training.execution import Execution
-    from nanomoe.training.loop import Recorded, Run, Steps, train
+    from nanomoe.training.loop import Recorded, Steps, train
+    from nanomoe.training.run import prepare
 
-    tokenizer = load_tokenizer(config.tokenizer)
-    tokens = tokenizer.encode(text)
-    execution = Execution.decide(config, "cpu", n_tokens=len(tokens))
+    run = prepare(config, text, load_tokenizer(config.tokenizer)).run
     found = Undisturbed({}, {}, [])
-    for happened in train(Run(config, tokens, tokenizer, execution, device=torch.device("cpu"))):
+    for happened in train(run):
         if isinstance(happened, Recorded):
             found.files[happened.percent] = {
                 name: hashlib.sha256(content).hexdigest() for name, content in happened.files.items()
             }
-            found.metrics[happened.percent] = happened.metrics
+            found.metrics[happened.percent] = happened.metrics.to_row()
         elif isinstance(happened, Steps):
             found.steps.extend(zip(happened.step, happened.train_loss, happened.lr, happened.grad_norm, strict=True))
     return found

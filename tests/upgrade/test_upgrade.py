@@ -14,14 +14,11 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
-import torch
 
 from nanomoe import checkpoint
 from nanomoe.config import JobConfig
-from nanomoe.tokenizer import Tokenizer
-from nanomoe.training.execution import Execution
 from nanomoe.training.loop import Recorded, train
-from nanomoe.training.run import Run
+from nanomoe.training.run import prepare
 from service.database import migrate
 from service.database.opening import open_database
 from service.database.schema import table
@@ -91,16 +88,14 @@ def resume_with_the_library(place: Workplace, job: Job) -> str:
     snapshot = reads.find_snapshot(place.db, job.id)
     assert snapshot is not None
     assert job.execution is not None
-    folder = place.settings.data_dir / snapshot.folder
-    tokenizer = Tokenizer.load(folder)
-    run = Run(
+    opened = checkpoint.open(place.settings.data_dir / snapshot.folder, snapshot.manifest_sha256)
+    run = prepare(
         JobConfig.model_validate(job.config),
-        tokenizer.encode(TEXT),
-        tokenizer,
-        Execution.model_validate(job.execution),
-        device=torch.device("cpu"),
-        resume=checkpoint.read_all(folder, snapshot.manifest_sha256),
-    )
+        TEXT,
+        opened.tokenizer(),
+        recorded_execution=job.execution,
+        resume=opened.read_all(),
+    ).run
     files = {one.percent: one.files for one in train(run) if isinstance(one, Recorded)}
     return hashlib.sha256(files[100]["model.safetensors"]).hexdigest()
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nanomoe import checkpoint
-from service import logs
+from nanomoe.logs import configure_logging
 from service.database import engine_options
 from service.database.opening import open_database
 from service.jobs import queue
@@ -42,6 +42,8 @@ def remove(protection: str) -> None:
             Slot.supervise = _supervise_without_keep_alive  # type: ignore[method-assign]
         case "kill and reap":
             TrainerProcess.kill_and_reap = _reap_the_trainer_alone  # type: ignore[method-assign]
+        case "the search for survivors":
+            TrainerProcess.is_alone = lambda self: True  # type: ignore[method-assign]
         case _:
             raise ValueError(protection)
 
@@ -61,7 +63,6 @@ def _supervise_without_keep_alive(self: Slot) -> None:
 
 
 def _reap_the_trainer_alone(self: TrainerProcess, timeout: float) -> bool:
-    self.lock.close_own_copy()
     self._popen.kill()
     self._popen.wait()
     return True
@@ -104,7 +105,7 @@ def run(spec: dict[str, Any]) -> None:
 def _run(spec: dict[str, Any]) -> int:
     if spec["log"] is not None:
         os.dup2(os.open(spec["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND), sys.stderr.fileno())
-    logs.configure("console")
+    configure_logging("console")
     settings = Settings(_env_file=None, **spec["settings"])
     engine_options.LOCK_TIMEOUT_SECONDS = spec["busy_seconds"]
     queue.MAX_CRASHES = spec["max_crashes"]

@@ -1,35 +1,41 @@
 """A trainer without a model: it has the real supervision and follows a script, for tests of the worker.
 
 `python scripted_trainer.py SCRIPT --parent PID --until TIME`. What a script does may depend on the attempt, which is
-the fence of the start message. With `--without SAFEGUARD` one of the three safeguards is taken away. Files in the job's
-folder are how a test and a script wait for each other.
+the fence of the start message. Like a real trainer it takes the next job when one has ended without a failure. With
+`--without SAFEGUARD` one of the three safeguards is taken away. Files in the job's folder are how a test and a script
+wait for each other.
 """
 
 import argparse
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from nanomoe import checkpoint
+from nanomoe.evaluation.metrics import CheckpointMetrics
 from nanomoe.processes import die_with_parent
 from worker.memory import oom_kills
 from worker.protocol import (
+    Assignment,
     CheckpointWritten,
     Done,
     Failure,
     FromTrainer,
+    Idle,
     KeepAlive,
     Prepared,
     Ready,
     SnapshotWritten,
     Start,
     Steps,
-    encode,
+    encode_from_trainer,
     parse_to_trainer,
 )
 from worker.supervision import Supervision
@@ -40,15 +46,14 @@ TOTAL = 100
 class Script:
     """The start message, and the messages that a real trainer would send."""
 
-    def __init__(self, supervision: Supervision) -> None:
+    def __init__(self, supervision: Supervision, start: Start) -> None:
         self.supervision = supervision
-        send(Ready())
-        self.start: Start = supervision.wait_for_start()
-        self.folder = Path(self.start.folder)
+        self.start = start
+        self.folder = Path(start.folder)
         self.step = 0
         if self.start.resume is not None:
             self.step = int(
-                checkpoint.read_all(Path(self.start.resume.folder), self.start.resume.manifest_sha256)["step"]
+                checkpoint.open(Path(self.start.resume.folder), self.start.resume.manifest_sha256).read_all()["step"]
             )
         self.write_file("pid", str(os.getpid()))
 
@@ -92,13 +97,22 @@ class Script:
         manifest, sha256 = checkpoint.write(self.folder / name, {"step": str(self.step).encode()})
         send(
             CheckpointWritten(
-                percent=percent,
-                step=self.step,
-                epoch=self.step,
                 folder=name,
                 manifest_sha256=sha256,
                 files=manifest.files,
-                metrics={"loss": 1.0} | figures,
+                metrics=CheckpointMetrics.model_validate(
+                    {
+                        "percent": percent,
+                        "step": self.step,
+                        "epoch": self.step,
+                        "loss": 1.0,
+                        "perplexity": 2.72,
+                        "bits_per_byte": 1.44,
+                        "accuracy": 0.5,
+                    }
+                    | figures
+                ),
+                tok_per_sec=10.0,
             )
         )
 
@@ -134,13 +148,23 @@ class Script:
         end("succeeded")
 
 
+class JobEnded(BaseException):
+    """Nothing of the job is left."""
+
+
+assignment: Assignment | None = None
+"""The attempt that messages are about."""
+
+
 def send(message: FromTrainer) -> None:
-    os.write(1, encode(message))
+    os.write(1, encode_from_trainer(message, assignment))
 
 
 def end(outcome: Any, code: str | None = None) -> NoReturn:
     send(Done(outcome=outcome, error=Failure(code=code, message=f"because of {code}") if code else None))
-    os._exit(0)
+    if outcome == "failed":
+        os._exit(0)
+    raise JobEnded
 
 
 def work(script: Script) -> None:
@@ -275,6 +299,28 @@ def orphans(script: Script) -> None:
     script.work()
 
 
+def leave_a_child(script: Script) -> None:
+    """Leaves a process behind, in a session of its own, that has all open files of its parent; the first time only."""
+    if not list(script.folder.parent.glob("*/children")):
+        unstoppable_child(script, start_new_session=True, close_fds=False)
+    succeed(script)
+
+
+def confuse_jobs(script: Script) -> None:
+    """Sends a message about a job that it does not have."""
+    global assignment
+    script.prepared()
+    assignment = Assignment("f" * 32, script.attempt)
+    script.steps(1)
+    time.sleep(60)
+
+
+def idle_too_soon(script: Script) -> None:
+    """Says that nothing of the job is left, and never how it ended."""
+    script.prepared()
+    raise JobEnded
+
+
 def unstoppable_child(script: Script, **options: Any) -> None:
     """A process that only SIGKILL ends, and holds what it inherited."""
     code = "import signal,sys,time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(60)"
@@ -302,7 +348,7 @@ SCRIPTS: dict[str, Callable[[Script], None]] = {
             protocol_error,
             orphans,
         ),
-        *(storage_failed, hung_up),
+        *(storage_failed, hung_up, leave_a_child, confuse_jobs, idle_too_soon),
         *(out_of_memory, out_of_memory_always, out_of_memory_at_the_start),
     )
 }
@@ -321,12 +367,34 @@ class WithoutDeadline(Supervision):
             super()._handle(line)
 
 
+Sockets = tuple[socket.socket, socket.socket]
+
+
+def stdin_without_end() -> Sockets:
+    """Put a socket in stdin's place that never ends; what stdin was, and what writes to the new one."""
+    real, (mine, writer) = socket.socket(fileno=os.dup(0)), socket.socketpair()
+    os.dup2(mine.detach(), 0)
+    return real, writer
+
+
+def forward_for_ever(sockets: Sockets) -> None:
+    """Pass on messages and open files, and not the end."""
+    real, writer = sockets
+    while True:
+        content, descriptors, _, _ = socket.recv_fds(real, 1 << 16, 1)
+        if not content:
+            threading.Event().wait()
+        socket.send_fds(writer, [content], descriptors)
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
 def start_supervision(parent: int, until: float, without: Sequence[str]) -> Supervision:
     """The real trainer's safeguards but those in `without`."""
     if "signal" not in without:
         die_with_parent(parent)
     if "pipe" in without:
-        os.open("/proc/self/fd/0", os.O_WRONLY)  # it does not end while there is somebody who could write
+        threading.Thread(target=forward_for_ever, args=[stdin_without_end()], daemon=True).start()
     return (WithoutDeadline if "deadline" in without else Supervision)(until)
 
 
@@ -339,4 +407,13 @@ if __name__ == "__main__":
     options = parser.parse_args()
     supervision = start_supervision(options.parent, options.until, options.without)
     signal.signal(signal.SIGTERM, lambda *_: supervision.terminated())
-    SCRIPTS[options.script](Script(supervision))
+    signal.signal(signal.SIGUSR1, lambda *_: None)
+    send(Ready())
+    while (assigned := supervision.wait_for_start()) is not None:
+        start, lock = assigned
+        assignment = start.assignment
+        try:
+            SCRIPTS[options.script](Script(supervision, start))
+        except JobEnded:
+            os.close(lock)
+            send(Idle())

@@ -122,7 +122,7 @@ def promised_and_prepared(
     if parent is not None:
         folder = Folder(folder=str(parent.folder), manifest_sha256=parent.manifest_sha256)
         origin = {"parent": folder}
-        tokenizer = checkpoint.read_tokenizer(parent.folder, parent.manifest_sha256)
+        tokenizer = checkpoint.open(parent.folder, parent.manifest_sha256).tokenizer()
         of_parent = Parent(parent.config, tokenizer, hashlib.sha256(OTHER.encode()).hexdigest())
     found = assess(text, config, place.settings, of_parent)
     channel = RecordingChannel()
@@ -205,11 +205,11 @@ def test_a_job_begun_with_an_earlier_bundle_goes_on_with_the_one_in_its_snapshot
     assert first.resumed_at_step == snapshot.step > 0
     assert first.n_tokens == len(earlier.encode(TEXT)) != len(todays.encode(TEXT))
     written = [message for message in resumed if isinstance(message, CheckpointWritten)]
-    assert written[-1].percent == 100
+    assert written[-1].metrics.percent == 100
     for message in written:
         assert Tokenizer.load(place.folder / "job" / message.folder) == earlier
-    ended = {m.percent: m.manifest_sha256 for m in said if isinstance(m, CheckpointWritten)}
-    assert {m.percent: m.manifest_sha256 for m in written}.items() <= ended.items()
+    ended = {m.metrics.percent: m.manifest_sha256 for m in said if isinstance(m, CheckpointWritten)}
+    assert {m.metrics.percent: m.manifest_sha256 for m in written}.items() <= ended.items()
 
 
 def test_a_job_that_starts_again_at_step_0_goes_on_with_the_tokenizer_it_began_with(place: Place) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -29,23 +30,31 @@ os._exit(0)
 """
 
 
-def supervised(
-    *, parent: int | None = None, seconds: float = 60, stderr: int = subprocess.DEVNULL
-) -> subprocess.Popen[bytes]:
-    arguments = [str(parent or os.getpid()), str(seconds)]
-    process = subprocess.Popen(
-        [sys.executable, "-c", SUPERVISED, *arguments],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=stderr,
-        start_new_session=True,
-        cwd=ROOT,
-        bufsize=0,
-    )
-    if parent is None:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"supervised\n"
-    return process
+class Supervised(subprocess.Popen[bytes]):
+    """A process under supervision, and this end of the socket that is its stdin."""
+
+    def __init__(self, *, seconds: float = 60, stderr: int = subprocess.DEVNULL) -> None:
+        self.socket, its_stdin = socket.socketpair()
+        with its_stdin:
+            super().__init__(
+                [sys.executable, "-c", SUPERVISED, str(os.getpid()), str(seconds)],
+                stdin=its_stdin.fileno(),
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                start_new_session=True,
+                cwd=ROOT,
+                bufsize=0,
+            )
+        assert self.stdout is not None
+        assert self.stdout.readline() == b"supervised\n"
+
+    def end(self) -> int:
+        """Its exit status."""
+        status = self.wait(20)
+        self.socket.close()
+        assert self.stdout is not None
+        self.stdout.close()
+        return status
 
 
 def end(process: subprocess.Popen[bytes]) -> int:
@@ -57,64 +66,58 @@ def end(process: subprocess.Popen[bytes]) -> int:
 
 
 def test_a_trainer_ends_at_the_end_of_its_pipe() -> None:
-    process = supervised()
-    assert process.stdin is not None
-    process.stdin.close()
-    assert end(process) == -signal.SIGKILL
+    process = Supervised()
+    process.socket.close()
+    assert process.end() == -signal.SIGKILL
 
 
 def test_a_trainer_without_a_keep_alive_ends_at_its_deadline() -> None:
     began = time.monotonic()
-    process = supervised(seconds=0.5)
-    assert end(process) == -signal.SIGKILL
+    process = Supervised(seconds=0.5)
+    assert process.end() == -signal.SIGKILL
     assert time.monotonic() - began >= 0.5
 
 
 def test_a_keep_alive_extends_the_deadline() -> None:
-    process = supervised(seconds=1)
-    assert process.stdin is not None
-    process.stdin.write(encode(KeepAlive(until=time.monotonic() + 60)))
+    process = Supervised(seconds=1)
+    process.socket.sendall(encode(KeepAlive(until=time.monotonic() + 60)))
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(1.5)
-    process.stdin.write(encode(Stop(reason="pause")))
+    process.socket.sendall(encode(Stop(reason="pause")))
     assert process.stdout is not None
     # What reads stdin beside the supervision finds it empty.
     assert process.stdout.readline() == b"pause \n"
-    assert end(process) == 0
+    assert process.end() == 0
 
 
 def test_a_trainer_that_was_stopped_reads_its_keep_alives_before_the_clock() -> None:
-    process = supervised(seconds=1)
+    process = Supervised(seconds=1)
     process.send_signal(signal.SIGSTOP)
-    assert process.stdin is not None
-    process.stdin.write(encode(KeepAlive(until=time.monotonic() + 60)))
+    process.socket.sendall(encode(KeepAlive(until=time.monotonic() + 60)))
     time.sleep(1.2)  # its first deadline passes while it is stopped: the fault itself
     process.send_signal(signal.SIGCONT)
-    process.stdin.write(encode(Stop(reason="drain")))
-    assert end(process) == 0
+    process.socket.sendall(encode(Stop(reason="drain")))
+    assert process.end() == 0
 
 
 def test_a_line_that_is_no_message_ends_the_trainer_and_its_error_is_logged() -> None:
-    process = supervised(stderr=subprocess.PIPE)
-    assert process.stdin is not None
-    process.stdin.write(b"hello\n")
+    process = Supervised(stderr=subprocess.PIPE)
+    process.socket.sendall(b"hello\n")
     assert process.stderr is not None
     with process.stderr as stderr:
         logged = stderr.read().decode()
-    assert end(process) == -signal.SIGKILL
+    assert process.end() == -signal.SIGKILL
     assert "ValidationError" in logged
-    assert "the supervisor is gone" not in logged
-
-
-def test_a_trainer_whose_parent_is_already_gone_ends_at_once() -> None:
-    assert end(supervised(parent=1 if os.getpid() != 1 else 2)) == 1
+    assert "supervisor_lost" not in logged
 
 
 SUPERVISOR = """
-import os, subprocess, sys
+import os, socket, subprocess, sys
+own, its_stdin = socket.socketpair()
 trainer = subprocess.Popen(
-    [*sys.argv[1:], "--parent", str(os.getpid())], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+    [*sys.argv[1:], "--parent", str(os.getpid())], stdin=its_stdin, stdout=subprocess.PIPE, start_new_session=True
 )
+its_stdin.close()
 trainer.stdout.readline()
 print(trainer.pid, flush=True)
 sys.stdin.read()

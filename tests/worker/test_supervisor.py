@@ -65,17 +65,6 @@ def test_an_idle_worker_is_woken_by_a_submission(place: Workplace) -> None:
 
 
 @ONLY_SQLITE
-def test_jobs_are_trained_one_after_another_each_in_a_process_of_its_own(place: Workplace) -> None:
-    jobs = [place.submit() for _ in range(3)]
-    place.start_worker("succeed")
-    for job in jobs:
-        place.wait_for(job, "succeeded")
-    pids = {(place.folder(job) / "pid.1").read_text() for job in jobs}
-    assert len(pids) == 3
-    assert not any(is_alive(int(pid)) for pid in pids)
-
-
-@ONLY_SQLITE
 def test_two_slots_train_two_jobs_at_once(place: Workplace) -> None:
     jobs = [place.submit() for _ in range(2)]
     place.start_worker("work", slots=2)
@@ -87,14 +76,18 @@ def test_two_slots_train_two_jobs_at_once(place: Workplace) -> None:
 @EITHER
 def test_a_running_job_is_cancelled_within_two_seconds(place: Workplace) -> None:
     job = place.submit()
-    place.start_worker("work")
+    place.start_worker("work", timing=replace(QUICK, cancel_grace=5.0))
     place.wait_for_step(job)
     trainer = place.trainer(job)
     began = time.monotonic()
     queue.request_cancel(place.db, job.id)
     place.wait_for(job, "cancelled")
     assert time.monotonic() - began < 2
-    assert not is_alive(trainer.pid)
+    steps = place.recorded_steps(job)
+    following = place.submit()
+    place.wait_for_step(following)
+    assert place.trainer(following) == trainer
+    assert place.recorded_steps(job) == steps
 
 
 @ONLY_SQLITE

@@ -4,11 +4,15 @@ import errno
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from worker.protocol import CheckpointWritten, Ready, SnapshotWritten, parse_from_trainer
-from worker.trainer import Channel, Writer, _explain
+from nanomoe.config import InitFrom
+from nanomoe.evaluation.metrics import CheckpointMetrics
+from tests.service.tiny_checkpoint import write_tiny_checkpoint
+from worker.protocol import CheckpointWritten, Folder, Ready, SnapshotWritten, Start, parse_from_trainer
+from worker.trainer import Channel, Writer, _explain, run_job
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,14 +33,17 @@ def test_stray_prints_of_the_trainer_and_its_children_never_reach_the_supervisor
         "print('stray', flush=True); os.write(1, b'stray'); os.system('echo stray'); channel.send(Ready())"
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, cwd=ROOT)
-    assert parse_from_trainer(said.stdout) == Ready()
+    assert parse_from_trainer(said.stdout).message == Ready()
     assert said.stderr.count(b"stray") == 3
 
 
 def recorded(percent: int) -> object:
     from nanomoe.training.loop import Recorded
 
-    return Recorded(percent, 5, 2, {"loss": 1.0}, 10.0, {"model.safetensors": b"weights"})
+    metrics = CheckpointMetrics(
+        percent=percent, step=5, epoch=2, loss=1.0, perplexity=2.72, bits_per_byte=1.44, accuracy=0.5
+    )
+    return Recorded(metrics, 10.0, {"model.safetensors": b"weights"})
 
 
 def test_folders_are_written_in_order_and_reported_once_complete(tmp_path: Path) -> None:
@@ -50,8 +57,8 @@ def test_folders_are_written_in_order_and_reported_once_complete(tmp_path: Path)
     writer.close()
     checkpoint, snapshot = channel.messages
     assert isinstance(checkpoint, CheckpointWritten)
-    assert (checkpoint.folder, checkpoint.percent) == ("f4-25", 25)
-    assert checkpoint.metrics == {"loss": 1.0, "tok_per_sec": 10.0}
+    assert (checkpoint.folder, checkpoint.metrics.percent) == ("f4-25", 25)
+    assert (checkpoint.metrics.loss, checkpoint.tok_per_sec) == (1.0, 10.0)
     assert isinstance(snapshot, SnapshotWritten)
     assert snapshot.folder == "f4-s5"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["f4-25", "f4-s5"]
@@ -90,3 +97,38 @@ def test_a_deterministic_error_fails_the_job_and_any_other_is_a_crash() -> None:
     assert code(OSError(errno.EFBIG, "File too large")) == "disk_full"
     assert code(OSError(errno.EIO, "Input/output error")) == "storage_failed"  # the next attempt may find another disk
     assert code(RuntimeError("a bug")) is None
+
+
+def test_an_error_of_another_library_fails_no_job_whatever_attributes_it_has() -> None:
+    class FromElsewhere(Exception):
+        code = "out_of_stock"
+
+    assert _explain(FromElsewhere("not ours")) is None
+
+
+def test_a_damaged_parent_fails_the_job_by_name_before_anything_is_trained(tmp_path: Path) -> None:
+    parent = write_tiny_checkpoint(tmp_path / "f1-100")
+    weights = parent.folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    (tmp_path / "text.txt").write_text("o rato roeu a roupa")
+    init_from = InitFrom(job_id="ab" * 16, checkpoint=100)
+    start = Start(
+        job_id="cd" * 16,
+        fence=1,
+        config=parent.config.model_copy(update={"init_from": init_from}),
+        text_path=str(tmp_path / "text.txt"),
+        folder=str(tmp_path),
+        execution=None,
+        resume=None,
+        parent=Folder(folder=str(parent.folder), manifest_sha256=parent.manifest_sha256),
+        device="cpu",
+        snapshot_seconds=60,
+        allow_hub=False,
+        tokenizer_dir=None,
+    )
+    channel = RecordingChannel()
+    done = run_job(start, channel, SimpleNamespace(stop=None))  # type: ignore[arg-type]
+    assert done.error is not None
+    assert done.error.code == "parent_unusable"
+    assert done.error.message.startswith(f"cannot start from {'ab' * 16}@100: f1-100/model.safetensors: ")
+    assert channel.messages == []

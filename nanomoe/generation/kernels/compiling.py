@@ -67,7 +67,7 @@ HAS_INT8_PRODUCTS = _has("avx512vnni")
 """Whether there is `vpdpbusd`, which multiplies and adds 64 pairs of 8-bit integers."""
 
 # Divisions by zero give infinity or NaN, as they do in torch. A check of each would keep loops from being vectorised.
-_HOW: dict[str, Any] = {"cache": True, "error_model": "numpy", "nogil": True}
+_HOW: dict[str, Any] = {"cache": True, "error_model": "numpy", "nogil": True, "no_cfunc_wrapper": True}
 
 
 def compiled(function: F) -> F:

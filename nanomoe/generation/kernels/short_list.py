@@ -11,9 +11,6 @@ Both are proved. So where any k tokens have float32 logits of at least t, a toke
 minus the two bounds is not among the k likeliest. Where 8-bit products have no instruction of their own, the float32
 logits are themselves what is searched, with a bound of 0.
 
-Only the largest product of each panel of tokens is kept, and the products of the panels that matter are made anew:
-writing all of them out takes as long as making them.
-
 Shape letters: N rows, V vocabulary, C channels, P panels, l their lanes, Q = ceil(C / 4) quads of 8-bit channels, S
 tokens of a list.
 """
@@ -39,16 +36,10 @@ _LEAST = 1e-30
 
 
 class _Searched(NamedTuple):
-    """What is searched for the likeliest tokens: the products of rows with the panels of a table."""
+    """The products of rows with an embedding, among which the likeliest tokens are searched."""
 
-    rows: Array
-    """(N, C) float32; or (N, Q) int32, each four 8-bit numbers, 128 larger than they are."""
-
-    table: Array
-    """(P, C, l) float32; or (P, Q, l) int32, each four 8-bit numbers."""
-
-    starts: Array
-    """(P, l): what sums begin with."""
+    products: Array
+    """(N, P l): float32 logits, or the int32 products of 8-bit integers."""
 
     largest: Array
     """(N, P): the largest product of each panel."""
@@ -68,10 +59,10 @@ class Embedding:
         self._panels = pack(wte_VC)
         V, C = wte_VC.shape
         P = len(self._panels)
-        self._zeros_Pl = np.zeros((P, LANES), np.float32)
-        self._zeros_Pl.reshape(-1)[V:] = -np.inf
+        self._starts_Pl = np.zeros((P, LANES), np.float32)
+        self._starts_Pl.reshape(-1)[V:] = -np.inf
         self._int_panels: Array | None = None
-        self._logits_NV = np.empty((0, 0), np.float32)
+        self._products_NV = np.empty((0, 0), np.float32)
         if HAS_INT8_PRODUCTS:
             self._scale = max(np.abs(wte_VC).max().item(), _LEAST) / 127
             ints_VC = np.zeros((V, -(-C // 4) * 4), np.int8)
@@ -79,14 +70,14 @@ class Embedding:
             self._norm, self._rounding = _largest_norms(wte_VC, ints_VC, self._scale)
             self._int_panels = pack(ints_VC.view(np.int32))
             # What the 128 that is added to the rows' numbers adds to the sums is taken off them before.
-            self._starts_Pl = np.full((P, LANES), -(2**30), np.int32)
-            self._starts_Pl.reshape(-1)[:V] = -128 * ints_VC.sum(axis=1, dtype=np.int32)
+            self._int_starts_Pl = np.full((P, LANES), -(2**30), np.int32)
+            self._int_starts_Pl.reshape(-1)[:V] = -128 * ints_VC.sum(axis=1, dtype=np.int32)
 
     @property
     def n_bytes(self) -> int:
         """Memory beside the embedding itself."""
         ints = 0 if self._int_panels is None else self._int_panels.nbytes
-        return self._panels.nbytes + self._logits_NV.nbytes + ints
+        return self._panels.nbytes + self._products_NV.nbytes + ints
 
     @property
     def has_ints(self) -> bool:
@@ -100,38 +91,39 @@ class Embedding:
 
     def logits(self, x_NC: Floats, n_threads: int) -> Floats:
         """(N, V), valid until the next call."""
-        if len(self._logits_NV) < len(x_NC):
-            # Kept, because fresh pages for so large a result cost as much as the products (measured).
-            self._logits_NV = np.empty((len(x_NC), self._zeros_Pl.size), np.float32)
-        P = len(self._panels)
-        in_parts(partial(_call_logits, x_NC, self._panels, self._logits_NV), even_bounds(P, n_threads))
-        return self._logits_NV[: len(x_NC), : len(self._wte_VC)]
+        logits_NV, _ = self._multiply(x_NC, self._panels, self._starts_Pl, n_threads)
+        return logits_NV[:, : len(self._wte_VC)]
 
     def short_lists(self, x_NC: Floats, counts: list[int], n_threads: int) -> list[tuple[Ids, Floats] | None]:
         """For each row, all tokens that may be among its `count` likeliest or equal to the last of them, rising, and
         their logits; None where they are too many to be worth a list."""
         N, C = x_NC.shape
-        P = len(self._panels)
+        unit_N, bound_N = np.ones(N), np.zeros(N)
         if self._int_panels is None:
-            searched = _Searched(
-                x_NC, self._panels, self._zeros_Pl, np.empty((N, P), np.float32), np.ones(N), np.zeros(N)
-            )
+            products = self._multiply(x_NC, self._panels, self._starts_Pl, n_threads)
         else:
             rows_NC = np.full((N, self._int_panels.shape[1] * 4), 128, np.uint8)
-            unit_N, bound_N = np.empty(N), np.empty(N)
             sum_rounding = C * _ROUNDING / (1 - C * _ROUNDING)
             _quantize(x_NC, self._scale, self._norm, self._rounding, sum_rounding, rows_NC, unit_N, bound_N)
-            largest_NP = np.empty((N, P), np.int32)
-            searched = _Searched(rows_NC.view(np.int32), self._int_panels, self._starts_Pl, largest_NP, unit_N, bound_N)
-        in_parts(partial(_call_largest, searched), even_bounds(P, n_threads))
+            products = self._multiply(rows_NC.view(np.int32), self._int_panels, self._int_starts_Pl, n_threads)
         ids_NS, logits_NS = np.empty((N, _LONGEST), np.int64), np.empty((N, _LONGEST), np.float32)
         found_N = np.empty(N, np.int64)
         counts_N = np.minimum(counts, len(self._wte_VC))
-        arguments = searched, counts_N, x_NC, self._wte_VC, ids_NS, logits_NS, found_N
+        arguments = _Searched(*products, unit_N, bound_N), counts_N, x_NC, self._wte_VC, ids_NS, logits_NS, found_N
         in_parts(partial(_call_lists, arguments), even_bounds(N, n_threads))
         return [
             None if found < 0 else (ids_NS[n, :found], logits_NS[n, :found]) for n, found in enumerate(found_N.tolist())
         ]
+
+    def _multiply(self, rows: Array, panels: Array, starts_Pl: Array, n_threads: int) -> tuple[Array, Array]:
+        """Products (N, P l), valid until the next call, and the largest of each panel (N, P)."""
+        N, P = len(rows), len(panels)
+        if len(self._products_NV) < N:
+            # Kept, because fresh pages for so large a result cost as much as the products (measured).
+            self._products_NV = np.empty((N, P * LANES), np.float32)
+        products_NV, largest_NP = self._products_NV[:N].view(rows.dtype), np.empty((N, P), rows.dtype)
+        in_parts(partial(_call_multiply, (rows, panels, starts_Pl, products_NV, largest_NP)), even_bounds(P, n_threads))
+        return products_NV, largest_NP
 
 
 def _largest_norms(wte_VC: Floats, ints_VC: npt.NDArray[np.int8], scale: float) -> tuple[float, float]:
@@ -145,25 +137,13 @@ def _largest_norms(wte_VC: Floats, ints_VC: npt.NDArray[np.int8], scale: float) 
     return norm, rounding
 
 
-def _call_logits(x_NC: Floats, panels: Floats, logits_NV: Floats, first: int, last: int) -> None:
-    _logits(first, last, x_NC, panels, logits_NV)
-
-
-def _call_largest(searched: _Searched, first: int, last: int) -> None:
-    _find_largest(first, last, searched)
+def _call_multiply(arguments: tuple[object, ...], first: int, last: int) -> None:
+    _multiply_panels(first, last, *arguments)
 
 
 def _call_lists(arguments: tuple[object, ...], first: int, last: int) -> None:
     for n in range(first, last):
         _list_likeliest(n, *arguments)
-
-
-@compiled
-def _logits(first, last, x_NC, panels, logits_NV):
-    for n in range(len(x_NC)):
-        for v in range(first * LANES, last * LANES):
-            logits_NV[n, v] = 0
-    add_products(x_NC, len(x_NC), panels, first, last - first, x_NC.shape[1], logits_NV, first * LANES)
 
 
 @compiled
@@ -188,22 +168,21 @@ def _quantize(x_NC, scale, norm, rounding, sum_rounding, rows_NC, unit_N, bound_
 
 
 @compiled
-def _find_largest(first, last, searched):
-    N = len(searched.rows)
-    products = np.empty((N, _PANELS_AT_ONCE * LANES), searched.starts.dtype)
+def _multiply_panels(first, last, rows, panels, starts_Pl, products_NV, largest_NP):
+    N = len(rows)
     for begin in range(first, last, _PANELS_AT_ONCE):
-        n_panels = min(_PANELS_AT_ONCE, last - begin)
+        end = min(begin + _PANELS_AT_ONCE, last)
         for n in range(N):
-            for p in range(n_panels):
+            for p in range(begin, end):
                 for lane in range(LANES):
-                    products[n, p * LANES + lane] = searched.starts[begin + p, lane]
-        add_products(searched.rows, N, searched.table, begin, n_panels, searched.rows.shape[1], products, 0)
+                    products_NV[n, p * LANES + lane] = starts_Pl[p, lane]
+        add_products(rows, N, panels, begin, end - begin, rows.shape[1], products_NV, begin * LANES)
         for n in range(N):
-            for p in range(n_panels):
-                largest = products[n, p * LANES]
-                for lane in range(1, LANES):
-                    largest = max(largest, products[n, p * LANES + lane])
-                searched.largest[n, begin + p] = largest
+            for p in range(begin, end):
+                largest = products_NV[n, p * LANES]
+                for v in range(p * LANES + 1, (p + 1) * LANES):
+                    largest = max(largest, products_NV[n, v])
+                largest_NP[n, p] = largest
 
 
 @compiled
@@ -227,21 +206,28 @@ def _reached(values, n, count):
 
 
 @compiled
-def _products_from(searched, row_1, n, least, ids_S, values_S):
+def _tokens_from(searched, n, least, ids_S, values_S):
     """Tokens whose products are at least `least`, and these, up to as many as there is room for; their number."""
-    products = np.empty((1, LANES), searched.starts.dtype)
     found = 0
-    for p in range(len(searched.table)):
+    for p in range(searched.largest.shape[1]):
         if searched.largest[n, p] >= least:
-            for lane in range(LANES):
-                products[0, lane] = searched.starts[p, lane]
-            add_products(row_1, 1, searched.table, p, 1, row_1.shape[1], products, 0)
-            for lane in range(LANES):
-                if products[0, lane] >= least:
+            for v in range(p * LANES, (p + 1) * LANES):
+                if searched.products[n, v] >= least:
                     if found < len(ids_S):
-                        ids_S[found], values_S[found] = p * LANES + lane, products[0, lane]
+                        ids_S[found], values_S[found] = v, searched.products[n, v]
                     found += 1
     return found
+
+
+@compiled
+def _keep_reaching(ids_S, values_S, n, least):
+    """Move the first `n` tokens whose values are at least `least` to the front; their number."""
+    kept = 0
+    for s in range(n):
+        if values_S[s] >= least:
+            ids_S[kept], values_S[kept] = ids_S[s], values_S[s]
+            kept += 1
+    return kept
 
 
 @compiled
@@ -271,32 +257,28 @@ def _exact_logits(x_C, wte_VC, ids_S, n, logits_S):
 
 @compiled
 def _list_likeliest(n, searched, counts_N, x_NC, wte_VC, ids_NS, logits_NS, found_N):
-    count, P = counts_N[n], len(searched.table)
+    count, P = counts_N[n], searched.largest.shape[1]
     found_N[n] = -1
     if count > P or not np.isfinite(searched.bound[n]):  # float32 overflowed
         return
-    row_1, x_C = searched.rows[n : n + 1], x_NC[n]
-    ids_S, logits_S, values_S = ids_NS[n], logits_NS[n], np.empty(_LONGEST, searched.starts.dtype)
+    ids_S, logits_S, values_S = ids_NS[n], logits_NS[n], np.empty(_LONGEST, searched.products.dtype)
     # At least `count` tokens reach what the largest of `count` panels do.
-    found = _products_from(searched, row_1, n, _reached(searched.largest[n], P, count), ids_S, values_S)
+    found = _tokens_from(searched, n, _reached(searched.largest[n], P, count), ids_S, values_S)
     if not count <= found <= _LONGEST:  # less, where float32 overflowed
         return
     least = _reached(values_S, found, count)
-    if searched.bound[n] > 0:
-        # The float32 logits of the `count` likeliest by their products: no other of the `count` likeliest is below.
-        kept = 0
-        for s in range(found):
-            if values_S[s] >= least:
-                ids_S[kept] = ids_S[s]
-                kept += 1
-        _exact_logits(x_C, wte_VC, ids_S, kept, logits_S)
-        least = (_reached(logits_S, kept, count) - searched.bound[n]) / searched.unit[n]
-    found = _products_from(searched, row_1, n, least, ids_S, values_S)
-    if not count <= found <= _LONGEST:  # less, where float32 overflowed
-        return
-    if searched.bound[n] > 0:
-        _exact_logits(x_C, wte_VC, ids_S, found, logits_S)
-    else:
+    if searched.bound[n] == 0:
+        found = _keep_reaching(ids_S, values_S, found, least)
         for s in range(found):
             logits_S[s] = values_S[s]
+    else:
+        # The float32 logits of the `count` likeliest by their products: no other of the `count` likeliest is below.
+        kept = _keep_reaching(ids_S, values_S, found, least)
+        _exact_logits(x_NC[n], wte_VC, ids_S, kept, logits_S)
+        least = (_reached(logits_S, kept, count) - searched.bound[n]) / searched.unit[n]
+        found = _tokens_from(searched, n, least, ids_S, values_S)
+        if not count <= found <= _LONGEST:
+            return
+        _exact_logits(x_NC[n], wte_VC, ids_S, found, logits_S)
+        found = _keep_reaching(ids_S, logits_S, found, _reached(logits_S, found, count))
     found_N[n] = found

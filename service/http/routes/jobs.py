@@ -1,7 +1,7 @@
 """Jobs: submit, list, read, rename, cancel, pause, resume, delete."""
 
 import asyncio
-from typing import Annotated, cast
+from typing import Annotated
 
 from anyio import to_thread
 from fastapi import APIRouter, Header, Query, Response
@@ -124,7 +124,8 @@ def _parent(service: Context, config: JobConfig) -> submission.Parent | None:
     recorded = reads.get_checkpoint(service.database, origin.job_id, origin.checkpoint)
     job = reads.get_job(service.database, origin.job_id)
     try:
-        tokenizer = checkpoint.read_tokenizer(service.settings.data_dir / recorded.folder, recorded.manifest_sha256)
+        opened = checkpoint.open(service.settings.data_dir / recorded.folder, recorded.manifest_sha256)
+        tokenizer = opened.tokenizer()
     except CheckpointDamaged as error:
         raise Conflict(error.code, f"cannot start from {origin.job_id}@{origin.checkpoint}: {error}") from error
     return submission.Parent(views.job(job).config, tokenizer, job.text_sha256)
@@ -166,7 +167,7 @@ async def get_job(service: Service, job_id: JobId, query: Annotated[JobQuery, Qu
         change = service.wakeups.next()
         try:
             row = await to_thread.run_sync(reads.get_job, service.database, job_id)
-            seen = seen or cast(schemas.Status, row.status)
+            seen = seen or row.status
             if row.status != seen or row.status in TERMINAL or is_over():
                 # Only now: a queue position takes a query over the whole queue.
                 return await to_thread.run_sync(_with_queue_position, service, row)
@@ -180,7 +181,7 @@ async def get_job(service: Service, job_id: JobId, query: Annotated[JobQuery, Qu
 
 def _with_queue_position(service: Context, row: Job) -> JobView:
     """The job with its queue position."""
-    place = queue_position.find_place(service.database, row.id) if row.status == "queued" else None
+    place = queue_position.find_queue_position(service.database, row.id) if row.status == "queued" else None
     if place is None:
         return views.job(row)
     return views.job(row, queue_position=place.position, estimated_start_at=place.estimated_start_at)

@@ -78,9 +78,10 @@ def _assert_texts_of_reference(model: GPT, made: Sequence[Continuation]) -> None
             assert logits_V.max() - logits_V[continuation.new[at]] < 1e-4
         else:
             uniform = sampling.uniform_stream(request.seed, request.index).random(at + 1)[at]
-            nearby = np.clip([uniform - 1e-4, uniform, uniform + 1e-4], 0, 1 - 1e-9)
-            options = sampling.choose([Candidates(logits_V)] * 3, [request.sampling] * 3, nearby.tolist())
-            assert continuation.new[at] in options
+            nearby = np.clip([uniform - 1e-4, uniform, uniform + 1e-4], 0, 1 - 1e-9).tolist()
+            assert continuation.new[at] in {
+                sampling.choose(Candidates(logits_V), request.sampling, one) for one in nearby
+            }
     assert n_parted <= len(made) // 10
 
 

@@ -2,7 +2,6 @@ import numpy as np
 import pytest
 
 from nanomoe.config import SamplingConfig
-from nanomoe.generation import sampling as sampling_module
 from nanomoe.generation.sampling import Candidates, choose, log_probs, uniform_stream
 
 
@@ -11,18 +10,18 @@ def _logits(vocab_size: int, seed: int) -> np.ndarray:
 
 
 def _choose(logits: np.ndarray, sampling: SamplingConfig, uniform: float = 0.0) -> int:
-    return choose([Candidates(logits)], [sampling], [uniform])[0]
+    return choose(Candidates(logits), sampling, uniform)
 
 
 def _drawn(logits: np.ndarray, sampling: SamplingConfig, n: int) -> np.ndarray:
     uniforms = uniform_stream(0, 0).random(n).tolist()
-    return np.array([token for uniform in uniforms for token in choose([Candidates(logits)], [sampling], [uniform])])
+    return np.array([_choose(logits, sampling, uniform) for uniform in uniforms])
 
 
 @pytest.mark.parametrize("sampling", [SamplingConfig(temperature=0), SamplingConfig(top_k=1)])
 def test_greedy_takes_the_likeliest_and_the_lowest_of_equals(sampling: SamplingConfig) -> None:
     assert _choose(np.array([1.0, 3.0, 2.0, 3.0]), sampling) == 1
-    assert choose([Candidates(np.array([1.0, 2.0]), np.array([4, 9]))], [sampling], [0.0]) == [9]
+    assert choose(Candidates(np.array([1.0, 2.0]), np.array([4, 9])), sampling, 0.0) == 9
 
 
 def test_a_uniform_number_picks_the_token_in_whose_share_it_falls() -> None:
@@ -85,27 +84,12 @@ def test_a_seed_and_an_index_decide_what_is_drawn() -> None:
     assert len({first(1, 0), first(1, 1), first(2, 0), first(2**63 - 1, 0)}) == 4
 
 
-@pytest.mark.parametrize("longest_together", [0, 8192])
-def test_a_row_is_chosen_from_as_if_it_were_alone(longest_together: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling_module, "_LONG", longest_together)
-    samplings = [
-        SamplingConfig(temperature=0), SamplingConfig(), SamplingConfig(temperature=0.8, top_k=7),
-        SamplingConfig(temperature=1.5, top_p=0.7), SamplingConfig(temperature=0.6, top_k=40, top_p=0.9),
-        SamplingConfig(temperature=1e-300),
-    ]  # fmt: skip
-    rows = [Candidates(_logits(50 + 100 * n, n)) for n in range(len(samplings))]
-    for uniform in np.linspace(0, 1, 50, endpoint=False).tolist():
-        together = choose(rows, samplings, [uniform] * len(rows))
-        assert together == [choose([row], [one], [uniform])[0] for row, one in zip(rows, samplings, strict=True)]
-
-
 def test_candidates_give_the_token_that_all_logits_give() -> None:
     logits = _logits(5000, 4)
     ids = np.sort(np.argsort(-logits)[:60])
     for uniform in uniform_stream(4, 0).random(50).tolist():
         sampling = SamplingConfig(top_k=40, top_p=0.95)
-        few, all_ = choose([Candidates(logits[ids], ids), Candidates(logits)], [sampling] * 2, [uniform] * 2)
-        assert few == all_
+        assert choose(Candidates(logits[ids], ids), sampling, uniform) == _choose(logits, sampling, uniform)
 
 
 @pytest.mark.parametrize("broken", [np.nan, np.inf])

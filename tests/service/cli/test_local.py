@@ -30,8 +30,8 @@ def test_train_shows_the_quarters_and_writes_complete_checkpoints(nanomoe: Run, 
     assert [int(n) for n in re.findall(r"^ +(\d+) %", done.out, re.M)] == [0, 25, 50, 75, 100]
     assert done.out.endswith("checkpoints are in run\n")
     for percent in (0, 25, 50, 75, 100):
-        assert checkpoint.read_metrics(tmp_path / "run" / str(percent))["percent"] == percent
-    assert checkpoint.read_config(tmp_path / "run" / "100").epochs == 8
+        assert checkpoint.open(tmp_path / "run" / str(percent), None).metrics().percent == percent
+    assert checkpoint.open(tmp_path / "run" / "100", None).config().epochs == 8
 
     exported = nanomoe("export", "run/100", "hf")
     assert (exported.code, exported.out, exported.err) == (0, "wrote hf\n", "")
@@ -95,7 +95,7 @@ def test_ctrl_c_prints_the_progress_and_leaves_complete_checkpoints(
     monkeypatch.setattr(checkpoint, "write", interrupt_after_writing)
     done = nanomoe("train", "-", *TINY, "--out", "run", stdin=TEXT.encode())
     assert done.code == 130
-    n_steps = checkpoint.read_metrics(tmp_path / "run" / "25")["step"]
+    n_steps = checkpoint.open(tmp_path / "run" / "25", None).metrics().step
     assert done.err == f"stopped at step {n_steps}; its checkpoints are in run\n"
 
 

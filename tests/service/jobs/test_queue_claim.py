@@ -101,7 +101,7 @@ def test_the_last_job_is_claimed_by_one_of_two(db: Database, worker: WorkerIdent
     assert reads.get_job(db, job.id).fence == 1
 
 
-@ONLY_POSTGRESQL  # SQLite has one writer: see the deferred transaction in test_database.py
+@ONLY_POSTGRESQL  # SQLite has one writer: see the deferred transaction in test_sqlite.py
 def test_without_the_row_lock_and_the_status_check_two_workers_claim_one_job(
     db: Database, worker: WorkerIdentity, races: Races
 ) -> None:

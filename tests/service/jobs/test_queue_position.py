@@ -5,19 +5,19 @@ from datetime import datetime, timedelta
 from service.database.database import Database
 from service.jobs import queue, recording
 from service.jobs.lease import Claim
-from service.jobs.queue_position import MAX_POSITION, Place, find_place
+from service.jobs.queue_position import MAX_POSITION, QueuePosition, find_queue_position
 from service.jobs.workers import WorkerIdentity, worker_seen, worker_started
 from tests.databases import Clock
 from tests.queued import claim, copy_job, running, submit
 
 
 def position(db: Database, job_id: str) -> int | None:
-    place = find_place(db, job_id)
+    place = find_queue_position(db, job_id)
     return place and place.position
 
 
 def estimate(db: Database, job_id: str) -> datetime | None:
-    place = find_place(db, job_id)
+    place = find_queue_position(db, job_id)
     return place and place.estimated_start_at
 
 
@@ -76,7 +76,7 @@ def test_a_clock_that_was_ahead_delays_no_estimate(db: Database, clock: Clock, w
     job = submit(db)
     clock.advance(-7200)
     worker_seen(db, worker.id)
-    assert find_place(db, job.id) == Place(0, clock.now)
+    assert find_queue_position(db, job.id) == QueuePosition(0, clock.now)
 
 
 def test_a_job_that_waits_stands_ahead_of_none_that_can_start_now(
@@ -85,7 +85,7 @@ def test_a_job_that_waits_stands_ahead_of_none_that_can_start_now(
     crashed = queue.release(db, running(db, worker), crash="signal 11")
     dated = submit(db, run_at=clock.now + timedelta(seconds=60), priority=9)
     ready = submit(db)
-    assert find_place(db, ready.id) == Place(0, clock.now)
+    assert find_queue_position(db, ready.id) == QueuePosition(0, clock.now)
     # When it has waited 15 s, whoever is ready goes in its order: the crashed one came first.
     assert position(db, crashed.id) == 0
     assert position(db, dated.id) == 0
@@ -123,9 +123,9 @@ def test_those_that_go_first_are_taken_to_train_as_fast_as_one_like_them_that_ru
     same = submit(db, total_steps=400, **MODEL)
     twice = submit(db, total_steps=100, **MODEL | {"n_active_params": 2_000_000})
     last = submit(db, total_steps=10, **MODEL)
-    places = [find_place(db, job.id) for job in (same, twice, last)]
+    places = [find_queue_position(db, job.id) for job in (same, twice, last)]
     starts = [50, 50 + 400 * 0.5, 50 + 400 * 0.5 + 100 * 0.5 * 2]
-    assert places == [Place(n, clock.now + timedelta(seconds=start)) for n, start in enumerate(starts)]
+    assert places == [QueuePosition(n, clock.now + timedelta(seconds=start)) for n, start in enumerate(starts)]
 
 
 def test_two_slots_share_the_line(db: Database, clock: Clock) -> None:
@@ -145,7 +145,7 @@ def test_of_a_job_unlike_all_that_run_nobody_can_say_how_long_it_takes(
     unlike = submit(db, total_steps=100, **MODEL | {"n_active_params": 1_000})
     last = submit(db, total_steps=100, **MODEL)
     assert estimate(db, unlike.id) == clock.now + timedelta(seconds=50)
-    assert find_place(db, last.id) == Place(1, None)
+    assert find_queue_position(db, last.id) == QueuePosition(1, None)
 
 
 def test_a_job_that_was_interrupted_is_taken_to_need_what_it_said_last(

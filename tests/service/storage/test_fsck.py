@@ -131,7 +131,7 @@ def test_a_row_without_its_parent_is_a_fault_of_the_database(db: Database, data:
         connection.exec_driver_sql("BEGIN")
     (fault,) = check(db, data).faults
     assert fault.kind == "database"
-    assert "snapshots refers to nothing in jobs" in fault.message
+    assert "snapshots refers to no row of jobs" in fault.message
     assert claim.job_id
 
 
