@@ -2,7 +2,7 @@
 
 import pytest
 
-from service.cli.bench import lifecycle, tables
+from service.cli.bench import lifecycle, rows, tables
 from service.cli.bench.temporary_service import run_service
 from tests.service.cli.conftest import Run
 
@@ -54,8 +54,8 @@ def test_submissions_are_counted_and_cancelled() -> None:
 
 
 def test_a_second_worker_that_does_not_start_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lifecycle, "_GIVE_UP_SECONDS", 0.1)
-    monkeypatch.setattr(lifecycle, "_wait", lambda *_: 0.0)
+    monkeypatch.setattr(rows, "_TIMEOUT_SECONDS", 0.1)
+    monkeypatch.setattr(rows, "wait", lambda *_: 0.0)
     monkeypatch.setattr("service.cli.processes.Processes.start_worker", lambda *_: None)
     with pytest.raises(AssertionError, match="the second worker did not start"):
         lifecycle.recovery(lease_seconds=3, settle=0)
