@@ -52,13 +52,12 @@ def measure(
     *,
     turns: int,
     steps: int,
-    axes: Mapping[str, Mapping[int, Mapping[str, Any]]] = AXES,
     said: Callable[[str], None] = lambda _: None,
 ) -> list[Point]:
     """Measure all points of an axis in alternating turns, axis after axis, in each way that covers them."""
     points = []
     n_threads = torch.get_num_threads()
-    for axis, values in axes.items():
+    for axis, values in AXES.items():
         racing: dict[tuple[int, str], Contender] = {}
         for value, changes in values.items():
             said(f"{axis} {value}")

@@ -53,6 +53,7 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Seconds of a training step beside transformers, nanoGPT and the machine's limit; evaluation's share of a job."""
+    from nanomoe.bench import machine
     from nanomoe.bench.training import evaluation, growth
     from nanomoe.bench.training import steps as training_steps
     from nanomoe.bench.training.shapes import SHAPES
@@ -98,6 +99,7 @@ def train(
     if as_json:
         print_json(
             {
+                "machine": machine.name(on),
                 "steps": [asdict(one) for one in figures],
                 "evaluation": [asdict(one) for one in shares],
                 "growth": [asdict(one) for one in points],
@@ -115,5 +117,5 @@ def train(
     for table in shown:
         text.print_table(table)
         text.console().print()
-    for line in [*dict.fromkeys(one.machine for one in figures), *(f"not measured: {why}" for why in not_measured)]:
+    for line in [machine.name(on), *(f"not measured: {why}" for why in not_measured)]:
         text.console().print(line, style=text.DIM)
