@@ -21,6 +21,20 @@ INIT_STD = 0.02
 """Standard deviation of initial weights (GPT-2)."""
 
 
+class Linear(nn.Linear):
+    """torch's affine layer, its weights left unset: `GPT.init_weights` or `load_state_dict` sets them."""
+
+    def reset_parameters(self) -> None:
+        """Do nothing: torch's own draws numbers that nobody would use."""
+
+
+class Embedding(nn.Embedding):
+    """torch's table of vectors, its weights left unset: `GPT.init_weights` or `load_state_dict` sets them."""
+
+    def reset_parameters(self) -> None:
+        """Do nothing, for the reason that `Linear.reset_parameters` gives."""
+
+
 class LayerNorm(nn.Module):
     """Layer normalisation over the channels, eps 1e-5, with optional bias."""
 
@@ -39,8 +53,8 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.n_head = config.n_head
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x_BTC: Tensor, masks: LayerMasks | None) -> Tensor:
         B, T, C = x_BTC.shape
@@ -62,8 +76,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x_BTC: Tensor, masks: LayerMasks | None) -> Tensor:
         y_BTC: Tensor = self.c_proj(F.gelu(self.c_fc(x_BTC)))
@@ -111,8 +125,8 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
-        self.wte = nn.Embedding(vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.wte = Embedding(vocab_size, config.n_embd)
+        self.wpe = Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = LayerNorm(config.n_embd, config.bias)
 
@@ -136,9 +150,8 @@ class GPT(nn.Module):
     @classmethod
     def build(cls, config: ModelConfig, vocab_size: int, device: torch.device | str = "cpu") -> Self:
         """A model on `device` whose weights are not set yet: for `init_weights` or `load_state_dict`."""
-        with torch.device("meta"):
-            model = cls(config, vocab_size)
-        return model.to_empty(device=device)
+        with torch.device(device):
+            return cls(config, vocab_size)
 
     def init_weights(self, seed: int) -> None:
         """nanoGPT's initialisation: N(0, 0.02), residual projections N(0, 0.02 / sqrt(2 n_layer)), biases 0.

@@ -27,7 +27,7 @@ from nanomoe.model.gpt import GPT, token_losses
 from nanomoe.plan import OutOfMemory, Plan
 from nanomoe.tokenizer import Tokenizer
 from nanomoe.training.execution import Execution
-from nanomoe.training.optim import build_optimizer, learning_rate
+from nanomoe.training.optim import AdamW, learning_rate
 
 Weights = Mapping[str, Tensor]
 
@@ -120,7 +120,7 @@ class Run:
             self.model.init_weights(config.seed)
         for moe in self.model.moe_layers.values():
             moe.path = execution.expert_path
-        self.optimizer = build_optimizer(self.model, config)
+        self.optimizer = AdamW(self.model, config)
         self.warnings: list[Warned] = []
         """What the steps so far gave rise to; whoever reads them clears them."""
         self.progress = self._nothing_counted(execution.micro_batch)
@@ -137,9 +137,7 @@ class Run:
         """
         index = self.progress.step
         step = self.order.step(index)
-        lr = learning_rate(self.config, index, self.plan.total_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        self.optimizer.lr = learning_rate(self.config, index, self.plan.total_steps)
         self.model.train()
         loss, counts, dropped = self._gradient(step)
         grad_norm = torch.nn.utils.get_total_norm(
@@ -164,7 +162,7 @@ class Run:
             OutOfMemory: a micro-batch cannot be halved.
         """
         while True:
-            self.optimizer.zero_grad(set_to_none=True)
+            self.optimizer.zero_grad()
             n_targets = self.windows.n_targets(step.windows)
             loss = torch.zeros((), device=self.device)
             counts: dict[int, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.int64, device=self.device))
@@ -287,9 +285,7 @@ class Run:
         progress = self.progress
         tensors = {f"dropped.{layer}": n for layer, n in progress.dropped.items()}
         tensors |= {f"choices.{layer}": chosen for layer, chosen in progress.choices.items()}
-        for name, parameter in self.model.named_parameters():
-            for key, value in self.optimizer.state[parameter].items():
-                tensors[f"{key}.{name}"] = value
+        tensors |= self.optimizer.tensors()
         state = {name: getattr(progress, name) for name in ("micro_batch", "step", "train_loss", "routed")}
         files = self._model_files() | {
             checkpoint.RESUME_TENSORS: save_tensors({name: t.cpu().contiguous() for name, t in tensors.items()}),
@@ -310,10 +306,7 @@ class Run:
         for layer, dropped in progress.dropped.items():
             dropped.copy_(tensors[f"dropped.{layer}"])
         progress.choices = {n: tensors[f"choices.{n}"] for n in self.config.moe_layers if f"choices.{n}" in tensors}
-        for name, parameter in self.model.named_parameters():
-            self.optimizer.state[parameter] = {
-                key: tensors[f"{key}.{name}"].to(self.device) for key in ("step", "exp_avg", "exp_avg_sq")
-            }
+        self.optimizer.load(tensors)
         if checkpoint.RESUME_UNTRAINED in files:
             self._untrained = load_tensors(files[checkpoint.RESUME_UNTRAINED])
 

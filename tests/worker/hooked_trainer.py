@@ -20,23 +20,16 @@ import signal
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-# The first optimizer loads torch.compile's machinery, and sympy with it, only to say that it does not want it: half of
-# the time in which a trainer starts.
-torch._dynamo = sys.modules["torch._dynamo"] = SimpleNamespace(  # type: ignore[assignment]
-    disable=lambda function, *_, **__: function, graph_break=lambda: None
-)
-
-from nanomoe import checkpoint  # noqa: E402
-from nanomoe.training.run import Run  # noqa: E402
-from tests.worker.scripted_trainer import run_out_of_memory  # noqa: E402
-from worker import trainer  # noqa: E402
-from worker.guard import Supervision  # noqa: E402
-from worker.protocol import CheckpointWritten, Done, FromTrainer, Start  # noqa: E402
+from nanomoe import checkpoint
+from nanomoe.training.run import Run
+from tests.worker.scripted_trainer import run_out_of_memory
+from worker import trainer
+from worker.guard import Supervision
+from worker.protocol import CheckpointWritten, Done, FromTrainer, Start
 
 hooks: dict[str, dict[str, Any]] = json.loads(sys.argv.pop(1))
 hook: dict[str, Any] = {}

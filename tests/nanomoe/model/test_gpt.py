@@ -9,7 +9,7 @@ from nanomoe.export import gpt2_model, gpt2_weights
 from nanomoe.model.dropout import Dropout
 from nanomoe.model.gpt import GPT, token_losses
 from nanomoe.model.size import n_active_params, n_params
-from nanomoe.training.optim import build_optimizer
+from nanomoe.training.optim import AdamW
 
 SMALL = {"block_size": 24, "n_layer": 3, "n_head": 2, "n_embd": 16, "dropout": 0.0}
 VOCAB = 61
@@ -95,7 +95,7 @@ def test_logits_loss_gradients_and_50_steps_equal_transformers_gpt2(bias: bool) 
         eps=config.eps,
         foreach=False,
     )
-    our_optimizer = build_optimizer(ours, config)
+    our_optimizer = AdamW(ours, config)
     for step in range(51):
         our_logits, their_logits = ours(tokens).logits_BTV, theirs(tokens).logits
         torch.testing.assert_close(our_logits, their_logits, rtol=1e-9, atol=1e-9)

@@ -1,24 +1,107 @@
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load, save
 
 from nanomoe.config import JobConfig
 from nanomoe.model.gpt import GPT
-from nanomoe.training.optim import build_optimizer, learning_rate
+from nanomoe.training.optim import AdamW, decays, learning_rate
+
+ROOT = Path(__file__).parents[3]
 
 
 def test_matrices_decay_and_nothing_else_does() -> None:
     model = GPT(JobConfig(use_moe=True, n_shared_experts=1, n_embd=32), vocab_size=50)
-    names = {id(p): name for name, p in model.named_parameters()}
-    decayed, kept = build_optimizer(model, JobConfig(weight_decay=0.1)).param_groups
-    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
-    leaves = {names[id(p)].rsplit(".", 2)[-2] + "." + names[id(p)].rsplit(".", 1)[-1] for p in decayed["params"]}
+    decayed, kept = AdamW(model, JobConfig(weight_decay=0.1)).groups
+    assert (decayed.weight_decay, kept.weight_decay) == (0.1, 0.0)
+    leaves = {name.rsplit(".", 2)[-2] + "." + name.rsplit(".", 1)[-1] for name in decayed.parameters}
     assert leaves == {
         *("wte.weight", "wpe.weight", "c_attn.weight", "c_proj.weight", "c_fc.weight"),
         *("router.weight", "experts.w_in", "experts.w_out", "shared.w_in", "shared.w_out"),
     }
-    for p in kept["params"]:
-        assert names[id(p)].endswith((".bias", "ln_1.weight", "ln_2.weight", "ln_f.weight", ".b_in", ".b_out"))
+    for name in kept.parameters:
+        assert name.endswith((".bias", "ln_1.weight", "ln_2.weight", "ln_f.weight", ".b_in", ".b_out"))
+
+
+CONFIG = JobConfig(
+    tokenizer="bytes", use_moe=True, n_layer=2, n_head=2, n_embd=24, weight_decay=0.1, betas=(0.8, 0.9), eps=1e-6
+)
+
+
+def built() -> GPT:
+    model = GPT.build(CONFIG, 50)
+    model.init_weights(0)
+    return model
+
+
+def give_gradients(model: GPT, step: int) -> None:
+    """Gradients that are a function of the step."""
+    generator = torch.Generator().manual_seed(step)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator) * 10.0 ** (step - 3)
+
+
+def torch_optimizer(model: GPT) -> torch.optim.AdamW:
+    named = list(model.named_parameters())
+    return torch.optim.AdamW(
+        [
+            {"params": [p for name, p in named if decays(name, p)], "weight_decay": CONFIG.weight_decay},
+            {"params": [p for name, p in named if not decays(name, p)], "weight_decay": 0.0},
+        ],
+        lr=CONFIG.lr,
+        betas=CONFIG.betas,
+        eps=CONFIG.eps,
+        fused=True,
+    )
+
+
+def test_steps_and_state_have_the_bits_of_torchs_own_class_also_when_resumed() -> None:
+    ours, theirs = built(), built()
+    our_optimizer, their_optimizer = AdamW(ours, CONFIG), torch_optimizer(theirs)
+    for step in range(8):
+        lr = learning_rate(CONFIG, step, 8) * (1 + step)
+        our_optimizer.lr = lr
+        for group in their_optimizer.param_groups:
+            group["lr"] = lr
+        for model in (ours, theirs):
+            give_gradients(model, step)
+        our_optimizer.step()
+        their_optimizer.step()
+        # What an earlier version saved, from torch's class, is what a run of this one goes on from.
+        saved = save(
+            {
+                f"{key}.{name}": value
+                for name, p in theirs.named_parameters()
+                for key, value in their_optimizer.state[p].items()
+            }
+        )
+        assert save(our_optimizer.tensors()) == saved
+        our_optimizer = AdamW(ours, CONFIG)
+        our_optimizer.load(load(saved))
+        for name, weight in theirs.state_dict().items():
+            assert torch.equal(ours.state_dict()[name], weight), f"{name} after step {step + 1}"
+
+
+def test_state_that_is_missing_is_refused() -> None:
+    optimizer = AdamW(built(), CONFIG)
+    saved = optimizer.tensors()
+    del saved["exp_avg.transformer.wte.weight"]
+    with pytest.raises(KeyError, match=r"exp_avg\.transformer\.wte\.weight"):
+        optimizer.load(saved)
+
+
+def test_a_training_process_does_not_load_torchs_compiler() -> None:
+    """A second of processor time at the start of every trainer."""
+    code = (
+        "import sys; from worker import trainer; trainer._warm_up(); "
+        "print([name for name in ('torch._dynamo', 'torch._inductor', 'sympy') if name in sys.modules])"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, cwd=ROOT, text=True)
+    assert ran.stdout.strip() == "[]"
 
 
 def test_the_rate_rises_linearly_to_lr_and_then_stays() -> None:
