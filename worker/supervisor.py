@@ -6,6 +6,7 @@ row, and the rescue of jobs whose worker is gone. Never imports torch, and knows
 """
 
 import importlib.metadata
+import os
 import platform
 import sys
 import threading
@@ -18,6 +19,7 @@ from service.errors import DatabaseUnavailable, NotInstalled, SchemaMismatch, St
 from service.jobs import queue, store
 from service.jobs.store import Database, WorkerIdentity
 from service.settings import Settings
+from worker.compiler import STEP_PATH_VARIABLE, start_compiler
 from worker.devices import Device
 from worker.slot import Slot
 from worker.timing import Timing
@@ -49,6 +51,7 @@ class Supervisor:
         self._hurry = threading.Event()
         self._stopped = threading.Event()
         self._signals = 0
+        self._trains_on_cpu = not all(device.is_gpu for device in devices)
         self._failed = False
         self.worker = WorkerIdentity(
             name=name or platform.node(),
@@ -90,6 +93,8 @@ class Supervisor:
         if not self._join():
             return 0
         log.info("worker_started", worker=self.worker.id, slots=[slot.name for slot in self._slots])
+        if self._trains_on_cpu and STEP_PATH_VARIABLE not in os.environ:
+            start_compiler(self._settings.log_format)
         unsubscribe = self._db.changes.subscribe(self._wake_slots)
         # Daemons: should this thread fail, the process ends, and every trainer with it. Nobody trains unguarded.
         threads = [

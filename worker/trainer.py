@@ -219,10 +219,13 @@ def _prepare(start: Start, wire: Wire) -> "Run":
 
 
 def _keep(first: "Execution", now: "Execution") -> "Execution":
-    """What was decided at the job's first start, as far as this machine can do it too."""
+    """What was decided at the job's first start, as far as this machine can do it too: where its loops are not compiled
+    yet, a fused step is done operator by operator until the next attempt."""
     if first.device != now.device:
         return now.model_copy(update={"micro_batch": first.micro_batch})
-    choices = ("precision", "n_threads", "path", "expert_path", "expert_path_reason", "deterministic", "micro_batch")
+    choices = ["precision", "n_threads", "expert_path", "expert_path_reason", "deterministic", "micro_batch"]
+    if first.path == "eager":
+        choices += ["path", "path_reason", "compiled_for"]
     return now.model_copy(update={name: getattr(first, name) for name in choices})
 
 

@@ -41,7 +41,7 @@ def trained(name: str, tokenizer: Tokenizer) -> GPT:
     every call on one machine."""
     config = MODELS[name].model_copy(update={"lr": _LR})
     tokens = tokenizer.encode(paragraph())
-    execution = Execution.decide(config, "cpu", n_tokens=len(tokens))
+    execution = Execution.decide(config, "cpu", n_tokens=len(tokens), path="eager")
     run = Run(config, tokens, tokenizer, execution, device=torch.device("cpu"))
     for _ in range(_STEPS):
         run.train_step()

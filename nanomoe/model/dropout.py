@@ -8,10 +8,10 @@ output, has a 64-bit key, computed on the host by splitmix64. An element is a ha
     x ^= x >> 16;  x *= 0x21f0aaad;  x ^= high word of the key
     x ^= x >> 15;  x *= 0x735a2d97;  x ^= x >> 15
 
-in 32-bit unsigned arithmetic: the counter-based finaliser with two multiplications that Wellons' hash-prospector found
-to have the least bias (https://github.com/skeeto/hash-prospector, issue 19), with half of the key between its rounds,
-so that two planes are not one sequence read from two places. A hash gives two draws of 16 bits: an even column takes the
-low one. Loops that are compiled compute the same where they use it (`nanomoe.training.steps.loops`).
+in 32-bit unsigned arithmetic: the finaliser with two multiplications that Wellons' hash-prospector found to have the
+least bias (https://github.com/skeeto/hash-prospector, issue 19), applied to a counter, with half of the key between its
+rounds, so that two planes are not one sequence read from two places. A hash gives two draws of 16 bits: an even column
+takes the low one. Loops that are compiled compute the same where they use it (`nanomoe.training.steps.loops`).
 """
 
 import functools
@@ -85,9 +85,7 @@ def plane_keys(config: ModelConfig, step: int, windows: Sequence[int], seed: int
     The first is the embedding's.
     """
     of_window = np.array([mix(seed, step, window) for window in windows], dtype=np.uint64)
-    layers, sites, planes = (
-        np.arange(n, dtype=np.uint64) for n in (config.n_layer + 1, len(Site), n_planes(config))
-    )
+    layers, sites, planes = (np.arange(n, dtype=np.uint64) for n in (config.n_layer + 1, len(Site), n_planes(config)))
     keys = _mixed(of_window, layers[:, None])
     return _mixed(_mixed(keys[:, None], sites[:, None])[..., None], planes)
 

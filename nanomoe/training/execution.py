@@ -12,6 +12,10 @@ import torch
 from nanomoe.config import JobConfig, Strict
 from nanomoe.model.moe import ExpertPath, choose_expert_path
 from nanomoe.plan import n_windows
+from nanomoe.training.steps.choice import StepPath, choose_path, compiled_for
+
+NUMERICS = 1
+"""The number of our own arithmetic: initial weights, dropout, steps, loops. Raised with every change of bits."""
 
 
 class DeviceUnavailable(RuntimeError):
@@ -38,8 +42,17 @@ class Execution(Strict):
     instruction_set: str
     """What torch dispatches its CPU kernels to, for example AVX512."""
 
-    path: Literal["eager"]
-    """How a step is run: `eager`, operator by operator."""
+    path: StepPath
+    """How a step is done: `eager`, operator by operator, or `fused`, written out in compiled loops."""
+
+    path_reason: str | None = None
+    """Why this path, in words; it decides nothing."""
+
+    compiled_for: str | None = None
+    """Compiler and processor of the loops that the path has; null where it has none."""
+
+    numerics: int = 0
+    """Number of the program's own arithmetic, raised whenever the same seed gives other bits."""
 
     expert_path: ExpertPath | None
     """How experts are computed; null without a mixture of experts."""
@@ -57,10 +70,11 @@ class Execution(Strict):
     """The library that computed it."""
 
     @classmethod
-    def decide(cls, config: JobConfig, device: str, *, n_tokens: int) -> Self:
+    def decide(cls, config: JobConfig, device: str, *, n_tokens: int, path: StepPath | None = None) -> Self:
         """The execution of a job that starts now on `device` (`auto`, `cpu`, `cuda` or `cuda:N`).
 
-        `n_tokens` is the length of the text: with the batch size it decides how experts are computed.
+        `n_tokens` is the length of the text: with the batch size it decides how experts are computed. `path` is for
+        whoever compares ways of doing a step: it is taken where it covers the job.
 
         Raises:
             DeviceUnavailable: a GPU was asked for and there is none.
@@ -77,13 +91,17 @@ class Execution(Strict):
             rows = windows * min(n_tokens, config.block_size)
             dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
             expert_path, reason = choose_expert_path(config, rows, chosen, dtype)
+        chosen_path, path_reason = choose_path(config, chosen, path)
         return cls(
             device="cuda" if on_gpu else "cpu",
             device_name=torch.cuda.get_device_name(chosen) if on_gpu else "cpu",
             precision=precision,
             n_threads=torch.get_num_threads(),
             instruction_set=torch.backends.cpu.get_cpu_capability(),
-            path="eager",
+            path=chosen_path,
+            path_reason=path_reason,
+            compiled_for=compiled_for(chosen_path),
+            numerics=NUMERICS,
             expert_path=expert_path,
             expert_path_reason=reason,
             deterministic=config.deterministic or not on_gpu,
@@ -101,7 +119,7 @@ class Execution(Strict):
 
     def differences(self, other: Self) -> list[str]:
         """The fields in which `other` would compute otherwise, as `field: this -> other`."""
-        words = {"expert_path_reason"}
+        words = {"path_reason", "expert_path_reason"}
         mine, theirs = self.model_dump(exclude=words), other.model_dump(exclude=words)
         return [f"{field}: {mine[field]} -> {theirs[field]}" for field in mine if mine[field] != theirs[field]]
 

@@ -118,7 +118,8 @@ class Run:
             self.model.init_weights(config.seed)
         for moe in self.model.moe_layers.values():
             moe.path = execution.expert_path
-        self.step = build_step(execution, self.model, self.windows, config)
+        activations = torch.bfloat16 if execution.precision == "bfloat16" else torch.float32
+        self.step = build_step(execution.path, self.model, self.windows, config, activations)
         """The way in which an optimizer step is done."""
         self.warnings: list[Warned] = []
         """What the steps so far gave rise to; whoever reads them clears them."""

@@ -1,17 +1,16 @@
 """An optimizer step on a CPU written out: products by torch into buffers that stay, everything between them in compiled
 loops, no autograd. It computes what `nanomoe.training.steps.eager` computes, with the same dropout masks.
 
-Weights, gradients and moments are flat buffers; the model's parameters are views of one, so that whoever reads the model
-sees what was learnt. Shape letters as in `nanomoe.training.steps.loops`.
+Weights, gradients and moments are flat buffers; the model's parameters are views of one, so that whoever reads the
+model sees what was learnt. Shape letters as in `nanomoe.training.steps.loops`.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nanomoe.config import JobConfig
 from nanomoe.data import Windows
@@ -30,15 +29,6 @@ _ROW = 4096
 
 _MOST_LOGITS = 1 << 24
 """Logits that are in memory at a time; of more rows the output layer takes some at a time."""
-
-
-def not_fused_because(config: JobConfig, device: torch.device) -> str | None:
-    """Why a fused step does not cover this job; None when it does."""
-    if device.type != "cpu":
-        return "the fused step is for a CPU"
-    if config.use_moe:
-        return "the fused step has no mixture of experts"
-    return None
 
 
 class FusedStep(TrainingStep):
@@ -84,6 +74,12 @@ class FusedStep(TrainingStep):
         self._n_steps += 1
         norm = self._parameters.update(self.lr, self._n_steps, is_whole=self._n_parts > 1)
         return torch.tensor(norm, dtype=torch.float32)
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The gradient of each parameter since `begin`, in float32."""
+        if self._n_parts > 1:
+            return {name: view.clone() for name, view in self._parameters.gradient_views.items()}
+        return {name: view.float() for name, view in self._parameters.product_gradients.items()}
 
     def tensors(self) -> dict[str, Tensor]:
         names = self._parameters.views
@@ -162,6 +158,12 @@ class _Parameters:
             for name, view in self._view(flat, names).items()
         }
 
+    def vector(self, name: str, w: "_Workspace") -> tuple[Floats, Floats]:
+        """A vector and its gradient; zeros, and what nobody reads, where the model has no such bias."""
+        if name in self.views:
+            return _bits(self.views[name]), _bits(self.gradient_views[name])
+        return w.zeros, w.unread
+
     def forget_gradients(self) -> None:
         """Set to zero what is added to; what is a product's result is overwritten."""
         self.gradients[self._bounds[1] :].zero_()
@@ -226,17 +228,12 @@ class _Layer:
         prefix = f"transformer.h.{layer}."
 
         def weight(name: str) -> tuple[Tensor, Tensor, Tensor]:
-            """A matrix as a product takes it, transposed, and its gradient."""
-            name = f"{prefix}{name}.weight"
-            operand = parameters.operands[name]
-            return operand, operand.t(), parameters.product_gradients[name]
+            """A matrix as products take it, the same transposed, and its gradient."""
+            operand = parameters.operands[f"{prefix}{name}.weight"]
+            return operand, operand.t(), parameters.product_gradients[f"{prefix}{name}.weight"]
 
         def vector(name: str) -> tuple[Floats, Floats]:
-            """A vector and its gradient, or zeros and what nobody reads where the model has none."""
-            name = prefix + name
-            if name in parameters.views:
-                return _bits(parameters.views[name]), _bits(parameters.gradient_views[name])
-            return w.zeros, w.unread
+            return parameters.vector(prefix + name, w)
 
         self.attn, self.attn_out = weight("attn.c_attn"), weight("attn.c_proj")
         self.mlp_in, self.mlp_out = weight("mlp.c_fc"), weight("mlp.c_proj")
@@ -261,11 +258,11 @@ class _Norm:
         self.out = w.activations(w.N, w.C)
         self.mean, self.scale = np.empty(w.N, np.float32), np.empty(w.N, np.float32)
 
-    def there(self) -> tuple[Any, ...]:
+    def there(self) -> tuple[Floats, Floats, Floats, Array, Floats, Floats]:
         """The last arguments of a loop that ends with this norm."""
         return self.x, self.weight, self.bias, _bits(self.out), self.mean, self.scale
 
-    def back(self) -> tuple[Any, ...]:
+    def back(self) -> tuple[Floats, Floats, Floats, Floats, Floats, Floats]:
         """The arguments of `norm_backward` from `x` on."""
         return self.x, self.mean, self.scale, self.weight, self.d_weight, self.d_bias
 
@@ -282,12 +279,8 @@ class _Workspace:
         self._cut, self._scale = np.uint32(cut(config.dropout)), np.float32(scale(config.dropout))
         self._layers = [_Layer(layer, self, parameters) for layer in range(config.n_layer)]
         views, gradients = parameters.views, parameters.gradient_views
-        last = [
-            _bits(side[f"transformer.ln_f.{name}"]) if f"transformer.ln_f.{name}" in side else instead
-            for name, instead_of in (("weight", None), ("bias", None))
-            for side, instead in ((views, self.zeros), (gradients, self.unread))
-        ]
-        self._norm = _Norm(self, *last)
+        last = parameters.vector("transformer.ln_f.weight", self), parameters.vector("transformer.ln_f.bias", self)
+        self._norm = _Norm(self, *last[0], *last[1])
         self._wte, self._wpe = _bits(views["transformer.wte.weight"]), _bits(views["transformer.wpe.weight"])
         self._d_wpe = _bits(gradients["transformer.wpe.weight"])
         self._out = parameters.operands["transformer.wte.weight"]
@@ -336,9 +329,7 @@ class _Workspace:
             forward.split_heads(B, H, _bits(triple), layer.attn_bias, *split)
             torch.bmm(self._by_head(layer.queries), self._by_head(layer.keys).mT, out=self._by_head(scores))
             factor = np.float32(1 / math.sqrt(self.D))
-            forward.attend(
-                H, factor, _bits(scores), own[Site.ATTENTION_WEIGHTS], *drop, layer.weights, _bits(dropped)
-            )
+            forward.attend(H, factor, _bits(scores), own[Site.ATTENTION_WEIGHTS], *drop, layer.weights, _bits(dropped))
             torch.bmm(self._by_head(dropped), self._by_head(layer.values), out=self._by_head(heads))
             forward.from_heads(B, H, _bits(heads), _bits(layer.attended))
             torch.mm(layer.attended, layer.attn_out[1], out=narrow)
@@ -398,9 +389,7 @@ class _Workspace:
             _product(branch.t(), layer.attended, layer.attn_out[2], adds=adds)
             torch.mm(branch, layer.attn_out[0], out=narrow)
             forward.to_heads(B, H, _bits(narrow), _bits(d_heads))
-            d_out, queries, at_keys, values = map(
-                self._by_head, (d_heads, layer.queries, layer.keys, layer.values)
-            )
+            d_out, queries, at_keys, values = map(self._by_head, (d_heads, layer.queries, layer.keys, layer.values))
             torch.bmm(d_out, values.mT, out=self._by_head(scores))
             backward.attend_backward(
                 H, factor, _bits(scores), layer.weights, own[Site.ATTENTION_WEIGHTS], *drop, _bits(d_scores),

@@ -9,7 +9,9 @@ CPU = torch.device("cpu")
 HEADS = 4
 
 
-def drawn_by(p: float = 0.2, seed: int = 1, step: int = 0, windows: tuple[int, ...] = (0,), n_layer: int = 4) -> Dropout:
+def drawn_by(
+    p: float = 0.2, seed: int = 1, step: int = 0, windows: tuple[int, ...] = (0,), n_layer: int = 4
+) -> Dropout:
     config = ModelConfig(dropout=p, n_head=HEADS, n_layer=n_layer)
     return Dropout(config, seed=seed, step=step, windows=windows, device=CPU, dtype=torch.float32)
 
@@ -47,7 +49,9 @@ def test_a_mask_keeps_its_share_and_scales_it_so_that_the_mean_stays() -> None:
         assert mask.unique().tolist() == pytest.approx([0, 1 / (1 - round(p * 65536) / 65536)], rel=1e-6)
 
 
-@pytest.mark.parametrize("lag", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 2), (0, 0, 64), (0, 1, 1), (0, 16, 0), (1, 1, 1)])
+@pytest.mark.parametrize(
+    "lag", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 2), (0, 0, 64), (0, 1, 1), (0, 16, 0), (1, 1, 1)]
+)
 def test_elements_whose_coordinates_differ_are_independent(lag: tuple[int, int, int]) -> None:
     kept = (draw(drawn_by(0.5, windows=tuple(range(40)))) > 0).double() - 0.5
     plane, row, column = lag

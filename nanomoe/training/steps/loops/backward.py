@@ -80,9 +80,7 @@ def attend_backward(
 
 
 @compiled_exactly
-def join_heads(
-    B: int, H: int, d_queries: Array, d_keys: Array, d_values: Array, d_qkv: Array, d_bias: Floats
-) -> None:
+def join_heads(B: int, H: int, d_queries: Array, d_keys: Array, d_values: Array, d_qkv: Array, d_bias: Floats) -> None:
     """From the gradients of queries, keys and values (B * H * T, D) to that of (N, 3C), and through its bias."""
     N, D = d_qkv.shape[0], d_queries.shape[1]
     T, C = N // B, H * D

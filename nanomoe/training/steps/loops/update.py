@@ -28,9 +28,7 @@ class Rates(NamedTuple):
 
 
 @compiled
-def adamw(
-    rates: Rates, gradient: Array, weights: Floats, exp_avg: Floats, exp_avg_sq: Floats, copy: Array
-) -> float:
+def adamw(rates: Rates, gradient: Array, weights: Floats, exp_avg: Floats, exp_avg_sq: Floats, copy: Array) -> float:
     """Change the weights and the moments; what was changed goes into `copy` too, where that has any row. The sum of the
     squared gradient before clipping."""
     rows, columns = weights.shape
