@@ -74,8 +74,3 @@ def compiled(function: F) -> F:
     """Compile a function whose sums may be taken in any order, which is what lets a row be summed in vectors. The
     compiler chooses the order once; infinities and NaN stay what they are."""
     return _jit(function, {"contract", "reassoc", "nsz", "arcp"})
-
-
-def compiled_without_nan(function: F) -> F:
-    """Compile a function whose result is anything where an operand is NaN: what lets a largest be found in vectors."""
-    return _jit(function, {"contract", "reassoc", "nsz", "arcp", "nnan"})

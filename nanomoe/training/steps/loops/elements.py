@@ -72,6 +72,25 @@ def _put(array: Any, row: Any, column: Any, number: Any) -> Any:
     return narrow if array.dtype == types.uint16 else plain
 
 
+_SIGN_SHIFT = np.int32(31)
+_ALL_BUT_SIGN = np.int32(0x7FFFFFFF)
+
+
+@compiled_exactly
+def ordered(x: np.float32) -> np.int32:
+    """An integer that is larger where `x` is larger, and larger than all for NaN: what lets the largest number of a row
+    be found in vectors."""
+    bits = np.float32(x).view(np.int32)
+    return np.int32(bits ^ (np.int32(bits >> _SIGN_SHIFT) & _ALL_BUT_SIGN))
+
+
+@compiled_exactly
+def unordered(key: np.int32) -> np.float32:
+    """The number that `ordered` made this integer of."""
+    number: np.float32 = np.int32(key ^ (np.int32(key >> _SIGN_SHIFT) & _ALL_BUT_SIGN)).view(np.float32)
+    return number
+
+
 _LOG2_E = np.float32(1.44269504088896341)
 _LN_2_HIGH = np.float32(0.693359375)
 _LN_2_LOW = np.float32(-2.12194440e-4)

@@ -2,22 +2,21 @@
 
 import numpy as np
 
-from nanomoe.training.steps.loops.compiling import Array, Floats, Keys, compiled, compiled_exactly, compiled_without_nan
-from nanomoe.training.steps.loops.elements import exp, get, kept, normal_cdf, normal_density, put
+from nanomoe.training.steps.loops.compiling import Array, Floats, Keys, compiled, compiled_exactly
+from nanomoe.training.steps.loops.elements import exp, get, kept, normal_cdf, normal_density, ordered, put, unordered
 
 _ONE = np.float32(1)
 _ZERO = np.float32(0)
 _EPSILON = np.float32(1e-5)
 
 
-@compiled_without_nan
+@compiled_exactly
 def _largest(row: int, x: Array, end: int) -> np.float32:
-    """The largest of a row's first numbers. With NaN among them it may be any: the sum of exponentials then is NaN."""
-    largest = get(x, row, 0)
+    """The largest of a row's first numbers; NaN if it is among them."""
+    largest = ordered(get(x, row, 0))
     for c in range(1, end):
-        number = get(x, row, c)
-        largest = number if number > largest else largest
-    return largest
+        largest = max(largest, ordered(get(x, row, c)))
+    return unordered(largest)
 
 
 @compiled
@@ -143,12 +142,19 @@ def attend(
 def gelu(u_NF: Array, bias_F: Floats, out_NF: Array, slope_NF: Array) -> None:
     """GELU of u plus a bias, and its derivative there."""
     N, F = u_NF.shape
+    # Widened and narrowed in loops of their own: the compiler makes no vectors of one that does everything.
+    row_F, out_F, slope_F = np.empty(F, np.float32), np.empty(F, np.float32), np.empty(F, np.float32)
     for row in range(N):
         for f in range(F):
-            u = get(u_NF, row, f) + bias_F[f]
-            below = normal_cdf(u)
-            put(out_NF, row, f, u * below)
-            put(slope_NF, row, f, below + u * normal_density(u))
+            row_F[f] = get(u_NF, row, f) + bias_F[f]
+        for f in range(F):
+            below = normal_cdf(row_F[f])
+            out_F[f] = row_F[f] * below
+            slope_F[f] = below + row_F[f] * normal_density(row_F[f])
+        for f in range(F):
+            put(out_NF, row, f, out_F[f])
+        for f in range(F):
+            put(slope_NF, row, f, slope_F[f])
 
 
 @compiled
@@ -161,6 +167,7 @@ def cross_entropy(
     are the logits' gradient but for a factor; that factor in `share_N`; and x times it in `scaled_NC`.
     """
     N, V = logits_NV.shape
+    exponentials = np.empty(V, np.float32)
     loss = 0.0
     for row in range(N):
         largest = _largest(row, logits_NV, V)
@@ -169,13 +176,15 @@ def cross_entropy(
         total = _ZERO
         for v in range(V):
             exponential = exp(get(logits_NV, row, v) - largest)
-            put(logits_NV, row, v, exponential)
+            exponentials[v] = exponential
             total += exponential
+        for v in range(V):
+            put(logits_NV, row, v, exponentials[v])
         factor = _ZERO
         if target >= 0:
             loss += np.float64(np.float32(np.log(total)) - (wanted - largest))
             factor = np.float32(share / total)
-            put(logits_NV, row, target, exp(wanted - largest) - total)
+            put(logits_NV, row, target, exponentials[target] - total)
         share_N[row] = factor
         for c in range(x_NC.shape[1]):
             put(scaled_NC, row, c, get(x_NC, row, c) * factor)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from nanomoe.training.steps.loops.compiling import Array, Floats, compiled, compiled_exactly
-from nanomoe.training.steps.loops.elements import get, put
+from nanomoe.training.steps.loops.elements import get
 
 _ONE = np.float32(1)
 _ZERO = np.float32(0)
@@ -28,11 +28,9 @@ class Rates(NamedTuple):
 
 
 @compiled
-def adamw(rates: Rates, gradient: Array, weights: Floats, exp_avg: Floats, exp_avg_sq: Floats, copy: Array) -> float:
-    """Change the weights and the moments; what was changed goes into `copy` too, where that has any row. The sum of the
-    squared gradient before clipping."""
+def adamw(rates: Rates, gradient: Array, weights: Floats, exp_avg: Floats, exp_avg_sq: Floats) -> float:
+    """Change the weights and the moments; the sum of the squared gradient before clipping."""
     rows, columns = weights.shape
-    has_copy = copy.shape[0] > 0
     squares = 0.0
     for row in range(rows):
         in_row = _ZERO
@@ -47,9 +45,6 @@ def adamw(rates: Rates, gradient: Array, weights: Floats, exp_avg: Floats, exp_a
             weights[row, c] = weights[row, c] * rates.keep - rates.size * average / (
                 np.sqrt(square) / rates.root + rates.eps
             )
-        if has_copy:
-            for c in range(columns):
-                put(copy, row, c, weights[row, c])
         squares += np.float64(in_row)
     return squares
 
@@ -73,11 +68,3 @@ def accumulate(part: Array, total: Floats) -> None:
     for row in range(total.shape[0]):
         for c in range(total.shape[1]):
             total[row, c] += get(part, row, c)
-
-
-@compiled_exactly
-def copy_narrowed(x: Floats, copy: Array) -> None:
-    """copy = x, in the copy's type."""
-    for row in range(x.shape[0]):
-        for c in range(x.shape[1]):
-            put(copy, row, c, x[row, c])

@@ -16,7 +16,7 @@ from nanomoe.tokenizer import load_tokenizer
 from nanomoe.training.execution import Execution
 from nanomoe.training.loop import Happened, LossNotFinite, Steps, Stopped, StopReason, Undisturbed, train
 from nanomoe.training.run import Recorded, Run, Snapshot, Warned
-from nanomoe.training.steps import fused
+from nanomoe.training.steps import fused, micro_batch
 from nanomoe.training.steps.choice import StepPath
 from nanomoe.training.steps.fused import FusedStep
 
@@ -74,10 +74,10 @@ def test_gradients_are_the_same_where_the_output_layer_takes_few_rows_at_a_time(
         run = start({})
         run._gradient(run.order.step(0))
         assert isinstance(run.step, FusedStep)
-        return run.step.gradients()
+        return {name: gradient.clone() for name, gradient in run.step.gradients().items()}
 
     whole = gradients()
-    monkeypatch.setattr(fused, "_MOST_LOGITS", 256 * 50)
+    monkeypatch.setattr(micro_batch, "_MOST_LOGITS", 256 * 50)
     for name, cut in gradients().items():
         torch.testing.assert_close(cut, whole[name], rtol=1e-4, atol=1e-7)
 
@@ -162,21 +162,21 @@ def start_and_go(n_steps: int) -> tuple[torch.Tensor, torch.Tensor]:
 def test_a_micro_batch_that_does_not_fit_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = start({"batch_size": 8})
     tight = start({"batch_size": 8})
-    make = fused._Workspace
+    make = fused.MicroBatch
 
-    def workspace(B: int, *others: Any) -> fused._Workspace:
+    def workspace(B: int, *others: Any) -> fused.MicroBatch:
         if B > 3:
             raise RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory")
         return make(B, *others)
 
-    monkeypatch.setattr(fused, "_Workspace", workspace)
+    monkeypatch.setattr(fused, "MicroBatch", workspace)
     loss, norm = tight.train_step()
     assert tight.progress.micro_batch == 2
     assert [warned.code for warned in tight.warnings].count("micro_batch_halved") == 2
-    monkeypatch.setattr(fused, "_Workspace", make)
+    monkeypatch.setattr(fused, "MicroBatch", make)
     expected_loss, expected_norm = whole.train_step()
     torch.testing.assert_close((loss, norm), (expected_loss, expected_norm), rtol=1e-5, atol=0)
-    monkeypatch.setattr(fused, "_Workspace", lambda *_: workspace(4))
+    monkeypatch.setattr(fused, "MicroBatch", lambda *_: workspace(4))
     with pytest.raises(OutOfMemory):
         start({"batch_size": 1}).train_step()
 
