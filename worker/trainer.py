@@ -185,7 +185,10 @@ def _prepare(start: Start, wire: Wire) -> "Run":
     text = Path(start.text_path).read_bytes().decode()
     tokenizer = _tokenizer(start, text)
     tokens = tokenizer.encode(text)
-    execution = Execution.decide(config, start.device, n_tokens=len(tokens))
+    is_first = start.execution is None
+    execution = Execution.decide(
+        config, start.device, n_tokens=len(tokens), vocab_size=tokenizer.vocab_size if is_first else None
+    )
     differences: list[str] = []
     if start.execution is not None:
         # A job that began before the micro-batch was part of it had the config's.

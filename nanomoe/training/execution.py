@@ -70,11 +70,20 @@ class Execution(Strict):
     """The library that computed it."""
 
     @classmethod
-    def decide(cls, config: JobConfig, device: str, *, n_tokens: int, path: StepPath | None = None) -> Self:
+    def decide(
+        cls,
+        config: JobConfig,
+        device: str,
+        *,
+        n_tokens: int,
+        vocab_size: int | None = None,
+        path: StepPath | None = None,
+    ) -> Self:
         """The execution of a job that starts now on `device` (`auto`, `cpu`, `cuda` or `cuda:N`).
 
         `n_tokens` is the length of the text: with the batch size it decides how experts are computed. `path` is for
-        whoever compares ways of doing a step: it is taken where it covers the job.
+        whoever compares ways of doing a step: it is taken where it covers the job. With `vocab_size`, a fused step has
+        the number of threads with which it is faster, measured where it is not known yet; else as many as torch uses.
 
         Raises:
             DeviceUnavailable: a GPU was asked for and there is none.
@@ -84,19 +93,24 @@ class Execution(Strict):
         precision = config.precision
         if precision == "auto":
             precision = "bfloat16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+        dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
         expert_path: ExpertPath | None = None
         reason: str | None = None
         if config.use_moe:
             windows = min(config.batch_size, n_windows(n_tokens, config.block_size))
             rows = windows * min(n_tokens, config.block_size)
-            dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
             expert_path, reason = choose_expert_path(config, rows, chosen, dtype)
         chosen_path, path_reason = choose_path(config, chosen, path)
+        n_threads = torch.get_num_threads()
+        if chosen_path == "fused" and vocab_size is not None:
+            from nanomoe.training.steps.threads import measured_threads
+
+            n_threads = measured_threads(config, vocab_size, n_tokens, dtype)
         return cls(
             device="cuda" if on_gpu else "cpu",
             device_name=torch.cuda.get_device_name(chosen) if on_gpu else "cpu",
             precision=precision,
-            n_threads=torch.get_num_threads(),
+            n_threads=n_threads,
             instruction_set=torch.backends.cpu.get_cpu_capability(),
             path=chosen_path,
             path_reason=path_reason,

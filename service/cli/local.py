@@ -129,7 +129,7 @@ def _prepare(given: str, config: "JobConfig") -> "Run":
         folders = [here.tokenizer_dir] if here.tokenizer_dir is not None else []
         tokenizer = load_tokenizer(config.tokenizer, text=given, allow_hub=here.allow_hub, allowed_folders=folders)
         tokens = tokenizer.encode(given)
-        execution = Execution.decide(config, here.device, n_tokens=len(tokens))
+        execution = Execution.decide(config, here.device, n_tokens=len(tokens), vocab_size=tokenizer.vocab_size)
         execution.apply()
         return Run(config, tokens, tokenizer, execution, device=device)
     except (DeviceUnavailable, TokenizerError, TextTooShort) as error:

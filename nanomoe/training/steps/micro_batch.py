@@ -13,6 +13,7 @@ from nanomoe.model.dropout import EMBEDDING, Site, cut, scale
 from nanomoe.training.steps.buffers import Buffer, as_array
 from nanomoe.training.steps.loops import backward, forward
 from nanomoe.training.steps.loops.compiling import Array, Floats
+from nanomoe.training.steps.loops.parts import sum_in_parts
 from nanomoe.training.steps.parameters import FlatParameters
 
 _MOST_LOGITS = 1 << 24
@@ -143,10 +144,8 @@ class MicroBatch:
             n = rows.stop - first
             logits, x = self._logits.tensor[:n], self._norm.out
             torch.mm(x.tensor[rows], self._out.transposed, out=logits)
-            loss += forward.cross_entropy(
-                self._logits.array[:n], targets_N[rows], np.float32(share), x.array[rows], self._share[rows],
-                self._scaled.array[rows],
-            )  # fmt: skip
+            arrays = targets_N[rows], x.array[rows], self._share[rows], self._scaled.array[rows]
+            loss += _cross_entropy(self._logits.array[:n], np.float32(share), *arrays)
             self._out.add_gradient(logits.t(), self._scaled.tensor[rows], adds=adds or first > 0)
             torch.mm(logits, self._out.weight, out=self._narrow.tensor[rows])
         return loss
@@ -196,3 +195,14 @@ class MicroBatch:
         torch.bmm(d_scores.batch_transposed, layer.queries.batch, out=self._d_keys.batch)
         heads = self._d_queries.array, self._d_keys.array, self._d_values.array
         backward.join_heads(B, H, *heads, self._triple.array, layer.d_attn_bias)
+
+
+def _cross_entropy(
+    logits_NV: Array, share: np.float32, targets_N: Array, x_NC: Array, share_N: Floats, scaled_NC: Array
+) -> float:
+    def of_rows(rows: slice) -> float:
+        return forward.cross_entropy(
+            logits_NV[rows], targets_N[rows], share, x_NC[rows], share_N[rows], scaled_NC[rows]
+        )
+
+    return sum_in_parts(of_rows, len(logits_NV))

@@ -15,6 +15,7 @@ from nanomoe.model.gpt import GPT
 from nanomoe.training.optim import decays
 from nanomoe.training.steps.buffers import Matrix, as_array
 from nanomoe.training.steps.loops.compiling import Array, Floats
+from nanomoe.training.steps.loops.parts import sum_in_parts
 from nanomoe.training.steps.loops.update import Rates, accumulate, adamw, sum_of_squares
 
 _ALIGNED = 16
@@ -99,15 +100,16 @@ class FlatParameters:
             gradients[0] = _rows(self._narrow_gradients)
         clip = 1.0
         if config.grad_clip is not None:
-            norm = math.sqrt(sum(map(sum_of_squares, gradients)))
+            norm = math.sqrt(sum(map(_squares, gradients)))
             clip = min(1.0, config.grad_clip / (norm + 1e-6))
         squares = 0.0
         for part, gradient, decay in zip(
             parts, gradients, (config.weight_decay, config.weight_decay, 0.0), strict=True
         ):
-            flats = (_rows(flat[part]) for flat in (self._weights, self._exp_avg, self._exp_avg_sq))
-            squares += adamw(self._rates(lr, step, clip, decay), gradient, *flats)
-        self._copies.copy_(self._weights[: len(self._copies)])
+            weights, mean, mean_sq = (_rows(flat[part]) for flat in (self._weights, self._exp_avg, self._exp_avg_sq))
+            copy = _rows(self._copies if part.start == 0 else self._copies[:0])
+            rates = self._rates(lr, step, clip, decay)
+            squares += _updated(rates, gradient, weights, mean, mean_sq, copy)
         return math.sqrt(squares)
 
     def _rates(self, lr: float, step: int, clip: float, decay: float) -> Rates:
@@ -115,6 +117,17 @@ class FlatParameters:
         size, root = lr / (1 - beta1**step), math.sqrt(1 - beta2**step)
         numbers = (clip, 1 - lr * decay, size, root, beta1, beta2, self._config.eps)
         return Rates(*map(np.float32, numbers))
+
+
+def _squares(gradient: Array) -> float:
+    return sum_in_parts(lambda rows: sum_of_squares(gradient[rows]), len(gradient))
+
+
+def _updated(rates: Rates, gradient: Array, weights: Floats, mean: Floats, mean_sq: Floats, copy: Array) -> float:
+    def of_rows(rows: slice) -> float:
+        return adamw(rates, gradient[rows], weights[rows], mean[rows], mean_sq[rows], copy[rows])
+
+    return sum_in_parts(of_rows, len(weights))
 
 
 def _rows(flat: Tensor) -> Array:

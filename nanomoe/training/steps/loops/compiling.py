@@ -39,6 +39,11 @@ def _mark() -> Path:
     return _FOLDER / f"compiled-{digest}"
 
 
+def folder() -> Path:
+    """Where what was compiled is kept, and what was measured of it."""
+    return _FOLDER
+
+
 def are_compiled() -> bool:
     """Whether every loop has been compiled for this processor and is kept, so that loading it compiles nothing."""
     return _mark().exists()

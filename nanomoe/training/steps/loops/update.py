@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from nanomoe.training.steps.loops.compiling import Array, Floats, compiled, compiled_exactly
-from nanomoe.training.steps.loops.elements import get
+from nanomoe.training.steps.loops.elements import get, put
 
 _ONE = np.float32(1)
 _ZERO = np.float32(0)
@@ -28,9 +28,11 @@ class Rates(NamedTuple):
 
 
 @compiled
-def adamw(rates: Rates, gradient: Array, weights: Floats, exp_avg: Floats, exp_avg_sq: Floats) -> float:
-    """Change the weights and the moments; the sum of the squared gradient before clipping."""
+def adamw(rates: Rates, gradient: Array, weights: Floats, exp_avg: Floats, exp_avg_sq: Floats, copy: Array) -> float:
+    """Change the weights and the moments, and their copy where that has any row; the sum of the squared gradient before
+    clipping."""
     rows, columns = weights.shape
+    has_copy = copy.shape[0] > 0
     squares = 0.0
     for row in range(rows):
         in_row = _ZERO
@@ -45,6 +47,9 @@ def adamw(rates: Rates, gradient: Array, weights: Floats, exp_avg: Floats, exp_a
             weights[row, c] = weights[row, c] * rates.keep - rates.size * average / (
                 np.sqrt(square) / rates.root + rates.eps
             )
+        if has_copy:  # while the row is in the nearest cache
+            for c in range(columns):
+                put(copy, row, c, weights[row, c])
         squares += np.float64(in_row)
     return squares
 
