@@ -23,7 +23,7 @@ ENV PATH=/opt/nanomoe/bin:$PATH PYTHONUNBUFFERED=1 NANOMOE_DATA_DIR=/data
 USER 10001
 WORKDIR /home/nanomoe
 # For this machine's processor; on another one the first generation does it, in half a minute.
-RUN python -m nanomoe.kernels
+RUN python -m nanomoe.generation.kernels
 VOLUME /data
 EXPOSE 8000
 CMD ["python", "-m", "service"]

@@ -52,7 +52,6 @@ $(RUN): pyproject.toml constraints.txt
 	fi; \
 	echo "Installing into .venv, once: a minute or two, and longer where torch has to be downloaded ..." >&2; \
 	$(INSTALL) -e .; \
-	.venv/bin/python -m nanomoe.kernels; \
 	(cd .venv && pwd -P) > $(RUN)
 
 $(DEV): $(RUN)
@@ -76,7 +75,7 @@ check: $(DEV) ## lint, format, types
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-readme: $(DEV) ## write the README's tables and .env.example from the code
+readme: $(DEV) ## write the tables of docs/ and .env.example from the code
 	.venv/bin/python -m tests.documents
 
 clean: ## remove what was built here; data/ stays

@@ -1,4 +1,4 @@
-"""The README's comparison of a dense model with mixtures of equal active parameters, run anew.
+"""The comparison in mixture_of_experts.md of a dense model with mixtures of equal active parameters, run anew.
 
 `.venv/bin/python docs/dense_vs_mixture.py` trains every variant with three seeds on the bundled paragraph, prints the
 table in Markdown, and writes every quarter's figures to `dense_vs_mixture.json` in the folder given with `--out`.
@@ -10,14 +10,11 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import nanomoe
 from nanomoe.config import JobConfig
 from nanomoe.tokenizer import load_tokenizer
-from nanomoe.training.execution import Execution
 from nanomoe.training.loop import train
-from nanomoe.training.run import Recorded, Run
+from nanomoe.training.run import Recorded, prepare
 
 MIXTURE: dict[str, Any] = {"use_moe": True, "n_experts": 8, "k": 2, "expert_hidden_ratio": 2.0}
 NO_BALANCE: dict[str, Any] = {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0}
@@ -34,17 +31,14 @@ BALANCE = ("load_cv", "max_violation", "churn", "router_entropy", "dead_experts"
 
 def quarters(config: JobConfig, text: str) -> list[dict[str, Any]]:
     """The figures of each checkpoint of one run; those of the router as the mean over layers."""
-    tokenizer = load_tokenizer(config.tokenizer)
-    tokens = tokenizer.encode(text)
-    execution = Execution.decide(config, "cpu", n_tokens=len(tokens))
-    run = Run(config, tokens, tokenizer, execution, device=torch.device("cpu"))
+    run = prepare(config, text, load_tokenizer(config.tokenizer)).run
     rows = []
     for happened in train(run):
         if isinstance(happened, Recorded):
             metrics = happened.metrics
-            row = {"percent": happened.percent, "loss": metrics["loss"], "perplexity": metrics["perplexity"]}
-            if metrics["moe"] is not None:
-                row |= {name: metrics["moe"]["mean"][name] for name in BALANCE}
+            row = {"percent": happened.percent, "loss": metrics.loss, "perplexity": metrics.perplexity}
+            if metrics.moe is not None:
+                row |= {name: getattr(metrics.moe.mean, name) for name in BALANCE}
             rows.append(row)
     return rows
 

@@ -1,4 +1,4 @@
-"""The README's step times of a mixture against the dense model of equal active parameters, measured anew.
+"""The step times in mixture_of_experts.md of a mixture against the dense model of equal active parameters, measured.
 
 `.venv/bin/python docs/step_time.py` prints, for the reference job and for a batch of 12 windows, the median time of a
 whole training step (forward, backward, gradient norm, AdamW), tokens per second and the peak memory of the process.

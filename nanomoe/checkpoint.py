@@ -1,8 +1,8 @@
 """Write and read a checkpoint's folder, all or nothing.
 
 A folder is written under a `.tmp` name, every file and then the manifest flushed to the disk, and renamed at the end:
-a folder without that suffix is whole. The manifest holds each file's size and sha256; whoever knows the manifest's own
-sha256 (the job's row does) can tell that no byte has changed since. safetensors itself loads a flipped bit without
+a folder without that suffix is complete. The manifest holds each file's size and sha256; whoever knows the manifest's
+own sha256 (the job's row does) can tell that no byte has changed since. safetensors itself loads a flipped bit without
 complaint. Nothing here is ever unpickled, and no file holds a wall-clock value: equal runs give equal bytes.
 
 Knows no torch until weights are read; the service lists and serves checkpoints with it.
@@ -14,16 +14,22 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
 from nanomoe.config import JobConfig, Strict
+from nanomoe.errors import NanomoeError
+from nanomoe.evaluation.metrics import CheckpointMetrics
 from nanomoe.tokenizer import TOKENIZER_FILES, Tokenizer
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
+
+    from nanomoe.model.gpt import GPT
 
 MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
@@ -50,7 +56,7 @@ def stopped_early(step: int, perplexity: float | None) -> str:
     return f"stopped early at step {step:,}{reached}"
 
 
-class CheckpointDamaged(Exception):
+class CheckpointDamaged(NanomoeError):
     """A file of the folder is missing, or its bytes are not those that were written."""
 
     code = "checkpoint_damaged"
@@ -172,12 +178,16 @@ def read_file(folder: Path, entry: FileEntry) -> bytes:
     Raises:
         CheckpointDamaged: it is missing, or a byte is wrong.
     """
-    try:
-        content = (folder / entry.name).read_bytes()
-    except OSError as error:
-        raise CheckpointDamaged(f"{folder.name}/{entry.name}: {error}") from error
+    content = _read_bytes(folder, entry.name)
     _compare(folder, entry, hashlib.sha256(content).hexdigest(), len(content))
     return content
+
+
+def _read_bytes(folder: Path, name: str) -> bytes:
+    try:
+        return (folder / name).read_bytes()
+    except OSError as error:
+        raise CheckpointDamaged(f"{folder.name}/{name}: {error}") from error
 
 
 def _compare(folder: Path, entry: FileEntry, sha256: str, n_bytes: int) -> None:
@@ -212,41 +222,74 @@ def _pieces(folder: Path, entry: FileEntry) -> Iterator[bytes]:
         raise CheckpointDamaged(f"{folder.name}/{entry.name}: {error}") from error
 
 
-def read_all(folder: Path, manifest_sha256: str) -> dict[str, bytes]:
-    """All files of a folder, verified: {name: bytes}.
+@dataclass(frozen=True)
+class OpenCheckpoint:
+    """A checkpoint or snapshot on the disk. Each file is read once, when it is asked for, and its bytes are verified
+    before anything is made of them.
+
+    Every method raises CheckpointDamaged, naming the file, where one is missing or its bytes are not those that were
+    written.
+    """
+
+    folder: Path
+    manifest: Manifest | None
+    """Size and hash of each file; None for a folder that nothing vouches for, whose files are taken as they are."""
+
+    def read(self, name: str) -> bytes:
+        """The content of a file."""
+        if self.manifest is None:
+            return _read_bytes(self.folder, name)
+        entry = next((entry for entry in self.manifest.files if entry.name == name), None)
+        if entry is None:
+            raise CheckpointDamaged(f"{self.folder.name} holds no {name}")
+        return read_file(self.folder, entry)
+
+    def read_all(self) -> dict[str, bytes]:
+        """The content of every file in the manifest, by name."""
+        assert self.manifest is not None, "only a manifest tells which files there are"
+        return {entry.name: read_file(self.folder, entry) for entry in self.manifest.files}
+
+    def config(self) -> JobConfig:
+        """The complete config that the model was trained with."""
+        return JobConfig.model_validate_json(self.read(CONFIG))
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that the model was trained with."""
+        return Tokenizer.of_files({name: self.read(name) for name in TOKENIZER_FILES})
+
+    def metrics(self) -> CheckpointMetrics:
+        """The metrics that were measured with the weights."""
+        return CheckpointMetrics.model_validate_json(self.read(METRICS))
+
+    def weights(self) -> dict[str, "Tensor"]:
+        """Parameters and buffers by nanoGPT's names, on the CPU; the tied output layer is `transformer.wte.weight`."""
+        from safetensors.torch import load
+
+        weights: dict[str, Tensor] = load(self.read(WEIGHTS))
+        return weights
+
+
+def open(folder: Path, manifest_sha256: str | None) -> OpenCheckpoint:  # noqa: A001 # as `tarfile.open`
+    """Open a checkpoint or snapshot.
+
+    `manifest_sha256` is that of the manifest as it was recorded, which vouches for every byte. None is for a folder of
+    the user's own, a download or what `nanomoe train` wrote: its files are taken as they are.
+
+    Raises:
+        CheckpointDamaged: the manifest is missing or another.
+    """
+    return OpenCheckpoint(folder, None if manifest_sha256 is None else read_manifest(folder, manifest_sha256))
+
+
+def load_model(opened: OpenCheckpoint, device: "torch.device | str" = "cpu") -> tuple["GPT", JobConfig, Tokenizer]:
+    """The model of a checkpoint on `device`, in evaluation mode, with its config and its tokenizer.
 
     Raises:
         CheckpointDamaged: naming the file.
     """
-    return {entry.name: read_file(folder, entry) for entry in read_manifest(folder, manifest_sha256).files}
+    from nanomoe.model.gpt import GPT
 
-
-def read_tokenizer(folder: Path, manifest_sha256: str) -> Tokenizer:
-    """The tokenizer that the checkpoint's model was trained with, verified; no other file is read.
-
-    Raises:
-        CheckpointDamaged: naming the file.
-    """
-    entries = {entry.name: entry for entry in read_manifest(folder, manifest_sha256).files}
-    if missing := [name for name in TOKENIZER_FILES if name not in entries]:
-        raise CheckpointDamaged(f"{folder.name} holds no {' and no '.join(missing)}")
-    return Tokenizer.of_files({name: read_file(folder, entries[name]) for name in TOKENIZER_FILES})
-
-
-def read_config(folder: Path) -> JobConfig:
-    """The complete config that the checkpoint's model was trained with."""
-    return JobConfig.model_validate_json((folder / CONFIG).read_bytes())
-
-
-def read_metrics(folder: Path) -> dict[str, Any]:
-    """The metrics that were recorded with the weights."""
-    metrics: dict[str, Any] = json.loads((folder / METRICS).read_bytes())
-    return metrics
-
-
-def load_weights(folder: Path) -> dict[str, "Tensor"]:
-    """Parameters and buffers by nanoGPT's names, on the CPU; the tied output layer is `transformer.wte.weight`."""
-    from safetensors.torch import load_file
-
-    weights: dict[str, Tensor] = load_file(folder / WEIGHTS)
-    return weights
+    config, tokenizer = opened.config(), opened.tokenizer()
+    model = GPT.build(config, tokenizer.vocab_size, device)
+    model.load_state_dict(opened.weights())
+    return model.eval(), config, tokenizer

@@ -6,7 +6,7 @@ The same classes are the HTTP body, the OpenAPI document, the JSON column of the
 """
 
 import math
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticKnownError
@@ -32,12 +32,22 @@ Integer = Annotated[int, Whole]
 Percent = Literal[0, 25, 50, 75, 100]
 """A checkpoint of a job: how much of the training came before."""
 
+PERCENTS: tuple[Percent, ...] = get_args(Percent)
+"""The percents of all checkpoints of a job, ascending."""
+
+JOB_ID_PATTERN = r"^[0-9a-f]{32}$"
+"""Pattern of a job's id: 32 hexadecimal digits."""
+
 
 class Strict(BaseModel):
     """A frozen value that refuses unknown keys, coercions (`"1"` or `true` for a number), NaN and infinity."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
     )
 
 
@@ -54,7 +64,7 @@ class ConfigWarning(Strict):
 class InitFrom(Strict):
     """The checkpoint whose weights a job starts from."""
 
-    job_id: str = Field(pattern=r"^[0-9a-f]{32}$")
+    job_id: str = Field(pattern=JOB_ID_PATTERN)
     """Id of the job that recorded the checkpoint."""
 
     checkpoint: Annotated[Percent, Whole] = 100
@@ -236,6 +246,24 @@ class TrainConfig(Strict):
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr ({self.min_lr:g}) must be at most lr ({self.lr:g})")
         return self
+
+
+class SamplingConfig(Strict):
+    """How the next token is chosen."""
+
+    temperature: float = Field(1.0, ge=0, le=100)
+    """Divides the logits before sampling; 0 takes the likeliest token."""
+
+    top_k: Annotated[int, Field(ge=1, le=1_000_000), Whole] | None = None
+    """Sample among this many likeliest tokens; null among all."""
+
+    top_p: float | None = Field(None, gt=0, le=1)
+    """Sample among the likeliest tokens that together hold this much probability; null among all."""
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken, so that nothing is drawn."""
+        return self.temperature == 0 or self.top_k == 1
 
 
 class SampleConfig(Strict):

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nanomoe import checkpoint
+from nanomoe.checkpoint import OpenCheckpoint, to_json
 from nanomoe.config import ModelConfig
-from nanomoe.tokenizer import Tokenizer
+from nanomoe.errors import NanomoeError
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
@@ -25,7 +25,7 @@ _MODELLING_FILE = "modeling_nanomoe.py"
 _TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 
-class NotExportable(ValueError):
+class NotExportable(NanomoeError, ValueError):
     """The checkpoint has no equal in the format that was asked for."""
 
     code = "not_exportable"
@@ -96,19 +96,19 @@ def moe_config(config: ModelConfig, vocab_size: int) -> dict[str, Any]:
     } | {name: getattr(config, name) for name in names}
 
 
-def export_hf(folder: Path, to: Path) -> None:
-    """Write the checkpoint in `folder` as `to`, which `AutoModelForCausalLM` and `AutoTokenizer` open.
+def export_hf(opened: OpenCheckpoint, to: Path) -> None:
+    """Write a checkpoint as the folder `to`, which `AutoModelForCausalLM` and `AutoTokenizer` open.
 
     A mixture of experts is opened with `trust_remote_code=True`, in any process: nanomoe need not be installed.
     """
-    weights, config = checkpoint.load_weights(folder), checkpoint.read_config(folder)
+    weights, config = opened.weights(), opened.config()
     to.mkdir(parents=True, exist_ok=True)
     if config.use_moe:
         vocab_size = weights["transformer.wte.weight"].shape[0]
-        (to / "config.json").write_bytes(checkpoint.to_json(moe_config(config, vocab_size)))
+        (to / "config.json").write_bytes(to_json(moe_config(config, vocab_size)))
         (to / _MODELLING_FILE).write_bytes((files("nanomoe.assets") / _MODELLING_FILE).read_bytes())
         save_file(weights, to / "model.safetensors", metadata={"format": "pt"})
     else:
         gpt2_model(weights, config).save_pretrained(to)
-    for name, content in Tokenizer.load(folder).files().items():
+    for name, content in opened.tokenizer().files().items():
         (to / name).write_bytes(content)

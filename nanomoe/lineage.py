@@ -3,10 +3,20 @@
 Knows configs only; `nanomoe.model.upcycle` moves the weights. Loads no torch.
 """
 
-from nanomoe.config import ConfigWarning, ModelConfig
+from nanomoe.config import ConfigWarning, InitFrom, ModelConfig
+from nanomoe.errors import NanomoeError
 
 _SHAPES = ("tokenizer", "block_size", "n_layer", "n_head", "n_embd", "bias")
 _MOE_SHAPES = ("moe_stride", "n_experts", "n_shared_experts", "expert_hidden_ratio")
+
+
+class ParentUnusable(NanomoeError):
+    """The checkpoint that a job should start from is not there, or is damaged."""
+
+    code = "parent_unusable"
+
+    def __init__(self, parent: InitFrom, reason: object) -> None:
+        super().__init__(f"cannot start from {parent.job_id}@{parent.checkpoint}: {reason}")
 
 
 def misfits(child: ModelConfig, parent: ModelConfig) -> list[str]:

@@ -6,18 +6,17 @@ Knows no torch; the service refuses and estimates jobs with it, and the training
 from dataclasses import dataclass
 from typing import Self
 
-from nanomoe.config import JobConfig
+from nanomoe.config import PERCENTS, JobConfig
+from nanomoe.errors import NanomoeError
 
-PERCENTS = (0, 25, 50, 75, 100)
 
-
-class TextTooShort(ValueError):
+class TextTooShort(NanomoeError, ValueError):
     """The text has fewer tokens than training, or the held-out part, needs."""
 
     code = "text_too_short"
 
 
-class OutOfMemory(RuntimeError):
+class OutOfMemory(NanomoeError, RuntimeError):
     """A step does not fit the memory, however it is cut."""
 
     code = "out_of_memory"

@@ -14,6 +14,8 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+from nanomoe.errors import NanomoeError
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
 
@@ -48,8 +50,8 @@ letter that opens a line."""
 _ANY_TEXT = "".join(map(chr, range(0x250))) + "  e\u0301 \U0001f469\u200d\U0001f467 \r\n\t <|endoftext|>  fim  "
 
 
-class TokenizerError(ValueError):
-    """A tokenizer that cannot be had, and why; `code` is stable and machine-readable."""
+class TokenizerError(NanomoeError, ValueError):
+    """A tokenizer that cannot be loaded or trained, and why."""
 
     def __init__(self, code: ErrorCode, message: str) -> None:
         super().__init__(message)

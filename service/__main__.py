@@ -21,16 +21,16 @@ from service.errors import ServiceError, StartRefused
 from service.settings import Settings, read_settings
 
 SHUTDOWN_SECONDS = 4
-"""How long requests under way may take to end; event streams end at once."""
+"""Seconds that running requests get to finish at shutdown; event streams end at once."""
 
 
 KEEP_ALIVE_SECONDS = 75
-"""How long an idle connection stays open: longer than clients keep theirs (httpx 5 s), or one that is used again just
-then would be closed under the request."""
+"""Seconds that an idle connection stays open: longer than clients keep theirs (httpx 5 s), so that the server never
+closes one on which a request is being sent."""
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which says where it listens, and lets waiting requests go when it stops."""
+    """uvicorn's server, which announces its address, and ends long-polling requests at shutdown."""
 
     def __init__(self, app: FastAPI, settings: Settings, announce: Callable[[str], None]) -> None:
         """`announce` is called with the address once connections are accepted."""
@@ -50,26 +50,28 @@ class Server(uvicorn.Server):
         self._announce = announce
 
     async def serve_until_stopped(self) -> None:
-        """Open the app, serve it, close it. The app is opened out here, so that what it raises is not only logged."""
+        """Open the app, serve it, close it. The app is opened here, so that its exceptions are raised and not only
+        logged."""
         async with self._app.router.lifespan_context(self._app):
             await self.serve()
 
     def stop(self) -> None:
-        """End: first the streams and long polls, then the server. A second call does not wait for anybody."""
+        """Shut down: first the streams and long polls, then the server. A second call does not wait for requests."""
         self.force_exit = self.should_exit
         self.should_exit = True
         if self.started:
             self._app.state.context.wakeups.close()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Accept connections, and say where."""
+        """Accept connections, and announce the address."""
         await super().startup(sockets)
         host, port = self.servers[0].sockets[0].getsockname()[:2]
         self._announce(f"http://{f'[{host}]' if ':' in host else host}:{port}")
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Signals are `main`'s; uvicorn would raise them again at the end and turn a clean exit into a death."""
+        """Leave signals to `serve`: uvicorn would raise them again at the end, and the process would die of the
+        signal."""
         yield
 
 

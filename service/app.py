@@ -1,4 +1,4 @@
-"""The REST API: its routes, its middleware and what it runs beside them. Loads no torch."""
+"""The REST API: its routes, middleware and background tasks. Loads no torch."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -29,9 +29,9 @@ from service.http.routes import (
 from service.settings import Settings
 
 _DESCRIPTION = """
-Train very small language models on your own machine, and look inside while they learn.
+Train very small language models on your own machine, and inspect them while they learn.
 
-`POST /jobs {"text": "..."}` runs the reference run; every knob of `config` changes one thing of it.
+`POST /jobs {"text": "..."}` runs the reference run; every knob of `config` changes one aspect of it.
 Errors are `application/problem+json` with a stable `code`; under `/v1` they have OpenAI's shape.
 `HEAD` works wherever `GET` does. A body is JSON in UTF-8 or a form, and not compressed.
 """
@@ -41,7 +41,7 @@ def create_app(settings: Settings) -> FastAPI:
     """The API. Its database is opened when the app starts, and closed when it stops.
 
     Raises:
-        StartRefused: it would serve other machines without keys.
+        StartRefused: the settings would serve other machines without keys.
     """
     check_address(settings)
 
@@ -62,13 +62,13 @@ def create_app(settings: Settings) -> FastAPI:
         # Generated clients name their functions after these: to rename a route's function breaks them.
         generate_unique_id_function=lambda route: route.name,
     )
-    # The last is the first that a request meets.
+    # The last one added handles a request first.
     app.add_middleware(RequestBody)
     app.add_middleware(HeadAsGet)
     app.add_middleware(Guard, settings=settings)
     problems.install(app)
-    app.add_exception_handler(events.NothingMore, events.nothing_more)
-    app.add_exception_handler(ClientDisconnect, client_disconnect.left_while_sending)
+    app.add_exception_handler(events.StreamEnded, events.stream_ended)
+    app.add_exception_handler(ClientDisconnect, client_disconnect.disconnected_during_upload)
     for part in (jobs, metrics, events, checkpoints, generate, examine, openai, system, docs):
         app.include_router(part.router)
     app.mount("/static", StaticFiles(directory=docs.STATIC))

@@ -1,9 +1,8 @@
-"""What can go wrong, as exceptions with a stable code. Knows no HTTP framework: one handler of the API turns them into
-`application/problem+json`, and the worker reads the same classes.
+"""The service's exceptions, each with a stable code. Knows no HTTP framework: one handler of the API turns them into
+`application/problem+json`, and the worker handles the same classes.
 
     Exception
-    +-- ServiceError                 a request that gets an answer with `status` and `code`
-    |   +-- Unauthorized             401  key_required, key_unknown
+    +-- ServiceError                 answers a request with `status` and `code`
     |   +-- Forbidden                403  origin_not_allowed, host_not_allowed
     |   +-- NotFound                 404  job_not_found, text_not_found, checkpoint_not_found, file_not_found, ...
     |   +-- Conflict                 409  job_not_finished, has_dependents, no_checkpoint_yet, not_cancellable, ...
@@ -15,8 +14,8 @@
     |   |   +-- SchemaMismatch            schema_mismatch
     |   +-- StorageFull              507  storage_full
     +-- LeaseLost                    the job is no longer this worker's: kill the trainer, write nothing
-    +-- StartRefused                 this process must not start; its text says why and what to do
-        +-- NotInstalled             nor may it yet: a worker waits for the API to have started once
+    +-- StartRefused                 this process must not start; the text says why and what to do
+        +-- NotInstalled             not yet: a worker waits until the API has started once
 """
 
 from collections.abc import Sequence
@@ -24,7 +23,8 @@ from typing import Any, ClassVar
 
 
 class ServiceError(Exception):
-    """An answer of RFC 9457: `status` and `title` belong to the class, `code` and `detail` to the occasion."""
+    """Base class: a problem (RFC 9457). `status` and `title` belong to the class, `code` and `detail` to the
+    occurrence."""
 
     status: ClassVar[int] = 500
     title: ClassVar[str] = "Error"
@@ -45,11 +45,6 @@ class ServiceError(Exception):
         self.retry_after = retry_after
 
 
-class Unauthorized(ServiceError):
-    status = 401
-    title = "A valid key is needed"
-
-
 class Forbidden(ServiceError):
     status = 403
     title = "Not allowed"
@@ -62,7 +57,7 @@ class NotFound(ServiceError):
 
 class Conflict(ServiceError):
     status = 409
-    title = "The state forbids it"
+    title = "Not allowed in this state"
 
 
 class TooLarge(ServiceError):
@@ -86,7 +81,7 @@ class Unavailable(ServiceError):
 
 
 class DatabaseUnavailable(Unavailable):
-    """The database is out of reach, locked for too long, or ended the transaction. Nothing was written, except that a
+    """The database is out of reach, locked for too long, or aborted the transaction. Nothing was written, except that a
     connection which broke during a commit leaves its outcome unknown."""
 
     def __init__(self, detail: str, *, retry_after: float = 5) -> None:
@@ -105,7 +100,7 @@ class SchemaMismatch(Unavailable):
 
 
 class StorageFull(ServiceError):
-    """The disk of the database is full. Nothing was written; reading goes on."""
+    """The disk of the database is full. Nothing was written; reads still work."""
 
     status = 507
     title = "The disk is full"
@@ -115,11 +110,11 @@ class StorageFull(ServiceError):
 
 
 class LeaseLost(Exception):
-    """The job was claimed by another worker, ended or put back: whoever gets this owns it no longer."""
+    """The job was claimed by another worker, ended or was released: the caller's lease on it has ended."""
 
 
 class StartRefused(Exception):
-    """Starting would risk data; the text says why, and what to do."""
+    """Starting would risk data; the text says why, and how to correct it."""
 
 
 class NotInstalled(StartRefused):

@@ -1,4 +1,4 @@
-"""How API, worker and generation engine log: every line on standard error in one form, whoever wrote it.
+"""Logging of the API, the worker and the generation engine: every line on standard error in one format.
 
 Lines of structlog, of the standard library's loggers and of its warnings go through one handler. Knows no settings.
 """
@@ -17,7 +17,7 @@ LogFormat = Literal["console", "json"]
 def configure(form: LogFormat) -> None:
     """Log to standard error from now on: for people, or as one JSON object a line, tracebacks as text in `exception`.
 
-    An exception that nobody has caught is logged as well, whichever thread it ends.
+    Uncaught exceptions are logged too, in every thread.
     """
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,

@@ -1,4 +1,4 @@
-"""Which hosts are this machine itself, by what they are called. Asks no name server."""
+"""Which host names and addresses are loopback. Sends no DNS query."""
 
 import socket
 from ipaddress import IPv4Address, IPv6Address, ip_address
@@ -18,7 +18,7 @@ def is_loopback(host: str) -> bool:
 
 
 def address_of(host: str) -> IPv4Address | IPv6Address | None:
-    """The address that `host` spells, IPv4 inside of IPv6 unwrapped; None for a name."""
+    """The IP address that `host` denotes, an IPv4-mapped IPv6 address as IPv4; None for a name."""
     try:
         address = ip_address(host)
     except ValueError:

@@ -1,6 +1,6 @@
 """Every setting of the API and the worker, read from `NANOMOE_...` variables and from `.env`.
 
-Declared once; the README's table is made from these fields and the texts under them. Knows no HTTP, no torch and no
+Declared once: docs/settings.md is generated from these fields and the texts under them. Knows no HTTP, no torch and no
 database connection.
 """
 
@@ -21,16 +21,16 @@ GIB = 1024**3
 CommaSeparated = Annotated[tuple[str, ...], NoDecode]
 
 SQLITE = "sqlite:///"
-"""How the address of a SQLite database begins; a path follows, percent-encoded as in any URL."""
+"""Prefix of a SQLite database's URL; a percent-encoded path follows."""
 
 
 def sqlite_url(file: Path) -> str:
-    """The address of the SQLite database in `file`, whatever characters its path holds."""
+    """URL of the SQLite database in `file`, whatever characters its path holds."""
     return SQLITE + quote(str(file))
 
 
 def _absolute(given: Path) -> Path:
-    """The path as an absolute one, `~` and `~user` expanded. Raises ValueError."""
+    """The path made absolute, `~` and `~user` expanded. Raises ValueError."""
     try:
         return given.expanduser().absolute()
     except RuntimeError:
@@ -46,7 +46,7 @@ def _database_in(data_dir: Path) -> Path:
     try:
         was_used = (data_dir / "installation").is_file() and not file.exists()
         return earlier if was_used and earlier.is_file() else file
-    except OSError:  # no such folder can be, and opening it will say why
+    except OSError:  # no such folder can exist; opening it will raise the error
         return file
 
 
@@ -54,9 +54,9 @@ AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
 
 
 class Settings(BaseSettings):
-    """One process's settings. `Settings()` reads the environment; keyword arguments win over it.
+    """Settings of one process. `Settings()` reads the environment; keyword arguments take precedence.
 
-    Raises pydantic's ValidationError with the name of the variable that is wrong.
+    Raises pydantic's ValidationError, which names each variable that is wrong.
     """
 
     model_config = SettingsConfigDict(
@@ -74,8 +74,8 @@ class Settings(BaseSettings):
     """Folder of the job files and of the SQLite database; API and workers must see the same one."""
 
     database_url: str = Field(default_factory=lambda given: sqlite_url(_database_in(given["data_dir"])))
-    """`sqlite:///PATH` or `postgresql+psycopg://USER:PASSWORD@HOST/NAME`; the default is a file in the data folder. A
-    URL: of `%`, `?` and `#` in a part of it write `%25`, `%3F` and `%23`."""
+    """URL of the database: `sqlite:///PATH` or `postgresql+psycopg://USER:PASSWORD@HOST/NAME`; the default is a file in
+    the data folder. In its parts write `%`, `?` and `#` as `%25`, `%3F` and `%23`."""
 
     host: str = "127.0.0.1"
     """Address that the API listens on. Any address but loopback needs keys, or `NANOMOE_ALLOW_NO_KEYS`."""
@@ -84,29 +84,30 @@ class Settings(BaseSettings):
     """TCP port of the API; 0 takes a free one and prints it."""
 
     allowed_hosts: CommaSeparated = ()
-    """`Host` names to answer to beside loopback's own, separated by commas."""
+    """`Host` names that are accepted beside loopback's own, separated by commas."""
 
     allow_no_keys: bool = False
-    """Serve other addresses than loopback without keys: for a container whose port is published on loopback only."""
+    """Whether other addresses than loopback are served without keys: for a container whose port is published on
+    loopback only."""
 
     device: str = Field("auto", min_length=1)
-    """Where the worker trains: `auto` (the GPU if there is one), or any of `cpu`, `cpu:N`, `cuda`, `cuda:N` with commas
-    between."""
+    """Devices that the worker trains on: `auto` (the GPU if there is one), or any of `cpu`, `cpu:N`, `cuda`, `cuda:N`
+    with commas between."""
 
     lease_seconds: float = Field(60, gt=0, le=86_400)
-    """How long a claimed job stays its worker's without a heartbeat."""
+    """Seconds without a heartbeat after which another worker may claim a job."""
 
     heartbeat_seconds: float = Field(default_factory=lambda given: given["lease_seconds"] / 6, gt=0, le=3_600)
-    """Time between a worker's heartbeats; a sixth of the lease unless set, a third at most."""
+    """Seconds between a worker's heartbeats; a sixth of the lease unless set, a third at most."""
 
     rescue_seconds: float = Field(default_factory=lambda given: given["lease_seconds"] / 4, gt=0, le=3_600)
-    """Time between two looks for jobs whose lease has passed; a quarter of the lease unless set."""
+    """Seconds between two searches for jobs whose lease has expired; a quarter of the lease unless set."""
 
     snapshot_seconds: float = Field(60, gt=0, le=86_400)
-    """Time between the rolling snapshots that a killed job resumes from."""
+    """Seconds between the rolling snapshots that an interrupted job resumes from."""
 
     allow_hub: bool = False
-    """Let a job name a tokenizer of the Hugging Face hub, which is then downloaded."""
+    """Whether a job may name a tokenizer of the Hugging Face hub, which is then downloaded."""
 
     tokenizer_dir: AbsolutePath | None = None
     """Folder under which a job may name local tokenizer folders; unset allows none."""
@@ -127,10 +128,10 @@ class Settings(BaseSettings):
     """Most jobs that may wait at once; further submissions are refused with 429."""
 
     engine_device: str = Field("cpu", min_length=1)
-    """Where `/generate` computes: the default leaves the GPU to training."""
+    """Device of the generation process: the default leaves the GPU to training."""
 
     engine_cache_bytes: int = Field(2 * GIB, ge=1)
-    """Bytes of loaded checkpoints that the generation process keeps; the least recently used leave first."""
+    """Bytes of loaded checkpoints that the generation process keeps; the least recently used are evicted first."""
 
     engine_max_running: int = Field(64, ge=1, le=4096)
     """Sequences that are generated at the same time."""
@@ -139,8 +140,8 @@ class Settings(BaseSettings):
     """Generation requests that may wait until others have ended; further ones are refused with 429."""
 
     engine_preload: bool = True
-    """Start the generation process as soon as a worker is there or a job waits, so that the first text comes at once;
-    `false` starts it with the first request, and saves its memory (some 300 MB) until then."""
+    """Whether the generation process starts as soon as a worker runs or a job waits, so that the first text comes at
+    once; `false` starts it with the first request, and saves its memory (some 300 MB) until then."""
 
     engine_start_seconds: float = Field(300, gt=0, le=3_600)
     """Longest that the generation process may take to be ready before it is killed and its requests get a 503."""
@@ -156,13 +157,13 @@ class Settings(BaseSettings):
     """Threads of the generation process; unset: one for each core."""
 
     engine_nice: int = Field(10, ge=0, le=19)
-    """How far the generation process yields the CPU to training: 0 not at all, 19 as far as possible."""
+    """Niceness of the generation process (nice(2)): 0 as training, 19 the lowest priority."""
 
     engine_max_new_tokens: int = Field(4096, ge=1, le=1_000_000)
     """Most tokens of one generated text."""
 
     log_format: LogFormat = "console"
-    """How log lines are written to standard error."""
+    """Format of the log lines on standard error: `console` for people, `json` one object a line."""
 
     @field_validator("*", mode="before")
     @classmethod
@@ -199,16 +200,17 @@ class Settings(BaseSettings):
 
 
 def read_settings(**given: Any) -> Settings:
-    """The settings of this process; `given` wins over the environment. Raises StartRefused, a line for each fault."""
+    """The settings of this process; `given` takes precedence over the environment. Raises StartRefused, a line for each
+    fault."""
     try:
         return Settings(**given)
     except ValidationError as error:
-        raise StartRefused("\n".join(_in_words(error))) from None
+        raise StartRefused("\n".join(_messages(error))) from None
     except UnicodeDecodeError as error:
         raise StartRefused(f".env is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}") from None
 
 
-def _in_words(error: ValidationError) -> Iterator[str]:
+def _messages(error: ValidationError) -> Iterator[str]:
     for fault in error.errors(include_input=False, include_url=False):
         if fault["type"] != "default_factory_not_called":  # follows from a fault of another variable
             name = "_".join(map(str, fault["loc"])).upper()

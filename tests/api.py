@@ -24,8 +24,11 @@ from service.app import create_app
 from service.database.database import Database
 from service.generation.admission import _Pending
 from service.http.context import Context
-from service.jobs import queue, store
+from service.jobs import queue, reads, recording
+from service.jobs.lease import Claim
+from service.jobs.workers import WorkerIdentity
 from service.settings import Settings
+from service.storage.job_folders import checkpoint_folder
 
 _BYTES = load_tokenizer("bytes")
 
@@ -41,7 +44,7 @@ class Api:
     http: httpx.Client
     loop: asyncio.AbstractEventLoop
     server: Server
-    worker: store.WorkerIdentity = field(default_factory=lambda: store.WorkerIdentity(name="test"))
+    worker: WorkerIdentity = field(default_factory=lambda: WorkerIdentity(name="test"))
 
     @property
     def db(self) -> Database:
@@ -60,9 +63,9 @@ class Api:
         job: dict[str, Any] = answer.json()
         return job
 
-    def claim(self, job_id: str) -> queue.Claim:
+    def claim(self, job_id: str) -> Claim:
         """Take a job as a worker does; others that wait are held back meanwhile."""
-        for job in store.list_jobs(self.db, status="queued"):
+        for job in reads.list_jobs(self.db, status="queued"):
             if job.id != job_id:
                 queue.request_pause(self.db, job.id)
         claim = queue.claim(self.db, self.worker, lease_seconds=60)
@@ -70,12 +73,12 @@ class Api:
         assert claim.job_id == job_id
         return claim
 
-    def running(self, **changes: Any) -> queue.Claim:
+    def running(self, **changes: Any) -> Claim:
         """A job that a worker has begun, with three steps and the checkpoint before training."""
         claim = self.claim(self.submit(**changes)["id"])
         model = {"n_params": 1000, "n_active_params": 1000}
         execution = {"device": "cpu", "precision": "float32"}
-        queue.record_prepared(self.db, claim, execution=execution, n_tokens=64, total_steps=500, model=model)
+        recording.record_prepared(self.db, claim, execution=execution, n_tokens=64, total_steps=500, model=model)
         self.record_checkpoint(claim, 0, 0)
         self.record_steps(claim, 1, 3)
         return claim
@@ -95,23 +98,23 @@ class Api:
         queue.finish(self.db, claim, "succeeded", reason=reason, progress=progress)
         return claim.job_id
 
-    def record_steps(self, claim: queue.Claim, first: int, last: int) -> None:
+    def record_steps(self, claim: Claim, first: int, last: int) -> None:
         """Steps `first` to `last`, with a loss of 10 / step."""
         step = list(range(first, last + 1))
         columns = {"step": step, "train_loss": [10 / s for s in step], "lr": [1e-4] * len(step),
                    "grad_norm": [1.0] * len(step)}  # fmt: skip
         progress = {"step": last, "total_steps": 500, "epoch": last, "percent": last / 5, "tok_per_sec": 100.0,
                     "eta_seconds": 5.0}  # fmt: skip
-        queue.record_steps(self.db, claim, columns, progress)
+        recording.record_steps(self.db, claim, columns, progress)
 
     def record_checkpoint(
-        self, claim: queue.Claim, percent: int, step: int, files: dict[str, bytes] | None = None, **figures: Any
+        self, claim: Claim, percent: int, step: int, files: dict[str, bytes] | None = None, **figures: Any
     ) -> None:
         """A checkpoint whose files are really there: small ones, or those given. `figures`: unlike `metrics()`."""
-        folder = store.checkpoint_folder(claim.job_id, claim.fence, percent)
+        folder = checkpoint_folder(claim.job_id, claim.fence, percent)
         files = files or {"config.json": b"{}\n", "model.safetensors": bytes(range(256)) * 4, **_BYTES.files()}
         manifest, sha256 = checkpoint.write(self.context.settings.data_dir / folder, files)
-        queue.record_checkpoint(
+        recording.record_checkpoint(
             self.db,
             claim,
             percent=percent,

@@ -28,7 +28,13 @@ pytest_plugins = ("tests.api", "tests.databases", "tests.queued", "tests.races",
 settings.register_profile("project", deadline=None, derandomize="CI" in os.environ, print_blob=True)
 settings.load_profile("project")
 
-_LONGEST_FIRST = ("test_readme.py", "test_exact_resume.py", "test_reference_run.py", "test_soak.py", "test_fuzz.py")
+_LONGEST_FIRST = (
+    "test_documented_commands.py",
+    "test_exact_resume.py",
+    "test_reference_run.py",
+    "test_soak.py",
+    "test_fuzz.py",
+)
 
 
 @pytest.hookimpl(optionalhook=True)  # pytest-xdist's, which can be switched off

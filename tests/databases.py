@@ -21,8 +21,9 @@ import pytest
 import sqlalchemy as sa
 
 from service.database import migrate
-from service.database.database import Database, open_database
-from service.jobs.tables import EPOCH, UtcTime
+from service.database.database import Database
+from service.database.opening import open_database
+from service.database.utc_time import EPOCH, UtcTime
 from service.settings import Settings
 
 EITHER = pytest.mark.parametrize("database_url", ["sqlite", "postgresql"], indirect=True)

@@ -1,6 +1,6 @@
-"""What the README, `docs/client.md` and `.env.example` say about the classes, made from the classes.
+"""The README and the pages of `docs/`: which there are, and what they and `.env.example` say about the code.
 
-`python -m tests.documents` (`make readme`) writes it; test_readme.py and test_packaging.py compare.
+`python -m tests.documents` (`make readme`) writes it; test_documents.py and test_packaging.py compare.
 """
 
 import ast
@@ -18,11 +18,13 @@ from pydantic import BaseModel
 from nanomoe.config import JobConfig, ModelConfig, SampleConfig, TrainConfig
 from service import client
 from service.cli import glossary
+from service.client.job_fields import ViewField
 from service.settings import Settings
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-CLIENT = ROOT / "docs" / "client.md"
+DOCS = ROOT / "docs"
+PAGES = (README, *sorted(DOCS.glob("*.md")))
 ENV_EXAMPLE = ROOT / ".env.example"
 
 
@@ -145,9 +147,9 @@ def methods_table(kind: type) -> str:
     """Every public method and property of a class of the client, with the first sentence of its docstring."""
     fields, methods = [], []
     for name, member in inspect.getmembers(kind):
-        if name.startswith("_") or name in ("ask", "open"):  # those two are for the client's own methods
+        if name.startswith("_") or name in ("send", "open"):  # those two are for the client's own methods
             continue
-        if isinstance(member, property):
+        if isinstance(member, ViewField):
             fields.append(f"| `{name}` | {_sentence(member)} |")
         else:
             methods.append(f"| `{name}({_parameters(member)})` | {_sentence(member)} |")
@@ -228,29 +230,29 @@ def _first_sentence(path: Path) -> str:
     return re.split(r"(?<=\.) ", paragraph)[0]
 
 
-def readme(text: str) -> str:
-    """The README's text with its tables made anew, between `<!-- config -->` and `<!-- /config -->` and the like."""
-    tables = {
-        "figures": figures_table(),
-        "mixture": mixture_table(),
-        "config": config_table(),
-        "settings": settings_table(),
-        "tree": tree(),
-    }
-    return _with_tables(text, tables)
+TABLES: dict[str, dict[str, Callable[[], str]]] = {
+    "architecture.md": {"tree": tree},
+    "client.md": {
+        "Client": lambda: methods_table(client.Client),
+        "JobHandle": lambda: methods_table(client.JobHandle),
+        "errors": errors_table,
+    },
+    "config.md": {"config": config_table},
+    "metrics.md": {"figures": figures_table},
+    "mixture_of_experts.md": {"mixture": mixture_table},
+    "settings.md": {"settings": settings_table},
+}
+"""What each page of `docs/` has made from the code, by the name of its place."""
 
 
-def client_page(text: str) -> str:
-    """The text of `docs/client.md` with its tables made anew."""
-    kinds = {kind.__name__: methods_table(kind) for kind in (client.Client, client.JobHandle)}
-    return _with_tables(text, {**kinds, "errors": errors_table()})
-
-
-def _with_tables(text: str, tables: dict[str, str]) -> str:
-    for name, table in tables.items():
+def with_tables(page: Path) -> str:
+    """The page's text with its tables made anew, between `<!-- config -->` and `<!-- /config -->` and the like."""
+    text = page.read_text("utf-8")
+    for name, table in TABLES.get(page.name, {}).items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
-        text, n = re.subn(pattern, lambda found, table=table: f"{found[1]}{table}\n{found[2]}", text, flags=re.DOTALL)
-        assert n == 1, f"there are {n} places for the {name} table"
+        made = table()
+        text, n = re.subn(pattern, lambda found, made=made: f"{found[1]}{made}\n{found[2]}", text, flags=re.DOTALL)
+        assert n == 1, f"{page.name}: there are {n} places for the {name} table"
     return text
 
 
@@ -262,6 +264,6 @@ def tracked(*under: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    README.write_text(readme(README.read_text("utf-8")), "utf-8")
-    CLIENT.write_text(client_page(CLIENT.read_text("utf-8")), "utf-8")
+    for page in TABLES:
+        (DOCS / page).write_text(with_tables(DOCS / page), "utf-8")
     ENV_EXAMPLE.write_text(env_example(), "utf-8")

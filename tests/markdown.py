@@ -1,4 +1,4 @@
-"""Fenced blocks of a Markdown file, and whether a printed answer is the one that stands below a command.
+"""Fenced blocks of a Markdown file, whether a printed answer is the one that stands below a command, and its links.
 
 A block is run unless an HTML comment right above it says `not run: why` or `stays running`. A `json` or `text` block
 right below a command is its answer. What no two runs share is masked (ids, hashes, times, speeds); fractions may differ
@@ -73,6 +73,27 @@ def blocks(text: str) -> list[Block]:
         end = match.end()
     assert len(re.findall("^```", text, re.MULTILINE)) == 2 * len(FENCED.findall(text)), "a fence is never closed"
     return found
+
+
+def links(text: str) -> list[str]:
+    """The targets of a Markdown text's links to files of this project and to headings, in order."""
+    targets = re.findall(r"\]\(([^)\s]+)\)", _prose(text))
+    return [target for target in targets if not re.match(r"[a-z]+:", target)]
+
+
+def slugs(text: str) -> set[str]:
+    """The anchors of a Markdown text's headings, as GitHub makes them."""
+    found: set[str] = set()
+    for heading in re.findall(r"^#+ (.*)$", _prose(text), re.MULTILINE):
+        slug = re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+        n_before = sum(1 for other in found if re.fullmatch(rf"{re.escape(slug)}(-\d+)?", other))
+        found.add(f"{slug}-{n_before}" if n_before else slug)
+    return found
+
+
+def _prose(text: str) -> str:
+    """The text without its fenced blocks."""
+    return FENCED.sub("", text)
 
 
 def masked(text: str) -> str:

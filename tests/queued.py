@@ -6,20 +6,24 @@ import pytest
 import sqlalchemy as sa
 
 from service.database.database import Database
-from service.jobs import queue, store
-from service.jobs.queue import Claim, NewJob
-from service.jobs.store import Job, WorkerIdentity
-from service.jobs.tables import Counter, table
+from service.database.schema import table
+from service.jobs import queue, reads, recording
+from service.jobs.ids import new_id
+from service.jobs.lease import Claim
+from service.jobs.new_job import NewJob
+from service.jobs.tables import Counter, Job
+from service.jobs.workers import WorkerIdentity, worker_started
 
 LEASE = 60.0
 STEPS = {"step": [1, 2], "train_loss": [9.0, 8.0], "lr": [1e-4, 1e-4], "grad_norm": [1.0, 2.0]}
+EXECUTION = {"device": "cpu", "micro_batch": 8}
 CHECKPOINT = {"step": 0, "epoch": 0.0, "folder": "f", "manifest_sha256": "m", "files": [], "metrics": {"loss": 9.0}}
 
 
 @pytest.fixture
 def worker(db: Database) -> WorkerIdentity:
     found = WorkerIdentity(name="here")
-    store.worker_started(db, found)
+    worker_started(db, found)
     return found
 
 
@@ -43,7 +47,7 @@ def running(db: Database, worker: WorkerIdentity, **changes: Any) -> Claim:
 
 
 def statuses(db: Database, job_id: str) -> list[str]:
-    return [event.data["status"] for event in store.events_after(db, job_id, 0) if event.kind == "status"]
+    return [event.data["status"] for event in reads.events_after(db, job_id, 0) if event.kind == "status"]
 
 
 def everything(db: Database) -> dict[str, list[Any]]:
@@ -62,5 +66,17 @@ def copy_job(db: Database, job: Job, times: int, **values: Any) -> None:
     with db.write() as session:
         raised = sa.update(counters).values(value=counters.c.value + times).returning(counters.c.value)
         last = session.scalars(raised).one()
-        copies = [row | {"id": store.new_id(), "seq": seq} for seq in range(last - times + 1, last + 1)]
+        copies = [row | {"id": new_id(), "seq": seq} for seq in range(last - times + 1, last + 1)]
         session.execute(sa.insert(jobs), copies)
+
+
+def prepare(db: Database, held: Claim) -> None:
+    model = {"n_params": 1, "n_active_params": 1}
+    recording.record_prepared(db, held, execution=EXECUTION, n_tokens=9, total_steps=4, model=model)
+
+
+def out_of_memory(db: Database, held: Claim) -> Job:
+    prepare(db, held)
+    return queue.release_out_of_memory(
+        db, held, micro_batch=4, reason="memory ran out", warnings=[{"code": "a"}, {"code": "b"}]
+    )

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from service.database.database import Database
 
 T = TypeVar("T")
-PATIENCE = 30.0
+TIMEOUT_SECONDS = 30.0
 """Seconds after which a test that waits is taken to hang."""
 
 
@@ -26,7 +26,7 @@ class Held(Generic[T]):
     def let_go(self) -> T:
         """Let it commit; its result, or the exception that it raised."""
         self._go.set()
-        return self._future.result(PATIENCE)
+        return self._future.result(TIMEOUT_SECONDS)
 
 
 class Races:
@@ -53,7 +53,7 @@ class Races:
             return call(*arguments, **options)
 
         future = self._pool.submit(run)
-        assert arrived.wait(PATIENCE), "it never came to its commit"
+        assert arrived.wait(TIMEOUT_SECONDS), "it never came to its commit"
         return Held(future, go)
 
     def start(self, call: Callable[..., T], *arguments: Any, **options: Any) -> "Future[T]":
@@ -65,7 +65,7 @@ class Races:
             return call(*arguments, **options)
 
         future = self._pool.submit(run)
-        assert begun.wait(PATIENCE), "it never began to write"
+        assert begun.wait(TIMEOUT_SECONDS), "it never began to write"
         while not (self._db.is_sqlite or future.done() or self._somebody_waits()):
             pass  # SQLite waits at BEGIN, which cannot be seen from outside; PostgreSQL lists who waits
         return future
@@ -82,7 +82,7 @@ class Races:
         if hold is not None:
             arrived, go = hold
             arrived.set()
-            assert go.wait(PATIENCE)
+            assert go.wait(TIMEOUT_SECONDS)
 
     def _on_statement(self, connection: sa.Connection, *_: Any) -> None:
         # The first statement of a writing transaction: on SQLite it is the BEGIN IMMEDIATE that will wait.
@@ -111,8 +111,8 @@ def at_once(calls: list[Callable[[], T]]) -> list[T]:
     barrier = threading.Barrier(len(calls))
 
     def run(call: Callable[[], T]) -> T:
-        barrier.wait(PATIENCE)
+        barrier.wait(TIMEOUT_SECONDS)
         return call()
 
     with ThreadPoolExecutor(len(calls)) as pool:
-        return [future.result(PATIENCE) for future in [pool.submit(run, call) for call in calls]]
+        return [future.result(TIMEOUT_SECONDS) for future in [pool.submit(run, call) for call in calls]]

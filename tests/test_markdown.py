@@ -1,8 +1,8 @@
-"""The README's own checker: it lets pass what may differ, and nothing else."""
+"""The documents' own checker: it lets pass what may differ, and nothing else."""
 
 import pytest
 
-from tests.markdown import Block, blocks, differences
+from tests.markdown import Block, blocks, differences, links, slugs
 
 DOCUMENT = """\
 Text.
@@ -88,3 +88,26 @@ def test_what_varies_may_differ(language: str, expected: str, printed: str) -> N
 )
 def test_what_must_not_differ_is_seen(language: str, expected: str, printed: str) -> None:
     assert differences(Block(language, expected, 1), printed)
+
+
+LINKED = """\
+# The *first* one, of `two`
+
+[here](#the-first-one), [there](docs/page.md#part) and [away](https://example.org/#x)
+
+```sh
+# no heading, and [no link](nowhere.md)
+```
+
+## Part
+
+## Part
+"""
+
+
+def test_links_are_those_within_the_project() -> None:
+    assert links(LINKED) == ["#the-first-one", "docs/page.md#part"]
+
+
+def test_anchors_are_named_as_github_names_them() -> None:
+    assert slugs(LINKED) == {"the-first-one-of-two", "part", "part-1"}

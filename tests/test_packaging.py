@@ -23,7 +23,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from service.settings import Settings
-from tests.documents import CLIENT, ENV_EXAMPLE, client_page, default_settings, env_example, tracked
+from tests.documents import ENV_EXAMPLE, default_settings, env_example, tracked
 from worker.timing import Timing
 
 ROOT = Path(__file__).parent.parent
@@ -187,10 +187,6 @@ def test_the_example_environment_can_be_used_as_it_stands(tmp_path: Path, monkey
     here, default = Settings(), Settings(_env_file=None)
     assert here.database_url.replace(":///", f":///{tmp_path}/") == default.database_url
     assert here.model_dump(exclude={"database_url"}) == default.model_dump(exclude={"database_url"})
-
-
-def test_the_client_s_page_has_every_method_and_field() -> None:
-    assert CLIENT.read_text("utf-8") == client_page(CLIENT.read_text("utf-8")), "make readme writes it"
 
 
 def test_every_dependency_is_pinned_within_its_range() -> None:

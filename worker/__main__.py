@@ -7,8 +7,9 @@ import sys
 from contextlib import closing
 
 from service import logs
+from service.database.opening import open_database
 from service.errors import DatabaseUnavailable, StartRefused
-from service.jobs.store import is_alive, list_workers, open_database
+from service.jobs.workers import is_alive, list_workers
 from service.settings import Settings, read_settings
 from worker.devices import find_devices
 from worker.supervisor import Supervisor
@@ -56,13 +57,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--devices", dest="device", help="where to train: auto, cpu, cuda:0,cuda:1 ...")
     parser.add_argument("--slots", type=_positive, help="jobs at once on each device (1)")
     parser.add_argument("--name", help="stable name of this worker (the host's)")
-    parser.add_argument("--healthy", action="store_true", help="only say, by the exit status, if this host's worker is")
+    parser.add_argument("--healthy", action="store_true", help="exit with 0 if a worker of this host is alive, else 1")
     parser.add_argument("--data-dir", help="folder of the job files")
     parser.add_argument("--database-url", help="sqlite:///PATH or postgresql+psycopg://...")
-    parser.add_argument("--lease-seconds", type=float, help="how long a job stays ours without a heartbeat")
-    parser.add_argument("--heartbeat-seconds", type=float, help="time between heartbeats")
-    parser.add_argument("--snapshot-seconds", type=float, help="time between rolling snapshots")
-    parser.add_argument("--log-format", choices=["console", "json"])
+    parser.add_argument("--lease-seconds", type=float, help="seconds after which a job without a heartbeat is rescued")
+    parser.add_argument("--heartbeat-seconds", type=float, help="seconds between heartbeats")
+    parser.add_argument("--snapshot-seconds", type=float, help="seconds between rolling snapshots")
+    parser.add_argument("--log-format", choices=["console", "json"], help="format of the log lines")
     return parser
 
 

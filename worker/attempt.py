@@ -1,7 +1,7 @@
-"""One attempt at a job, from the claim to the job's next state: it starts the trainer, has recorded what the trainer
-says, passes on what the user wishes, and ends the trainer when it must.
+"""One attempt at a job, from the claim to the job's next state: it starts the trainer, records the trainer's messages,
+forwards cancel and pause requests, and kills the trainer when it stalls, ignores a stop request or the lease is lost.
 
-Knows no HTTP and no torch. A lost lease ends the attempt at once, and it writes nothing more.
+Knows no HTTP and no torch. A lost lease ends the attempt at once, and nothing more is written to the job.
 """
 
 import signal
@@ -13,163 +13,177 @@ import structlog
 
 from nanomoe.checkpoint import is_disk_full
 from nanomoe.config import JobConfig
+from nanomoe.lineage import ParentUnusable
 from nanomoe.plan import OutOfMemory, Plan
+from service.database.database import Database
 from service.errors import DatabaseUnavailable, LeaseLost, StorageFull
-from service.jobs import queue, store
-from service.jobs.queue import Intents
-from service.jobs.store import Job
+from service.jobs import queue, reads, recording
+from service.jobs.lease import Intents
+from service.jobs.statuses import TERMINAL
+from service.jobs.tables import Job
 from service.settings import Settings
 from worker.lease import Lease, LeaseUncertain
+from worker.lock import SlotLock
 from worker.memory import oom_kills
-from worker.process import Ended, Look, TrainerProcess
-from worker.protocol import Done, Failure, FromTrainer, Ready, Steps, Stop, StopReason
+from worker.process import Ended, TrainerProcess, WakeUp
+from worker.protocol import Done, Failure, FromTrainer, Idle, Ready, Stop, StopReason
 from worker.recorder import Recorder
-from worker.start import ParentUnusable, compose
+from worker.start import build_start
 from worker.timing import Timing
 
 log = structlog.get_logger(__name__)
 
-OUTSIDE = (OSError, MemoryError, DatabaseUnavailable)
-"""What fails a supervisor for a reason that is not the job's: the data folder is away, or the process has no descriptor
-and no memory left."""
+EXTERNAL_FAILURES = (OSError, MemoryError, DatabaseUnavailable)
+"""Exceptions in the supervisor whose cause is not the job: the data folder or the database is unreachable, or the
+process has no file descriptor or memory left."""
 
-ASKED_TO_END = frozenset({signal.SIGHUP, signal.SIGINT, signal.SIGTERM})
-"""Signals with which somebody asks a process to end: the system that shuts down, or a person. No fault sends one."""
+TERMINATION_SIGNALS = frozenset({signal.SIGHUP, signal.SIGINT, signal.SIGTERM})
+"""Signals that ask a process to end: from a system that shuts down, or from a person. No crash causes one of them."""
 
-_RANK = {None: 0, "drain": 1, "pause": 2, "cancel": 3}
-"""Which wish beats which."""
+_PRECEDENCE = {None: 0, "drain": 1, "pause": 2, "cancel": 3}
+"""Precedence of the reasons for a stop: a higher one replaces a lower one."""
 
 
 class Attempt:
-    """A claim and a warm trainer, brought together."""
+    """A claimed job that is trained by one trainer process."""
 
     def __init__(
         self,
-        db: store.Database,
+        db: Database,
         lease: Lease,
         trainer: TrainerProcess,
+        lock: SlotLock,
         *,
         device: str,
         settings: Settings,
         timing: Timing,
         draining: threading.Event,
-        hurry: threading.Event,
-        on_training: Callable[[], None],
+        force_stop: threading.Event,
     ) -> None:
-        """`draining`: the worker should end soon; `hurry`: at once. `on_training` is called once steps are done."""
+        """`lock`: the slot's, taken for this job. `draining`: the worker is to end once its jobs have snapshots;
+        `force_stop`: at once."""
         self._db = db
         self._lease = lease
         self._claim = lease.claim
         self._job = lease.claim.job
         self._trainer = trainer
+        self._lock = lock
         self._device = device
         self._settings = settings
         self._timing = timing
         self._draining = draining
-        self._hurry = hurry
-        self._on_training = on_training
+        self._force_stop = force_stop
         self._log = log.bind(job=self._job.id, fence=self._claim.fence, trainer=trainer.pid)
 
         self._done: Done | None = None
-        """The trainer's last word."""
+        """The trainer's final message about the job."""
+        self.trainer_is_idle = False
+        """Whether the trainer has outlived its job, with nothing of it left: it can be given the next one."""
         self._stopping: StopReason | None = None
         """Why the trainer was asked to stop."""
         self._kill_at: float | None = None
-        """Monotonic time at which asking ends."""
+        """Monotonic time at which the trainer is killed, if it was asked to stop."""
         self._lost = False
-        """Whether the job is somebody else's."""
+        """Whether the job belongs to another worker, or has ended."""
         self._disk_full = False
         self._crash: str | None = None
-        """How the attempt went wrong, where the trainer's exit status does not tell."""
-        self._outside: str | None = None
-        """How it went wrong for a reason that is not the job's."""
-        self._unheard = False
-        """Whether the trainer ended when it had heard no beat for so long that it ends itself."""
+        """Why the attempt failed, where the trainer's exit status does not show it."""
+        self._external_cause: str | None = None
+        """Why the attempt failed, where the cause is not the job."""
+        self._trainer_timed_out = False
+        """Whether the trainer received no keep-alive for so long that it killed itself."""
         self._oom_kills = oom_kills()
 
-        self._look_due: float | None = 0.0
-        """Monotonic time of the next look at what is wished."""
-        self._last_look = 0.0
-        self._recorder = Recorder(db, lease, settings.data_dir, timing, self._obey)
+        self._poll_due: float | None = 0.0
+        """Monotonic time at which cancel and pause requests are read next; None while nothing has changed."""
+        self._last_poll = 0.0
+        self._recorder = Recorder(db, lease, settings.data_dir, timing, self._apply)
 
     def run(self) -> None:
-        """See the job through until no process of it is left, and put it where it belongs then."""
+        """Run the attempt until no process of it is left, then record the job's next state."""
         try:
             self._start()
             self._follow()
         except LeaseLost as error:
             self._log.warning("lease_lost", reason=str(error))
-            self._lost = True
+            self._lost, self.trainer_is_idle = True, False
         except LeaseUncertain:
             self._log.warning("lease_uncertain")
-            self._done = None  # it may have been said, but not all of it is recorded
+            # The final message may have come, but not all before it is recorded.
+            self._done, self.trainer_is_idle = None, False
         except ParentUnusable as error:
             self._done = Done(outcome="failed", error=Failure(code=error.code, message=str(error)))
+            self.trainer_is_idle = True  # it was given nothing
         except Exception as error:
-            # Whatever it is, the trainer must not outlive it, and the next job must not suffer from it.
+            self.trainer_is_idle = False
+            # Whatever it is, the trainer must not outlive the attempt, and the slot must go on with the next job.
             self._disk_full = isinstance(error, StorageFull) or is_disk_full(error)
             reason = f"the supervisor failed: {error!r}"
-            if isinstance(error, OUTSIDE):
-                self._outside = reason
+            if isinstance(error, EXTERNAL_FAILURES):
+                self._external_cause = reason
             else:
                 self._crash = reason
             self._log.exception("attempt_failed")
-        self._bury()
+        self._end_what_is_left()
         if not self._lost:
             self._settle()
 
-    # -- The conversation ------------------------------------------------------------------------------------------
+    # -- Messages -----------------------------------------------------------------------------------------------
 
     def _start(self) -> None:
         self._log.info("attempt_started", attempt=self._job.attempt)
         start, snapshot_folder, warnings = self._lease.read(
-            lambda: compose(
-                self._db, self._job, device=self._device, settings=self._settings, meanwhile=self._beat_when_due
+            lambda: build_start(
+                self._db, self._job, device=self._device, settings=self._settings, meanwhile=self._heartbeat_when_due
             )
         )
         self._recorder.snapshot_folder = snapshot_folder
-        self._trainer.start(start)
+        self._trainer.start(start, self._lock)
         for warning in warnings:
-            self._recorder.hear(warning)
+            self._recorder.handle(warning)
 
     def _follow(self) -> None:
-        """Until the trainer has ended: have recorded what it says, and do what is due meanwhile."""
+        """Handle the trainer's messages and run due work until the trainer is idle or has ended."""
         while True:
             match message := self._next_message():
-                case Ended(garbled=garbled, unheard=unheard):
-                    self._crash = self._crash or ("the trainer said what is not the protocol" if garbled else None)
-                    self._unheard = unheard
+                case Ended(protocol_error=protocol_error, timed_out=timed_out):
+                    self._crash = self._crash or ("the trainer violated the protocol" if protocol_error else None)
+                    self._trainer_timed_out = timed_out
                     break
                 case None | Ready():
                     pass
-                case Look():
-                    self._look_due = self._look_due or max(time.monotonic(), self._last_look + self._timing.look)
+                case WakeUp():
+                    self._poll_due = self._poll_due or max(time.monotonic(), self._last_poll + self._timing.poll)
                 case Done():
                     self._done = message
                     self._kill_within(self._timing.exit_grace)
+                case Idle():
+                    if self._done is None:
+                        self._crash = self._crash or "the trainer did not report how its job ended"
+                    else:
+                        self.trainer_is_idle = True
+                    break
                 case _:
-                    self._recorder.hear(message)
-                    if isinstance(message, Steps):
-                        self._on_training()
-            self._do_what_is_due()
+                    self._recorder.handle(message)
+            self._run_due_work()
         self._recorder.flush()
 
-    def _next_message(self) -> FromTrainer | Ended | Look | None:
-        """What comes next, or None when something is due before."""
+    def _next_message(self) -> FromTrainer | Ended | WakeUp | None:
+        """The next message, or None when work is due before one comes."""
         due = [self._lease.heartbeat_due]
-        due += [at for at in (self._kill_at, self._look_due, self._recorder.due) if at is not None]
+        due += [at for at in (self._kill_at, self._poll_due, self._recorder.due) if at is not None]
         due += [self._stalled_at] if self._crash is None else []
         return self._trainer.next_message(max(0.0, min(due) - time.monotonic()))
 
-    # -- What is due -----------------------------------------------------------------------------------------------
+    # -- Due work -------------------------------------------------------------------------------------------------
 
-    def _do_what_is_due(self) -> None:
+    def _run_due_work(self) -> None:
         now = time.monotonic()
         if self._recorder.due is not None and now >= self._recorder.due:
             self._recorder.flush()
-        if self._look_due is not None and now >= self._look_due:
-            self._look()
-        self._beat_when_due()
+        if self._poll_due is not None and now >= self._poll_due:
+            self._poll()
+        self._heartbeat_when_due()
         if self._crash is None and now >= self._stalled_at:
             self._crash = f"stalled: no step in {now - self._recorder.last_progress:.0f} s"
             self._log.error("trainer_stalled", crash=self._crash)
@@ -179,38 +193,38 @@ class Attempt:
             self._kill_at = None
             self._trainer.kill()
 
-    def _beat_when_due(self) -> None:
+    def _heartbeat_when_due(self) -> None:
         if time.monotonic() >= self._lease.heartbeat_due:
-            self._recorder.write(lambda: queue.heartbeat(self._db, self._claim))
+            self._recorder.write(lambda: recording.heartbeat(self._db, self._claim))
 
-    def _look(self) -> None:
-        """Read what is wished: something was committed, and the next write may be seconds away."""
-        self._look_due, self._last_look = None, time.monotonic()
+    def _poll(self) -> None:
+        """Read cancel and pause requests now: the next write, which returns them too, may be seconds away."""
+        self._poll_due, self._last_poll = None, time.monotonic()
         if self._draining.is_set():
-            self._ask("drain")
+            self._request_stop("drain")
         try:
-            job = store.get_job(self._db, self._job.id)
+            job = reads.get_job(self._db, self._job.id)
         except DatabaseUnavailable:
-            return  # the next heartbeat says so, and keeps trying
+            return  # the next heartbeat logs it, and retries
         if job.fence != self._claim.fence or job.status != "running":
             raise LeaseLost(f"job {job.id} is {job.status} under fence {job.fence}")
-        self._obey(Intents(job.cancel_requested_at is not None, job.pause_requested_at is not None))
+        self._apply(Intents(job.cancel_requested_at is not None, job.pause_requested_at is not None))
 
-    def _obey(self, intents: Intents) -> None:
+    def _apply(self, intents: Intents) -> None:
         if intents.cancel:
-            self._ask("cancel")
+            self._request_stop("cancel")
         elif intents.pause:
-            self._ask("pause")
+            self._request_stop("pause")
 
-    def _ask(self, reason: StopReason) -> None:
-        """Ask the trainer to stop at the next step boundary, and give it a while."""
-        if self._hurry.is_set():
+    def _request_stop(self, reason: StopReason) -> None:
+        """Ask the trainer to stop at the next step boundary; after a grace period it is killed."""
+        if self._force_stop.is_set():
             self._kill_within(0)
-        if _RANK[reason] > _RANK[self._stopping]:
+        if _PRECEDENCE[reason] > _PRECEDENCE[self._stopping]:
             self._log.info("trainer_asked_to_stop", reason=reason)
             self._stopping = reason
             self._trainer.send(Stop(reason=reason))
-            self._trainer.terminate()
+            self._trainer.wake()
             self._kill_within(self._timing.cancel_grace if reason == "cancel" else self._timing.stop_grace)
 
     def _kill_within(self, seconds: float) -> None:
@@ -219,36 +233,41 @@ class Attempt:
 
     @property
     def _stalled_at(self) -> float:
-        """Monotonic time at which a trainer that tells nothing counts as stalled."""
-        patience = max(self._timing.stall, self._timing.stall_steps * self._recorder.median_step_seconds)
-        return self._recorder.last_progress + patience
+        """Monotonic time at which a trainer without progress counts as stalled."""
+        limit = max(self._timing.stall, self._timing.stall_steps * self._recorder.median_step_seconds)
+        return self._recorder.last_progress + limit
 
     # -- The end ---------------------------------------------------------------------------------------------------
 
-    def _bury(self) -> None:
-        """Return once no process of the job is left; the job stays ours meanwhile."""
-        while not self._trainer.bury(self._timing.heartbeat):
+    def _end_what_is_left(self) -> None:
+        """Return once nothing of the job is left: its trainer is idle and no process lives that it started, or none of
+        its processes lives. Heartbeats keep the job this worker's meanwhile."""
+        self._lock.close()
+        self.trainer_is_idle = self.trainer_is_idle and self._trainer.is_alone()
+        if self.trainer_is_idle:
+            return
+        while not self._trainer.kill_and_reap(self._timing.heartbeat):
             try:
-                self._lease.write(lambda: queue.heartbeat(self._db, self._claim))
+                self._lease.write(lambda: recording.heartbeat(self._db, self._claim))
             except LeaseLost:
                 self._lost = True
             except (LeaseUncertain, StorageFull):
-                continue  # what is left of the trainer still has to go
+                continue  # the trainer still has to be killed
 
     def _settle(self) -> None:
-        """From running to where the job belongs. Nothing of it lives any more."""
+        """Record the job's next state. No process of it is left."""
         try:
-            job = self._lease.insist(self._transition(), self._hurry)
+            job = self._lease.final_write(self._transition(), self._force_stop)
         except LeaseLost as error:
             self._log.warning("lease_lost", reason=str(error))
             return
         if job is not None:
-            if job.status in store.TERMINAL:
+            if job.status in TERMINAL:
                 self._recorder.drop_snapshot()
             self._log.info("attempt_ended", status=job.status, status_reason=job.status_reason, error=job.error)
 
     def _transition(self) -> Callable[[], Job]:
-        """What becomes of the job."""
+        """The write that records the job's next state."""
         db, claim = self._db, self._claim
         match self._done:
             case None if self._lease.is_uncertain:
@@ -261,7 +280,7 @@ class Attempt:
             case Done(outcome="failed", error=Failure(code="disk_full", message=message)):
                 return lambda: queue.release(db, claim, pause_reason=message)
             case Done(outcome="failed", error=Failure(code="storage_failed", message=message)):
-                return self._transition_outside(message)
+                return self._transition_external(message)
             case Done(outcome="failed", error=error):
                 assert error is not None, "a failure has an error"
                 return lambda: queue.finish(db, claim, "failed", error=error.model_dump())
@@ -270,27 +289,30 @@ class Attempt:
         if self._disk_full:
             return lambda: queue.release(db, claim, pause_reason="the disk is full")
         if self._crash is None and self._stopping is not None:
-            return lambda: queue.release(db, claim)  # it was killed because it did not obey in time
-        if self._outside is not None:
-            return self._transition_outside(self._outside)
-        if self._crash is None and -self._trainer.exit_status in ASKED_TO_END:
-            return self._transition_outside(_describe(self._trainer.exit_status))
+            return lambda: queue.release(db, claim)  # it was killed because it did not stop in time
+        if self._external_cause is not None:
+            return self._transition_external(self._external_cause)
+        if self._crash is None and -self._trainer.exit_status in TERMINATION_SIGNALS:
+            return self._transition_external(_describe(self._trainer.exit_status))
         killed = self._crash is None and self._trainer.exit_status == -signal.SIGKILL
         if killed and oom_kills() > self._oom_kills:
             return self._transition_out_of_memory()
-        if killed and self._unheard:
-            return self._transition_outside("the trainer heard nothing from its worker for too long and ended itself")
+        if killed and self._trainer_timed_out:
+            return self._transition_external(
+                "the trainer received no keep-alive from its worker for too long and killed itself"
+            )
         crash = self._crash or _describe(self._trainer.exit_status)
         self._log.error("trainer_crashed", crash=crash)
         return lambda: queue.release(db, claim, crash=crash)
 
-    def _transition_outside(self, reason: str) -> Callable[[], Job]:
-        """The job is not to blame: it is tried again, however often that happens."""
-        self._log.error("attempt_ended_from_outside", reason=reason)
+    def _transition_external(self, reason: str) -> Callable[[], Job]:
+        """The cause is not the job: it is tried again, and no crash is counted."""
+        self._log.error("attempt_ended_by_external_cause", reason=reason)
         return lambda: queue.release(self._db, self._claim, outside=reason)
 
     def _transition_out_of_memory(self) -> Callable[[], Job]:
-        """The system's killing is like a refusal that torch itself sees: the micro-batch is halved where it can be."""
+        """The kernel's out-of-memory kill is handled as torch's own out-of-memory error: the micro-batch is halved
+        where that is possible."""
         db, claim, prepared = self._db, self._claim, self._recorder.prepared
         config = JobConfig.model_validate(self._job.config)
         try:
@@ -310,7 +332,7 @@ class Attempt:
             f"after step {step}, with micro-batches of {size} windows, the system killed the trainer because memory "
             f"ran out; from now on they have {half}: a step trains on the same windows in more parts"
         )
-        return lambda: queue.release_smaller(
+        return lambda: queue.release_out_of_memory(
             db,
             claim,
             micro_batch=half,
@@ -324,5 +346,5 @@ class Attempt:
 
 def _describe(exit_status: int) -> str:
     if exit_status < 0:
-        return f"the trainer was ended by {signal.Signals(-exit_status).name}"
+        return f"the trainer was killed by {signal.Signals(-exit_status).name}"
     return f"the trainer ended with status {exit_status} before it was done"

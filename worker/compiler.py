@@ -11,7 +11,7 @@ import sys
 import structlog
 
 from service import logs
-from worker.guard import die_with_parent
+from nanomoe.processes import die_with_parent
 
 log = structlog.get_logger(__name__)
 
@@ -39,9 +39,9 @@ def main() -> None:
     os.nice(_LOWEST_PRIORITY)
     die_with_parent(int(sys.argv[1]))
     logs.configure("json" if sys.argv[2] == "json" else "console")
-    from nanomoe.training.steps.loops import compiling
+    from nanomoe.training.steps.loops.compiling import LOOPS
 
-    if compiling.are_compiled():
+    if LOOPS.are_compiled():
         return
     log.info("training_loops_compiling")
     from nanomoe.training.steps.loading import load_all

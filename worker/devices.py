@@ -1,4 +1,4 @@
-"""The devices that a worker trains on, found without torch: what they are called, and what a trainer sees of them."""
+"""The devices that a worker trains on, found without torch: their names, and the environment of a trainer on each."""
 
 import os
 import platform
@@ -11,15 +11,15 @@ from service.errors import StartRefused
 
 @dataclass(frozen=True)
 class Device:
-    """A place to train."""
+    """A GPU, or the CPU, that trainers run on."""
 
     name: str
-    """`cpu`, `cpu:N` (a second place on the same processors) or `cuda:N`."""
+    """`cpu`, `cpu:N` (another trainer on the same processors) or `cuda:N`."""
 
     model: str
     memory_bytes: int
     identity: str
-    """What names it on this machine for every worker that uses it: a GPU's UUID, the CPU's host."""
+    """Id of the device, the same for every worker of this machine: a GPU's UUID, or the host's name for the CPU."""
 
     @property
     def is_gpu(self) -> bool:
@@ -27,7 +27,7 @@ class Device:
 
     @property
     def torch_name(self) -> str:
-        """What the trainer calls it: of the GPUs it sees only its own."""
+        """The device's name in the trainer's process, which sees only its own GPU."""
         return "cuda" if self.is_gpu else "cpu"
 
     @property
@@ -40,6 +40,8 @@ class Device:
         environment = dict(os.environ)
         if self.is_gpu:
             environment["CUDA_VISIBLE_DEVICES"] = self.identity
+            # A job that is to be deterministic needs it, and cuBLAS reads it once in a process.
+            environment.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         else:
             environment["CUDA_VISIBLE_DEVICES"] = ""
             if slots > 1:

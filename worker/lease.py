@@ -1,7 +1,7 @@
-"""A claim that is kept alive: every write to the job goes through it, and it knows until when the job is ours.
+"""The lease of a claimed job: every write to the job goes through it and renews it, and it knows its own deadline.
 
-Knows neither the trainer nor the job's meaning. A database that is out of reach is tried again for as long as the lease
-is certain; the supervisor's guard ends the trainer at the deadline, which no write here can outlive.
+Knows neither the trainer nor the job's content. A write to a database that is out of reach is retried until the
+deadline, at which the supervisor's main thread kills the trainer; no write is accepted after that.
 """
 
 import threading
@@ -12,7 +12,7 @@ from typing import TypeVar
 import structlog
 
 from service.errors import DatabaseUnavailable, StorageFull
-from service.jobs.queue import Claim
+from service.jobs.lease import Claim
 from worker.timing import Timing
 
 log = structlog.get_logger(__name__)
@@ -21,38 +21,39 @@ T = TypeVar("T")
 
 
 class LeaseUncertain(Exception):
-    """No heartbeat succeeded for so long that the trainer was killed: others may soon claim the job."""
+    """The deadline has passed without a heartbeat: the trainer was killed, and another worker may soon claim the
+    job."""
 
 
 class Lease:
-    """The right to write to a job, with its time."""
+    """The time-limited right to write to a job."""
 
     def __init__(self, claim: Claim, began: float, timing: Timing) -> None:
-        """`began`: monotonic time before the claim was asked for, so that we err on the side of too short."""
+        """`began`: monotonic time before the claim was requested, so that the lease is rather taken as too short."""
         self.claim = claim
         self._timing = timing
         self.fenced = threading.Event()
-        """Set by the guard when it has killed the trainer."""
+        """Set by the supervisor's main thread when it has killed the trainer at the deadline."""
         self._extend(began)
 
     def _extend(self, began: float) -> None:
-        self.deadline = began + self._timing.certain
-        """Monotonic time at which the guard kills the trainer."""
-        self.trainer_until = began + self._timing.silence
-        """Monotonic time at which the trainer ends itself unless it hears of a later one."""
+        self.deadline = began + self._timing.kill_after
+        """Monotonic time at which the supervisor's main thread kills the trainer."""
+        self.trainer_until = began + self._timing.self_kill_after
+        """Monotonic time at which the trainer kills itself unless a keep-alive names a later one."""
         self.heartbeat_due = began + self._timing.heartbeat
         """Monotonic time of the next heartbeat, if nothing else is written before."""
 
     @property
     def is_uncertain(self) -> bool:
-        """Whether the deadline has passed, or the guard has already acted on it."""
+        """Whether the deadline has passed, or the trainer was already killed because of it."""
         return self.fenced.is_set() or time.monotonic() > self.deadline
 
     def write(self, write: Callable[[], T]) -> T:
-        """Do one fenced write, which is a heartbeat too; try again while the database is out of reach.
+        """Do one fenced write, which is a heartbeat too; retry while the database is out of reach.
 
-        Raises LeaseLost when the job is somebody else's, LeaseUncertain when the guard has killed the trainer
-        meanwhile, StorageFull.
+        Raises LeaseLost when the job is no longer this worker's, LeaseUncertain when the trainer was killed at the
+        deadline meanwhile, StorageFull.
         """
         while True:
             began = time.monotonic()
@@ -69,7 +70,7 @@ class Lease:
                 return result
 
     def read(self, read: Callable[[], T]) -> T:
-        """Do one read; try again while the database is out of reach. Raises LeaseUncertain as `write` does."""
+        """Do one read; retry while the database is out of reach. Raises LeaseUncertain as `write` does."""
         while True:
             try:
                 return read()
@@ -78,10 +79,10 @@ class Lease:
                 if self.fenced.wait(self._timing.retry):
                     raise LeaseUncertain from error
 
-    def insist(self, write: Callable[[], T], give_up: threading.Event) -> T | None:
-        """Do the last write of an attempt, whose trainer is dead: there is nothing left to lose by trying on.
+    def final_write(self, write: Callable[[], T], abort: threading.Event) -> T | None:
+        """Do the final write of an attempt, whose trainer is dead; retry without a deadline.
 
-        None when `give_up` was set while the database was out of reach or full: the lease then runs out by itself.
+        None when `abort` was set while the database was out of reach or full: the lease then expires by itself.
         Raises LeaseLost.
         """
         while True:
@@ -89,5 +90,5 @@ class Lease:
                 return write()
             except (DatabaseUnavailable, StorageFull) as error:
                 log.warning("database_out_of_reach", job=self.claim.job_id, error=str(error))
-                if give_up.wait(self._timing.retry):
+                if abort.wait(self._timing.retry):
                     return None

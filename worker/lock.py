@@ -1,9 +1,10 @@
-"""The lock of a slot: a file lock that the trainer of a running job and all that it forks hold, and nobody else.
+"""The lock of a slot: a file lock that only the trainer of a running job and the processes that it forks hold.
 
-The supervisor opens the file anew for each trainer and lets the trainer inherit the descriptor; locking it before the
-claim locks the description that both share, and when the job starts the supervisor lets its own copy go. From then on
-the lock is free exactly when no process of the job is left, whatever became of the supervisor: a stopped or killed
-supervisor's trainer can never share its device with a second one.
+The supervisor opens the file anew before each claim, locks it, and sends the open file with the start message; then it
+closes its own copy, and at the job's end the trainer closes the one that it received. Nobody unlocks: a lock is free
+when the last copy is closed, and so exactly when no process of the job has it any more, whatever happened to the
+supervisor. A stopped or killed supervisor's trainer can never share its device with a second one, and a child that
+outlives its job keeps the slot locked.
 
 Knows no job and no database. The lock (flock) is kept by the kernel, so it ends with its last holder.
 """
@@ -22,47 +23,39 @@ Owner = dict[str, str | int | None]
 
 
 class SlotLock:
-    """One trainer's open description of a slot's lock file."""
+    """An open file of a slot's lock, for one job."""
 
     def __init__(self, path: Path, token: str) -> None:
-        """`token` is the trainer's mark in the environment of all its processes."""
+        """`token` identifies the trainer in the environment of all its processes."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
         self._token = token
         self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
 
     def acquire(self) -> bool:
-        """Take the lock, for this process and for whoever inherited the descriptor; False when a job still holds it.
+        """Take the lock, for this process and for whoever is sent the open file; False when a job still holds it.
 
-        What a dead supervisor of this machine left running is killed here, so that a later try succeeds. Raises OSError
+        Orphans of a dead supervisor of this machine are killed here, so that a later attempt succeeds. Raises OSError
         when the disk is full, and takes nothing then.
         """
         try:
             fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self._kill_what_a_dead_supervisor_left()
+            self._kill_orphans_of_a_dead_supervisor()
             return False
         owner = _supervisor(os.getpid()) | {"trainer": self._token}
         content = json.dumps(owner).encode()
-        try:
-            os.pwrite(self.descriptor, content, 0)
-            os.ftruncate(self.descriptor, len(content))  # not before: on a full disk the room might be gone
-        except OSError:
-            self.release()
-            raise
+        os.pwrite(self.descriptor, content, 0)
+        os.ftruncate(self.descriptor, len(content))  # not before: on a full disk the room might be gone
         return True
 
-    def release(self) -> None:
-        """Unlock: there was nothing to claim."""
-        fcntl.flock(self.descriptor, fcntl.LOCK_UN)
-
-    def hand_over(self) -> None:
-        """Close this process's copy: the lock is the trainer's alone now, and ends with it. Repeating is harmless."""
+    def close(self) -> None:
+        """Close this process's copy of the open file. Idempotent."""
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1
 
-    def _kill_what_a_dead_supervisor_left(self) -> None:
+    def _kill_orphans_of_a_dead_supervisor(self) -> None:
         try:
             owner: Owner = json.loads(self._path.read_bytes())
         except ValueError:
@@ -80,6 +73,6 @@ def _supervisor(pid: int) -> Owner:
 
 
 def _machine() -> str:
-    """Where a process id means something: a container has its own."""
+    """The process id namespace: a container has its own."""
     namespace = Path("/proc/self/ns/pid")
     return f"{socket.gethostname()} {namespace.readlink() if namespace.exists() else ''}"

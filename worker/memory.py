@@ -1,4 +1,4 @@
-"""How many processes the kernel has killed for want of memory: how such a death is told from any other SIGKILL.
+"""Count of the kernel's out-of-memory kills, which tells such a kill from any other SIGKILL.
 
 Knows no job. Linux only; elsewhere nothing is ever counted.
 """
@@ -10,7 +10,7 @@ _MACHINE = Path("/proc/vmstat")
 
 
 def oom_kills(*sources: Path) -> int:
-    """The count so far, of this container where it has its own (cgroup v2), else of the machine."""
+    """Out-of-memory kills so far, in this container where it has its own count (cgroup v2), else on the machine."""
     for source in sources or (_CGROUP, _MACHINE):
         try:
             lines = source.read_text().splitlines()

@@ -1,4 +1,5 @@
-"""The life of a trainer process: started warm, spoken to over pipes, ended with its whole group, proven dead.
+"""A trainer process: started before there is a job, sent messages over pipes, killed with its process group, and
+reaped.
 
 Knows no job and no database. A trainer must be started from the main thread: the parent-death signal that it sets
 fires when the thread that spawned it ends.
@@ -8,6 +9,7 @@ import math
 import os
 import select
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -15,111 +17,116 @@ import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from queue import Empty, SimpleQueue
 
 import structlog
 
 from worker.lock import SlotLock
-from worker.protocol import Beat, FromTrainer, Start, ToTrainer, encode, parse_from_trainer
+from worker.protocol import Assignment, FromTrainer, KeepAlive, Ready, Start, ToTrainer, encode, parse_from_trainer
 from worker.survivors import TOKEN_VARIABLE, survivors
 
 log = structlog.get_logger(__name__)
 
-_LOOK_SECONDS = 0.25
-"""How often a silent pipe is left to see whether its process has ended: a grandchild may keep the pipe open."""
+_CHECK_SECONDS = 0.25
+"""Longest wait for a message before the process is checked: a grandchild may keep the pipe open after its end."""
 
 
 @dataclass(frozen=True)
 class Ended:
-    """The trainer has ended, or has said something that is not the protocol. Nothing follows."""
+    """The trainer has ended, or has violated the protocol. No message follows."""
 
-    garbled: bool = False
-    unheard: bool = False
-    """Whether it was past the time at which a trainer ends itself that was told of no later one."""
+    protocol_error: bool = False
+    """Whether the trainer wrote a line that is no message."""
+
+    timed_out: bool = False
+    """Whether the time had passed at which a trainer without a keep-alive kills itself."""
 
 
 @dataclass(frozen=True)
-class Look:
-    """Something changed in the database, or the worker is to drain."""
+class WakeUp:
+    """A change in the database, or a request that the worker drains: no message of the trainer's."""
 
 
 class TrainerProcess:
     """A trainer in a session and process group of its own, which holds the lock of its slot while it has a job."""
 
-    def __init__(
-        self, command: Sequence[str], lock: Path, environment: Mapping[str, str], *, until: float = math.inf
-    ) -> None:
-        """`until`: monotonic time at which the trainer ends itself, as the command says, unless a beat names a later
-        one. Raises OSError when there is no process, no memory or no descriptor for it."""
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], *, until: float = math.inf) -> None:
+        """`until`: monotonic time at which the trainer kills itself, as `command` tells it, unless a keep-alive names a
+        later one. Raises OSError when the system has no process, memory or descriptor left."""
         assert threading.current_thread() is threading.main_thread(), "the parent-death signal follows the thread"
-        self.inbox: SimpleQueue[FromTrainer | Ended | Look] = SimpleQueue()
-        """What the trainer says, its end, and what others put in to wake whoever waits here."""
+        self.inbox: SimpleQueue[FromTrainer | Ended | WakeUp] = SimpleQueue()
+        """Messages of the trainer, its end, and wake-ups from other threads."""
         self._until = until
-        self._token = uuid.uuid4().hex
-        self.lock = SlotLock(lock, self._token)
+        self.token = uuid.uuid4().hex
+        """In the environment of the trainer and of all that it starts."""
+        self.assignment: Assignment | None = None
+        """The attempt that it was given last."""
+        # Its stdin is a socket, because only a socket can send the open file of a lock.
+        self._socket, its_stdin = socket.socketpair()
         try:
-            self._popen = subprocess.Popen(  # noqa: S603 - our own command
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                bufsize=0,
-                start_new_session=True,
-                pass_fds=(self.lock.descriptor,),
-                env={**environment, TOKEN_VARIABLE: self._token},
-            )
+            with its_stdin:
+                self._popen = subprocess.Popen(  # noqa: S603 - our own command
+                    command,
+                    stdin=its_stdin.fileno(),
+                    stdout=subprocess.PIPE,
+                    bufsize=0,
+                    start_new_session=True,
+                    env={**environment, TOKEN_VARIABLE: self.token},
+                )
         except OSError:
-            self.lock.hand_over()  # to nobody: it is tried again every second, with a descriptor each time
+            self._socket.close()  # the start is retried every second, with a descriptor each time
             raise
         self.pid = self._popen.pid
-        assert self._popen.stdin is not None
-        # A beat must never make the guard wait for a trainer that has stopped reading.
-        os.set_blocking(self._popen.stdin.fileno(), False)
-        self._one_at_a_time = threading.Lock()
-        """Held while the trainer is spoken to, signalled or reaped: its process id and pipe must still be its own."""
+        # A keep-alive must never block the supervisor's main thread on a trainer that has stopped reading.
+        self._socket.setblocking(False)
+        self._mutex = threading.Lock()
+        """Held while the trainer is sent to, signalled or reaped: its process id and socket must still be its own."""
+        self._killed = False
         self._gone = False
         threading.Thread(target=self._read, name=f"read-{self.pid}", daemon=True).start()
 
-    def next_message(self, timeout: float) -> FromTrainer | Ended | Look | None:
+    def next_message(self, timeout: float) -> FromTrainer | Ended | WakeUp | None:
         """The next item of the inbox, or None when none came within `timeout` seconds."""
         try:
             return self.inbox.get(timeout=timeout)
         except Empty:
             return None
 
-    # -- Speaking ------------------------------------------------------------------------------------------------
+    # -- Messages ------------------------------------------------------------------------------------------------
 
-    def start(self, message: Start) -> None:
-        """Give the trainer its job, and the slot's lock with it."""
-        self.send(message)
-        self.lock.hand_over()
+    def start(self, message: Start, lock: SlotLock) -> None:
+        """Give the trainer a job, and the slot's lock with it, of which no copy stays in this process."""
+        self.assignment = message.assignment
+        self.send(message, lock.descriptor)
+        lock.close()
 
-    def send(self, message: ToTrainer) -> None:
-        """Say something; a trainer that has ended, or reads nothing, does not hear it, which its end will show."""
-        assert self._popen.stdin is not None
+    def send(self, message: ToTrainer, *descriptors: int) -> None:
+        """Send a message, and open files with it. One to a trainer that has ended or does not read is dropped: `Ended`
+        or a deadline follows."""
         rest = encode(message)
-        with self._one_at_a_time:
+        with self._mutex:
             if self._gone:
                 return
             try:
+                rest = rest[socket.send_fds(self._socket, [rest], descriptors) :]
                 while rest:
-                    rest = rest[os.write(self._popen.stdin.fileno(), rest) :]
-                if isinstance(message, Beat):
+                    rest = rest[self._socket.send(rest) :]
+                if isinstance(message, KeepAlive):
                     self._until = message.until
-            except (BlockingIOError, BrokenPipeError):
-                log.debug("trainer_does_not_listen", trainer=self.pid, message=message.type)
+            except (BlockingIOError, BrokenPipeError, ConnectionResetError):
+                log.debug("message_not_sent", trainer=self.pid, message=message.type)
 
     def _read(self) -> None:
         assert self._popen.stdout is not None
         with self._popen.stdout as stdout:
-            garbled = not self._read_lines(stdout.fileno())
-            self.inbox.put(Ended(garbled, unheard=time.monotonic() >= self._until))
+            protocol_error = not self._read_lines(stdout.fileno())
+            self.inbox.put(Ended(protocol_error, timed_out=time.monotonic() >= self._until))
 
     def _read_lines(self, pipe: int) -> bool:
-        """Until the trainer has ended; False when it said something that is no message."""
+        """Read messages until the trainer has ended; False when a line is no message."""
         buffered = b""
         while True:
-            if not select.select([pipe], [], [], _LOOK_SECONDS)[0]:
+            if not select.select([pipe], [], [], _CHECK_SECONDS)[0]:
                 if self.has_ended():
                     return True
                 continue
@@ -129,17 +136,24 @@ class TrainerProcess:
             *lines, buffered = (buffered + read).split(b"\n")
             for line in lines:
                 try:
-                    self.inbox.put(parse_from_trainer(line))
+                    self.inbox.put(self._parse(line))
                 except ValueError as error:
-                    log.error("trainer_garbled", trainer=self.pid, line=line[:200], error=str(error))
+                    log.error("trainer_protocol_error", trainer=self.pid, line=line[:200], error=str(error))
                     return False
+
+    def _parse(self, line: bytes) -> FromTrainer:
+        """Raises ValueError when the line is no message about the attempt that the trainer was given."""
+        found = parse_from_trainer(line)
+        if not isinstance(found.message, Ready) and found.assignment != self.assignment:
+            raise ValueError(f"a message about {found.assignment} from a trainer that has {self.assignment}")
+        return found.message
 
     # -- Ending --------------------------------------------------------------------------------------------------
 
     def has_ended(self) -> bool:
-        """Whether the trainer itself has ended. It is not reaped where the system can tell without, so its ids still
-        cannot be anybody else's."""
-        with self._one_at_a_time:
+        """Whether the trainer itself has ended. It is not reaped where the system can tell without, so that its id is
+        not given to another process yet."""
+        with self._mutex:
             return self._has_ended()
 
     def _has_ended(self) -> bool:
@@ -151,50 +165,53 @@ class TrainerProcess:
 
     @property
     def exit_status(self) -> int:
-        """After `bury`: the exit status, or minus the signal that ended it."""
+        """After `kill_and_reap`: the exit status, or minus the signal that ended it."""
         assert self._popen.returncode is not None
         return self._popen.returncode
 
-    def terminate(self) -> None:
-        """SIGTERM to the trainer: wake it from a system call, so that it sees the message that was sent."""
-        with self._one_at_a_time:
+    def wake(self) -> None:
+        """SIGUSR1 to the trainer: wake it from a system call, so that it sees the message that was sent."""
+        with self._mutex:
             if not self._has_ended():
-                os.kill(self.pid, signal.SIGTERM)
+                os.kill(self.pid, signal.SIGUSR1)
+
+    def is_alone(self) -> bool:
+        """Whether the trainer lives and was not killed, and no process lives that it ever started."""
+        return survivors(self.pid, self.token) == {self.pid} and not (self._killed or self.has_ended())
 
     def kill(self) -> None:
-        """SIGKILL to every process of the group. From any thread, at any time, as often as one likes."""
-        with self._one_at_a_time:
+        """SIGKILL to every process of the group. Thread-safe and idempotent."""
+        with self._mutex:
             if self._gone:
                 return
+            self._killed = True
             try:
                 os.killpg(self.pid, signal.SIGKILL)
             except ProcessLookupError:
-                self._gone = True  # reaped, and with no group left: the id may be somebody else's from now on
+                self._gone = True  # reaped, and with no group left: the id may be another process's from now on
             except PermissionError:
                 if not self._has_ended():  # macOS refuses to signal a group of which only zombies are left
                     raise
 
-    def bury(self, timeout: float) -> bool:
-        """Kill what is left of the trainer and of all that it started; True once no process of it lives.
+    def kill_and_reap(self, timeout: float) -> bool:
+        """Kill the trainer and every process that it started, and reap it; True once none is left.
 
-        False after `timeout` seconds: something cannot be killed yet, for example a process in a driver's call.
+        False after `timeout` seconds: a process cannot be killed yet, for example one inside a driver's system call.
         """
-        give_up = time.monotonic() + timeout
-        self.lock.hand_over()
+        deadline = time.monotonic() + timeout
         while True:
             self.kill()
-            left = survivors(self.pid, self._token)
+            left = survivors(self.pid, self.token)
             for pid in left:
-                with suppress(ProcessLookupError, PermissionError):  # the next look tells whether it is gone
+                with suppress(ProcessLookupError, PermissionError):  # the next round shows whether it is gone
                     os.kill(pid, signal.SIGKILL)
             if self.has_ended() and not left:
-                with self._one_at_a_time:
+                with self._mutex:
                     self._popen.wait()
                     self._gone = True
-                    assert self._popen.stdin is not None
-                    self._popen.stdin.close()
+                    self._socket.close()
                 return True
-            if time.monotonic() > give_up:
+            if time.monotonic() > deadline:
                 log.warning("trainer_does_not_die", trainer=self.pid, processes=sorted(left))
                 return False
             time.sleep(0.005)

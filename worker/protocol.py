@@ -1,14 +1,16 @@
-"""What supervisor and trainer say to each other: one JSON object a line, over the trainer's stdin and stdout.
+"""The messages between supervisor and trainer: one JSON object a line, over the trainer's stdin and stdout.
 
-Knows neither of them, no torch and no database.
+A trainer serves one job after another, so each of its messages names the attempt that it is about. Knows neither of the
+two processes, no torch and no database.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import Field, TypeAdapter
+from pydantic import Field, TypeAdapter, field_serializer
 
 from nanomoe.checkpoint import FileEntry
 from nanomoe.config import ConfigWarning, JobConfig, Strict
+from nanomoe.evaluation.metrics import CheckpointMetrics
 
 StopReason = Literal["cancel", "pause", "drain"]
 
@@ -20,19 +22,26 @@ class Folder(Strict):
     """Absolute path."""
 
     manifest_sha256: str
-    """SHA-256 of the recorded manifest, which vouches for every byte."""
+    """SHA-256 of the recorded manifest, which lists the SHA-256 of every file."""
+
+
+class Assignment(NamedTuple):
+    """An attempt at a job. The fence alone names none: the first attempts of two jobs have the same."""
+
+    job_id: str
+    fence: int
 
 
 # -- To the trainer ---------------------------------------------------------------------------------------------------
 
 
 class Start(Strict):
-    """The one job of this process."""
+    """A job for a trainer that has none. The open file of the slot's lock is sent with it (`worker.lock`)."""
 
     type: Literal["start"] = "start"
     job_id: str
     fence: int
-    """Names the folders that this attempt writes."""
+    """Fence of the claim, which is a part of the name of every folder that this attempt writes."""
 
     config: JobConfig
     text_path: str
@@ -42,7 +51,7 @@ class Start(Strict):
     """Absolute path of the job's folder, in which checkpoints and snapshots are written."""
 
     execution: dict[str, Any] | None
-    """That of the job's first start, to be used again; null at the first start."""
+    """Execution that the job's first start decided, to be used again; null at the first start."""
 
     resume: Folder | None
     """The snapshot to go on from."""
@@ -54,10 +63,10 @@ class Start(Strict):
     """The checkpoint of an earlier attempt whose tokenizer the job goes on with, where it starts again at step 0."""
 
     device: str
-    """For example `cpu` or `cuda:0`."""
+    """Device in torch's notation, for example `cpu` or `cuda`."""
 
     snapshot_seconds: float
-    """Time between rolling snapshots."""
+    """Seconds between rolling snapshots."""
 
     allow_hub: bool
     """Whether a tokenizer may be downloaded."""
@@ -65,19 +74,24 @@ class Start(Strict):
     tokenizer_dir: str | None
     """Folder under which local tokenizers lie."""
 
+    @property
+    def assignment(self) -> Assignment:
+        """The attempt that begins with this message."""
+        return Assignment(self.job_id, self.fence)
 
-class Beat(Strict):
-    """The supervisor lives, whatever the database does; it ends the trainer itself when the lease is no longer
-    certain."""
 
-    type: Literal["beat"] = "beat"
+class KeepAlive(Strict):
+    """Sign of life of the supervisor, sent whether or not the database is within reach. The supervisor itself kills the
+    trainer at the lease's deadline."""
+
+    type: Literal["keep_alive"] = "keep_alive"
     until: float
-    """The trainer ends itself at this time of the machine's monotonic clock unless it hears of a later one: before
-    anybody else can claim its job."""
+    """Time of the machine's monotonic clock at which the trainer kills itself unless a later one has come: before
+    another worker can claim its job."""
 
 
 class Stop(Strict):
-    """End at the next step boundary; a pause or a drain leaves a snapshot."""
+    """Request to stop at the next step boundary; before a pause or a drain a snapshot is written."""
 
     type: Literal["stop"] = "stop"
     reason: StopReason
@@ -87,13 +101,13 @@ class Stop(Strict):
 
 
 class Ready(Strict):
-    """torch is imported, no device is touched: waiting for a start."""
+    """A new trainer has imported torch, has touched no GPU, and waits for its first start message."""
 
     type: Literal["ready"] = "ready"
 
 
 class Prepared(Strict):
-    """The text is tokenised, the model is built; training begins."""
+    """The text is tokenised and the model is built; training begins."""
 
     type: Literal["prepared"] = "prepared"
     execution: dict[str, Any]
@@ -112,7 +126,7 @@ class Steps(Strict):
 
     type: Literal["steps"] = "steps"
     step: list[int] = Field(min_length=1)
-    """From 1."""
+    """Number of each step, from 1."""
 
     train_loss: list[float]
     lr: list[float]
@@ -128,75 +142,106 @@ class Steps(Strict):
 
 
 class CheckpointWritten(Strict):
-    """A checkpoint is whole and flushed to the disk."""
+    """A checkpoint is complete and flushed to the disk."""
 
     type: Literal["checkpoint"] = "checkpoint"
-    percent: int
-    step: int
-    epoch: int
     folder: str
-    """Its name in the job's folder."""
+    """Name of the folder inside of the job's folder."""
 
     manifest_sha256: str
+    """SHA-256 of the checkpoint's manifest, hexadecimal."""
+
     files: list[FileEntry]
-    metrics: dict[str, Any]
+    """Files of the checkpoint."""
+
+    metrics: CheckpointMetrics
+    """The checkpoint's metrics, with its place in the training."""
+
+    tok_per_sec: float | None
+    """Training speed since the checkpoint before, in tokens a second; null at percent 0."""
+
+    @field_serializer("metrics")
+    def _only_what_was_set(self, metrics: CheckpointMetrics) -> dict[str, Any]:
+        # A field that was not measured stays out of the row, as it stays out of `metrics.json`.
+        return metrics.model_dump(exclude_unset=True)
 
 
 class SnapshotWritten(Strict):
-    """A snapshot is whole and flushed to the disk."""
+    """A snapshot is complete and flushed to the disk."""
 
     type: Literal["snapshot"] = "snapshot"
     step: int
     folder: str
-    """Its name in the job's folder."""
+    """Name of the folder inside of the job's folder."""
 
     manifest_sha256: str
 
 
 class Warned(Strict):
-    """Something that the user should know, while training goes on."""
+    """A warning for the user; training goes on."""
 
     type: Literal["warning"] = "warning"
     code: str
     message: str
     micro_batch: int | None = None
-    """Windows computed together from here on, where that is the warning."""
+    """New size of the micro-batch, in windows, where the warning is about that."""
 
 
 class Failure(Strict):
     """Why a job failed."""
 
     code: str
-    """Stable and machine-readable."""
+    """Stable, machine-readable name of the error."""
 
     message: str
 
 
 class Done(Strict):
-    """The last line. A trainer that ends without it has crashed."""
+    """The final message about a job's training. A trainer that ends without it has crashed."""
 
     type: Literal["done"] = "done"
     outcome: Literal["succeeded", "stopped", "failed"]
     error: Failure | None = None
 
 
-ToTrainer = Start | Beat | Stop
-FromTrainer = Ready | Prepared | Steps | CheckpointWritten | SnapshotWritten | Warned | Done
+class Idle(Strict):
+    """Nothing of the job is left in the trainer: its threads have ended, its memory is freed, its copy of the lock is
+    closed. It waits for the next start message. A trainer of which that is not true exits instead."""
+
+    type: Literal["idle"] = "idle"
+
+
+ToTrainer = Start | KeepAlive | Stop
+FromTrainer = Ready | Prepared | Steps | CheckpointWritten | SnapshotWritten | Warned | Done | Idle
+
+
+class Line(Strict):
+    """A line from the trainer."""
+
+    assignment: Assignment | None
+    """The attempt that the message is about; null for `Ready`."""
+
+    message: FromTrainer = Field(discriminator="type")
+
 
 _TO_TRAINER: TypeAdapter[ToTrainer] = TypeAdapter(Annotated[ToTrainer, Field(discriminator="type")])
-_FROM_TRAINER: TypeAdapter[FromTrainer] = TypeAdapter(Annotated[FromTrainer, Field(discriminator="type")])
 
 
-def encode(message: ToTrainer | FromTrainer) -> bytes:
-    """The line that carries `message`."""
+def encode(message: ToTrainer) -> bytes:
+    """The line that carries `message` to the trainer."""
     return message.model_dump_json().encode() + b"\n"
 
 
+def encode_from_trainer(message: FromTrainer, assignment: Assignment | None) -> bytes:
+    """The line that carries `message`, about this attempt, to the supervisor."""
+    return Line(assignment=assignment, message=message).model_dump_json().encode() + b"\n"
+
+
 def parse_to_trainer(line: bytes) -> ToTrainer:
-    """The message of a line; a ValueError when it is none."""
+    """The message of a line. Raises ValueError when it is none."""
     return _TO_TRAINER.validate_json(line)
 
 
-def parse_from_trainer(line: bytes) -> FromTrainer:
-    """The message of a line; a ValueError when it is none."""
-    return _FROM_TRAINER.validate_json(line)
+def parse_from_trainer(line: bytes) -> Line:
+    """The message of a line, and the attempt that it is about. Raises ValueError when it is none."""
+    return Line.model_validate_json(line)

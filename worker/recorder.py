@@ -1,6 +1,6 @@
-"""What a trainer says becomes rows: the steps gathered into batches, the rest at once, in the order it happened.
+"""Writes a trainer's messages to the database: steps gathered into batches, everything else at once, in order.
 
-Knows neither when to stop nor what becomes of the job. Every write goes through the lease.
+Decides neither when to stop nor the job's next state. Every write goes through the lease.
 """
 
 import shutil
@@ -14,17 +14,18 @@ from typing import Any, assert_never
 import structlog
 
 from nanomoe import checkpoint
-from service.jobs import queue, store
-from service.jobs.queue import Intents
-from service.jobs.store import Database
+from service.database.database import Database
+from service.jobs import recording
+from service.jobs.lease import Intents
+from service.storage.job_folders import job_folder
 from worker.lease import Lease
 from worker.protocol import CheckpointWritten, Prepared, SnapshotWritten, Steps, Warned
 from worker.timing import Timing
 
 log = structlog.get_logger(__name__)
 
-Telling = Prepared | Steps | CheckpointWritten | SnapshotWritten | Warned
-"""What a trainer tells of its work."""
+Update = Prepared | Steps | CheckpointWritten | SnapshotWritten | Warned
+"""The trainer's messages about a job that it trains."""
 
 
 class Recorder:
@@ -33,7 +34,7 @@ class Recorder:
     def __init__(
         self, db: Database, lease: Lease, data_dir: Path, timing: Timing, on_intents: Callable[[Intents], None]
     ) -> None:
-        """`on_intents` is told, after every write, what is wished of the job."""
+        """`on_intents` is called after every write with the job's cancel and pause requests."""
         self._db = db
         self._lease = lease
         self._claim = lease.claim
@@ -42,18 +43,18 @@ class Recorder:
         self._on_intents = on_intents
         self.progress: dict[str, Any] = dict(lease.claim.job.progress)
         self.prepared: Prepared | None = None
-        """What this attempt's trainer decided."""
+        """The trainer's `Prepared` message, once it has come."""
         self.micro_batch = 0
-        """Windows that it computes together, once it has decided."""
+        """Windows of a micro-batch, once the trainer has decided them."""
         self.snapshot_folder: str | None = None
         """Folder of the recorded snapshot, relative to the data folder."""
         self.stopped_early: str | None = None
         """Why training ended before its last step, if it did."""
         self._steps: dict[str, list[Any]] = {}
-        """Figures that wait for the next commit."""
+        """Step figures that wait for the next commit."""
         self._last_commit = 0.0
         self.last_progress = time.monotonic()
-        """Monotonic time at which something was told."""
+        """Monotonic time of the trainer's latest message."""
         self._step_seconds: deque[float] = deque(maxlen=100)
 
     @property
@@ -66,8 +67,8 @@ class Recorder:
         """Median time of the last steps, in seconds; 0 before there are any."""
         return statistics.median(self._step_seconds) if self._step_seconds else 0.0
 
-    def hear(self, message: Telling) -> None:
-        """Record it, or keep it for the next batch."""
+    def handle(self, message: Update) -> None:
+        """Write a message to the database; steps wait for the next batch."""
         now = time.monotonic()
         if isinstance(message, Steps):
             self._step_seconds.append((now - self.last_progress) / len(message.step))
@@ -81,11 +82,11 @@ class Recorder:
         """Commit the steps that wait."""
         if self._steps:
             steps, self._steps = self._steps, {}
-            self.write(lambda: queue.record_steps(self._db, self._claim, steps, self.progress))
+            self.write(lambda: recording.record_steps(self._db, self._claim, steps, self.progress))
             self._last_commit = time.monotonic()
 
     def write(self, write: Callable[[], Intents]) -> None:
-        """Do one write by the job's owner."""
+        """Do one write under the lease, and pass on the requests that it returns."""
         self._on_intents(self._lease.write(write))
 
     def _gather(self, steps: Steps) -> None:
@@ -113,17 +114,17 @@ class Recorder:
                 if message.micro_batch is not None:
                     self._keep_micro_batch(message.micro_batch)
                 warning = {"code": message.code, "message": message.message}
-                self.write(lambda: queue.record_event(self._db, self._claim, "warning", warning))
+                self.write(lambda: recording.record_event(self._db, self._claim, "warning", warning))
             case _:
                 assert_never(message)
 
     def _begin(self, prepared: Prepared) -> None:
-        """Record what was decided, and make the step series end where training goes on."""
+        """Record the trainer's decisions, and cut the step series where training resumes."""
         db, claim = self._db, self._claim
-        log.info("prepared", job=claim.job_id, **prepared.execution)
+        log.info("job_prepared", job=claim.job_id, **prepared.execution)
         self.prepared, self.micro_batch = prepared, prepared.execution["micro_batch"]
         self.write(
-            lambda: queue.record_prepared(
+            lambda: recording.record_prepared(
                 db,
                 claim,
                 execution=prepared.execution,
@@ -135,46 +136,47 @@ class Recorder:
         )
         step = prepared.resumed_at_step or 0
         if claim.job.attempt > 1:
-            self.write(lambda: queue.rewind(db, claim, step))
+            self.write(lambda: recording.rewind(db, claim, step))
             resumed = {"code": "resumed", "message": f"attempt {claim.job.attempt} goes on from step {step}"}
-            self.write(lambda: queue.record_event(db, claim, "warning", resumed))
+            self.write(lambda: recording.record_event(db, claim, "warning", resumed))
         self.progress = {
             "step": step,
             "total_steps": prepared.total_steps,
             "epoch": self.progress.get("epoch", 0) if step else 0,
             "percent": _percent(step, prepared.total_steps),
         }
-        self.write(lambda: queue.heartbeat(db, claim, self.progress))
+        self.write(lambda: recording.heartbeat(db, claim, self.progress))
 
     def _keep_micro_batch(self, micro_batch: int) -> None:
-        """A later attempt need not run out of memory again to learn it."""
+        """Record the smaller micro-batch, so that a later attempt does not run out of memory again."""
         self.micro_batch = micro_batch
-        self.write(lambda: queue.record_micro_batch(self._db, self._claim, micro_batch))
+        self.write(lambda: recording.record_micro_batch(self._db, self._claim, micro_batch))
 
     def _add_checkpoint(self, message: CheckpointWritten) -> None:
-        log.info("checkpoint", job=self._claim.job_id, percent=message.percent, step=message.step)
+        metrics = message.metrics
+        log.info("checkpoint_written", job=self._claim.job_id, percent=metrics.percent, step=metrics.step)
         self.write(
-            lambda: queue.record_checkpoint(
+            lambda: recording.record_checkpoint(
                 self._db,
                 self._claim,
-                percent=message.percent,
-                step=message.step,
-                epoch=message.epoch,
+                percent=metrics.percent,
+                step=metrics.step,
+                epoch=metrics.epoch,
                 folder=self._relative(message.folder),
                 manifest_sha256=message.manifest_sha256,
                 files=[file.model_dump() for file in message.files],
-                metrics=message.metrics,
+                metrics=metrics.to_row() | {"tok_per_sec": message.tok_per_sec},
                 progress=self.progress,
             )
         )
-        if message.metrics.get("stopped_early"):
-            self.stopped_early = checkpoint.stopped_early(message.step, message.metrics["perplexity"])
+        if metrics.stopped_early:
+            self.stopped_early = checkpoint.stopped_early(metrics.step, metrics.perplexity)
 
     def _replace_snapshot(self, message: SnapshotWritten) -> None:
-        """Record it in place of the one before, whose files nobody needs then."""
+        """Record a snapshot in place of the previous one, whose files are then removed."""
         folder = self._relative(message.folder)
         self.write(
-            lambda: queue.record_snapshot(
+            lambda: recording.record_snapshot(
                 self._db, self._claim, step=message.step, folder=folder, manifest_sha256=message.manifest_sha256
             )
         )
@@ -183,12 +185,12 @@ class Recorder:
             shutil.rmtree(self._data_dir / before, ignore_errors=True)
 
     def drop_snapshot(self) -> None:
-        """Remove the files of a job's snapshot once its end is recorded: nobody resumes it."""
+        """Remove the files of a job's snapshot once its end is recorded: it is not resumed any more."""
         if self.snapshot_folder is not None:
             shutil.rmtree(self._data_dir / self.snapshot_folder, ignore_errors=True)
 
     def _relative(self, folder: str) -> str:
-        return f"{store.job_folder(self._claim.job_id)}/{folder}"
+        return f"{job_folder(self._claim.job_id)}/{folder}"
 
 
 def _percent(step: int, total: int) -> float:

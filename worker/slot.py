@@ -1,5 +1,7 @@
-"""A slot: the place of one trainer on a device. Its thread claims a job, sees it through, and claims the next.
+"""A slot trains one job at a time on a device. Its thread claims a job, runs an attempt at it, and claims the next.
 
+A trainer is given job after job. It is replaced when it has ended, or was killed because something of a job might be
+left in it; before each claim the slot's lock is taken anew, which proves that no process of an earlier job holds it.
 Knows neither torch nor what a job's messages mean. The trainers themselves are started by the main thread.
 """
 
@@ -10,22 +12,24 @@ from collections.abc import Sequence
 
 import structlog
 
+from service.database.database import Database
 from service.errors import DatabaseUnavailable, SchemaMismatch, StorageFull
 from service.jobs import queue
-from service.jobs.store import Database, WorkerIdentity
+from service.jobs.workers import WorkerIdentity
 from service.settings import Settings
 from worker.attempt import Attempt
 from worker.devices import Device
 from worker.lease import Lease
-from worker.process import Ended, Look, TrainerProcess
-from worker.protocol import Beat, Ready
+from worker.lock import SlotLock
+from worker.process import Ended, TrainerProcess, WakeUp
+from worker.protocol import KeepAlive, Ready
 from worker.timing import Timing
 
 log = structlog.get_logger(__name__)
 
 
 class Slot:
-    """One trainer at a time on one device, and the next one warming up."""
+    """One trainer at a time on one device."""
 
     def __init__(
         self,
@@ -39,9 +43,10 @@ class Slot:
         timing: Timing,
         command: Sequence[str],
         draining: threading.Event,
-        hurry: threading.Event,
+        force_stop: threading.Event,
     ) -> None:
-        """`number`: this one's among the `slots` of its device. `draining`: the worker should end; `hurry`: at once."""
+        """`number`: index of this slot among the `slots` of its device. `draining`: the worker is to end once its jobs
+        have snapshots; `force_stop`: at once."""
         self._db = db
         self._worker = worker
         self._device = device
@@ -49,45 +54,49 @@ class Slot:
         self._timing = timing
         self._command = command
         self._draining = draining
-        self._hurry = hurry
+        self._force_stop = force_stop
         self._environment = device.environment(slots)
         self._lock_path = settings.data_dir / "locks" / f"{device.identity}.{number}.lock"
         self.name = f"{device.name}/{number}"
         self._changed = threading.Event()
         """Set when a claim may succeed that did not before, or when the worker drains."""
         self._trainer: TrainerProcess | None = None
-        """The one that warms up, or waits for a job."""
+        """The trainer that warms up, or waits for a job."""
+        self._is_warm = False
+        """Whether that trainer is ready for a job."""
         self._wants_trainer = True
         self._running: tuple[TrainerProcess, Lease] | None = None
         self._start_due = 0.0
-        self._beat_due = 0.0
+        self._keep_alive_due = 0.0
         self._failures = 0
         """Trainers in a row that ended before they were ready."""
 
     # -- The slot's own thread -------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Until the worker drains: wait for a warm trainer, claim a job for it, see the job through."""
+        """Until the worker drains: wait for a warm trainer, claim a job for it, and run an attempt at it."""
         while not self._draining.is_set():
             trainer = self._wait_for_trainer()
-            if trainer is not None and (lease := self._wait_for_job(trainer)) is not None:
-                self._see_through(trainer, lease)
+            if trainer is not None and (claimed := self._wait_for_job(trainer)) is not None:
+                self._run_attempt(trainer, *claimed)
         if self._trainer is not None:
             self._end(self._trainer)
 
     def _wait_for_trainer(self) -> TrainerProcess | None:
         """A trainer that has imported torch; None when it failed to, or the worker drains."""
-        give_up = time.monotonic() + self._timing.start
+        deadline = time.monotonic() + self._timing.start
         while not self._draining.is_set():
             trainer = self._trainer
             if trainer is None:
-                self._draining.wait(self._timing.guard)  # the main thread starts one
+                self._draining.wait(self._timing.tick)  # the main thread starts one
                 continue
-            said = trainer.next_message(self._timing.guard)
-            if isinstance(said, Ready):
-                self._failures = 0
+            if self._is_warm:
                 return trainer
-            if isinstance(said, Ended) or time.monotonic() > give_up:
+            message = trainer.next_message(self._timing.tick)
+            if isinstance(message, Ready):
+                self._failures, self._is_warm = 0, True
+                return trainer
+            if isinstance(message, Ended) or time.monotonic() > deadline:
                 self._failures += 1
                 pause = min(60.0, self._timing.retry * 2**self._failures)
                 self._end(trainer)
@@ -97,30 +106,37 @@ class Slot:
                 return None
         return None
 
-    def _wait_for_job(self, trainer: TrainerProcess) -> Lease | None:
-        """A claim, as soon as there is one to be had; None when the trainer ended meanwhile, or the worker drains."""
+    def _wait_for_job(self, trainer: TrainerProcess) -> tuple[SlotLock, Lease] | None:
+        """The slot's lock and the lease of the next job; None when the trainer ended meanwhile, or the worker
+        drains."""
         while not self._draining.is_set():
-            self._changed.clear()  # before looking, so that no change falls between the look and the wait
+            self._changed.clear()  # before the claim, so that no change is missed between it and the wait
             if trainer.has_ended():
                 self._end(trainer)
                 self._wants_trainer = True
                 return None
-            # The lock comes first: with it, nothing of an earlier job is left on this device, whoever ran it.
-            if self._acquire(trainer):
+            # The lock comes first: it proves that no process of an earlier job is left on this device.
+            if (lock := self._take_lock(trainer)) is not None:
                 lease = self._claim()
                 if lease is not None:
-                    return lease
-                trainer.lock.release()
+                    return lock, lease
+                lock.close()
             self._changed.wait(self._timing.retry)
         return None
 
-    def _acquire(self, trainer: TrainerProcess) -> bool:
+    def _take_lock(self, trainer: TrainerProcess) -> SlotLock | None:
+        """The slot's lock in a newly opened file; None while a job holds it."""
+        lock: SlotLock | None = None
         try:
-            return trainer.lock.acquire()
+            lock = SlotLock(self._lock_path, trainer.token)
+            if lock.acquire():
+                return lock
         except OSError as error:
-            # The disk is full, for example: what runs in other slots must not suffer from it.
-            log.error("cannot_lock", slot=self.name, error=str(error))
-            return False
+            # The disk is full, for example: the other slots must go on.
+            log.error("slot_not_locked", slot=self.name, error=str(error))
+        if lock is not None:
+            lock.close()
+        return None
 
     def _claim(self) -> Lease | None:
         began = time.monotonic()
@@ -130,73 +146,73 @@ class Slot:
             log.warning("schema_mismatch", reason=str(error))
             self._draining.set()
         except (DatabaseUnavailable, StorageFull) as error:
-            log.warning("cannot_claim", slot=self.name, reason=str(error))
+            log.warning("claim_failed", slot=self.name, reason=str(error))
             self._draining.wait(self._timing.retry)
         else:
             return None if claim is None else Lease(claim, began, self._timing)
         return None
 
-    def _see_through(self, trainer: TrainerProcess, lease: Lease) -> None:
+    def _run_attempt(self, trainer: TrainerProcess, lock: SlotLock, lease: Lease) -> None:
         self._running = trainer, lease
-        self._wants_trainer = False
         self._trainer = None
-        Attempt(
+        attempt = Attempt(
             self._db,
             lease,
             trainer,
+            lock,
             device=self._device.torch_name,
             settings=self._settings,
             timing=self._timing,
             draining=self._draining,
-            hurry=self._hurry,
-            on_training=self._warm_the_next,
-        ).run()
+            force_stop=self._force_stop,
+        )
+        attempt.run()
         self._running = None
-        self._wants_trainer = True
-
-    def _warm_the_next(self) -> None:
-        """Not before the job's first steps: importing torch would slow down its start."""
-        self._wants_trainer = self._trainer is None
+        if attempt.trainer_is_idle:
+            self._trainer = trainer
+        else:
+            self._is_warm = False
+            self._wants_trainer = True
 
     def _end(self, trainer: TrainerProcess) -> None:
-        self._trainer = None
-        while not trainer.bury(self._timing.heartbeat):
+        self._trainer, self._is_warm = None, False
+        while not trainer.kill_and_reap(self._timing.heartbeat):
             log.warning("trainer_does_not_die", slot=self.name, trainer=trainer.pid)
 
     # -- From other threads ----------------------------------------------------------------------------------------
 
     def wake(self) -> None:
-        """Something was committed, or the worker drains."""
+        """Look for jobs or requests again: something was committed, or the worker drains."""
         self._changed.set()
         if running := self._running:
-            running[0].inbox.put(Look())
+            running[0].inbox.put(WakeUp())
 
-    def tend(self) -> None:
-        """The main thread's part: start trainers, tell them that we live, kill one whose lease is no longer certain."""
+    def supervise(self) -> None:
+        """The main thread's part: start trainers, send keep-alives, kill a trainer at its lease's deadline."""
         now = time.monotonic()
         if running := self._running:
             trainer, lease = running
             if now > lease.deadline and not lease.fenced.is_set():
-                log.error("no_heartbeat_succeeded", slot=self.name, job=lease.claim.job_id)
+                log.error("lease_deadline_passed", slot=self.name, job=lease.claim.job_id)
                 lease.fenced.set()
                 trainer.kill()
         if self._wants_trainer and self._trainer is None and now >= self._start_due and not self._draining.is_set():
             self._start_trainer(now)
-        if now >= self._beat_due:
-            self._beat_due = now + self._timing.beat
+        if now >= self._keep_alive_due:
+            self._keep_alive_due = now + self._timing.keep_alive
             if running := self._running:
-                running[0].send(Beat(until=running[1].trainer_until))
+                running[0].send(KeepAlive(until=running[1].trainer_until))
             if warm := self._trainer:
-                warm.send(Beat(until=now + self._timing.certain))
+                warm.send(KeepAlive(until=now + self._timing.kill_after))
 
     def _start_trainer(self, now: float) -> None:
-        until = now + self._timing.certain
+        until = now + self._timing.kill_after
         options = ["--parent", str(os.getpid()), "--until", str(until)]
         try:
             command = [*self._command, *options]
-            self._trainer = TrainerProcess(command, self._lock_path, self._environment, until=until)
+            self._trainer = TrainerProcess(command, self._environment, until=until)
             self._wants_trainer = False
         except OSError as error:
-            # No process, no memory, no descriptor: the jobs that run must not suffer from it.
-            log.error("cannot_start_trainer", slot=self.name, error=str(error))
+            # No process, no memory, no descriptor: the jobs that run must go on.
+            log.error("trainer_not_started", slot=self.name, error=str(error))
             self._start_due = now + self._timing.retry

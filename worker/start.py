@@ -1,6 +1,7 @@
-"""What a trainer is given: the text as a file, the snapshot to go on from, the weights to start from.
+"""The start message of an attempt: the text as a file, the snapshot to resume from, the weights to start from.
 
-Nothing is given that was not verified byte by byte. Knows no process and writes nothing to the database.
+A snapshot is verified byte by byte first: where it is damaged, the job starts again. The trainer verifies what else it
+reads. Knows no process and writes nothing to the database.
 """
 
 import hashlib
@@ -10,33 +11,30 @@ from pathlib import Path
 from nanomoe import checkpoint
 from nanomoe.checkpoint import CheckpointDamaged
 from nanomoe.config import JobConfig
+from nanomoe.lineage import ParentUnusable
+from service.database.database import Database
 from service.errors import NotFound
-from service.jobs import store
-from service.jobs.store import Job, Snapshot
+from service.jobs import reads
+from service.jobs.tables import Job, Snapshot
 from service.settings import Settings
+from service.storage.job_folders import job_folder
 from worker.protocol import Folder, Start, Warned
 
 
-class ParentUnusable(Exception):
-    """The checkpoint that the job should start from is not there, or is damaged."""
-
-    code = "parent_unusable"
-
-
-def compose(
-    db: store.Database, job: Job, *, device: str, settings: Settings, meanwhile: Callable[[], None] = lambda: None
+def build_start(
+    db: Database, job: Job, *, device: str, settings: Settings, meanwhile: Callable[[], None] = lambda: None
 ) -> tuple[Start, str | None, list[Warned]]:
-    """The start message of an attempt, the recorded snapshot's folder (relative to the data folder), and what is worth
-    telling. `meanwhile` is called again and again, every few milliseconds, while large files are verified.
+    """The start message of an attempt, the recorded snapshot's folder (relative to the data folder), and warnings for
+    the user. `meanwhile` is called again and again, every few milliseconds, while large files are verified.
 
     Raises ParentUnusable, DatabaseUnavailable, OSError when the text cannot be written, and what `meanwhile` raises.
     """
-    folder = settings.data_dir / store.job_folder(job.id)
+    folder = settings.data_dir / job_folder(job.id)
     folder.mkdir(parents=True, exist_ok=True)
     config = JobConfig.model_validate(job.config)
-    snapshot = store.find_snapshot(db, job.id)
+    snapshot = reads.find_snapshot(db, job.id)
     resume, warnings = _verified(snapshot, settings.data_dir, meanwhile)
-    parent = _find_parent(db, config, settings.data_dir, meanwhile) if resume is None else None
+    parent = _find_parent(db, config, settings.data_dir) if resume is None else None
     start = Start(
         job_id=job.id,
         fence=job.fence,
@@ -69,38 +67,36 @@ def _verified(
     return found, []
 
 
-def _find_parent(db: store.Database, config: JobConfig, data_dir: Path, meanwhile: Callable[[], None]) -> Folder | None:
+def _find_parent(db: Database, config: JobConfig, data_dir: Path) -> Folder | None:
+    """The checkpoint in `init_from`. The trainer verifies its bytes as it reads them, and reads them once."""
     if config.init_from is None:
         return None
     try:
-        row = store.get_checkpoint(db, config.init_from.job_id, config.init_from.checkpoint)
-        parent = Folder(folder=str(data_dir / row.folder), manifest_sha256=row.manifest_sha256)
-        checkpoint.verify(Path(parent.folder), parent.manifest_sha256, meanwhile=meanwhile)
-    except (NotFound, CheckpointDamaged) as error:
-        name = f"{config.init_from.job_id}@{config.init_from.checkpoint}"
-        raise ParentUnusable(f"cannot start from {name}: {error}") from error
-    return parent
+        row = reads.get_checkpoint(db, config.init_from.job_id, config.init_from.checkpoint)
+    except NotFound as error:
+        raise ParentUnusable(config.init_from, error) from error
+    return Folder(folder=str(data_dir / row.folder), manifest_sha256=row.manifest_sha256)
 
 
-def _find_tokenizer(db: store.Database, job: Job, data_dir: Path) -> Folder | None:
+def _find_tokenizer(db: Database, job: Job, data_dir: Path) -> Folder | None:
     """The first undamaged checkpoint that an earlier attempt recorded: its files hold the tokenizer that the job began
     with, whose name may stand for another by now."""
-    for row in store.list_checkpoints(db, job.id):
+    for row in reads.list_checkpoints(db, job.id):
         found = Folder(folder=str(data_dir / row.folder), manifest_sha256=row.manifest_sha256)
         try:
-            checkpoint.read_tokenizer(Path(found.folder), found.manifest_sha256)
+            checkpoint.open(Path(found.folder), found.manifest_sha256).tokenizer()
         except CheckpointDamaged:
             continue
         return found
     return None
 
 
-def _write_text(db: store.Database, job: Job, folder: Path) -> Path:
+def _write_text(db: Database, job: Job, folder: Path) -> Path:
     """The text as a file: that of an earlier attempt if every byte of it is right, else written anew."""
     path = folder / "text.txt"
     if not path.exists() or _sha256(path) != job.text_sha256:
         unfinished = folder / f"text.f{job.fence}.tmp"
-        checkpoint.write_flushed(unfinished, store.get_text(db, job.text_sha256))
+        checkpoint.write_flushed(unfinished, reads.get_text(db, job.text_sha256))
         unfinished.replace(path)
     return path
 

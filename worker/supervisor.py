@@ -1,8 +1,8 @@
 """The worker's first process: it starts trainers, claims jobs for them and is the only one that writes to the database.
 
-The main thread starts the trainers, tells them that it lives, and kills those whose lease is no longer certain; each
-slot has a thread that talks to the database, and may wait for it; one more thread keeps the house: the worker's own
-row, and the rescue of jobs whose worker is gone. Never imports torch, and knows no HTTP.
+The main thread starts the trainers, sends them keep-alives, and kills each at its lease's deadline; each slot has a
+thread that uses the database, and may wait for it; one more thread does maintenance: the worker's own row, the rescue
+of jobs whose worker is gone, and the removal of orphaned files. Never imports torch, and knows no HTTP.
 """
 
 import importlib.metadata
@@ -15,10 +15,13 @@ from collections.abc import Callable, Sequence
 
 import structlog
 
+from service.database.database import Database
 from service.errors import DatabaseUnavailable, NotInstalled, SchemaMismatch, StorageFull
-from service.jobs import queue, store
-from service.jobs.store import Database, WorkerIdentity
+from service.jobs.rescuer import Rescuer
+from service.jobs.workers import WorkerIdentity, worker_seen, worker_started, worker_stopped
 from service.settings import Settings
+from service.storage.installation import join_installation
+from service.storage.orphans import sweep_orphans
 from worker.compiler import STEP_PATH_VARIABLE, start_compiler
 from worker.devices import Device
 from worker.slot import Slot
@@ -30,7 +33,7 @@ TRAINER = (sys.executable, "-m", "worker.trainer")
 
 
 class Supervisor:
-    """A boot of the worker."""
+    """One run of the worker."""
 
     def __init__(
         self,
@@ -48,7 +51,7 @@ class Supervisor:
         self._settings = settings
         self._timing = timing or Timing.of(settings)
         self._draining = threading.Event()
-        self._hurry = threading.Event()
+        self._force_stop = threading.Event()
         self._stopped = threading.Event()
         self._signals = 0
         self._trains_on_cpu = not all(device.is_gpu for device in devices)
@@ -72,65 +75,67 @@ class Supervisor:
                 timing=self._timing,
                 command=command,
                 draining=self._draining,
-                hurry=self._hurry,
+                force_stop=self._force_stop,
             )
             for device in devices
             for number in range(slots)
         ]
 
     def stop(self, *_: object) -> None:
-        """Drain: every job leaves a snapshot and goes back to the queue. Asked twice: at once, from the last snapshot.
+        """Drain: every job writes a snapshot and returns to the queue. A second call ends the worker at once, and jobs
+        resume from their last snapshot.
 
-        Safe in a signal handler: it only counts, and the main loop looks.
+        Safe in a signal handler: it only counts; the main loop acts.
         """
         self._signals += 1
 
     def run(self) -> int:
-        """Work until told to stop. The exit status: 0, or 1 when a thread ended by a fault of ours.
+        """Work until `stop` is called. The exit status: 0, or 1 when a thread ended with an unexpected exception.
 
         Raises StartRefused when database and data folder do not belong together.
         """
-        if not self._join():
+        if not self._register():
             return 0
         log.info("worker_started", worker=self.worker.id, slots=[slot.name for slot in self._slots])
         if self._trains_on_cpu and STEP_PATH_VARIABLE not in os.environ:
             start_compiler(self._settings.log_format)
         unsubscribe = self._db.changes.subscribe(self._wake_slots)
-        # Daemons: should this thread fail, the process ends, and every trainer with it. Nobody trains unguarded.
-        threads = [
-            threading.Thread(target=self._do, args=[slot.run], name=slot.name, daemon=True) for slot in self._slots
-        ]
-        housekeeper = threading.Thread(target=self._do, args=[self._keep_house], name="housekeeper", daemon=True)
-        for thread in (*threads, housekeeper):
+        # Daemons: should this thread fail, the process ends, and every trainer with it, so that none is unsupervised.
+        threads = [self._thread(slot.run, slot.name) for slot in self._slots]
+        maintenance = self._thread(self._maintain, "maintenance")
+        for thread in (*threads, maintenance):
             thread.start()
         while any(thread.is_alive() for thread in threads):
-            self._notice_signals()
+            self._handle_signals()
             for slot in self._slots:
-                slot.tend()
-            time.sleep(self._timing.guard)
+                slot.supervise()
+            time.sleep(self._timing.tick)
         unsubscribe()
         self._stopped.set()
-        housekeeper.join(self._timing.stop_grace)
-        self._say_goodbye()
+        maintenance.join(self._timing.stop_grace)
+        self._record_stop()
         return 1 if self._failed else 0
 
-    def _do(self, work: Callable[[], None]) -> None:
-        """All that a thread does. Without one of its slots, or without its house kept, a worker is none."""
+    def _thread(self, work: Callable[[], None], name: str) -> threading.Thread:
+        return threading.Thread(target=self._run_thread, args=[work], name=name, daemon=True)
+
+    def _run_thread(self, work: Callable[[], None]) -> None:
+        """The body of each thread. The worker drains when one of them fails."""
         try:
             work()
         except Exception:
-            # A fault of ours: end in good order, and let whoever started the worker start it again.
+            # A bug: shut down in order, and let the service manager restart the worker.
             log.exception("thread_failed", thread=threading.current_thread().name)
             self._failed = True
             self._draining.set()
 
-    def _notice_signals(self) -> None:
+    def _handle_signals(self) -> None:
         if self._signals and not self._draining.is_set():
             log.info("draining")
             self._draining.set()
-        if self._signals > 1 and not self._hurry.is_set():
-            log.warning("ending_at_once")
-            self._hurry.set()
+        if self._signals > 1 and not self._force_stop.is_set():
+            log.warning("stopping_immediately")
+            self._force_stop.set()
         if self._draining.is_set():
             self._wake_slots()
 
@@ -138,50 +143,51 @@ class Supervisor:
         for slot in self._slots:
             slot.wake()
 
-    def _join(self) -> bool:
-        """Enter the list of workers, once the API has brought the schema to this code's revision and has given the
-        database its id; False when told to stop before."""
-        said = None
+    def _register(self) -> bool:
+        """Insert the worker's row, once the API has migrated the schema to this code's revision and has given the
+        database its id; False when `stop` was called before."""
+        reported = None
         while not self._signals:
             try:
                 self._db.check_revision()
-                store.join_installation(self._db, self._settings.data_dir)
-                store.worker_started(self._db, self.worker)
+                join_installation(self._db, self._settings.data_dir)
+                worker_started(self._db, self.worker)
             except (SchemaMismatch, NotInstalled, DatabaseUnavailable, StorageFull) as error:
-                if str(error) != said:
-                    said = str(error)
-                    log.info("waiting_for_database", reason=said)
-                time.sleep(self._timing.guard)
+                if str(error) != reported:
+                    reported = str(error)
+                    log.info("waiting_for_database", reason=reported)
+                time.sleep(self._timing.tick)
             else:
                 return True
         return False
 
-    def _keep_house(self) -> None:
-        """The worker's row, a rescue round now and then, and a sweep of the files that no row refers to."""
-        rescuer = queue.Rescuer(self._db, self._timing.rescue)
+    def _maintain(self) -> None:
+        """Update the worker's row, rescue jobs of dead workers, and remove files that no row refers to, each when
+        due."""
+        rescuer = Rescuer(self._db, self._timing.rescue)
         seen_due = rescue_due = sweep_due = time.monotonic()
         while not self._stopped.wait(max(0.0, min(seen_due, rescue_due, sweep_due) - time.monotonic())):
             now = time.monotonic()
             try:
                 if now >= seen_due:
                     seen_due = now + self._timing.heartbeat
-                    store.worker_seen(self._db, self.worker.id)
+                    worker_seen(self._db, self.worker.id)
                 if now >= rescue_due:
                     rescue_due = now + self._timing.rescue
                     for job in rescuer.round():
-                        log.warning("rescued", job=job.id, status=job.status, status_reason=job.status_reason)
+                        log.warning("job_rescued", job=job.id, status=job.status, status_reason=job.status_reason)
                 if now >= sweep_due:
                     sweep_due = now + self._timing.sweep
-                    for path in store.sweep_orphans(self._db, self._settings.data_dir):
-                        log.info("swept", path=path)
+                    for path in sweep_orphans(self._db, self._settings.data_dir):
+                        log.info("orphan_removed", path=path)
             except (DatabaseUnavailable, StorageFull) as error:
                 log.warning("database_out_of_reach", reason=str(error))
             except OSError as error:  # the data folder; the worker's row and the rescue must go on
-                log.warning("cannot_sweep", reason=str(error))
+                log.warning("orphans_not_removed", reason=str(error))
 
-    def _say_goodbye(self) -> None:
+    def _record_stop(self) -> None:
         try:
-            store.worker_stopped(self._db, self.worker.id)
+            worker_stopped(self._db, self.worker.id)
         except (DatabaseUnavailable, StorageFull) as error:
             log.warning("database_out_of_reach", reason=str(error))
         log.info("worker_stopped", worker=self.worker.id)

@@ -1,4 +1,4 @@
-"""Which processes of a trainer still live: the proof of death that comes before the next claim.
+"""Which processes of a trainer still live: none may be left before the slot claims its next job.
 
 A process belongs to a trainer when it is in its session or process group, or when it carries the trainer's token in its
 environment, as everything does that a trainer starts, even after it left the session. Only Linux's /proc can tell all
@@ -15,7 +15,7 @@ _PROC = Path("/proc")
 def survivors(leader: int | None, token: str) -> set[int]:
     """The living processes of the session that `leader` opened, or that carry `token`.
 
-    A zombie does not count: it has no memory and no device any more, only a parent that has not looked.
+    A zombie does not count: it has no memory and no device any more, only a parent that has not reaped it.
     """
     if not _PROC.joinpath("self").exists():
         return _group(leader) if leader is not None else set()
@@ -26,7 +26,7 @@ def survivors(leader: int | None, token: str) -> set[int]:
             state, _parent, group, session = _stat(folder)[:4]
             belongs = leader in (int(group), int(session)) or mark in (folder / "environ").read_bytes().split(b"\0")
         except OSError:
-            continue  # it ended while we looked, or is another user's
+            continue  # it ended during the scan, or is another user's
         if belongs and state not in "ZX":
             found.add(int(folder.name))
     return found

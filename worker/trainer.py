@@ -1,7 +1,9 @@
-"""The child process that trains one job: it reads the job from stdin and says on stdout what happened, line by line.
+"""The child process that trains one job after another: it reads each from stdin and reports on stdout, one message a
+line.
 
-Knows no database: everything it is told comes from its supervisor, and without a supervisor it does not live on. It is
-started before there is a job, imports torch, touches no GPU and waits. One process, one job.
+Knows no database: all its input comes from its supervisor, and it exits when the supervisor is gone. It is started
+before there is a job, imports torch, touches no GPU and waits. Between two jobs nothing of the first is left; where
+that is not certain, after a failure for example, the process exits, and the supervisor starts another.
 """
 
 import argparse
@@ -16,13 +18,15 @@ from pathlib import Path
 from queue import Queue
 from typing import TYPE_CHECKING, Literal, NoReturn
 
-from nanomoe.config import ConfigWarning, JobConfig
-from worker.guard import Supervision, die_with_parent
+from nanomoe.config import JobConfig
+from nanomoe.processes import die_with_parent
 from worker.protocol import (
+    Assignment,
     CheckpointWritten,
     Done,
     Failure,
     FromTrainer,
+    Idle,
     Prepared,
     Ready,
     SnapshotWritten,
@@ -30,33 +34,35 @@ from worker.protocol import (
     Steps,
     StopReason,
     Warned,
-    encode,
+    encode_from_trainer,
 )
+from worker.supervision import Supervision
 
 if TYPE_CHECKING:
     from nanomoe.tokenizer import Tokenizer
-    from nanomoe.training.execution import Execution
-    from nanomoe.training.run import Recorded, Run, Snapshot
+    from nanomoe.training.run import Recorded, Run, Snapshot, Weights
 
 
-class Wire:
-    """The way back to the supervisor. Nobody else can write to it: stdout itself goes to the log."""
+class Channel:
+    """The pipe to the supervisor. Only messages are written to it: whatever else prints to stdout goes to the log."""
 
     def __init__(self) -> None:
         self._pipe = os.dup(1)
         os.dup2(2, 1)
-        self._one_at_a_time = threading.Lock()
+        self._mutex = threading.Lock()
+        self.assignment: Assignment | None = None
+        """The attempt that messages are about."""
 
-    def say(self, message: FromTrainer) -> None:
-        """Send one line, whole."""
-        line = encode(message)
-        with self._one_at_a_time:
+    def send(self, message: FromTrainer) -> None:
+        """Write one message as one line. Thread-safe."""
+        line = encode_from_trainer(message, self.assignment)
+        with self._mutex:
             while line:
                 line = line[os.write(self._pipe, line) :]
 
 
-class Wishes:
-    """What the training loop asks between two steps."""
+class TrainingControl:
+    """Tells the training loop between two steps whether to stop, and whether a snapshot is due."""
 
     def __init__(self, supervision: Supervision, snapshot_seconds: float) -> None:
         self._supervision = supervision
@@ -74,14 +80,14 @@ class Wishes:
 
 
 class Writer:
-    """Writes checkpoints and snapshots in a thread, in their order, and says so when each is whole on the disk.
+    """Writes checkpoints and snapshots in a thread, in their order, and reports each once it is complete on the disk.
 
     Training goes on meanwhile: what was yielded is bytes, which nothing changes any more. At most one folder waits, so
     that a slow disk slows training and does not fill the memory.
     """
 
-    def __init__(self, wire: Wire, folder: Path, fence: int) -> None:
-        self._wire, self._folder, self._fence = wire, folder, fence
+    def __init__(self, channel: Channel, folder: Path, fence: int) -> None:
+        self._channel, self._folder, self._fence = channel, folder, fence
         self._last_snapshot: int | None = None
         self._waiting: Queue[Recorded | Snapshot | None] = Queue(maxsize=1)
         self._error: Exception | None = None
@@ -91,15 +97,15 @@ class Writer:
     def write(self, what: "Recorded | Snapshot") -> None:
         """Raises what writing an earlier folder raised."""
         self._waiting.put(what)
-        self._complain()
+        self._raise_if_failed()
 
     def close(self) -> None:
         """Wait until everything is on the disk. Raises what writing raised."""
         self._waiting.put(None)
         self._thread.join()
-        self._complain()
+        self._raise_if_failed()
 
-    def _complain(self) -> None:
+    def _raise_if_failed(self) -> None:
         if self._error is not None:
             raise self._error
 
@@ -108,7 +114,7 @@ class Writer:
             if self._error is None:
                 try:
                     self._commit(what)
-                except Exception as error:  # raised again where the training loop can end of it
+                except Exception as error:  # raised again in the training loop's thread
                     self._error = error
 
     def _commit(self, what: "Recorded | Snapshot") -> None:
@@ -118,33 +124,32 @@ class Writer:
         if isinstance(what, Recorded):
             name = checkpoint.folder_name(self._fence, what.percent)
             manifest, sha256 = checkpoint.write(self._folder / name, what.files)
-            self._wire.say(
+            self._channel.send(
                 CheckpointWritten(
-                    percent=what.percent,
-                    step=what.step,
-                    epoch=what.epoch,
                     folder=name,
                     manifest_sha256=sha256,
                     files=manifest.files,
-                    metrics={**what.metrics, "tok_per_sec": what.tok_per_sec},
+                    metrics=what.metrics,
+                    tok_per_sec=what.tok_per_sec,
                 )
             )
         elif what.step != self._last_snapshot:  # a stop right after a quarter asks for the same one again
             name = checkpoint.snapshot_name(self._fence, what.step)
             _, sha256 = checkpoint.write(self._folder / name, what.files)
             self._last_snapshot = what.step
-            self._wire.say(SnapshotWritten(step=what.step, folder=name, manifest_sha256=sha256))
+            self._channel.send(SnapshotWritten(step=what.step, folder=name, manifest_sha256=sha256))
 
 
-def run_job(start: Start, wire: Wire, supervision: Supervision) -> Done:
+def run_job(start: Start, channel: Channel, supervision: Supervision) -> Done:
     """Train the job to its end, to a stop, or to a failure that has a name.
 
-    Any other exception is a bug or a broken machine: the process ends without a last word, which counts as a crash.
+    Any other exception is a bug or a broken machine: the process ends without a `Done` message, which counts as a
+    crash.
     """
-    writer = Writer(wire, Path(start.folder), start.fence)
+    writer = Writer(channel, Path(start.folder), start.fence)
     try:
         try:
-            outcome = _train(start, wire, supervision, writer)
+            outcome = _train(start, channel, supervision, writer)
         finally:
             writer.close()
     except Exception as error:
@@ -155,16 +160,16 @@ def run_job(start: Start, wire: Wire, supervision: Supervision) -> Done:
     return Done(outcome=outcome)
 
 
-def _train(start: Start, wire: Wire, supervision: Supervision, writer: Writer) -> Literal["succeeded", "stopped"]:
+def _train(start: Start, channel: Channel, supervision: Supervision, writer: Writer) -> Literal["succeeded", "stopped"]:
     from nanomoe.training import loop
 
-    run = _prepare(start, wire)
-    for happened in loop.train(run, Wishes(supervision, start.snapshot_seconds)):
+    run = _prepare(start, channel)
+    for happened in loop.train(run, TrainingControl(supervision, start.snapshot_seconds)):
         match happened:
             case loop.Steps():
-                wire.say(Steps(**asdict(happened)))
+                channel.send(Steps(**asdict(happened)))
             case loop.Warned():
-                wire.say(Warned(**asdict(happened)))
+                channel.send(Warned(**asdict(happened)))
             case loop.Stopped():
                 return "stopped"
             case _:
@@ -172,129 +177,141 @@ def _train(start: Start, wire: Wire, supervision: Supervision, writer: Writer) -
     return "succeeded"
 
 
-def _prepare(start: Start, wire: Wire) -> "Run":
+def _prepare(start: Start, channel: Channel) -> "Run":
     """Everything from the start message to a model that can train, on its device."""
-    from nanomoe import checkpoint
-    from nanomoe.config_warnings import config_warnings
     from nanomoe.model.size import n_active_params, n_params
-    from nanomoe.model.upcycle import starting_weights
-    from nanomoe.training.execution import Execution, find_device
-    from nanomoe.training.run import Run
+    from nanomoe.training.run import prepare
 
-    config = start.config
     text = Path(start.text_path).read_bytes().decode()
-    tokenizer = _tokenizer(start, text)
-    tokens = tokenizer.encode(text)
-    is_first = start.execution is None
-    execution = Execution.decide(
-        config, start.device, n_tokens=len(tokens), vocab_size=tokenizer.vocab_size if is_first else None
+    tokenizer, parent, resume = _read_origin(start, text)
+    prepared = prepare(
+        start.config,
+        text,
+        tokenizer,
+        device=start.device,
+        recorded_execution=start.execution,
+        parent=parent,
+        resume=resume,
     )
-    differences: list[str] = []
-    if start.execution is not None:
-        # A job that began before the micro-batch was part of it had the config's.
-        first = Execution.model_validate({"micro_batch": config.batch_size} | start.execution)
-        execution = _keep(first, execution)
-        differences = first.differences(execution)
-    execution.apply()
-    resume, parent = None, None
-    if start.resume is not None:
-        resume = checkpoint.read_all(Path(start.resume.folder), start.resume.manifest_sha256)
-    elif start.parent is not None:
-        parent = starting_weights(checkpoint.load_weights(Path(start.parent.folder)), config, seed=config.seed)
-    device = find_device(start.device)
-    run = Run(config, tokens, tokenizer, execution, device=device, parent=parent, resume=resume)
-    warnings = config_warnings(config, run.plan, n_bytes=len(text.encode()), vocab_size=tokenizer.vocab_size)
-    if differences:
-        otherwise = f"this attempt computes otherwise than the first one did: {'; '.join(differences)}"
-        warnings.append(ConfigWarning(code="resume_not_exact", message=otherwise))
-    wire.say(
+    run = prepared.run
+    channel.send(
         Prepared(
-            execution=execution.model_dump(mode="json"),
-            n_tokens=len(tokens),
+            execution=prepared.execution.model_dump(mode="json"),
+            n_tokens=prepared.n_tokens,
             total_steps=run.plan.total_steps,
-            n_params=n_params(config, tokenizer.vocab_size),
-            n_active_params=n_active_params(config, tokenizer.vocab_size),
+            n_params=n_params(start.config, tokenizer.vocab_size),
+            n_active_params=n_active_params(start.config, tokenizer.vocab_size),
             resumed_at_step=run.progress.step if resume is not None else None,
-            warnings=warnings,
+            warnings=prepared.warnings,
         )
     )
     return run
 
 
-def _keep(first: "Execution", now: "Execution") -> "Execution":
-    """What was decided at the job's first start, as far as this machine can do it too: where its loops are not compiled
-    yet, a fused step is done operator by operator until the next attempt."""
-    if first.device != now.device:
-        return now.model_copy(update={"micro_batch": first.micro_batch})
-    choices = ["precision", "n_threads", "expert_path", "expert_path_reason", "deterministic", "micro_batch"]
-    if first.path == "eager":
-        choices += ["path", "path_reason", "compiled_for"]
-    return now.model_copy(update={name: getattr(first, name) for name in choices})
+def _read_origin(start: Start, text: str) -> "tuple[Tokenizer, Weights | None, dict[str, bytes] | None]":
+    """The tokenizer, the parent's weights and the snapshot's files, every byte verified.
 
+    The tokenizer is that of the snapshot or checkpoint that training starts from, where there is one: the config's name
+    may stand for another tokenizer by now.
 
-def _tokenizer(start: Start, text: str) -> "Tokenizer":
-    """That of the weights or of the attempt that we go on from, where there is one: a name may mean something else by
-    now."""
+    Raises:
+        ParentUnusable: a file of the parent is missing or damaged.
+        CheckpointDamaged: a file of the snapshot, or of the checkpoint that holds the tokenizer, is.
+        TokenizerError: the config's tokenizer cannot be loaded or trained.
+    """
     from nanomoe import checkpoint
-    from nanomoe.tokenizer import load_tokenizer
+    from nanomoe.lineage import ParentUnusable
+    from nanomoe.tokenizer import Tokenizer, load_tokenizer
 
-    if (origin := start.resume or start.parent or start.tokenizer) is not None:
-        return checkpoint.read_tokenizer(Path(origin.folder), origin.manifest_sha256)
+    if start.resume is not None:
+        files = checkpoint.open(Path(start.resume.folder), start.resume.manifest_sha256).read_all()
+        return Tokenizer.of_files(files), None, files
+    if start.parent is not None:
+        assert start.config.init_from is not None, "a parent is named in init_from"
+        try:
+            parent = checkpoint.open(Path(start.parent.folder), start.parent.manifest_sha256)
+            return parent.tokenizer(), parent.weights(), None
+        except checkpoint.CheckpointDamaged as error:
+            raise ParentUnusable(start.config.init_from, error) from error
+    if start.tokenizer is not None:
+        earlier = checkpoint.open(Path(start.tokenizer.folder), start.tokenizer.manifest_sha256)
+        return earlier.tokenizer(), None, None
     folders = () if start.tokenizer_dir is None else (Path(start.tokenizer_dir),)
-    return load_tokenizer(start.config.tokenizer, text=text, allow_hub=start.allow_hub, allowed_folders=folders)
+    tokenizer = load_tokenizer(start.config.tokenizer, text=text, allow_hub=start.allow_hub, allowed_folders=folders)
+    return tokenizer, None, None
 
 
 def _explain(error: Exception) -> Failure | None:
-    """What the job failed of: an error that comes again whoever tries, or of the disk, which is not the job's doing;
-    None for any other."""
-    import torch
-
+    """Why the job failed: an error that follows from the job itself, or an error of the disk; None for any other
+    exception."""
     from nanomoe import checkpoint
+    from nanomoe.errors import NanomoeError
+    from nanomoe.plan import OutOfMemory
+    from nanomoe.training.run import is_out_of_memory
 
+    if isinstance(error, NanomoeError):
+        return Failure(code=error.code, message=str(error))
+    if is_out_of_memory(error):
+        return Failure(code=OutOfMemory.code, message=str(error))
     if checkpoint.is_disk_full(error):
         return Failure(code="disk_full", message=f"the disk is full: {error}")
-    if isinstance(error, OSError) and not hasattr(error, "code"):
+    if isinstance(error, OSError):
         return Failure(code="storage_failed", message=f"a file could not be read or written: {error!r}")
-    if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
-        return Failure(code="out_of_memory", message=str(error))
-    code = getattr(error, "code", None)
-    return Failure(code=code, message=str(error)) if isinstance(code, str) else None
+    return None
 
 
 def main() -> NoReturn:
-    """One process, one job: warm up, wait for the start, train, say the last word."""
+    """Warm up, then train job after job until the process should exit."""
     options = _parser().parse_args()
     die_with_parent(options.parent)
-    wire = Wire()
+    channel = Channel()
     supervision = Supervision(options.until)
     faulthandler.enable()
-    # The message tells what to do; the signal only wakes the main thread from a system call.
+    # The message holds the request; the supervisor's signal only interrupts a system call of the main thread.
+    signal.signal(signal.SIGUSR1, lambda *_: None)
     signal.signal(signal.SIGTERM, lambda *_: supervision.terminated())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _warm_up()
-    wire.say(Ready())
-    wire.say(run_job(supervision.wait_for_start(), wire, supervision))
-    # Nothing is left to do, and tearing down torch takes longer than many a job.
+    train_jobs(channel, supervision)
     sys.stderr.flush()
+    if supervision.should_exit:  # the exit status says so: a job that was just sent has not crashed
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)
+    # Exit without cleanup: tearing down torch takes longer than a short job.
     os._exit(0)
+
+
+def train_jobs(channel: Channel, supervision: Supervision) -> None:
+    """Train job after job, until one fails or leaves something behind, or someone asks the process to exit."""
+    from worker.process_state import ProcessState
+
+    as_new = ProcessState()
+    channel.send(Ready())
+    while (assigned := supervision.wait_for_start()) is not None:
+        start, lock = assigned
+        as_new.restore()
+        channel.assignment = start.assignment
+        done = run_job(start, channel, supervision)
+        channel.send(done)
+        if done.outcome == "failed" or supervision.should_exit:
+            return
+        if (left := as_new.what_is_left()) is not None:
+            print(f"the trainer exits after its job: {left}", file=sys.stderr, flush=True)
+            return
+        # Closed, never unlocked: a child of the job that still lives keeps the slot locked.
+        os.close(lock)
+        channel.send(Idle())
 
 
 def _warm_up() -> None:
     """Import what a job needs, train a toy to its end, and a step at the default size: much of torch is loaded, and its
     kernels are chosen, by the first step of a kind only. Touches no GPU."""
-    import torch
-
-    import nanomoe.model.upcycle  # noqa: F401
     from nanomoe.tokenizer import BUNDLED, load_tokenizer
-    from nanomoe.training.execution import Execution
     from nanomoe.training.loop import train
-    from nanomoe.training.run import Run
+    from nanomoe.training.run import prepare
 
-    def run_of(config: JobConfig, text: str) -> Run:
-        tokenizer = load_tokenizer(config.tokenizer)
-        tokens = tokenizer.encode(text)
-        execution = Execution.decide(config, "cpu", n_tokens=len(tokens))
-        return Run(config, tokens, tokenizer, execution, device=torch.device("cpu"))
+    def run_of(config: JobConfig, text: str) -> "Run":
+        return prepare(config, text, load_tokenizer(config.tokenizer)).run
 
     toy = JobConfig(tokenizer="bytes", block_size=4, n_layer=2, n_head=1, n_embd=4, use_moe=True, epochs=1)
     for _ in train(run_of(toy, "warm up")):
@@ -303,9 +320,14 @@ def _warm_up() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m worker.trainer", description="Started by a worker for one job.")
+    parser = argparse.ArgumentParser(prog="python -m worker.trainer", description="Started by a worker.")
     parser.add_argument("--parent", type=int, required=True, help="process id of the supervisor")
-    parser.add_argument("--until", type=float, required=True, help="monotonic time to end at if nothing is heard")
+    parser.add_argument(
+        "--until",
+        type=float,
+        required=True,
+        help="monotonic time to exit at without a later keep-alive",
+    )
     return parser
 
 

@@ -16,11 +16,14 @@ import torch
 from torch import Tensor
 
 from nanomoe.bench import machine, models, peers
-from nanomoe.generate import Engine, Request, useful_threads
+from nanomoe.config import SamplingConfig
+from nanomoe.generation.engine import Engine, Request, useful_threads
 from nanomoe.model.size import n_active_params
-from nanomoe.sampling import Sampling
 
-SAMPLINGS = {"top_k 1": Sampling(0.1, 1), "top_k 200": Sampling(0.8, 200)}
+SAMPLINGS = {
+    "top_k 1": SamplingConfig(temperature=0.1, top_k=1),
+    "top_k 200": SamplingConfig(temperature=0.8, top_k=200),
+}
 """The reference run's own, and the defaults of nanoGPT's `sample.py`."""
 
 PROMPT_TOKENS = 10
@@ -76,9 +79,6 @@ class Figures:
     read_bytes_per_sec: float
     """At which this machine reads that many bytes again and again."""
 
-    n_recomputed: int
-    """Tokens of the engine that float32 could not decide, and float64 did, over all turns."""
-
 
 def measure(
     name: str,
@@ -115,14 +115,13 @@ def measure(
         limit_tok_per_sec=bandwidth / (4 * n_active),
         limit_as_stored_tok_per_sec=bandwidth_as_stored / stored,
         read_bytes_per_sec=bandwidth,
-        n_recomputed=engine.n_recomputed,
     )
 
 
 def _by_engine(engine: Engine) -> peers.Continue:
     n_threads = torch.get_num_threads()
 
-    def extend(tokens_NT: Tensor, max_new_tokens: int, sampling: Sampling) -> Tensor:
+    def extend(tokens_NT: Tensor, max_new_tokens: int, sampling: SamplingConfig) -> Tensor:
         torch.set_num_threads(useful_threads(len(tokens_NT), n_threads))
         try:
             made = engine.run(
@@ -159,7 +158,7 @@ def _race(contenders: dict[str, peers.Continue], vocab_size: int, sampling: str,
     )
 
 
-def _seconds(extend: peers.Continue, prompts_NT: Tensor, new_tokens: int, sampling: Sampling) -> float:
+def _seconds(extend: peers.Continue, prompts_NT: Tensor, new_tokens: int, sampling: SamplingConfig) -> float:
     began = time.perf_counter()
     made_NT = extend(prompts_NT, new_tokens, sampling)
     seconds = time.perf_counter() - began
@@ -172,7 +171,7 @@ def _first_token_seconds(contenders: dict[str, peers.Continue], vocab_size: int)
     turns = []
     for turn in range(10):
         prompt = _prompts(vocab_size, 1, _FIRST_TOKEN_PROMPT, turn)
-        turns.append({who: _seconds(extend, prompt, 1, Sampling(0.8, 200)) for who, extend in contenders.items()})
+        turns.append({who: _seconds(extend, prompt, 1, SAMPLINGS["top_k 200"]) for who, extend in contenders.items()})
     return {who: statistics.median(seconds[who] for seconds in turns[1:]) for who in contenders}
 
 

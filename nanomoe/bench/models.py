@@ -3,13 +3,10 @@
 import json
 from importlib.resources import files
 
-import torch
-
 from nanomoe.config import JobConfig
 from nanomoe.model.gpt import GPT
 from nanomoe.tokenizer import BUNDLED, Tokenizer, load_tokenizer
-from nanomoe.training.execution import Execution
-from nanomoe.training.run import Run
+from nanomoe.training.run import prepare
 
 MODELS = {
     "dense": JobConfig(),
@@ -40,9 +37,7 @@ def trained(name: str, tokenizer: Tokenizer) -> GPT:
     """One of `MODELS` after 60 steps on the bundled paragraph, as far as those who use it soon are; the same weights at
     every call on one machine."""
     config = MODELS[name].model_copy(update={"lr": _LR})
-    tokens = tokenizer.encode(paragraph())
-    execution = Execution.decide(config, "cpu", n_tokens=len(tokens), path="eager")
-    run = Run(config, tokens, tokenizer, execution, device=torch.device("cpu"))
+    run = prepare(config, paragraph(), tokenizer, path="eager").run
     for _ in range(_STEPS):
         run.train_step()
     return run.model.eval()

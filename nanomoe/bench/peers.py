@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nanomoe.config import SamplingConfig
 from nanomoe.export import gpt2_model
 from nanomoe.model.gpt import GPT
-from nanomoe.sampling import Sampling
 
-Continue = Callable[[Tensor, int, Sampling], Tensor]
+Continue = Callable[[Tensor, int, SamplingConfig], Tensor]
 """From prompts (N, T), the number of new tokens and how to sample them to all tokens (N, T + new)."""
 
 
@@ -27,7 +27,7 @@ def nanogpt(model: GPT) -> Continue:
     """
 
     @torch.inference_mode()
-    def extend(tokens_NT: Tensor, max_new_tokens: int, sampling: Sampling) -> Tensor:
+    def extend(tokens_NT: Tensor, max_new_tokens: int, sampling: SamplingConfig) -> Tensor:
         for _ in range(max_new_tokens):
             logits_NV = _last_logits(model, tokens_NT[:, -model.config.block_size :]) / sampling.temperature
             least_N1 = logits_NV.topk(min(sampling.top_k or model.vocab_size, model.vocab_size)).values[:, -1:]
@@ -58,7 +58,7 @@ def transformers_cached(model: GPT) -> Continue:
     theirs.eval()
 
     @torch.inference_mode()
-    def extend(tokens_NT: Tensor, max_new_tokens: int, sampling: Sampling) -> Tensor:
+    def extend(tokens_NT: Tensor, max_new_tokens: int, sampling: SamplingConfig) -> Tensor:
         generated: Tensor = theirs.generate(
             tokens_NT,
             attention_mask=torch.ones_like(tokens_NT),

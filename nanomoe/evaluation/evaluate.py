@@ -1,6 +1,6 @@
-"""A checkpoint's metrics: what the weights are worth on the training text, dropout off, float32.
+"""Measure a checkpoint's metrics, which `nanomoe.evaluation.metrics` declares.
 
-Whoever loads the weights can recompute every figure. Knows no optimizer, no file and no clock.
+Whoever loads the weights can recompute every metric. Knows no optimizer, no file and no clock.
 """
 
 import math
@@ -16,8 +16,18 @@ from torch import Tensor
 
 from nanomoe.config import JobConfig
 from nanomoe.data import IGNORE, Windows
+from nanomoe.evaluation.metrics import (
+    Baselines,
+    CheckpointMetrics,
+    Continuation,
+    MixtureMetrics,
+    Position,
+    ReconstructedToken,
+    Reconstruction,
+    perplexity,
+)
 from nanomoe.evaluation.moe_metrics import LayerRouting, expert_cards, moe_metrics, moe_warnings
-from nanomoe.generate import continue_tokens
+from nanomoe.generation.engine import continue_tokens
 from nanomoe.model.gpt import GPT, token_losses
 from nanomoe.tokenizer import Tokenizer
 
@@ -36,15 +46,14 @@ compares."""
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The metrics of one checkpoint."""
+    """The metrics of one checkpoint, and the routing that the next one is compared with."""
 
-    metrics: dict[str, Any]
-    """JSON-ready: as in the answer of `/jobs/{id}/metrics`, without times."""
+    metrics: CheckpointMetrics
     choices: Choices
 
     def warnings(self, *, after_half: bool) -> list[tuple[str, str]]:
         """(code, message) of what looks wrong; `after_half`: more than half of the training is done."""
-        moe = self.metrics["moe"]
+        moe = self.metrics.moe
         return moe_warnings(moe, after_half=after_half) if moe is not None else []
 
 
@@ -75,12 +84,7 @@ def evaluate_loss(model: GPT, windows: Windows) -> float:
     return total / n
 
 
-def perplexity(loss: float) -> float | None:
-    """exp(loss); None where that is too large for a float."""
-    return math.exp(loss) if loss < 709 else None
-
-
-def entropy_baselines(tokens: list[int], vocab_size: int) -> dict[str, float]:
+def entropy_baselines(tokens: list[int], vocab_size: int) -> Baselines:
     """What simpler predictors would reach on this text's targets, nats per token.
 
     `uniform` knows nothing: ln V. `unigram` knows how often each token is a target: the entropy H(x). `bigram` knows
@@ -93,7 +97,7 @@ def entropy_baselines(tokens: list[int], vocab_size: int) -> dict[str, float]:
 
     unigram = entropy(Counter(tokens[1:]))
     bigram = entropy(Counter(pairwise(tokens))) - entropy(Counter(tokens[:-1]))
-    return {"uniform": math.log(vocab_size), "unigram": max(0.0, unigram), "bigram": max(0.0, bigram)}
+    return Baselines(uniform=math.log(vocab_size), unigram=max(0.0, unigram), bigram=max(0.0, bigram))
 
 
 def evaluate(
@@ -103,11 +107,12 @@ def evaluate(
     tokenizer: Tokenizer,
     config: JobConfig,
     *,
+    position: Position,
     previous_choices: Choices,
     train_loss: float | None,
     train_dropped: dict[int, float],
 ) -> Evaluation:
-    """All metrics of the model as it stands.
+    """All metrics of the model as it stands, at `position` of its training.
 
     `previous_choices`: those of the checkpoint before, empty at percent 0. `train_dropped`: per MoE layer, the share
     of assignments that the training steps since then dropped.
@@ -118,35 +123,48 @@ def evaluate(
         targets = tokens[1:]
         loss = sum(read.losses) / len(targets)
         n_bytes = sum(len(tokenizer.token_bytes(target)) for target in targets)
-        metrics: dict[str, Any] = {
-            "loss": loss,
-            "perplexity": perplexity(loss),
-            "bits_per_byte": sum(read.losses) / math.log(2) / n_bytes,
-            "train_loss": train_loss,
-            "accuracy": sum(p == t for p, t in zip(read.predicted, targets, strict=True)) / len(targets),
-            "val_loss": evaluate_loss(model, val_windows) if val_windows is not None else None,
-            "baselines": entropy_baselines(tokens, tokenizer.vocab_size),
-            "reconstruction": _reconstruction(tokens, read, tokenizer),
-            "continuation": _continuation(model, tokens, tokenizer, config),
-            "moe": None,
-        }
-        if read.routing:
-            metrics["moe"] = moe_metrics(
-                read.routing,
-                config,
-                tokens_per_batch=min(windows.count, config.batch_size) * windows.length,
-                previous_choices=previous_choices,
-                train_dropped=train_dropped,
-                router_grad_norms=_router_grad_norms(model, windows),
-                losses_without=_losses_without(model, windows, config),
-            )
-            for figures in metrics["moe"]["layers"]:
-                cards = expert_cards(read.routing[figures["layer"]].chosen_TK, tokens[:-1], config.n_experts)
-                figures["cards"] = [
-                    [{"token": tokenizer.decode([token]), "id": token, "times": times} for token, times in card]
-                    for card in cards
-                ]
+        metrics = CheckpointMetrics(
+            **dict(position),
+            loss=loss,
+            perplexity=perplexity(loss),
+            bits_per_byte=sum(read.losses) / math.log(2) / n_bytes,
+            train_loss=train_loss,
+            accuracy=sum(p == t for p, t in zip(read.predicted, targets, strict=True)) / len(targets),
+            val_loss=evaluate_loss(model, val_windows) if val_windows is not None else None,
+            baselines=entropy_baselines(tokens, tokenizer.vocab_size),
+            reconstruction=_reconstruction(tokens, read, tokenizer),
+            continuation=_continuation(model, tokens, tokenizer, config),
+            moe=_moe(model, windows, read, tokenizer, config, previous_choices, train_dropped),
+        )
     return Evaluation(metrics, {layer: r.chosen_TK.to("cpu", torch.int16) for layer, r in read.routing.items()})
+
+
+def _moe(
+    model: GPT,
+    windows: Windows,
+    read: "_Reading",
+    tokenizer: Tokenizer,
+    config: JobConfig,
+    previous_choices: Choices,
+    train_dropped: dict[int, float],
+) -> MixtureMetrics | None:
+    """How the experts share the work; None for a dense model."""
+    if not read.routing:
+        return None
+    inputs = windows.tokens[:-1]
+    return moe_metrics(
+        read.routing,
+        config,
+        tokens_per_batch=min(windows.count, config.batch_size) * windows.length,
+        previous_choices=previous_choices,
+        train_dropped=train_dropped,
+        router_grad_norms=_router_grad_norms(model, windows),
+        losses_without=_losses_without(model, windows, config),
+        cards={
+            layer: expert_cards(routing.chosen_TK, inputs, config.n_experts, tokenizer)
+            for layer, routing in read.routing.items()
+        },
+    )
 
 
 @dataclass(frozen=True)
@@ -175,7 +193,7 @@ def _read_text(model: GPT, windows: Windows) -> _Reading:
     return _Reading(losses, predicted, {layer: LayerRouting.join(rows) for layer, rows in parts.items()})
 
 
-def _reconstruction(tokens: list[int], read: _Reading, tokenizer: Tokenizer) -> dict[str, Any]:
+def _reconstruction(tokens: list[int], read: _Reading, tokenizer: Tokenizer) -> Reconstruction:
     """The model's prediction in place of every target: the first `MAX_RECONSTRUCTED` of them.
 
     Position i holds the token that was seen and routed there, `input`, and what was predicted after it: `experts` are
@@ -186,23 +204,23 @@ def _reconstruction(tokens: list[int], read: _Reading, tokenizer: Tokenizer) -> 
     entries = []
     byte_offset = len(tokenizer.token_bytes(tokens[0]))
     for i, target in enumerate(tokens[1 : shown + 1]):
-        entry: dict[str, Any] = {
-            "input": tokenizer.decode([tokens[i]]),
-            "target": tokenizer.decode([target]),
-            "predicted": tokenizer.decode([read.predicted[i]]),
-            "loss": read.losses[i],
-            "id": target,
-            "byte_offset": byte_offset,
-        }
+        entry = ReconstructedToken(
+            input=tokenizer.decode([tokens[i]]),
+            target=tokenizer.decode([target]),
+            predicted=tokenizer.decode([read.predicted[i]]),
+            loss=read.losses[i],
+            id=target,
+            byte_offset=byte_offset,
+        )
         if chosen:
-            entry["experts"] = [layer[i] for layer in chosen]
+            entry = entry.model_copy(update={"experts": [layer[i] for layer in chosen]})
         entries.append(entry)
         byte_offset += len(tokenizer.token_bytes(target))
     text = tokenizer.decode(read.predicted[:shown])
-    return {"text": text, "tokens": entries, "truncated": shown < len(tokens) - 1}
+    return Reconstruction(text=text, tokens=entries, truncated=shown < len(tokens) - 1)
 
 
-def _continuation(model: GPT, tokens: list[int], tokenizer: Tokenizer, config: JobConfig) -> dict[str, str]:
+def _continuation(model: GPT, tokens: list[int], tokenizer: Tokenizer, config: JobConfig) -> Continuation:
     """What the model adds to the text's first tokens."""
     prompt = tokens[: config.cont_prefix_tokens]
     added = continue_tokens(
@@ -213,7 +231,7 @@ def _continuation(model: GPT, tokens: list[int], tokenizer: Tokenizer, config: J
         top_k=config.top_k,
         seed=config.seed,
     )
-    return {"prompt": tokenizer.decode(prompt), "text": tokenizer.decode(added)}
+    return Continuation(prompt=tokenizer.decode(prompt), text=tokenizer.decode(added))
 
 
 def _router_grad_norms(model: GPT, windows: Windows) -> dict[int, float]:

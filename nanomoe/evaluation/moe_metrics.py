@@ -1,6 +1,7 @@
-"""What a checkpoint says of its routers: how the experts share the load, and how decided and stable the choices are.
+"""Measure the routers of a checkpoint: how the experts share the load, how decided and how stable the choices are.
 
-Pure functions from where tokens were sent to figures that are ready for JSON. Knows no model and no file.
+Pure functions from where tokens were sent to metrics, which `nanomoe.evaluation.metrics` declares. Knows no model and
+no file.
 """
 
 import math
@@ -13,7 +14,9 @@ import torch
 from torch import Tensor
 
 from nanomoe.config import ModelConfig
+from nanomoe.evaluation.metrics import CardToken, MixtureFigures, MixtureLayer, MixtureMetrics
 from nanomoe.model.moe import Assignments, Routing, expert_capacity
+from nanomoe.tokenizer import Tokenizer
 
 DEAD_SHARE = 0.1
 """An expert with less than this part of an equal share of the load is dead."""
@@ -86,43 +89,43 @@ def moe_metrics(
     train_dropped: Mapping[int, float],
     router_grad_norms: Mapping[int, float],
     losses_without: Mapping[int, list[float]] | None,
-) -> dict[str, Any]:
-    """The `moe` object of a checkpoint: `{"layers": [one of each MoE layer], "mean": {...}, "max": {...}}`.
+    cards: Mapping[int, list[list[CardToken]]],
+) -> MixtureMetrics:
+    """The metrics of a mixture: those of each MoE layer, and their mean and maximum over the layers.
 
     All mappings go by the layer's index. `tokens_per_batch`: tokens of a training micro-batch, for which a capacity is
-    counted. `previous_choices` (T, K) are those of the checkpoint before, on the same
-    text: where they are missing `churn` is null, as is `train_dropped_fraction` without `train_dropped`.
-    `losses_without` None (too many experts) makes `loss_without` null.
+    counted. `previous_choices` (T, K) are those of the checkpoint before, on the same text: where they are missing
+    `churn` is null, as is `train_dropped_fraction` without `train_dropped`. `losses_without` None (too many experts)
+    makes `loss_without` null. `cards` are `expert_cards`.
     """
-    layers = []
-    figures = []
-    for layer, routed in routing.items():
-        figures.append(
-            _figures(routed, config, tokens_per_batch, previous_choices.get(layer))
-            | {"train_dropped_fraction": train_dropped.get(layer), "router_grad_norm": router_grad_norms[layer]}
+    layers = [
+        MixtureLayer(
+            **_figures(routed, config, tokens_per_batch, previous_choices.get(layer)),
+            train_dropped_fraction=train_dropped.get(layer),
+            router_grad_norm=router_grad_norms[layer],
+            layer=layer,
+            load=routed.load().tolist(),
+            importance=routed.importance().tolist(),
+            loss_without=None if losses_without is None else losses_without[layer],
+            cards=cards[layer],
         )
-        layers.append(
-            {
-                "layer": layer,
-                "load": routed.load().tolist(),
-                "importance": routed.importance().tolist(),
-                "loss_without": None if losses_without is None else losses_without[layer],
-            }
-            | figures[-1]
-        )
-    columns = {name: [row[name] for row in figures] for name in figures[0]}
+        for layer, routed in routing.items()
+    ]
+    columns = {name: [getattr(layer, name) for layer in layers] for name in MixtureFigures.model_fields}
     known = {name: [value for value in column if value is not None] for name, column in columns.items()}
-    return {
-        "layers": layers,
-        "mean": {name: math.fsum(column) / len(column) if column else None for name, column in known.items()},
-        "max": {name: max(column, default=None) for name, column in known.items()},
-    }
+    return MixtureMetrics(
+        layers=layers,
+        mean=MixtureFigures(
+            **{name: math.fsum(column) / len(column) if column else None for name, column in known.items()}
+        ),
+        max=MixtureFigures(**{name: max(column, default=None) for name, column in known.items()}),
+    )
 
 
 def _figures(
     routed: LayerRouting, config: ModelConfig, tokens_per_batch: int, previous_TK: Tensor | None
-) -> dict[str, float | None]:
-    """The single numbers of one layer."""
+) -> dict[str, Any]:
+    """The single numbers of one layer, but those that training counted."""
     n_tokens, k = routed.chosen_TK.shape
     n_experts = config.n_experts
     load_E, importance_E = routed.load(), routed.importance()
@@ -159,8 +162,10 @@ def churn(chosen_TK: Tensor, previous_TK: Tensor) -> float:
     return 1 - kept_TK.double().mean().item()
 
 
-def expert_cards(chosen_TK: Tensor, tokens: list[int], n_experts: int, *, n_tokens: int = 10) -> list[list[list[int]]]:
-    """The tokens that were routed to each expert most often: [[token id, times], ...], the most frequent first.
+def expert_cards(
+    chosen_TK: Tensor, tokens: list[int], n_experts: int, tokenizer: Tokenizer, *, n_tokens: int = 10
+) -> list[list[CardToken]]:
+    """The `n_tokens` tokens that were routed to each expert most often, the most frequent first.
 
     `tokens` are the T inputs that were routed. Ties go to the lower token id.
     """
@@ -169,26 +174,30 @@ def expert_cards(chosen_TK: Tensor, tokens: list[int], n_experts: int, *, n_toke
         for expert in experts:
             counts[expert][token] += 1
     return [
-        [[token, times] for token, times in sorted(c.items(), key=lambda item: (-item[1], item[0]))[:n_tokens]]
-        for c in counts
+        [
+            CardToken(token=tokenizer.decode([token]), id=token, times=times)
+            for token, times in sorted(count.items(), key=lambda item: (-item[1], item[0]))[:n_tokens]
+        ]
+        for count in counts
     ]
 
 
-def moe_warnings(moe: Mapping[str, Any], *, after_half: bool) -> list[tuple[str, str]]:
-    """(code, message) of what looks wrong in a `moe` object; `after_half`: more than half of the training is done."""
+def moe_warnings(moe: MixtureMetrics, *, after_half: bool) -> list[tuple[str, str]]:
+    """(code, message) of what looks wrong with a mixture; `after_half`: more than half of the training is done."""
     found: list[tuple[str, str]] = []
 
     def warn(code: str, name: str, is_wrong: Callable[[float], bool], meaning: str) -> None:
-        bad = {row["layer"]: row[name] for row in moe["layers"] if row[name] is not None and is_wrong(row[name])}
+        values = {layer.layer: getattr(layer, name) for layer in moe.layers}
+        bad = {layer: value for layer, value in values.items() if value is not None and is_wrong(value)}
         if bad:
             figures = ", ".join(f"{value:.3g} in layer {layer}" for layer, value in bad.items())
             found.append((code, f"{meaning}: {name} is {figures}"))
 
     warn("dead_expert", "dead_experts", lambda n: n > 0, "some experts get less than a tenth of an equal share")
-    in_training = moe["max"]["train_dropped_fraction"] is not None
+    in_training = moe.max.train_dropped_fraction is not None
     dropped = "train_dropped_fraction" if in_training else "dropped_fraction"
     warn("tokens_dropped", dropped, lambda share: share > DROPPED_TOO_MUCH, "many assignments exceed the capacity")
-    if len(moe["layers"][0]["load"]) == 1:
+    if len(moe.layers[0].load or ()) == 1:
         return found  # a single expert is always chosen: its router has nothing to decide and no gradient
     if after_half:
         warn("router_undecided", "router_entropy", lambda h: h > UNDECIDED, "the router rates all experts alike")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nanomoe.data import IGNORE, Windows
-from nanomoe.generate import LogProbs
+from nanomoe.generation.logprobs import LogProbs, TokenLogProb
 from nanomoe.model.gpt import GPT, token_losses
 
 _LOGITS_AT_ONCE = 1 << 24
@@ -39,8 +39,10 @@ def logprobs_of_tokens(model: GPT, tokens: list[int], n_likeliest: int) -> list[
         chosen_N = logprobs_NV.gather(1, targets_N[:, None])[:, 0].tolist()
         likeliest_NK, ids_NK = logprobs_NV.topk(min(n_likeliest, logprobs_NV.shape[1]))
         found += [
-            LogProbs(chosen, dict(zip(ids, likeliest, strict=True)))
-            for chosen, ids, likeliest in zip(chosen_N, ids_NK.tolist(), likeliest_NK.tolist(), strict=True)
+            LogProbs(TokenLogProb(token, chosen), tuple(map(TokenLogProb, ids, likeliest)))
+            for token, chosen, ids, likeliest in zip(
+                targets_N.tolist(), chosen_N, ids_NK.tolist(), likeliest_NK.tolist(), strict=True
+            )
         ]
     return found
 

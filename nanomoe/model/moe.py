@@ -49,19 +49,11 @@ class Routing:
     dropped: Tensor
     """int64, one number: assignments beyond the capacity. 0 outside training."""
 
-    unrouted: Tensor
-    """int64, one number: tokens all of whose assignments were dropped."""
-
     aux_loss: Tensor
     """Load balance, one number: E * sum_e f_e * P_e (Switch, arXiv 2101.03961, eq. 4-6), unweighted; 1 is balanced."""
 
     z_loss: Tensor
     """Mean squared logsumexp of the clean logits, one number (ST-MoE, arXiv 2202.08906, eq. 5), unweighted."""
-
-
-SATURATED = 25.0
-"""Derived: sigmoid scores of larger logits differ by less than 2e-11, and from 37 on not at all in float64, where the
-lowest index then decides what the logits seem to decide."""
 
 
 class Router(nn.Module):
@@ -299,12 +291,12 @@ class MoE(nn.Module):
         assignments = Assignments.of(chosen_TK, self.config.n_experts)
 
         weights_TK = gates_TK
-        dropped = unrouted = assignments.counts_E.new_zeros(())
+        dropped = assignments.counts_E.new_zeros(())
         if self.training and self.config.capacity_factor is not None:
             capacity = expert_capacity(self.config.capacity_factor, len(x_TC), k, self.config.n_experts)
             dropped_TK = assignments.ranks() >= capacity
             weights_TK = weights_TK.masked_fill(dropped_TK, 0.0)
-            dropped, unrouted = dropped_TK.sum(), dropped_TK.all(-1).sum()
+            dropped = dropped_TK.sum()
         if without_expert is not None:
             weights_TK = weights_TK.masked_fill(chosen_TK == without_expert, 0.0)
 
@@ -330,7 +322,6 @@ class MoE(nn.Module):
             gates_TK=gates_TK,
             counts_E=assignments.counts_E,
             dropped=dropped,
-            unrouted=unrouted,
             aux_loss=self.config.n_experts * (share_E @ probs_TE.mean(0)),
             z_loss=logits_TE.logsumexp(-1).square().mean(),
         )

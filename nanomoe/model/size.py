@@ -3,6 +3,9 @@
 Knows no torch: a job that cannot fit is refused from these figures before anything is built.
 """
 
+from dataclasses import dataclass
+from typing import Self
+
 from nanomoe.config import JobConfig, ModelConfig
 from nanomoe.plan import n_windows
 
@@ -72,3 +75,27 @@ def training_bytes(config: JobConfig, vocab_size: int, n_tokens: int | None) -> 
         + 3 * vocab_size
     )
     return 4 * (4 * n_params(config, vocab_size) + windows * tokens_of_window * per_token)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Size of a job's model and the work of training it; None where the vocabulary is not known yet."""
+
+    n_params: int | None = None
+    """Trainable parameters, the tied embedding and output layer counted once."""
+    n_active_params: int | None = None
+    """Parameters that one token passes through."""
+    training_bytes: int | None = None
+    """Bytes of memory that training needs at least."""
+    flops_per_token: int | None = None
+    """Floating-point operations of a training step per token."""
+
+    @classmethod
+    def of(cls, config: JobConfig, vocab_size: int, n_tokens: int) -> Self:
+        """The sizes of a job with these many entries in the vocabulary and tokens in the text."""
+        return cls(
+            n_params=n_params(config, vocab_size),
+            n_active_params=n_active_params(config, vocab_size),
+            training_bytes=training_bytes(config, vocab_size, n_tokens),
+            flops_per_token=flops_per_token(config, vocab_size, min(n_tokens, config.block_size)),
+        )

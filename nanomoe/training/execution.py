@@ -5,20 +5,25 @@ Only the micro-batch changes later, when the memory does not hold it.
 """
 
 import os
-from typing import Literal, Self
+from collections.abc import Mapping
+from typing import Any, Literal, Self
 
 import torch
 
 from nanomoe.config import JobConfig, Strict
+from nanomoe.errors import NanomoeError
 from nanomoe.model.moe import ExpertPath, choose_expert_path
 from nanomoe.plan import n_windows
 from nanomoe.training.steps.choice import StepPath, choose_path, compiled_for
+
+_MOST_THREADS = torch.get_num_threads()
+"""As many as torch takes where no job before has said otherwise."""
 
 NUMERICS = 1
 """The number of our own arithmetic: initial weights, dropout, steps, loops. Raised with every change of bits."""
 
 
-class DeviceUnavailable(RuntimeError):
+class DeviceUnavailable(NanomoeError, RuntimeError):
     """The device that was asked for, or that an earlier attempt used, is not there."""
 
     code = "device_unavailable"
@@ -101,11 +106,11 @@ class Execution(Strict):
             rows = windows * min(n_tokens, config.block_size)
             expert_path, reason = choose_expert_path(config, rows, chosen, dtype)
         chosen_path, path_reason = choose_path(config, chosen, path)
-        n_threads = torch.get_num_threads()
+        n_threads = _MOST_THREADS
         if chosen_path == "fused" and vocab_size is not None:
             from nanomoe.training.steps.threads import measured_threads
 
-            n_threads = measured_threads(config, vocab_size, n_tokens, dtype)
+            n_threads = measured_threads(config, vocab_size, n_tokens, dtype, _MOST_THREADS)
         return cls(
             device="cuda" if on_gpu else "cpu",
             device_name=torch.cuda.get_device_name(chosen) if on_gpu else "cpu",
@@ -122,6 +127,23 @@ class Execution(Strict):
             micro_batch=config.batch_size,
             torch_version=torch.__version__,
         )
+
+    @classmethod
+    def recorded(cls, stored: Mapping[str, Any], config: JobConfig) -> Self:
+        """The execution in a job's row. A job that began before the micro-batch was part of it had the config's."""
+        return cls.model_validate({"micro_batch": config.batch_size} | dict(stored))
+
+    def keeping(self, first: Self) -> Self:
+        """What was decided at the job's first start, as far as the machine that this was decided on can do it too.
+
+        Where the loops of a fused step are not compiled yet, this attempt does without them.
+        """
+        if first.device != self.device:
+            return self.model_copy(update={"micro_batch": first.micro_batch})
+        kept = ["precision", "n_threads", "expert_path", "expert_path_reason", "deterministic", "micro_batch"]
+        if first.path == "eager":
+            kept += ["path", "path_reason", "compiled_for"]
+        return self.model_copy(update={name: getattr(first, name) for name in kept})
 
     def apply(self) -> None:
         """Make this process compute so."""

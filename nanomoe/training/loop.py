@@ -14,6 +14,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from nanomoe.errors import NanomoeError
 from nanomoe.plan import OutOfMemory
 from nanomoe.training.run import Recorded, Run, Snapshot, Warned
 
@@ -39,7 +40,7 @@ REPORT_SECONDS = 0.25
 StopReason = Literal["cancel", "pause", "drain"]
 
 
-class LossNotFinite(ArithmeticError):
+class LossNotFinite(NanomoeError, ArithmeticError):
     """The loss or the gradient is NaN or infinite; nothing after the last good step was yielded."""
 
     code = "loss_not_finite"

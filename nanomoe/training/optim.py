@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from nanomoe.config import TrainConfig
 
 _STATE = ("step", "exp_avg", "exp_avg_sq")
-"""Names of a parameter's optimizer state, those of torch's own class: `step` of a parameter `w` is saved as `step.w`."""
+"""The state of a parameter, by the names of torch's own class: `step` of the parameter `w` is saved as `step.w`."""
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
@@ -33,7 +33,11 @@ class ParameterGroup:
 
     def tensors(self) -> dict[str, Tensor]:
         """The state by the names under which it is saved."""
-        return {f"{key}.{name}": state for key in _STATE for name, state in zip(self.parameters, getattr(self, key))}
+        return {
+            f"{key}.{name}": tensor
+            for key in _STATE
+            for name, tensor in zip(self.parameters, getattr(self, key), strict=True)
+        }
 
 
 class AdamW:

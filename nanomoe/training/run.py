@@ -18,21 +18,24 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from nanomoe import checkpoint
-from nanomoe.config import JobConfig
+from nanomoe.config import ConfigWarning, JobConfig
+from nanomoe.config_warnings import config_warnings
 from nanomoe.data import Order, Step, Windows
-from nanomoe.evaluation.evaluate import Choices, Evaluation, evaluate, evaluate_loss
+from nanomoe.evaluation.evaluate import Choices, evaluate, evaluate_loss
+from nanomoe.evaluation.metrics import CheckpointMetrics, Position
 from nanomoe.model.gpt import GPT
+from nanomoe.model.upcycle import starting_weights
 from nanomoe.plan import OutOfMemory, Plan
 from nanomoe.tokenizer import Tokenizer
-from nanomoe.training.execution import Execution
+from nanomoe.training.execution import Execution, find_device
 from nanomoe.training.optim import learning_rate
-from nanomoe.training.steps.choice import build_step
+from nanomoe.training.steps.choice import StepPath, build_step
 
 Weights = Mapping[str, Tensor]
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """On a GPU torch has a class for it; on a CPU only a message."""
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch found no memory: on a GPU it has a class for that, on a CPU only a message."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
@@ -40,13 +43,16 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 class Recorded:
     """A checkpoint: what a quarter of the training leaves to read."""
 
-    percent: int
-    step: int
-    epoch: int
-    metrics: dict[str, Any]
+    metrics: CheckpointMetrics
     tok_per_sec: float | None
     """Targets per second since the last checkpoint, its evaluation not counted; None before the first step."""
     files: dict[str, bytes]
+    """Content of each file by its name."""
+
+    @property
+    def percent(self) -> int:
+        """Percent of the checkpoint."""
+        return self.metrics.percent
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,8 @@ class Run:
         parent: Weights | None = None,
         resume: Mapping[str, bytes] | None = None,
     ) -> None:
-        """`parent`: weights to start from instead of random ones. `resume`: the files of a `Snapshot`."""
+        """Prefer `prepare`, which decides the execution. `parent`: weights of a model of this config to start from
+        instead of random ones. `resume`: the files of a `Snapshot`."""
         self.config = config
         self.tokenizer = tokenizer
         self.device = device
@@ -165,7 +172,7 @@ class Run:
                 for windows in step.micro_batches(self.progress.micro_batch):
                     loss += self._backward(windows, n_targets, counts, dropped)
             except RuntimeError as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 self._halve_micro_batch(error)
             else:
@@ -225,31 +232,31 @@ class Run:
     def record(self, percent: int, *, stopped_early: bool, tok_per_sec: float | None) -> tuple[Recorded, list[Warned]]:
         """Evaluate, and gather the checkpoint's files and the warnings that its metrics give rise to."""
         progress = self.progress
-        evaluation: Evaluation = evaluate(
+        evaluation = evaluate(
             self.model,
             self.windows,
             self.val_windows,
             self.tokenizer,
             self.config,
+            position=Position(percent=percent, step=progress.step, epoch=self.plan.epoch_of(progress.step)),
             previous_choices=progress.choices,
             train_loss=progress.train_loss,
             train_dropped={layer: int(n) / max(1, progress.routed) for layer, n in progress.dropped.items()},
         )
-        metrics = evaluation.metrics | ({"stopped_early": True} if stopped_early else {})
-        files = self._model_files() | {
-            checkpoint.METRICS: checkpoint.to_json(
-                {"percent": percent, "step": progress.step, "epoch": self.plan.epoch_of(progress.step)} | metrics
-            )
-        }
+        metrics = evaluation.metrics
+        if stopped_early:
+            metrics = metrics.model_copy(update={"stopped_early": True})
+        files = self._model_files() | {checkpoint.METRICS: checkpoint.to_json(metrics.to_file())}
         if evaluation.choices:
             files[checkpoint.ROUTING] = save_tensors({f"layer.{n}": c for n, c in evaluation.choices.items()})
         progress.choices = evaluation.choices
         progress.routed = 0
         for dropped in progress.dropped.values():
             dropped.zero_()
-        recorded = Recorded(percent, progress.step, self.plan.epoch_of(progress.step), metrics, tok_per_sec, files)
         late = progress.step > self.plan.total_steps / 2
-        return recorded, [Warned(code, message) for code, message in evaluation.warnings(after_half=late)]
+        return Recorded(metrics, tok_per_sec, files), [
+            Warned(code, message) for code, message in evaluation.warnings(after_half=late)
+        ]
 
     def snapshot(self, untrained: "Run | None" = None) -> Snapshot:
         """The state after the last step. `untrained`: the copy that percent 0 is still to be recorded from."""
@@ -290,3 +297,69 @@ class Run:
             checkpoint.CONFIG: checkpoint.to_json(self.config.model_dump(mode="json")),
             **self.tokenizer.files(),
         }
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that can begin, and what was decided for it."""
+
+    run: Run
+    execution: Execution
+    """How it is computed."""
+    n_tokens: int
+    """Tokens of the text."""
+    warnings: list[ConfigWarning]
+    """What the user should know before it begins."""
+
+
+def prepare(
+    config: JobConfig,
+    text: str,
+    tokenizer: Tokenizer,
+    *,
+    device: str = "cpu",
+    recorded_execution: Mapping[str, Any] | None = None,
+    parent: Weights | None = None,
+    resume: Mapping[str, bytes] | None = None,
+    path: StepPath | None = None,
+) -> Prepared:
+    """Everything from a config and a text to a run on its device; this process then computes as was decided.
+
+    `device` is `auto`, `cpu`, `cuda` or `cuda:N`. `recorded_execution`: what the job's first attempt decided, which is
+    kept as far as this machine can. `parent`: weights to start from, those of another config where a dense model grows
+    into a mixture. `resume`: the files of a snapshot. `path`: the way of doing a step where it covers the job, for
+    whoever compares them.
+
+    Raises:
+        DeviceUnavailable: a GPU was asked for and there is none.
+        TextTooShort: fewer than 2 tokens are left to train on.
+    """
+    tokens = tokenizer.encode(text)
+    is_first = recorded_execution is None
+    execution = Execution.decide(
+        config,
+        device,
+        n_tokens=len(tokens),
+        vocab_size=tokenizer.vocab_size if is_first else None,
+        path=path,
+    )
+    differences: list[str] = []
+    if recorded_execution is not None:
+        first = Execution.recorded(recorded_execution, config)
+        execution = execution.keeping(first)
+        differences = first.differences(execution)
+    execution.apply()
+    run = Run(
+        config,
+        tokens,
+        tokenizer,
+        execution,
+        device=find_device(device),
+        parent=None if parent is None else starting_weights(parent, config, seed=config.seed),
+        resume=resume,
+    )
+    warnings = config_warnings(config, run.plan, n_bytes=len(text.encode()), vocab_size=tokenizer.vocab_size)
+    if differences:
+        message = f"this attempt computes otherwise than the first one did: {'; '.join(differences)}"
+        warnings.append(ConfigWarning(code="resume_not_exact", message=message))
+    return Prepared(run, execution, len(tokens), warnings)

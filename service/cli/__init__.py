@@ -1,7 +1,7 @@
-"""The command line `nanomoe`. This file names every command and says what an exit code means.
+"""The command line `nanomoe`. This file names every command and documents the exit codes.
 
-Exit codes: 0 done; 1 a job failed, was cancelled, a child process ended by itself, or fsck found a fault; 2 a mistake
-in what was asked; 3 the service does not answer; 130 Ctrl-C.
+Exit codes: 0 success; 1 a job failed or was cancelled, a child process exited unexpectedly, or fsck found a fault;
+2 usage error; 3 the service does not answer; 130 Ctrl-C.
 """
 
 import sys
@@ -16,46 +16,46 @@ from service.cli.output import escaping
 
 COMMANDS = {
     "Service": {
-        "serve": "Start API and worker, and end both with Ctrl-C. Settings are NANOMOE_ variables, and .env.",
-        "demo": "Train the bundled paragraph, show each quarter, generate from it, and stop what was started.",
-        "workers": "The workers, and what they are doing.",
-        "backup": "Copy the database while everything is running, and say what else a backup needs.",
-        "fsck": "Compare every checkpoint and snapshot in the database with its files, byte for byte.",
+        "serve": "Start API and worker; Ctrl-C stops both. Settings are NANOMOE_ variables, and .env.",
+        "demo": "Train the bundled paragraph, show each quarter, generate from it, and stop API and worker again.",
+        "workers": "List the workers and their jobs.",
+        "backup": "Copy the database while the service runs, and print which files a backup needs too.",
+        "fsck": "Verify every recorded checkpoint and snapshot against its files, byte for byte.",
     },
     "Jobs": {
         "submit": "Train a model on a text.",
-        "watch": "Follow a job to its end: a bar, and each quarter as it is recorded. Ctrl-C leaves the job running.",
-        "jobs": "The newest jobs.",
-        "metrics": "Figures of each quarter, what it reconstructs and continues, and the shape of the training loss.",
+        "watch": "Follow a job to its end: a bar, and each quarter as it is recorded. Ctrl-C does not stop the job.",
+        "jobs": "List the newest jobs.",
+        "metrics": "Show each quarter: figures, reconstruction and continuation; and the curve of the training loss.",
         "cancel": "Stop a job for good; its checkpoints stay.",
         "pause": "Stop a job until it is resumed.",
-        "resume": "Let a paused job go on where it stopped.",
+        "resume": "Put a paused job back into the queue, to continue where it stopped.",
         "delete": "Delete a finished job, its metrics and its checkpoints.",
     },
     "Models": {
         "generate": "Continue a prompt from one checkpoint, or from several with the same seed.",
-        "score": "How well a checkpoint knows any text: memorised or learned?",
-        "inspect": "What a prompt makes a checkpoint do: next tokens, attention, routing. --json has every number.",
+        "score": "Compute the loss of any text under a checkpoint, and what of it was memorised.",
+        "inspect": "Show next tokens, attention and routing of a checkpoint at a prompt. --json has every number.",
         "explain": "Show how a mixture of experts routes one token: logits, probabilities, choice, gates, sum.",
         "export": "Write a checkpoint in another program's format.",
     },
     "Without a service": {
-        "train": "Train here and now, without a service: the same loop, the same figures, the same files.",
-        "knobs": "Every knob of a job: its default, what it may be, what it does.",
-        "bench": "Measure this machine, beside others who do the same work.",
+        "train": "Train in this process, without a service: the same loop, figures and files.",
+        "knobs": "List every knob of a job: default, bounds and meaning.",
+        "bench": "Benchmark this machine, beside other implementations of the same work.",
     },
 }
 """Every command by panel, with the first paragraph of its help, which a test compares with the command's own: importing
-them all for the list takes most of a second."""
+all commands for the list would take most of a second."""
 
 _MODULES = {
     "service.cli.serve": ("serve", "demo"),
-    "service.cli.upkeep": ("backup", "fsck"),
+    "service.cli.maintenance": ("backup", "fsck"),
     "service.cli.examine": ("score", "inspect", "explain"),
     "service.cli.local": ("export", "train"),
     "service.cli.knobs": ("knobs",),
 }
-"""Where a command's function is, if not in `service.cli.jobs`."""
+"""Modules of the commands that are not in `service.cli.jobs`."""
 
 
 def _target(name: str) -> str:
@@ -65,7 +65,7 @@ def _target(name: str) -> str:
 
 
 class Commands(TyperGroup):
-    """The commands of `COMMANDS`."""
+    """The group of the commands in `COMMANDS`."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
@@ -100,12 +100,14 @@ def options(
 
 
 def main() -> None:
-    """The console script: run a command; what goes wrong in known ways is one line on standard error."""
+    """The console script: run a command; an expected error is one line on standard error."""
+    # httpx imports its own command line where click is installed, and with it pygments: an eighth of `nanomoe jobs`.
+    sys.modules.setdefault("httpx._main", None)  # type: ignore[arg-type]
     with escaping():
         try:
             app()
         except Exception as error:
-            message, code = _told(error)
+            message, code = _message_and_exit_code(error)
             if code is None:
                 raise
             from service.cli import text
@@ -114,16 +116,16 @@ def main() -> None:
             sys.exit(code)
 
 
-def _told(error: Exception) -> tuple[str, int | None]:
-    """What to say about an error, and the exit code; None for one that nobody foresaw."""
+def _message_and_exit_code(error: Exception) -> tuple[str, int | None]:
+    """The message of an error, and the exit code; None for an unexpected exception."""
     # Imported only now: a command that needs no client starts without it.
     from service.cli.addresses import how_to_reach
-    from service.cli.mistakes import Mistake
     from service.cli.processes import ChildFailed
+    from service.cli.usage_error import UsageError
     from service.client import ClientError, Problem, Unavailable, Unreachable
 
     match error:
-        case Mistake():
+        case UsageError():
             return str(error), 2
         case Unreachable(address=str(address)):
             return f"{error}{how_to_reach(address)}", 3
@@ -142,7 +144,9 @@ def _told(error: Exception) -> tuple[str, int | None]:
 
 
 def _places(error: Any) -> str:
-    """What is wrong where, as far as the detail does not say it."""
-    said = (f"{'.'.join(map(str, fault.loc))}: {fault.msg}" for fault in error.errors if fault.msg not in error.detail)
-    places = "; ".join(said)
+    """The location and message of each fault that the detail does not name."""
+    faults = (
+        f"{'.'.join(map(str, fault.loc))}: {fault.msg}" for fault in error.errors if fault.msg not in error.detail
+    )
+    places = "; ".join(faults)
     return f" ({places})" if places else ""

@@ -1,6 +1,6 @@
-"""How a command is found and called: its module is imported when it runs, and its arguments are looked at first.
+"""Typer commands that are imported when they run, and whose arguments are checked first.
 
-`nanomoe --help` lists what it knows by name, and imports none of it.
+`nanomoe --help` lists the commands without importing them.
 """
 
 import sys
@@ -13,27 +13,27 @@ import typer
 from typer.core import TyperCommand
 from typer.main import get_command
 
-from service.cli.mistakes import Mistake
+from service.cli.usage_error import UsageError
 
 
 class Command(TyperCommand):
-    """A command whose arguments are sound before it begins: `~` in a path is expanded, and a text is a text."""
+    """A command whose arguments are prepared before it runs: `~` in a path is expanded, and texts must be decodable."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run it. Raises Mistake for an argument that holds bytes of another encoding."""
+        """Run the command. Raises UsageError for an argument with bytes of another encoding."""
         for parameter in self.params:
             if parameter.name in ctx.params:
                 metavar = getattr(parameter, "metavar", None)
                 options = [name for name in parameter.opts if name.startswith("--")]
                 shown = options[0] if options else metavar or parameter.name.upper()
-                ctx.params[parameter.name] = _sound(ctx.params[parameter.name], shown, metavar == "FILE")
+                ctx.params[parameter.name] = _prepared(ctx.params[parameter.name], shown, metavar == "FILE")
         return super().invoke(ctx)
 
 
-def _sound(value: Any, name: str, is_file: bool) -> Any:
+def _prepared(value: Any, name: str, is_file: bool) -> Any:
     match value:
         case list():
-            return [_sound(one, name, is_file) for one in value]
+            return [_prepared(one, name, is_file) for one in value]
         case Path():
             return _expanded(value)
         case str() if is_file:
@@ -51,20 +51,20 @@ def _expanded(path: Path) -> Path:
 
 
 def _check_text(given: str, name: str) -> None:
-    """Python keeps each byte of an argument that it cannot decode as half of a surrogate pair, which is no character.
-    Paths may hold such bytes; a text cannot be sent with them."""
+    """Raise UsageError for undecodable bytes, which Python represents as lone surrogates. Paths may hold them; a text
+    with them cannot be sent."""
     try:
         given.encode()
     except UnicodeEncodeError as error:
         encoding = sys.getfilesystemencoding()
-        raise Mistake(
+        raise UsageError(
             f"{name} {given!a} is not in this terminal's encoding, {encoding}: "
             f"its character {error.start} is the byte {ord(given[error.start]) & 0xFF:#04x}"
         ) from None
 
 
 class LazyCommand(TyperCommand):
-    """Stands for a command in the list of commands, and becomes it when it is called."""
+    """A placeholder in the list of commands, which imports the command when it is called."""
 
     def __init__(self, name: str, summary: str, panel: str, target: str) -> None:
         """`target`: `module:name` of its function, or of a Typer application with commands of its own."""
@@ -72,11 +72,11 @@ class LazyCommand(TyperCommand):
         self._target = target
 
     def make_context(self, *args: Any, **kwargs: Any) -> Any:
-        """The context of the command itself, which is imported now."""
+        """Import the command, and return its context."""
         return self.load().make_context(*args, **kwargs)
 
     def load(self) -> Any:
-        """The command that this one stands for."""
+        """Import the command."""
         module, _, name = self._target.partition(":")
         found = getattr(import_module(module), name)
         if isinstance(found, typer.Typer):

@@ -1,4 +1,4 @@
-"""A training run as it happens, from its events: a bar and rows in a terminal, plain lines elsewhere, or JSON lines.
+"""Live display of a training run from its events: progress bar and rows in a terminal, plain lines elsewhere, or JSON.
 
 Knows no connection: `follow` feeds it from the service, `nanomoe train` from the training loop itself.
 """
@@ -10,14 +10,15 @@ from pydantic import BaseModel
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from service.cli import text
+from service.cli import checkpoint_text, job_text, text
 from service.cli.output import to_json
 from service.client import JobHandle, Unavailable, Unreachable
 from service.http import schemas
+from service.jobs.statuses import TERMINAL
 
 
 class Display(Protocol):
-    """What can happen to a run."""
+    """Receiver of a run's events."""
 
     def status(self, event: schemas.StatusEvent) -> None: ...
 
@@ -36,12 +37,12 @@ class Display(Protocol):
     ) -> None: ...
 
 
-LOOK_SECONDS = 2.0
-"""Time between two looks at the place of a job that waits."""
+QUEUE_POLL_SECONDS = 2.0
+"""Time between two updates of a waiting job's queue position."""
 
 
 def follow(job: JobHandle, display: Display) -> schemas.JobView:
-    """Show the job's events until it has ended, and return it as it then is."""
+    """Show the job's events until it has ended, and return the ended job."""
     shown: set[int] = set()
 
     def show(event: Any) -> None:
@@ -49,7 +50,7 @@ def follow(job: JobHandle, display: Display) -> schemas.JobView:
             case schemas.StatusEvent():
                 display.status(event.data)
                 if event.data.status == "queued":
-                    _wait_in_line(job, display)
+                    _show_queue_position(job, display)
             case schemas.CheckpointMetrics(percent=percent) if percent not in shown:
                 shown.add(percent)
                 display.quarter(event.data)
@@ -66,22 +67,22 @@ def follow(job: JobHandle, display: Display) -> schemas.JobView:
     return job.view
 
 
-def _wait_in_line(job: JobHandle, display: Display) -> None:
-    """Show how the line moves until the job is not queued any more, as one that was queued long ago is not."""
+def _show_queue_position(job: JobHandle, display: Display) -> None:
+    """Show the job's queue position until it is not queued any more."""
     try:
         job.refresh()
         while job.view.status == "queued":
             display.waiting(job.view)
-            job.refresh(wait=LOOK_SECONDS, seen="queued")
+            job.refresh(wait=QUEUE_POLL_SECONDS, seen="queued")
     except (Unreachable, Unavailable):
-        return  # the stream of events, which is open meanwhile, is more patient and tells what became of the service
+        return  # the event stream, which is open meanwhile, retries for longer and reports the failure
 
 
 class JsonDisplay:
     """One JSON object a line: `{"event": "checkpoint", "data": {...}}`."""
 
     def waiting(self, job: schemas.JobView) -> None:
-        """Nothing: a place in the line is no event."""
+        """Print nothing: a queue position is no event."""
 
     def status(self, event: schemas.StatusEvent) -> None:
         self._line("status", event)
@@ -108,16 +109,16 @@ class JsonDisplay:
 
 
 class TextDisplay:
-    """A row for each quarter as it is recorded; in a terminal a progress bar stays below them and goes at the end."""
+    """A row for each quarter as it is recorded; in a terminal, with a progress bar below that is removed at the end."""
 
     def __init__(self, console: Console, *, introduced: schemas.JobView | None = None, n_lines: int = 1) -> None:
-        """`introduced`: the job as it was shown before, whose place and warnings are not news; None for a run without a
-        service. `n_lines`: how much is shown of a quarter's reconstruction and continuation."""
+        """`introduced`: the job as it was shown before, whose queue position and warnings are not repeated; None for a
+        run without a service. `n_lines`: most lines of a quarter's reconstruction and of its continuation."""
         self._console = console
         self._n_lines = n_lines
         self._is_from_parent = introduced is not None and introduced.parent is not None
         self._warned = set() if introduced is None else {(one.code, one.message) for one in introduced.warnings}
-        self._place = None if introduced is None else _place(introduced)
+        self._shown_position = None if introduced is None else _position(introduced)
         self._header_shown = False
         self._bar = Progress(
             TextColumn("{task.description}", style="cyan"),
@@ -135,15 +136,15 @@ class TextDisplay:
     def status(self, event: schemas.StatusEvent) -> None:
         self._bar.update(self._task, description=event.status, detail="")
         reason = f" ({text.visible(event.status_reason)})" if event.status_reason else ""
-        if event.status not in schemas.TERMINAL and (reason or not self._console.is_terminal):
+        if event.status not in TERMINAL and (reason or not self._console.is_terminal):
             self._console.print(f"{event.status}{reason}")
 
     def waiting(self, job: schemas.JobView) -> None:
-        """In a terminal the bar says how the line moves; elsewhere a line does when somebody has left it."""
-        self._bar.update(self._task, description="queued", detail=text.place_in_line(job))
-        place, self._place = self._place, _place(job)
-        if place != self._place and not self._console.is_terminal:
-            self._console.print(text.status_line(job))
+        """Show the queue position: in a terminal in the bar; elsewhere as a line whenever it changes."""
+        self._bar.update(self._task, description="queued", detail=job_text.queue_text(job))
+        previous, self._shown_position = self._shown_position, _position(job)
+        if previous != self._shown_position and not self._console.is_terminal:
+            self._console.print(job_text.status_line(job))
 
     def progress(self, progress: schemas.Progress) -> None:
         detail = f"{progress.step:,}/{text.number(progress.total_steps)}"
@@ -159,20 +160,20 @@ class TextDisplay:
 
     def quarter(self, checkpoint: schemas.CheckpointMetrics) -> None:
         if not self._header_shown:
-            self._console.print(text.quarter_header())
+            self._console.print(checkpoint_text.quarter_header())
             self._header_shown = True
-        self._console.print(text.quarter_row(checkpoint))
-        for line in text.quarter_texts(checkpoint, self._console, self._n_lines):
+        self._console.print(checkpoint_text.quarter_row(checkpoint))
+        for line in checkpoint_text.quarter_texts(checkpoint, self._console, self._n_lines):
             self._console.print(line)
         if checkpoint.percent == 0 and checkpoint.reconstruction is not None and not self._is_from_parent:
-            self._console.print(text.untrained_note(self._console))
+            self._console.print(checkpoint_text.untrained_note(self._console))
         if checkpoint.stopped_early:
-            self._console.print(text.stopped_early_line(checkpoint))
+            self._console.print(checkpoint_text.stopped_early_line(checkpoint))
 
     def warning(self, code: str, message: str) -> None:
         if (code, message) not in self._warned:
             self._warned.add((code, message))
-            self._console.print(text.warning_line(code, message, self._console))
+            self._console.print(job_text.warning_line(code, message, self._console))
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -184,6 +185,6 @@ class TextDisplay:
         self._bar.stop()
 
 
-def _place(job: schemas.JobView) -> tuple[int | None, bool]:
-    """What of a job's place in the line is news when it changes: not each second of an estimate."""
+def _position(job: schemas.JobView) -> tuple[int | None, bool]:
+    """The part of a queue position that is printed again when it changes: not the seconds of an estimate."""
     return job.queue_position, job.estimated_start_at is not None

@@ -1,4 +1,4 @@
-"""Commands that look into a checkpoint: how well it knows a text, and what a prompt makes it do."""
+"""Commands that evaluate a checkpoint: `score`, `inspect` and `explain`."""
 
 import codecs
 from collections.abc import Sequence
@@ -12,30 +12,33 @@ from rich.text import Text
 from nanomoe.checkpoint import CONFIG, WEIGHTS
 from nanomoe.config import JobConfig
 from nanomoe.evaluation.explain import Explanation, LayerExplanation
-from service.cli import text
+from service.cli import inspection_text, text
 from service.cli.jobs import read_text
-from service.cli.mistakes import Mistake
 from service.cli.options import Url, connect
 from service.cli.output import Json, print_json
 from service.cli.references import Reference
+from service.cli.usage_error import UsageError
 from service.http import schemas
 
 if TYPE_CHECKING:
     from service.generation.messages import Inspected
 
-Target = Annotated[str, typer.Argument(metavar="JOB[@CHECKPOINT]", help="A job, or latest; then perhaps @50.")]
+Target = Annotated[
+    str,
+    typer.Argument(metavar="JOB[@CHECKPOINT]", help="A job's id or latest, and optionally a checkpoint, such as @50."),
+]
 
-_SURPRISES = ((1.0, text.GOOD), (3.0, "yellow"))
-"""Up to so many nats a token is shown in this colour: expected, and in between; beyond, it came as a surprise."""
+_LOSS_STYLES = ((1.0, text.GOOD), (3.0, "yellow"))
+"""Most nats of a token that is shown in each colour; a token with a higher loss is shown in the colour of errors."""
 
 
 def score(
     target: Target,
-    file: Annotated[str, typer.Argument(metavar="FILE", help="A UTF-8 text, or - for standard input.")],
+    file: Annotated[str, typer.Argument(metavar="FILE", help="The text to score in UTF-8; - is standard input.")],
     url: Url = None,
     as_json: Json = False,
 ) -> None:
-    """How well a checkpoint knows any text: memorised or learned?"""
+    """Compute the loss of any text under a checkpoint, and what of it was memorised."""
     reference = Reference.parse(target)
     given = read_text(file)
     with connect(url) as client, text.waiting(f"loading {reference}", quiet=as_json):
@@ -50,7 +53,7 @@ def score(
         f"perplexity {text.figure(answer.perplexity)}, {text.number(answer.bits_per_byte, 3)} bits/byte"
     )
     if answer.copied is None:
-        console.print("nothing of it stands in the training text")
+        console.print("no part of it occurs in the training text")
     else:
         copied = answer.copied
         where = f"from byte {copied.start:,}, there from {copied.training_start:,}"
@@ -60,26 +63,26 @@ def score(
 
 def inspect(
     target: Target,
-    prompt: Annotated[str, typer.Argument(help="The text to read.")],
+    prompt: Annotated[str, typer.Argument(help="The text that the model reads.")],
     url: Url = None,
     as_json: Json = False,
 ) -> None:
-    """What a prompt makes a checkpoint do: next tokens, attention, routing. --json has every number."""
+    """Show next tokens, attention and routing of a checkpoint at a prompt. --json has every number."""
     reference = Reference.parse(target)
     with connect(url) as client, text.waiting(f"loading {reference}", quiet=as_json):
         answer = reference.find(client).inspect(prompt, reference.checkpoint or "latest")
     if as_json:
         print_json(answer)
         return
-    text.print_table(text.next_tokens_table(answer.tokens[-1].text, answer.likeliest))
-    text.print_table(text.attention_table(answer))
+    text.print_table(inspection_text.next_tokens_table(answer.tokens[-1].text, answer.likeliest))
+    text.print_table(inspection_text.attention_table(answer))
     if answer.routing:
-        text.print_table(text.router_table(answer))
+        text.print_table(inspection_text.router_table(answer))
 
 
 def explain(
     source: Annotated[str, typer.Argument(metavar="JOB[@PERCENT]", help="The checkpoint, or a folder that holds one.")],
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The router is asked about its last token.")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="A text, whose last token's routing is explained.")],
     url: Url = None,
     as_json: Json = False,
 ) -> None:
@@ -107,39 +110,39 @@ def explain(
     )
     for layer in explanation.layers:
         console.print()
-        text.print_table(text.routing_table(layer))
-        console.print(text.gates_line(layer, config))
+        text.print_table(inspection_text.routing_table(layer))
+        console.print(inspection_text.gates_line(layer, config))
 
 
 def _inspect_folder(folder: Path, prompt: str) -> "tuple[JobConfig, Inspected]":
-    """What `POST /inspect` answers, without attention, from a checkpoint on this machine; raises Mistake."""
+    """The answer of `POST /inspect`, without attention, from a checkpoint in a local folder; raises UsageError."""
     for name in (WEIGHTS, CONFIG):
         if not (folder / name).is_file():
-            raise Mistake(f"{folder} holds no checkpoint: {name} is missing")
+            raise UsageError(f"{folder} holds no checkpoint: {name} is missing")
     from torch import device
 
-    from service.generation.examiner import OpenCheckpoint, answer_inspect
+    from service.generation.examiner import LoadedModel, answer_inspect
     from service.generation.messages import Inspect, Refused
 
-    opened = OpenCheckpoint.load(folder, device("cpu"))
+    opened = LoadedModel.load(folder, None, device("cpu"))
     _check_is_mixture(str(folder), opened.config)
     question = Inspect(id=0, folder=str(folder), manifest_sha256="", prompt=prompt, attention=False)
     try:
         answer = answer_inspect(question, opened.tokenizer, opened.model)
     except ValueError as error:
-        raise Mistake(f"{folder} explains nothing: {error}") from None
+        raise UsageError(f"{folder} cannot be explained: {error}") from None
     if isinstance(answer, Refused):
-        raise Mistake(f"{folder} explains nothing: {answer.message}")
+        raise UsageError(f"{folder} cannot be explained: {answer.message}")
     return opened.config, answer
 
 
 def _check_is_mixture(source: str, config: JobConfig) -> None:
     if not config.use_moe:
-        raise Mistake(f"{source} is dense, it has no router to explain: train one with --set use_moe=true")
+        raise UsageError(f"{source} is dense, it has no router to explain: train one with --set use_moe=true")
 
 
 def _of_last_token(answer: "schemas.InspectResponse | Inspected") -> Explanation:
-    """How the last token that was read was routed."""
+    """The routing of the last token that was read."""
     last = answer.tokens[-1]
     return Explanation(
         token=last.text,
@@ -162,7 +165,7 @@ def _of_last_token(answer: "schemas.InspectResponse | Inspected") -> Explanation
 
 
 def _coloured(given: bytes, tokens: Sequence[schemas.ScoredToken]) -> Text:
-    """The text, each token in its colour; a character that tokens split has the colour of its last part."""
+    """The text, each token in the colour of its loss; a character that tokens split has the colour of its last part."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     shown = Text()
     for token, following in pairwise([*tokens, None]):
@@ -173,7 +176,7 @@ def _coloured(given: bytes, tokens: Sequence[schemas.ScoredToken]) -> Text:
 
 
 def _colour(loss: float | None) -> str:
-    """How a token is shown that was predicted so."""
+    """The style of a token with this loss."""
     if loss is None:
         return text.DIM
-    return next((colour for most, colour in _SURPRISES if loss <= most), text.WRONG)
+    return next((colour for most, colour in _LOSS_STYLES if loss <= most), text.WRONG)

@@ -1,6 +1,7 @@
-"""What the words of a run mean: each is a field, and its docstring is the explanation.
+"""Glossary of the metrics: every field with its description.
 
-`nanomoe metrics --explain` prints it, and the README's tables of figures are made from it.
+`nanomoe metrics --explain` prints it; the tables of docs/metrics.md and docs/mixture_of_experts.md are generated from
+it.
 """
 
 from collections.abc import Iterable
@@ -11,11 +12,11 @@ from nanomoe.config import JobConfig
 from service.http import schemas
 
 _NOT_FIGURES = ("percent", "step", "epoch", "created_at", "layer")
-"""Fields that say which checkpoint or layer it is."""
+"""Fields that identify the checkpoint or layer."""
 
 
 NOTATION = "n_e: assignments of expert e; T tokens, E experts, K experts per token"
-"""Letters in the meanings of a mixture's figures."""
+"""Symbols in the descriptions of a mixture's figures."""
 
 
 def of_checkpoint() -> dict[str, str]:
@@ -29,7 +30,7 @@ def of_mixture() -> dict[str, str]:
 
 
 def sections() -> dict[str, dict[str, str]]:
-    """All of it: {heading: {word: meaning}}."""
+    """The whole glossary: {heading: {field: meaning}}."""
     return {
         "a checkpoint": of_checkpoint(),
         "its baselines": _meanings(schemas.Baselines, schemas.Baselines.model_fields),

@@ -1,21 +1,21 @@
-"""The commands that talk to a service about jobs. Each is a few calls of the client and a way to show their answers."""
+"""The commands about jobs of a service. Each makes a few calls of the client, and shows their responses."""
 
 import sys
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 from rich.text import Text
 
-from service.cli import glossary, text
+from service.cli import checkpoint_text, glossary, job_text, text
 from service.cli.addresses import option_for
 from service.cli.display import JsonDisplay, TextDisplay, follow
 from service.cli.knobs import config_of, settings_of
-from service.cli.mistakes import Mistake
 from service.cli.options import ConfigFile, Job, Set, Url, connect
 from service.cli.output import Json, print_json, to_json
 from service.cli.references import LATEST, Reference
+from service.cli.usage_error import UsageError
 from service.client import Client, JobHandle
 from service.http import schemas
 from service.http.schemas.jobs import split_tag
@@ -25,20 +25,26 @@ SAMPLING = {
     for name, field in schemas.GenerateRequest.model_fields.items()
     if name not in ("job_id", "checkpoint", "prompt", "stream")
 }
-"""What `generate --set` may change: the rest of the request has its own place on the command line."""
+"""Fields that `generate --set` may change: the other fields are arguments and options of their own."""
+
+_STATUSES = ", ".join(get_args(schemas.Status))
 
 SUCCEEDED, FAILED, INTERRUPTED = 0, 1, 130
-"""Exit codes; 2 is a mistake of the caller's, 3 a service that does not answer (see `main`)."""
+"""Exit codes; `main` adds 2 for a usage error, and 3 for a service that does not answer."""
 
 
 def submit(
     file: Annotated[str, typer.Argument(metavar="FILE", help="The training text in UTF-8; - is standard input.")],
     set_: Set = None,
     config: ConfigFile = None,
-    name: Annotated[str | None, typer.Option(help="What to call the job.")] = None,
-    tag: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="A label to find the job by.")] = None,
-    priority: Annotated[int, typer.Option(help="-100 to 100; higher is claimed sooner.")] = 0,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what the job would be.")] = False,
+    name: Annotated[str | None, typer.Option(help="Name of the job, shown in lists.")] = None,
+    tag: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="A label of the job; may be given several times.")
+    ] = None,
+    priority: Annotated[int, typer.Option(help="Priority, -100 to 100; a higher one is claimed sooner.")] = 0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print size, steps and warnings of the job without submitting it.")
+    ] = False,
     watch_: Annotated[bool, typer.Option("--watch", "-w", help="Follow the job to its end.")] = False,
     url: Url = None,
     as_json: Json = False,
@@ -62,50 +68,50 @@ def submit(
 
 
 def watch(job: Job = LATEST, url: Url = None, as_json: Json = False) -> None:
-    """Follow a job to its end: a bar, and each quarter as it is recorded. Ctrl-C leaves the job running."""
+    """Follow a job to its end: a bar, and each quarter as it is recorded. Ctrl-C does not stop the job."""
     with connect(url) as client:
         raise typer.Exit(watch_to_the_end(Reference.parse(job).find(client), as_json=as_json))
 
 
 def jobs(
-    status: Annotated[str | None, typer.Option(help="Only these: queued, running, paused, succeeded, ...")] = None,
-    tag: Annotated[str | None, typer.Option(metavar="KEY[=VALUE]", help="Only those with this tag.")] = None,
-    limit: Annotated[int, typer.Option(help="At most so many.")] = 20,
+    status: Annotated[str | None, typer.Option(help=f"Only jobs with this status: {_STATUSES}.")] = None,
+    tag: Annotated[str | None, typer.Option(metavar="KEY[=VALUE]", help="Only jobs with this tag.")] = None,
+    limit: Annotated[int, typer.Option(help="Most jobs to list.")] = 20,
     url: Url = None,
     as_json: Json = False,
 ) -> None:
-    """The newest jobs."""
+    """List the newest jobs."""
     with connect(url) as client:
         page = client.list_jobs(status=status, tag=tag, limit=limit)
-        shown = page.data if as_json else _placed(client, page.data)
+        shown = page.data if as_json else _with_positions(client, page.data)
     if as_json:
         print_json(page)
     elif shown:
-        text.print_jobs(shown)
+        job_text.print_jobs(shown)
     else:
         hint = f"no jobs yet; submit one: {text.program()} submit FILE{option_for(client.base_url)}"
         text.console().print("no jobs" if status or tag else hint, soft_wrap=True)
 
 
-_N_PLACED = 20
-"""How many queued jobs are asked for their place: the first in line, for whom it matters most."""
+_N_POSITIONS = 20
+"""Most queued jobs whose queue position is requested: the next ones."""
 
 
-def _placed(client: Client, jobs: list[schemas.JobView]) -> list[schemas.JobView]:
-    """The jobs of a list, newest first, with the places in line that a list leaves out."""
-    first = [job.id for job in jobs if job.status == "queued"][-_N_PLACED:]
+def _with_positions(client: Client, jobs: list[schemas.JobView]) -> list[schemas.JobView]:
+    """The jobs of a list, newest first, with queue positions, which a list does not have."""
+    first = [job.id for job in jobs if job.status == "queued"][-_N_POSITIONS:]
     return [client.job(job.id).view if job.id in first else job for job in jobs]
 
 
 def metrics(
     job: Job = LATEST,
-    points: Annotated[int, typer.Option(help="At most so many points of the step series.")] = 1000,
+    points: Annotated[int, typer.Option(help="Most points of the step series.")] = 1000,
     csv: Annotated[bool, typer.Option("--csv", help="Print the step series as CSV.")] = False,
-    explain: Annotated[bool, typer.Option("--explain", help="Only say what the words mean.")] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Print what each figure means, and nothing else.")] = False,
     url: Url = None,
     as_json: Json = False,
 ) -> None:
-    """Figures of each quarter, what it reconstructs and continues, and the shape of the training loss."""
+    """Show each quarter: figures, reconstruction and continuation; and the curve of the training loss."""
     if explain:
         _show_glossary(as_json)
         return
@@ -119,16 +125,16 @@ def metrics(
         print_json(measured)
         return
     console = text.console()
-    console.print(text.job_line(handle.view))
+    console.print(job_text.job_line(handle.view))
     with TextDisplay(console, introduced=handle.view, n_lines=3) as display:
         for checkpoint in measured.checkpoints:
             display.quarter(checkpoint)
     if measured.steps.step:
-        console.print(text.loss_curve(measured.steps, console))
+        console.print(checkpoint_text.loss_curve(measured.steps, console))
     if handle.view.config.use_moe and measured.checkpoints:
         console.print()
-        text.print_table(text.mixture_table(measured.checkpoints))
-    console.print(text.glossary_hint())
+        text.print_table(checkpoint_text.mixture_table(measured.checkpoints))
+    console.print(checkpoint_text.glossary_hint())
 
 
 def _show_glossary(as_json: bool) -> None:
@@ -138,11 +144,13 @@ def _show_glossary(as_json: bool) -> None:
         return
     for heading, words in sections.items():
         text.console().print(Text(heading, "bold"))
-        text.print_table(text.glossary_table(words))
+        text.print_table(checkpoint_text.glossary_table(words))
 
 
 def generate(
-    targets: Annotated[list[str], typer.Argument(metavar="JOB[@PERCENT]...", help="Whose checkpoint; latest@50 too.")],
+    targets: Annotated[
+        list[str], typer.Argument(metavar="JOB[@PERCENT]...", help="Checkpoints to generate from, such as latest@50.")
+    ],
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
     set_: Annotated[
         list[str] | None,
@@ -150,7 +158,7 @@ def generate(
             "--set", "-s", metavar="FIELD=VALUE", help="max_new_tokens, temperature, top_k, top_p, seed, n, stop, ..."
         ),
     ] = None,
-    stream: Annotated[bool, typer.Option("--stream", help="Show the text as it is generated.")] = False,
+    stream: Annotated[bool, typer.Option("--stream", help="Print the text while it is generated.")] = False,
     url: Url = None,
     as_json: Json = False,
 ) -> None:
@@ -175,7 +183,7 @@ def generate(
 
 def _stream(targets: list[str], prompt: str, sampling: dict[str, Any], url: str | None, as_json: bool) -> None:
     if len(targets) > 1 or sampling.get("n", 1) != 1:
-        raise Mistake("--stream shows one text at a time: name one checkpoint, and leave n at 1")
+        raise UsageError("--stream shows one text at a time: name one checkpoint, and do not set n")
     reference = Reference.parse(targets[0])
     console = text.console()
     with connect(url) as client:
@@ -207,14 +215,14 @@ def pause(job: Job, url: Url = None, as_json: Json = False) -> None:
 
 
 def resume(job: Job, url: Url = None, as_json: Json = False) -> None:
-    """Let a paused job go on where it stopped."""
+    """Put a paused job back into the queue, to continue where it stopped."""
     with connect(url) as client:
         _show_job(Reference.parse(job).find(client).resume(), as_json)
 
 
 def delete(
     job: Job,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Delete without asking for confirmation.")] = False,
     url: Url = None,
     as_json: Json = False,
 ) -> None:
@@ -231,39 +239,39 @@ def delete(
 
 
 def workers(url: Url = None, as_json: Json = False) -> None:
-    """The workers, and what they are doing."""
+    """List the workers and their jobs."""
     with connect(url) as client:
         known = client.workers()
     if as_json:
         print_json(known)
     elif known:
-        text.print_table(text.workers_table(known))
+        text.print_table(job_text.workers_table(known))
     else:
         text.console().print("no worker; start one: python -m worker (`serve` starts one with the API)")
 
 
 def read_text(file: str) -> str:
-    """The text of a file, or of standard input for `-`, without a byte-order mark; raises Mistake."""
+    """The text of a file, or of standard input for `-`, without a byte-order mark; raises UsageError."""
     try:
         content = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
         return content.decode("utf-8").removeprefix(schemas.BYTE_ORDER_MARK)
     except OSError as error:
-        raise Mistake(f"cannot read {file}: {error.strerror}") from None
+        raise UsageError(f"cannot read {file}: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise Mistake(f"{file} is not UTF-8: byte {error.start} is {content[error.start]:#04x}") from None
+        raise UsageError(f"{file} is not UTF-8: byte {error.start} is {content[error.start]:#04x}") from None
 
 
 def introduce(job: schemas.JobView) -> None:
-    """Say which job this is, how large, and what to beware of."""
+    """Print id, size and warnings of a job."""
     console = text.console()
-    console.print(text.job_line(job))
-    console.print(text.size_line(job.config, job.model, job.text.n_tokens, job.progress.total_steps))
+    console.print(job_text.job_line(job))
+    console.print(job_text.size_line(job.config, job.model, job.text.n_tokens, job.progress.total_steps))
     for warning in job.warnings:
-        console.print(text.warning_line(warning.code, warning.message, console))
+        console.print(job_text.warning_line(warning.code, warning.message, console))
 
 
 def watch_to_the_end(job: JobHandle, *, as_json: bool = False) -> int:
-    """Show the job until it has ended; returns the exit code. Ctrl-C ends the showing, not the job."""
+    """Show the job until it has ended; returns the exit code. Ctrl-C stops showing it, and the job continues."""
     if not as_json:
         introduce(job.view)
     at = option_for(job.client.base_url)
@@ -277,16 +285,16 @@ def watch_to_the_end(job: JobHandle, *, as_json: bool = False) -> int:
 
 
 def show_to_the_end(job: JobHandle, *, as_json: bool = False, n_lines: int = 1, hint: str = "") -> int:
-    """Show the job until it has ended, and say how, with a `hint` if it succeeded; returns the exit code."""
+    """Show the job until it has ended, and its end, with a `hint` if it succeeded; returns the exit code."""
     console = text.console()
     with JsonDisplay() if as_json else TextDisplay(console, introduced=job.view, n_lines=n_lines) as display:
         ended = follow(job, display)
     if as_json:
         print(to_json({"event": "job", "data": ended}))
     else:
-        ending = text.ending(ended).append(hint if ended.status == "succeeded" else "", text.DIM)
+        ending = job_text.ending(ended).append(hint if ended.status == "succeeded" else "", text.DIM)
         console.print(ending, soft_wrap=True)
-        console.print(text.glossary_hint())
+        console.print(checkpoint_text.glossary_hint())
     return SUCCEEDED if ended.status == "succeeded" else FAILED
 
 
@@ -305,21 +313,21 @@ def _show_estimate(estimate: schemas.Estimate, as_json: bool) -> None:
         print_json(estimate)
         return
     console = text.console()
-    console.print(text.size_line(estimate.config, estimate.model, estimate.text.n_tokens, estimate.total_steps))
+    console.print(job_text.size_line(estimate.config, estimate.model, estimate.text.n_tokens, estimate.total_steps))
     if estimate.quarters:
         quarters = ", ".join(f"{percent} % at step {step:,}" for percent, step in estimate.quarters.items())
         console.print(f"quarters: {quarters}")
     if estimate.training_bytes is not None:
         console.print(f"memory: about {text.millions(estimate.training_bytes)}B")
     for warning in estimate.warnings:
-        console.print(text.warning_line(warning.code, warning.message, console))
+        console.print(job_text.warning_line(warning.code, warning.message, console))
 
 
 def _show_job(job: schemas.JobView, as_json: bool) -> None:
     if as_json:
         print_json(job)
     else:
-        text.console().print(text.job_line(job))
+        text.console().print(job_text.job_line(job))
 
 
 def _tags(given: list[str]) -> dict[str, str]:
@@ -327,6 +335,6 @@ def _tags(given: list[str]) -> dict[str, str]:
     for tag in given:
         key, value = split_tag(tag)
         if value is None:
-            raise Mistake(f"--tag {tag!r} must look like key=value")
+            raise UsageError(f"--tag {tag!r} must look like key=value")
         tags[key] = value
     return tags

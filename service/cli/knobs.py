@@ -1,4 +1,4 @@
-"""A config on the command line: `--set lr=1e-3`, `--config file.json`, and a table of all knobs.
+"""The config on the command line: `--set lr=1e-3`, `--config file.json`, and `nanomoe knobs`.
 
 Everything is read from the pydantic classes; no knob is named here except where its notation differs.
 """
@@ -16,13 +16,13 @@ from rich.text import Text
 
 from nanomoe.config import JobConfig
 from service.cli import text
-from service.cli.mistakes import Mistake
 from service.cli.output import Json, print_json
+from service.cli.usage_error import UsageError
 from service.http.patterns import message_of
 
 
 def config_of(file: Path | None, settings: list[str]) -> JobConfig:
-    """The config of a JSON file, changed by `knob=value` settings; raises Mistake in words."""
+    """The config of a JSON file, changed by `knob=value` settings; raises UsageError."""
     given = _read_object(file) if file is not None else {}
     given |= settings_of(JobConfig.model_fields, settings)
     return validated(JobConfig, given)
@@ -34,22 +34,22 @@ def settings_of(fields: Mapping[str, FieldInfo], settings: Iterable[str]) -> dic
     for setting in settings:
         name, equals, value = setting.partition("=")
         if not equals:
-            raise Mistake(f"{setting!r} must look like {name or 'knob'}=value")
+            raise UsageError(f"{setting!r} must look like {name or 'knob'}=value")
         if name not in fields:
-            raise Mistake(f"there is no {name!r}{_suggestion(fields, name)}")
+            raise UsageError(f"there is no {name!r}{_suggestion(fields, name)}")
         given[name] = _value(name, fields[name], value)
     return given
 
 
 def validated(kind: type[JobConfig], given: Mapping[str, Any]) -> JobConfig:
-    """The config, or a Mistake with one line for each thing that is wrong."""
+    """The config; raises a UsageError that names every fault."""
     try:
         return kind.model_validate(given)
     except ValidationError as error:
-        raise Mistake("; ".join(_in_words(kind, fault) for fault in error.errors())) from None
+        raise UsageError("; ".join(_message(kind, fault) for fault in error.errors())) from None
 
 
-def _in_words(kind: type[BaseModel], fault: Any) -> str:
+def _message(kind: type[BaseModel], fault: Any) -> str:
     place = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
         return f"there is no {place!r}{_suggestion(kind.model_fields, place)}"
@@ -66,7 +66,7 @@ def _value(name: str, field: FieldInfo, value: str) -> Any:
     if field.annotation is str and not value.startswith('"'):
         return value
     if name == "init_from" and not value.startswith(("{", "null")):
-        from service.cli.references import Reference  # and with it the client, for this alone
+        from service.cli.references import Reference  # imports the client, which only this needs
 
         return Reference.parse(value).init_from()
     try:
@@ -83,25 +83,25 @@ def _read_object(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_bytes())
     except OSError as error:
-        raise Mistake(f"cannot read {file}: {error.strerror}") from None
+        raise UsageError(f"cannot read {file}: {error.strerror}") from None
     except ValueError as error:
-        raise Mistake(f"{file} is not JSON: {error}") from None
+        raise UsageError(f"{file} is not JSON: {error}") from None
     if not isinstance(value, dict):
-        raise Mistake(f'{file} must hold an object, such as {{"epochs": 500}}')
+        raise UsageError(f'{file} must hold an object, such as {{"epochs": 500}}')
     return value
 
 
 def complete_knob(incomplete: str) -> list[tuple[str, str]]:
-    """For the shell: the knobs that begin so, with their meaning."""
+    """Shell completion: the knobs that begin with `incomplete`, with their meanings."""
     return [(f"{row.name}=", row.meaning) for row in knob_rows() if row.name.startswith(incomplete)]
 
 
 class KnobRow(BaseModel):
-    """A knob as a table shows it."""
+    """A row of the table of knobs."""
 
     name: str
     part: str
-    """The class that declares it, and what that is about."""
+    """Summary of the class that declares the knob."""
     default: str
     bounds: str
     meaning: str
@@ -125,7 +125,7 @@ def knob_rows() -> list[KnobRow]:
 
 
 def _bounds(schema: Mapping[str, Any]) -> str:
-    """What a value may be, from its JSON schema: `1 to 256`, `constant or cosine`, `true or false`, `... or null`."""
+    """The bounds of a value, from its JSON schema: `1 to 256`, `constant or cosine`, `true or false`, `... or null`."""
     options = schema.get("anyOf", [schema])
     return " or ".join(dict.fromkeys(_bound(option) for option in options))
 
@@ -160,13 +160,13 @@ def _number(value: float) -> str:
 
 
 def knobs(
-    name: Annotated[str | None, typer.Argument(help="Only those whose name holds this.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Only knobs whose name contains this.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Every knob of a job: its default, what it may be, what it does."""
+    """List every knob of a job: default, bounds and meaning."""
     rows = [row for row in knob_rows() if name is None or name in row.name]
     if not rows:
-        raise Mistake(f"there is no {name!r}{_suggestion(JobConfig.model_fields, name or '')}")
+        raise UsageError(f"there is no {name!r}{_suggestion(JobConfig.model_fields, name or '')}")
     if as_json:
         print_json(rows)
         return

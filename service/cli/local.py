@@ -1,4 +1,4 @@
-"""The commands that compute on this machine, `train` and `export`: they import torch when run."""
+"""The commands that compute in this process, `train` and `export`. They import torch when they run."""
 
 import tempfile
 import time
@@ -17,41 +17,42 @@ from service.cli.addresses import settings
 from service.cli.display import Display, JsonDisplay, TextDisplay
 from service.cli.jobs import FAILED, INTERRUPTED, read_text
 from service.cli.knobs import config_of
-from service.cli.mistakes import Mistake
 from service.cli.options import ConfigFile, Set, Url, connect
 from service.cli.output import Json, print_json
 from service.cli.references import Reference
+from service.cli.usage_error import UsageError
 from service.http import schemas
 
 if TYPE_CHECKING:
     from nanomoe.config import JobConfig
-    from nanomoe.training.run import Run
+    from nanomoe.training.run import Prepared
 
 
 class Format(StrEnum):
-    """What `nanomoe export` writes."""
+    """Formats of `nanomoe export`."""
 
     HF = "hf"
 
 
 def export(
     source: Annotated[str, typer.Argument(metavar="JOB[@PERCENT]", help="The checkpoint, or a folder that holds one.")],
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder to write.")],
-    to: Annotated[Format, typer.Option("--to", help="hf: what transformers opens.")] = Format.HF,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to write, which must not exist.")],
+    to: Annotated[Format, typer.Option("--to", help="Format: hf for transformers.")] = Format.HF,
     url: Url = None,
     as_json: Json = False,
 ) -> None:
     """Write a checkpoint in another program's format."""
     if folder.exists():
-        raise Mistake(f"{folder} is there already; name a new folder")
-    with text.waiting(f"loading {source}", quiet=as_json), _found(source, url) as checkpoint:
+        raise UsageError(f"{folder} exists already; name a new folder")
+    with text.waiting(f"loading {source}", quiet=as_json), _checkpoint_folder(source, url) as checkpoint:
+        from nanomoe.checkpoint import open as open_checkpoint
         from nanomoe.export import NotExportable, export_hf
 
-        _without_bars_of_others()
+        _disable_progress_bars()
         try:
-            export_hf(checkpoint, folder)
+            export_hf(open_checkpoint(checkpoint, None), folder)
         except NotExportable as error:
-            raise Mistake(f"{source} cannot be written as {to}: {error}") from None
+            raise UsageError(f"{source} cannot be written as {to}: {error}") from None
     if as_json:
         print_json({"folder": str(folder), "format": to})
     else:
@@ -59,8 +60,8 @@ def export(
 
 
 @contextmanager
-def _found(source: str, url: str | None) -> Iterator[Path]:
-    """The folder of a checkpoint: `source` itself, or a download that is gone afterwards; raises Mistake."""
+def _checkpoint_folder(source: str, url: str | None) -> Iterator[Path]:
+    """The folder of a checkpoint: `source` itself, or a download that is removed afterwards; raises UsageError."""
     with tempfile.TemporaryDirectory(prefix="nanomoe-") as downloads:
         folder = Path(source)
         if not folder.is_dir():
@@ -71,11 +72,11 @@ def _found(source: str, url: str | None) -> Iterator[Path]:
                 job.download_checkpoint(reference.checkpoint or "latest", folder)
         for name in (WEIGHTS, CONFIG):
             if not (folder / name).is_file():
-                raise Mistake(f"{source} holds no checkpoint: {name} is missing")
+                raise UsageError(f"{source} holds no checkpoint: {name} is missing")
         yield folder
 
 
-def _without_bars_of_others() -> None:
+def _disable_progress_bars() -> None:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
@@ -90,21 +91,22 @@ def train(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Train here and now, without a service: the same loop, the same figures, the same files."""
+    """Train in this process, without a service: the same loop, figures and files."""
     job_config = config_of(config, set_ or [])
     given = read_text(file)
     if job_config.init_from is not None:
-        raise Mistake(f"init_from names a job of a service; submit this one to it: {text.program()} submit FILE")
+        raise UsageError(f"init_from names a job of a service; submit this one to it: {text.program()} submit FILE")
     if out is not None and out.exists():
-        raise Mistake(f"{out} is there already; name a new folder")
+        raise UsageError(f"{out} exists already; name a new folder")
     with text.waiting("loading torch", quiet=as_json):
-        run = _prepare(given, job_config)
+        prepared = _prepare(given, job_config)
+        run = prepared.run
 
         from nanomoe.training.loop import LossNotFinite
 
     try:
         with JsonDisplay() if as_json else TextDisplay(text.console()) as display:
-            _train(run, len(given.encode()), display, out)
+            _train(prepared, display, out)
     except KeyboardInterrupt:
         kept = f"; its checkpoints are in {out}" if out is not None else ""
         text.console(stderr=True).print(f"stopped at step {run.progress.step:,}{kept}")
@@ -116,35 +118,31 @@ def train(
         text.console().print(f"checkpoints are in {out}")
 
 
-def _prepare(given: str, config: "JobConfig") -> "Run":
-    """Text and config to a model that can train; raises Mistake for what cannot be."""
-    from nanomoe.plan import TextTooShort
-    from nanomoe.tokenizer import TokenizerError, load_tokenizer
-    from nanomoe.training.execution import DeviceUnavailable, Execution, find_device
-    from nanomoe.training.run import Run
+def _prepare(given: str, config: "JobConfig") -> "Prepared":
+    """Prepare a run from text and config; raises UsageError where that is impossible."""
+    from nanomoe.errors import NanomoeError
+    from nanomoe.tokenizer import load_tokenizer
+    from nanomoe.training.execution import find_device
+    from nanomoe.training.run import prepare
 
     here = settings()
     try:
-        device = find_device(here.device)
+        find_device(here.device)  # before a tokenizer is loaded, let alone trained
         folders = [here.tokenizer_dir] if here.tokenizer_dir is not None else []
         tokenizer = load_tokenizer(config.tokenizer, text=given, allow_hub=here.allow_hub, allowed_folders=folders)
-        tokens = tokenizer.encode(given)
-        execution = Execution.decide(config, here.device, n_tokens=len(tokens), vocab_size=tokenizer.vocab_size)
-        execution.apply()
-        return Run(config, tokens, tokenizer, execution, device=device)
-    except (DeviceUnavailable, TokenizerError, TextTooShort) as error:
-        raise Mistake(f"{error.code}: {error}") from None
+        return prepare(config, given, tokenizer, device=here.device)
+    except NanomoeError as error:
+        raise UsageError(f"{error.code}: {error}") from None
 
 
-def _train(run: "Run", n_bytes: int, display: Display, out: Path | None) -> None:
-    """`n_bytes`: of the text, in UTF-8."""
+def _train(prepared: "Prepared", display: Display, out: Path | None) -> None:
+    """Train, and show the run."""
     from nanomoe import checkpoint
-    from nanomoe.config_warnings import config_warnings
     from nanomoe.training import loop as training
 
     began = time.monotonic()
-    vocab_size = run.tokenizer.vocab_size
-    for warning in config_warnings(run.config, run.plan, n_bytes=n_bytes, vocab_size=vocab_size):
+    run = prepared.run
+    for warning in prepared.warnings:
         display.warning(warning.code, warning.message)
     for happened in training.train(run):
         match happened:
@@ -164,13 +162,8 @@ def _train(run: "Run", n_bytes: int, display: Display, out: Path | None) -> None
             case training.Recorded():
                 if out is not None:
                     checkpoint.write(out / str(happened.percent), happened.files)
-                figures = {
-                    "percent": happened.percent,
-                    "step": happened.step,
-                    "epoch": happened.epoch,
-                    "tok_per_sec": happened.tok_per_sec,
-                    "created_at": datetime.now(UTC),
-                }
-                display.quarter(schemas.CheckpointMetrics.model_validate(happened.metrics | figures))
+                clocked = {"tok_per_sec": happened.tok_per_sec, "created_at": datetime.now(UTC)}
+                measured = happened.metrics.model_dump(exclude_unset=True)
+                display.quarter(schemas.CheckpointMetrics.model_validate(measured | clocked))
             case training.Warned():
                 display.warning(happened.code, happened.message)

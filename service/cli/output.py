@@ -1,4 +1,4 @@
-"""`--json`: the same answers for programs. And what happens to characters that the terminal's encoding lacks."""
+"""JSON output, and escapes for characters that the terminal's encoding lacks."""
 
 import codecs
 import io
@@ -14,7 +14,7 @@ import typer
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 _PLAIN = {"–": "-", "…": "...", "│": "|", "━": "-", "╸": "-", "╺": "-"} | dict(zip("▁▂▃▄▅▆▇█", "_.,:-=+#", strict=True))
-"""How our own ornaments look where they cannot be shown; a user's text is escaped instead."""
+"""Substitutes for our own symbols in such encodings; a user's text is escaped instead."""
 
 
 def print_json(value: Any) -> None:
@@ -37,8 +37,8 @@ def _plain(value: Any) -> Any:
 
 @contextmanager
 def escaping() -> Iterator[None]:
-    """Within it, a character that the output's encoding lacks is printed as its escape, such as `\\xe1`, which is what
-    Python does on standard error. At the end a line there says so, once."""
+    """Within it, a character that the output's encoding lacks is printed as its escape, such as `\\xe1`, as Python does
+    on standard error. At the end a line on standard error reports that, once."""
     lacking: set[str] = set()
 
     def escape(error: UnicodeError) -> tuple[str, int]:
@@ -71,5 +71,5 @@ def _flush() -> None:
     try:
         sys.stdout.flush()
     except BrokenPipeError:
-        # The reader has seen enough, as in `| head`. Python flushes once more when it exits, and would complain.
+        # The reader has closed the pipe, as in `| head`. Python flushes again when it exits, which would fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,6 +1,6 @@
-"""API and worker as child processes of a command, which ends them again whatever happens to itself.
+"""API and worker as child processes of a command, which stops them again however it ends itself.
 
-Knows nothing of what they do: they are started as `python -m service` and `python -m worker`.
+They are started as `python -m service` and `python -m worker`.
 """
 
 import ctypes
@@ -17,20 +17,20 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 LISTENING = "nanomoe listening on "
-"""How the API's line begins once it can be reached; its address follows."""
+"""Prefix of the line that the API prints once it accepts connections; its address follows."""
 
 GRACE_SECONDS = 30.0
-"""From the polite signal to the last one: time enough for a worker to write its snapshot."""
+"""Time from SIGTERM to SIGKILL: enough for a worker to write its snapshots."""
 
 _PR_SET_PDEATHSIG = 1
 
 
 class ChildFailed(Exception):
-    """A child process ended by itself, or does not do its work; the text says which, and what it last said."""
+    """A child process exited unexpectedly, or does not become ready; the text names it, with the end of its log."""
 
 
 class Processes:
-    """The children of one command. Leaving the `with` block ends them, and only them."""
+    """The child processes of one command, which are stopped at the end of the `with` block."""
 
     def __init__(self, environment: Mapping[str, str], logs: Path | None = None) -> None:
         """`environment` is added to this process's own. `logs`: a folder for their output; None shows it here."""
@@ -45,7 +45,7 @@ class Processes:
         assert child.stdout is not None
         for line in child.stdout:
             if line.startswith(LISTENING):
-                reader = Thread(target=_drain, args=(child.stdout,), daemon=True)
+                reader = Thread(target=_copy_output, args=(child.stdout,), daemon=True)
                 reader.start()
                 self._readers.append(reader)
                 return line.removeprefix(LISTENING).strip()
@@ -54,17 +54,17 @@ class Processes:
         raise self._failed("api", child)
 
     def start_worker(self, name: str = "worker") -> None:
-        """Start a worker. It waits by itself until the API has made the database."""
+        """Start a worker, which waits until the API has created the database."""
         self._start(name, "worker")
 
     def kill(self, name: str) -> None:
-        """End a child without giving it a chance to do anything about it."""
+        """Kill a child with SIGKILL, and reap it."""
         self._children[name].kill()
         self._children[name].wait()
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Within it, a child that ends by itself interrupts what the caller waits for: `ChildFailed` is raised."""
+        """Within it, `ChildFailed` is raised when a child exits, whatever the caller waits for."""
         over = Event()
         caller = get_ident()
 
@@ -87,8 +87,8 @@ class Processes:
             over.set()
             watcher.join()
 
-    def last_words(self, name: str) -> str:
-        """The end of a child's log; empty without logs."""
+    def log_tail(self, name: str) -> str:
+        """The last lines of a child's log; empty without logs."""
         if self._logs is None:
             return ""
         lines = (self._logs / f"{name}.log").read_text(encoding="utf-8", errors="replace").splitlines()
@@ -97,23 +97,23 @@ class Processes:
     def _start(self, name: str, module: str, *, piped: bool = False) -> subprocess.Popen[str]:
         with (self._logs / f"{name}.log").open("a") if self._logs is not None else nullcontext() as log:
             child = subprocess.Popen(  # noqa: S603 - our own interpreter and module
-                # -P: a folder named `worker` where this is called must not be taken for ours.
+                # -P: a folder named `worker` in the working directory must not be imported.
                 [sys.executable, "-P", "-m", module],
                 env=self._environment,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE if piped else log,
                 stderr=log,
                 text=True,
-                # Ctrl-C in the terminal reaches this process alone, which then ends them in order.
+                # Ctrl-C in the terminal reaches this process alone, which then stops them in order.
                 process_group=0,
-                preexec_fn=_end_with_parent(),
+                preexec_fn=_terminate_with_parent(),
             )
         self._children[name] = child
         return child
 
     def _failed(self, name: str, child: subprocess.Popen[str]) -> ChildFailed:
-        ended = f"the {name} ended by itself with exit code {child.returncode}"
-        return ChildFailed(f"{ended}\n{self.last_words(name)}".rstrip())
+        ended = f"the {name} exited unexpectedly with exit code {child.returncode}"
+        return ChildFailed(f"{ended}\n{self.log_tail(name)}".rstrip())
 
     def __enter__(self) -> Self:
         return self
@@ -128,7 +128,7 @@ class Processes:
             for child in self._children.values():
                 child.wait(max(0.0, deadline - time.monotonic()))
         except (subprocess.TimeoutExpired, KeyboardInterrupt):
-            pass  # the grace is over, or a second Ctrl-C: no more waiting
+            pass  # the time is over, or a second Ctrl-C: kill them
         finally:
             for child in self._children.values():
                 child.kill()
@@ -138,8 +138,8 @@ class Processes:
 
 
 @contextmanager
-def ended_by_signals() -> Iterator[None]:
-    """Within it, SIGTERM and SIGHUP (a closed terminal) do what Ctrl-C does: the children are ended on the way out."""
+def signals_as_interrupts() -> Iterator[None]:
+    """Within it, SIGTERM and SIGHUP (a closed terminal) act as Ctrl-C does, so that the children are stopped."""
 
     def interrupt(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
@@ -152,16 +152,16 @@ def ended_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _end_with_parent() -> Callable[[], None] | None:
-    """On Linux: have the kernel end the child even if this process is killed without a chance to."""
+def _terminate_with_parent() -> Callable[[], None] | None:
+    """On Linux: have the kernel send the child SIGTERM even if this process is killed."""
     if sys.platform != "linux":
         return None
     prctl = ctypes.CDLL(None).prctl  # looked up here: after the fork nothing but the call itself is safe
     return lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _drain(lines: IO[str]) -> None:
-    """Show what else the API says on standard output, so that it never waits for a reader."""
+def _copy_output(lines: IO[str]) -> None:
+    """Copy the rest of the API's standard output, so that the API never blocks on a full pipe."""
     with lines:
         for line in lines:
             sys.stdout.write(line)

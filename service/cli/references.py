@@ -1,52 +1,52 @@
-"""How a job and its checkpoint are named on the command line: `JOB`, `JOB@50`, `latest`, `latest@100`."""
+"""Names of a job and its checkpoint on the command line: `JOB`, `JOB@50`, `latest`, `latest@100`."""
 
 from dataclasses import dataclass
-from typing import Any, Self, cast, get_args
+from typing import Any, Self, cast
 
+from nanomoe.config import PERCENTS, Percent
 from service.cli.addresses import option_for
-from service.cli.mistakes import Mistake
 from service.cli.text import program
+from service.cli.usage_error import UsageError
 from service.client import Client, JobHandle
-from service.client.calls import Which
-from service.http import schemas
+from service.client.calls import CheckpointSelector
 
 LATEST = "latest"
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A job, and perhaps one of its checkpoints."""
+    """A job, and optionally one of its checkpoints."""
 
     job: str
     """A job's id, or `latest` for the newest job."""
 
-    checkpoint: Which | None
-    """Percent or `latest`; None when it was left out."""
+    checkpoint: CheckpointSelector | None
+    """Percent or `latest`; None when none was named."""
 
     @classmethod
     def parse(cls, given: str) -> Self:
-        """From `JOB` or `JOB@CHECKPOINT`; raises Mistake."""
+        """From `JOB` or `JOB@CHECKPOINT`; raises UsageError."""
         job, at, which = given.partition("@")
         if not job:
-            raise Mistake(f"{given!r} names no job; it must look like JOB@50, or latest@50")
+            raise UsageError(f"{given!r} names no job; it must look like JOB@50, or latest@50")
         if not at:
             return cls(job, None)
-        percents = [str(percent) for percent in get_args(schemas.Percent)]
+        percents = [str(percent) for percent in PERCENTS]
         if which == LATEST:
             return cls(job, "latest")
         if which.removesuffix("%") not in percents:
-            raise Mistake(f"{given!r} names no checkpoint; after @ comes {', '.join(percents)} or {LATEST}")
-        return cls(job, cast(schemas.Percent, int(which.removesuffix("%"))))
+            raise UsageError(f"{given!r} names no checkpoint; after @ comes {', '.join(percents)} or {LATEST}")
+        return cls(job, cast(Percent, int(which.removesuffix("%"))))
 
     def find(self, client: Client) -> JobHandle:
-        """The job; raises `NotFound`, or Mistake when there is no job to be the latest."""
+        """The job; raises `NotFound`, or UsageError for `latest` when there is no job."""
         if self.job != LATEST:
             return client.job(self.job)
         newest = client.list_jobs(limit=1).data
         if not newest:
             at = option_for(client.base_url)
-            raise Mistake(f"there is no job yet; submit one: {program()} submit FILE{at}")
-        return client.job(newest[0].id)  # a list leaves out its place in the line
+            raise UsageError(f"there is no job yet; submit one: {program()} submit FILE{at}")
+        return client.job(newest[0].id)  # a list has no queue positions
 
     def init_from(self) -> dict[str, Any]:
         """The reference as the knob `init_from`, whose default checkpoint is the last."""

@@ -1,4 +1,4 @@
-"""`nanomoe serve` and `nanomoe demo`: the commands that start API and worker themselves."""
+"""`nanomoe serve` and `nanomoe demo`: the commands that start API and worker."""
 
 import json
 import tempfile
@@ -17,25 +17,25 @@ from service.cli import text
 from service.cli.addresses import option_for, settings
 from service.cli.jobs import INTERRUPTED, SUCCEEDED, introduce, show_generated, show_to_the_end
 from service.cli.output import Json, print_json
-from service.cli.processes import ChildFailed, Processes, ended_by_signals
+from service.cli.processes import ChildFailed, Processes, signals_as_interrupts
 from service.client import Client
 from service.settings import sqlite_url
 
 PARAGRAPH = "paragraph.pt.txt"
 PROMPT_WORDS = 4
 START_SECONDS = 90
-"""How long the demo's worker may take to begin: importing torch for the first time on a slow disk is most of it."""
+"""Longest time until the demo's worker claims the job: the first import of torch from a slow disk is most of it."""
 
 
 def serve(
-    port: Annotated[int | None, typer.Option(help="TCP port; 0 takes a free one, instead of NANOMOE_PORT.")] = None,
+    port: Annotated[int | None, typer.Option(help="TCP port, in place of NANOMOE_PORT; 0 takes a free one.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Start API and worker, and end both with Ctrl-C. Settings are NANOMOE_ variables, and .env."""
+    """Start API and worker; Ctrl-C stops both. Settings are NANOMOE_ variables, and .env."""
     chosen = settings()
     environment = {} if port is None else {"NANOMOE_PORT": str(port)}
     console = text.console()
-    with ended_by_signals(), Processes(environment) as processes:
+    with signals_as_interrupts(), Processes(environment) as processes:
         try:
             url = processes.start_api()
             processes.start_worker()
@@ -48,19 +48,19 @@ def serve(
             with processes.watched():
                 Event().wait()
         except KeyboardInterrupt:
-            text.console(stderr=True).print("stopping API and worker (once more: at once)")
-    text.console(stderr=True).print("stopped; jobs that were running go on when it is started again")
+            text.console(stderr=True).print("stopping API and worker (press Ctrl-C again to kill them)")
+    text.console(stderr=True).print("stopped; interrupted jobs continue when it is started again")
 
 
 def demo(
-    data_dir: Annotated[Path | None, typer.Option(help="Keep the data in this folder, not in a temporary one.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Folder for the data, in place of a temporary one.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Train the bundled paragraph, show each quarter, generate from it, and stop what was started."""
+    """Train the bundled paragraph, show each quarter, generate from it, and stop API and worker again."""
     began = time.monotonic()
     console = text.console(stderr=as_json)
     try:
-        with ended_by_signals(), _folder(data_dir) as data:
+        with signals_as_interrupts(), _folder(data_dir) as data:
             code = _demo(data, as_json)
     except KeyboardInterrupt:
         console.print("interrupted; API and worker are stopped")
@@ -68,13 +68,15 @@ def demo(
     if code == SUCCEEDED:
         took = text.duration(time.monotonic() - began)
         console.print(f"done in {took}; API and worker are stopped", style=text.DIM)
-        console.print(f"with your own text: {text.program()} serve, which says how to submit it", style=text.DIM)
+        console.print(
+            f"with your own text: start {text.program()} serve, which prints how to submit it", style=text.DIM
+        )
     raise typer.Exit(code)
 
 
 @contextmanager
 def _folder(chosen: Path | None) -> Iterator[Path]:
-    """The chosen folder, which stays, or a temporary one, which goes."""
+    """The chosen folder, or a temporary one, which is removed at the end."""
     if chosen is not None:
         chosen.mkdir(parents=True, exist_ok=True)
         yield chosen.absolute()
@@ -106,8 +108,8 @@ def _demo(data: Path, as_json: bool) -> int:
                 introduce(job.view)
             with console.status("waiting for the worker"):
                 if job.refresh(wait=START_SECONDS, seen="queued").status == "queued":
-                    said = processes.last_words("worker")
-                    raise ChildFailed(f"the worker has not begun after {START_SECONDS} seconds\n{said}")
+                    log = processes.log_tail("worker")
+                    raise ChildFailed(f"the worker has not claimed the job after {START_SECONDS} seconds\n{log}")
             code = show_to_the_end(job, as_json=as_json, n_lines=4)
             if code == SUCCEEDED:
                 prompt = " ".join(paragraph.split()[:PROMPT_WORDS])

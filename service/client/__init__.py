@@ -1,4 +1,4 @@
-"""The Python client: the service's routes as methods, its answers as the service's own classes. Loads no torch.
+"""The Python client: the service's routes as methods, its responses as the service's own classes. Loads no torch.
 
 with Client() as client:
     job = client.submit("Era uma vez ...", {"epochs": 500})
@@ -44,7 +44,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """The asynchronous client, imported when it is asked for: asyncio takes longer to load than most requests."""
+    """Import the asynchronous client at its first use: asyncio takes longer to load than most requests."""
     if name in ("AsyncClient", "AsyncJobHandle"):
         from service.client import asynchronous
 

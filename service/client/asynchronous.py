@@ -1,4 +1,4 @@
-"""The client for programs with an event loop: `blocking.py`, awaited. The requests and answers are the same code."""
+"""The client for programs with an event loop: `blocking.py`, awaited. Both share the code of requests and responses."""
 
 import asyncio
 import functools
@@ -12,52 +12,52 @@ from typing import Any, Concatenate, Literal, ParamSpec, Self, TypeVar, overload
 import httpx
 
 from service.client import calls
-from service.client.calls import Call, Which, method_signature
+from service.client.calls import Call, CheckpointSelector, method_signature
 from service.client.connection import DEFAULT_URL, URL_VARIABLE, connection_settings
 from service.client.continuation import ContinuationReader, Piece
 from service.client.download import Download, file_names, make_folder, recorded_file
 from service.client.errors import ClientError
 from service.client.events import EventCursor, JobEvent
 from service.client.job_fields import JobFields
-from service.client.patience import STREAM_RETRIES, Patience
+from service.client.retry_policy import STREAM_RETRIES, RetryPolicy
 from service.http import schemas
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def _of_service(build: Callable[P, Call[T]]) -> Callable[Concatenate["AsyncClient", P], Coroutine[Any, Any, T]]:
+def _client_method(build: Callable[P, Call[T]]) -> Callable[Concatenate["AsyncClient", P], Coroutine[Any, Any, T]]:
     """The method of a client that makes this call."""
 
     @functools.wraps(build)
     async def method(client: "AsyncClient", /, *args: P.args, **kwargs: P.kwargs) -> T:
-        return await client.ask(build(*args, **kwargs))
+        return await client.send(build(*args, **kwargs))
 
     method.__signature__ = method_signature(build)  # type: ignore[attr-defined]
     return method
 
 
-def _gives_job(
+def _returning_handle(
     build: Callable[P, Call[schemas.JobView]],
 ) -> Callable[Concatenate["AsyncClient", P], Coroutine[Any, Any, "AsyncJobHandle"]]:
-    """The method of a client that makes this call and hands out the job it answers."""
+    """The method of a client that makes this call and returns a handle of the job in its response."""
 
     @functools.wraps(build)
     async def method(client: "AsyncClient", /, *args: P.args, **kwargs: P.kwargs) -> "AsyncJobHandle":
-        return AsyncJobHandle(client, await client.ask(build(*args, **kwargs)))
+        return AsyncJobHandle(client, await client.send(build(*args, **kwargs)))
 
     method.__signature__ = method_signature(build)  # type: ignore[attr-defined]
     return method
 
 
-def _of_job(
+def _job_method(
     build: Callable[Concatenate[str, P], Call[T]],
 ) -> Callable[Concatenate["AsyncJobHandle", P], Coroutine[Any, Any, T]]:
     """The method of a job that makes this call about it."""
 
     @functools.wraps(build)
     async def method(job: "AsyncJobHandle", /, *args: P.args, **kwargs: P.kwargs) -> T:
-        answer = await job.client.ask(build(job.id, *args, **kwargs))
+        answer = await job.client.send(build(job.id, *args, **kwargs))
         if isinstance(answer, schemas.JobView):
             job.view = answer
         return answer
@@ -82,14 +82,14 @@ class AsyncClient:
         self.retries = retries
         self._http = httpx.AsyncClient(**connection_settings(base_url, key, timeout, transport))
 
-    estimate = _of_service(calls.estimate)
-    list_jobs = _of_service(calls.list_jobs)
-    workers = _of_service(calls.workers)
-    health = _of_service(calls.health)
-    readiness = _of_service(calls.readiness)
+    estimate = _client_method(calls.estimate)
+    list_jobs = _client_method(calls.list_jobs)
+    workers = _client_method(calls.workers)
+    health = _client_method(calls.health)
+    readiness = _client_method(calls.readiness)
 
-    submit = _gives_job(calls.submit)
-    job = _gives_job(calls.get_job)
+    submit = _returning_handle(calls.submit)
+    job = _returning_handle(calls.get_job)
 
     async def jobs(self, *, status: str | None = None, tag: str | None = None) -> "AsyncIterator[AsyncJobHandle]":
         """All jobs, newest first, fetched page by page as they are asked for."""
@@ -102,18 +102,18 @@ class AsyncClient:
             if cursor is None:
                 return
 
-    async def ask(self, call: Call[T]) -> T:
-        """Send a call, again where that is safe and helps, and read its answer."""
-        patience = Patience(call.repeatable, self.retries)
+    async def send(self, call: Call[T]) -> T:
+        """Send a call, with retries where that is safe and useful, and return its result."""
+        retry_policy = RetryPolicy(call.repeatable, self.retries)
         while True:
             try:
                 return call.answer(await self._http.send(call.request(self._http)))
             except (httpx.TransportError, ClientError) as failure:
-                await asyncio.sleep(patience.pause_after(failure))
+                await asyncio.sleep(retry_policy.delay_after(failure))
 
     @asynccontextmanager
     async def open(self, call: Call[bytes]) -> AsyncIterator[httpx.Response]:
-        """Send a call whose answer is read as it comes."""
+        """Send a call whose response is streamed."""
         response = await self._http.send(call.request(self._http), stream=True)
         try:
             if response.is_error:
@@ -143,41 +143,41 @@ class AsyncJobHandle(JobFields):
         self.client = client
         self.view = view
 
-    refresh = _of_job(calls.get_job)
-    update = _of_job(calls.update)
-    text = _of_job(calls.text)
-    cancel = _of_job(calls.cancel)
-    pause = _of_job(calls.pause)
-    resume = _of_job(calls.resume)
-    delete = _of_job(calls.delete)
-    metrics = _of_job(calls.metrics)
-    metrics_csv = _of_job(calls.metrics_csv)
-    checkpoints = _of_job(calls.checkpoints)
-    checkpoint = _of_job(calls.checkpoint)
-    reconstruction = _of_job(calls.reconstruction)
-    score = _of_job(calls.score)
-    inspect = _of_job(calls.inspect)
+    refresh = _job_method(calls.get_job)
+    update = _job_method(calls.update)
+    text = _job_method(calls.text)
+    cancel = _job_method(calls.cancel)
+    pause = _job_method(calls.pause)
+    resume = _job_method(calls.resume)
+    delete = _job_method(calls.delete)
+    metrics = _job_method(calls.metrics)
+    metrics_csv = _job_method(calls.metrics_csv)
+    checkpoints = _job_method(calls.checkpoints)
+    checkpoint = _job_method(calls.checkpoint)
+    reconstruction = _job_method(calls.reconstruction)
+    score = _job_method(calls.score)
+    inspect = _job_method(calls.inspect)
 
     @overload
     def generate(
-        self, prompt: str, checkpoint: Which = "latest", *, stream: Literal[False] = False, **sampling: Any
+        self, prompt: str, checkpoint: CheckpointSelector = "latest", *, stream: Literal[False] = False, **sampling: Any
     ) -> Coroutine[Any, Any, schemas.GenerateResponse]: ...
 
     @overload
     def generate(
-        self, prompt: str, checkpoint: Which = "latest", *, stream: Literal[True], **sampling: Any
+        self, prompt: str, checkpoint: CheckpointSelector = "latest", *, stream: Literal[True], **sampling: Any
     ) -> AsyncIterator[Piece]: ...
 
     def generate(
-        self, prompt: str, checkpoint: Which = "latest", *, stream: bool = False, **sampling: Any
+        self, prompt: str, checkpoint: CheckpointSelector = "latest", *, stream: bool = False, **sampling: Any
     ) -> Coroutine[Any, Any, schemas.GenerateResponse] | AsyncIterator[Piece]:
         """`JobHandle.generate`: awaited, or with `stream` iterated over."""
         if stream:
             return self._stream(calls.generate_stream(self.id, prompt, checkpoint, **sampling))
-        return self.client.ask(calls.generate(self.id, prompt, checkpoint, **sampling))
+        return self.client.send(calls.generate(self.id, prompt, checkpoint, **sampling))
 
     async def _stream(self, call: Call[bytes]) -> AsyncIterator[Piece]:
-        patience = Patience(call.repeatable, self.client.retries)
+        retry_policy = RetryPolicy(call.repeatable, self.client.retries)
         while True:
             reader = ContinuationReader()
             try:
@@ -188,7 +188,7 @@ class AsyncJobHandle(JobFields):
                     reader.finish(response)
                     return
             except (httpx.TransportError, ClientError) as failure:
-                await asyncio.sleep(patience.pause_after(failure, may_repeat=not reader.begun))
+                await asyncio.sleep(retry_policy.delay_after(failure, may_repeat=not reader.begun))
 
     async def wait(self, on_event: Callable[[JobEvent], Awaitable[None] | None] | None = None) -> schemas.JobView:
         """`JobHandle.wait`; an `on_event` that returns an awaitable is awaited."""
@@ -200,24 +200,24 @@ class AsyncJobHandle(JobFields):
     async def events(self, last_event_id: str | None = None) -> AsyncIterator[JobEvent]:
         """Each event from the first, or after `last_event_id`, until the job has ended."""
         cursor = EventCursor(self.id, last_event_id)
-        patience = Patience(True, STREAM_RETRIES)
+        retry_policy = RetryPolicy(True, STREAM_RETRIES)
         while not cursor.ended:
             try:
                 async with self.client.open(cursor.call()) as response:
                     cursor.opened(response)
                     async for chunk in response.aiter_bytes():
-                        patience = Patience(True, STREAM_RETRIES)
+                        retry_policy = RetryPolicy(True, STREAM_RETRIES)
                         for event in cursor.feed(chunk):
                             yield event
                     cursor.closed(response)
             except (httpx.TransportError, ClientError) as failure:
-                await asyncio.sleep(patience.pause_after(failure))
+                await asyncio.sleep(retry_policy.delay_after(failure))
 
-    async def download(self, which: Which, name: str, to: str | Path) -> Path:
+    async def download(self, which: CheckpointSelector, name: str, to: str | Path) -> Path:
         """Write a file of a checkpoint to `to`, a folder or a new file's path, its size and sha256 checked."""
         return await self._download(await self.checkpoint(which), name, Path(to))
 
-    async def download_checkpoint(self, which: Which, to: str | Path) -> list[Path]:
+    async def download_checkpoint(self, which: CheckpointSelector, to: str | Path) -> list[Path]:
         """Write all files of a checkpoint into the folder `to`, which is made if it is missing."""
         folder = make_folder(to)
         checkpoint = await self.checkpoint(which)
@@ -225,7 +225,7 @@ class AsyncJobHandle(JobFields):
 
     async def _download(self, checkpoint: schemas.CheckpointView, name: str, to: Path) -> Path:
         call = calls.download(self.id, checkpoint.percent, name)
-        patience = Patience(call.repeatable, STREAM_RETRIES)
+        retry_policy = RetryPolicy(call.repeatable, STREAM_RETRIES)
         while True:
             try:
                 async with self.client.open(call) as response:
@@ -234,7 +234,7 @@ class AsyncJobHandle(JobFields):
                             file.feed(chunk)
                         return file.finish()
             except (httpx.TransportError, ClientError) as failure:
-                await asyncio.sleep(patience.pause_after(failure))
+                await asyncio.sleep(retry_policy.delay_after(failure))
 
     def __repr__(self) -> str:
         return f"<AsyncJobHandle {self.id} {self.view.status}>"

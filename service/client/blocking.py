@@ -1,4 +1,5 @@
-"""The client for ordinary programs and notebooks: each method waits for its answer. `asynchronous.py` is its twin."""
+"""The client for ordinary programs and notebooks: each method blocks until its response. `asynchronous.py` is the same
+for event loops."""
 
 import functools
 import os
@@ -12,50 +13,50 @@ from typing import Any, Concatenate, Literal, ParamSpec, Self, TypeVar, overload
 import httpx
 
 from service.client import calls
-from service.client.calls import Call, Which, method_signature
+from service.client.calls import Call, CheckpointSelector, method_signature
 from service.client.connection import DEFAULT_URL, URL_VARIABLE, connection_settings
 from service.client.continuation import ContinuationReader, Piece
 from service.client.download import Download, file_names, make_folder, recorded_file
 from service.client.errors import ClientError
 from service.client.events import EventCursor, JobEvent
 from service.client.job_fields import JobFields
-from service.client.patience import STREAM_RETRIES, Patience
+from service.client.retry_policy import STREAM_RETRIES, RetryPolicy
 from service.http import schemas
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def _of_service(build: Callable[P, Call[T]]) -> Callable[Concatenate["Client", P], T]:
+def _client_method(build: Callable[P, Call[T]]) -> Callable[Concatenate["Client", P], T]:
     """The method of a client that makes this call."""
 
     @functools.wraps(build)
     def method(client: "Client", /, *args: P.args, **kwargs: P.kwargs) -> T:
-        return client.ask(build(*args, **kwargs))
+        return client.send(build(*args, **kwargs))
 
     method.__signature__ = method_signature(build)  # type: ignore[attr-defined]
     return method
 
 
-def _gives_job(
+def _returning_handle(
     build: Callable[P, Call[schemas.JobView]],
 ) -> Callable[Concatenate["Client", P], "JobHandle"]:
-    """The method of a client that makes this call and hands out the job it answers."""
+    """The method of a client that makes this call and returns a handle of the job in its response."""
 
     @functools.wraps(build)
     def method(client: "Client", /, *args: P.args, **kwargs: P.kwargs) -> "JobHandle":
-        return JobHandle(client, client.ask(build(*args, **kwargs)))
+        return JobHandle(client, client.send(build(*args, **kwargs)))
 
     method.__signature__ = method_signature(build)  # type: ignore[attr-defined]
     return method
 
 
-def _of_job(build: Callable[Concatenate[str, P], Call[T]]) -> Callable[Concatenate["JobHandle", P], T]:
+def _job_method(build: Callable[Concatenate[str, P], Call[T]]) -> Callable[Concatenate["JobHandle", P], T]:
     """The method of a job that makes this call about it."""
 
     @functools.wraps(build)
     def method(job: "JobHandle", /, *args: P.args, **kwargs: P.kwargs) -> T:
-        answer = job.client.ask(build(job.id, *args, **kwargs))
+        answer = job.client.send(build(job.id, *args, **kwargs))
         if isinstance(answer, schemas.JobView):
             job.view = answer
         return answer
@@ -68,7 +69,7 @@ class Client:
 
     `base_url` is the service's address; None is that of the environment variable NANOMOE_URL, or else
     http://127.0.0.1:8000. `key` is sent as `Authorization: Bearer`; `timeout` is the seconds without a byte after which
-    an ordinary request has failed; `retries` is how often one is sent again where that is safe.
+    an ordinary request fails; `retries` is how often one is repeated where that is safe.
     """
 
     def __init__(
@@ -85,14 +86,14 @@ class Client:
         self.retries = retries
         self._http = httpx.Client(**connection_settings(base_url, key, timeout, transport))
 
-    estimate = _of_service(calls.estimate)
-    list_jobs = _of_service(calls.list_jobs)
-    workers = _of_service(calls.workers)
-    health = _of_service(calls.health)
-    readiness = _of_service(calls.readiness)
+    estimate = _client_method(calls.estimate)
+    list_jobs = _client_method(calls.list_jobs)
+    workers = _client_method(calls.workers)
+    health = _client_method(calls.health)
+    readiness = _client_method(calls.readiness)
 
-    submit = _gives_job(calls.submit)
-    job = _gives_job(calls.get_job)
+    submit = _returning_handle(calls.submit)
+    job = _returning_handle(calls.get_job)
 
     def jobs(self, *, status: str | None = None, tag: str | None = None) -> "Iterator[JobHandle]":
         """All jobs, newest first, fetched page by page as they are asked for."""
@@ -105,18 +106,18 @@ class Client:
             if cursor is None:
                 return
 
-    def ask(self, call: Call[T]) -> T:
-        """Send a call, again where that is safe and helps, and read its answer."""
-        patience = Patience(call.repeatable, self.retries)
+    def send(self, call: Call[T]) -> T:
+        """Send a call, with retries where that is safe and useful, and return its result."""
+        retry_policy = RetryPolicy(call.repeatable, self.retries)
         while True:
             try:
                 return call.answer(self._http.send(call.request(self._http)))
             except (httpx.TransportError, ClientError) as failure:
-                time.sleep(patience.pause_after(failure))
+                time.sleep(retry_policy.delay_after(failure))
 
     @contextmanager
     def open(self, call: Call[bytes]) -> Iterator[httpx.Response]:
-        """Send a call whose answer is read as it comes."""
+        """Send a call whose response is streamed."""
         response = self._http.send(call.request(self._http), stream=True)
         try:
             if response.is_error:
@@ -140,50 +141,50 @@ class Client:
 
 
 class JobHandle(JobFields):
-    """A job at the service."""
+    """A job of the service: its fields as last answered, and the requests about it."""
 
     def __init__(self, client: Client, view: schemas.JobView) -> None:
         self.client = client
         self.view = view
 
-    refresh = _of_job(calls.get_job)
-    update = _of_job(calls.update)
-    text = _of_job(calls.text)
-    cancel = _of_job(calls.cancel)
-    pause = _of_job(calls.pause)
-    resume = _of_job(calls.resume)
-    delete = _of_job(calls.delete)
-    metrics = _of_job(calls.metrics)
-    metrics_csv = _of_job(calls.metrics_csv)
-    checkpoints = _of_job(calls.checkpoints)
-    checkpoint = _of_job(calls.checkpoint)
-    reconstruction = _of_job(calls.reconstruction)
-    score = _of_job(calls.score)
-    inspect = _of_job(calls.inspect)
+    refresh = _job_method(calls.get_job)
+    update = _job_method(calls.update)
+    text = _job_method(calls.text)
+    cancel = _job_method(calls.cancel)
+    pause = _job_method(calls.pause)
+    resume = _job_method(calls.resume)
+    delete = _job_method(calls.delete)
+    metrics = _job_method(calls.metrics)
+    metrics_csv = _job_method(calls.metrics_csv)
+    checkpoints = _job_method(calls.checkpoints)
+    checkpoint = _job_method(calls.checkpoint)
+    reconstruction = _job_method(calls.reconstruction)
+    score = _job_method(calls.score)
+    inspect = _job_method(calls.inspect)
 
     @overload
     def generate(
-        self, prompt: str, checkpoint: Which = "latest", *, stream: Literal[False] = False, **sampling: Any
+        self, prompt: str, checkpoint: CheckpointSelector = "latest", *, stream: Literal[False] = False, **sampling: Any
     ) -> schemas.GenerateResponse: ...
 
     @overload
     def generate(
-        self, prompt: str, checkpoint: Which = "latest", *, stream: Literal[True], **sampling: Any
+        self, prompt: str, checkpoint: CheckpointSelector = "latest", *, stream: Literal[True], **sampling: Any
     ) -> Iterator[Piece]: ...
 
     def generate(
-        self, prompt: str, checkpoint: Which = "latest", *, stream: bool = False, **sampling: Any
+        self, prompt: str, checkpoint: CheckpointSelector = "latest", *, stream: bool = False, **sampling: Any
     ) -> schemas.GenerateResponse | Iterator[Piece]:
         """Continue `prompt` from a checkpoint; `sampling` are the other fields of `GenerateRequest`.
 
-        With `stream`, chunks as they are generated, and at last a `GenerateEnd`.
+        With `stream`, an iterator of chunks as they are generated, and at the end a `GenerateEnd`.
         """
         if stream:
             return self._stream(calls.generate_stream(self.id, prompt, checkpoint, **sampling))
-        return self.client.ask(calls.generate(self.id, prompt, checkpoint, **sampling))
+        return self.client.send(calls.generate(self.id, prompt, checkpoint, **sampling))
 
     def _stream(self, call: Call[bytes]) -> Iterator[Piece]:
-        patience = Patience(call.repeatable, self.client.retries)
+        retry_policy = RetryPolicy(call.repeatable, self.client.retries)
         while True:
             reader = ContinuationReader()
             try:
@@ -193,12 +194,12 @@ class JobHandle(JobFields):
                     reader.finish(response)
                     return
             except (httpx.TransportError, ClientError) as failure:
-                time.sleep(patience.pause_after(failure, may_repeat=not reader.begun))
+                time.sleep(retry_policy.delay_after(failure, may_repeat=not reader.begun))
 
     def wait(self, on_event: Callable[[JobEvent], None] | None = None) -> schemas.JobView:
         """Follow the job to its end, through pauses too, and return it; `on_event` is called with each event.
 
-        A broken connection is taken up again where it broke, for about a minute; then `Unreachable` is raised.
+        A broken connection is resumed where it broke, for about a minute; then `Unreachable` is raised.
         """
         for event in self.events():
             if on_event is not None:
@@ -208,23 +209,23 @@ class JobHandle(JobFields):
     def events(self, last_event_id: str | None = None) -> Iterator[JobEvent]:
         """Each event from the first, or after `last_event_id`, until the job has ended."""
         cursor = EventCursor(self.id, last_event_id)
-        patience = Patience(True, STREAM_RETRIES)
+        retry_policy = RetryPolicy(True, STREAM_RETRIES)
         while not cursor.ended:
             try:
                 with self.client.open(cursor.call()) as response:
                     cursor.opened(response)
                     for chunk in response.iter_bytes():
-                        patience = Patience(True, STREAM_RETRIES)
+                        retry_policy = RetryPolicy(True, STREAM_RETRIES)
                         yield from cursor.feed(chunk)
                     cursor.closed(response)
             except (httpx.TransportError, ClientError) as failure:
-                time.sleep(patience.pause_after(failure))
+                time.sleep(retry_policy.delay_after(failure))
 
-    def download(self, which: Which, name: str, to: str | Path) -> Path:
-        """Write a file of a checkpoint to `to`, a folder or a new file's path, its size and sha256 checked."""
+    def download(self, which: CheckpointSelector, name: str, to: str | Path) -> Path:
+        """Write a file of a checkpoint to `to`, a folder or a new file's path, and verify its size and SHA-256."""
         return self._download(self.checkpoint(which), name, Path(to))
 
-    def download_checkpoint(self, which: Which, to: str | Path) -> list[Path]:
+    def download_checkpoint(self, which: CheckpointSelector, to: str | Path) -> list[Path]:
         """Write all files of a checkpoint into the folder `to`, which is made if it is missing."""
         folder = make_folder(to)
         checkpoint = self.checkpoint(which)
@@ -232,7 +233,7 @@ class JobHandle(JobFields):
 
     def _download(self, checkpoint: schemas.CheckpointView, name: str, to: Path) -> Path:
         call = calls.download(self.id, checkpoint.percent, name)
-        patience = Patience(call.repeatable, STREAM_RETRIES)
+        retry_policy = RetryPolicy(call.repeatable, STREAM_RETRIES)
         while True:
             try:
                 with self.client.open(call) as response, Download(name, to, recorded_file(checkpoint, name)) as file:
@@ -240,7 +241,7 @@ class JobHandle(JobFields):
                         file.feed(chunk)
                     return file.finish()
             except (httpx.TransportError, ClientError) as failure:
-                time.sleep(patience.pause_after(failure))
+                time.sleep(retry_policy.delay_after(failure))
 
     def __repr__(self) -> str:
         return f"<JobHandle {self.id} {self.view.status}>"

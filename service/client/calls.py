@@ -1,7 +1,7 @@
-"""Every request of the contract: how it is written, and how its answer is read. One function a route.
+"""Every request of the HTTP contract: how it is built, and how its response is parsed. One function a route.
 
-Knows no connection and does not wait: `Client` and `AsyncClient` send the same calls, and each method of theirs that
-only asks and answers is one line that names its function here.
+Knows no connection and does no I/O: `Client` and `AsyncClient` send the same calls, and each of their methods that is
+one request is a line that names its function here.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,33 +22,33 @@ from service.http import schemas
 T = TypeVar("T")
 Answer = TypeVar("Answer", bound=BaseModel)
 
-Which = schemas.Percent | Literal["latest"]
-"""A checkpoint of a job: its percent, or the newest."""
+CheckpointSelector = schemas.Percent | Literal["latest"]
+"""Selects a checkpoint of a job: its percent, or the newest."""
 
 GENERATE_SECONDS = 600
-"""Longest silence of the service while it generates: a long text on a slow machine has no earlier byte to send."""
+"""Read time-out of generation: for a long text on a slow machine no byte is sent earlier."""
 
 Config = JobConfig | Mapping[str, Any]
-"""What to change of the reference run."""
+"""The knobs that differ from the reference run."""
 
 
 @dataclass(frozen=True)
 class Call(Generic[T]):
-    """One request, and what its answer means."""
+    """One request, and the parser of its response."""
 
     method: Literal["GET", "POST", "PATCH", "DELETE"]
     path: str
     read: Callable[[httpx.Response], T]
-    """From the body of a response below 400 to the result."""
+    """Parses the body of a successful response."""
 
     params: Mapping[str, str | float | bool | None] = field(default_factory=dict)
     body: Mapping[str, Any] | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
     repeatable: bool = True
-    """Whether sending it twice is the same as sending it once: then a lost answer may be asked for again."""
+    """Whether the request is idempotent, so that it may be repeated when its response was lost."""
 
     read_seconds: float | None = None
-    """Seconds without a byte of the answer that are still in order; None is the client's own setting."""
+    """Read time-out in seconds; None is the client's own setting."""
 
     def request(self, http: httpx.Client | httpx.AsyncClient) -> httpx.Request:
         """The request, with the base address, key and time-outs of `http`."""
@@ -65,17 +65,19 @@ class Call(Generic[T]):
         )
 
     def answer(self, response: httpx.Response) -> T:
-        """The result of a response whose body has been read; raises `Problem` or `UnexpectedAnswer`."""
+        """Parse a response whose body has been read; raises `Problem` or `UnexpectedAnswer`."""
         check(response)
         return self.read(response)
 
 
 def check(response: httpx.Response) -> None:
-    """Raise what a response that is no success means; the body of an error must have been read."""
+    """Raise the exception of an unsuccessful response; the body of an error must have been read."""
     if response.is_error:
         raise problem_of(response)
     if not response.is_success:
-        raise UnexpectedAnswer(f"{response.request.url} answered {response.status_code}, which no route here does")
+        raise UnexpectedAnswer(
+            f"{response.request.url} answered {response.status_code}, which is not in the HTTP contract"
+        )
 
 
 def submit(
@@ -99,7 +101,7 @@ def submit(
 
 
 def estimate(text: str, config: Config | None = None) -> Call[schemas.Estimate]:
-    """What the job would be: its size, steps and warnings. Nothing is submitted."""
+    """Size, steps and warnings that the job would have. Nothing is submitted."""
     body = _submission(text, config, None, None, 0, None)
     return Call("POST", "/jobs", _model(schemas.Estimate), params={"dry_run": True}, body=body)
 
@@ -113,35 +115,35 @@ def list_jobs(
 
 
 def get_job(job_id: str, *, wait: float = 0, seen: schemas.Status | None = None) -> Call[schemas.JobView]:
-    """The job as it is now; with `wait`, as soon as its status is not `seen` any more, or after so many seconds."""
+    """The job as it is now; with `wait`, once its status differs from `seen`, or after that many seconds."""
     params = {"wait": wait or None, "seen": seen}
     return Call("GET", _job(job_id), _model(schemas.JobView), params=params, read_seconds=30 + wait)
 
 
 def update(job_id: str, *, name: str | None = None, tags: Mapping[str, str] | None = None) -> Call[schemas.JobView]:
-    """Change the name or the tags; what is None stays."""
+    """Change the name or the tags of the job; None leaves a field unchanged."""
     changes: dict[str, Any] = {"name": name, "tags": None if tags is None else dict(tags)}
     body = {key: value for key, value in changes.items() if value is not None}
     return Call("PATCH", _job(job_id), _model(schemas.JobView), body=body)
 
 
 def text(job_id: str) -> Call[str]:
-    """The training text."""
+    """The training text of the job."""
     return Call("GET", _job(job_id, "text"), _text)
 
 
 def cancel(job_id: str) -> Call[schemas.JobView]:
-    """Ask the job to stop for good; its checkpoints stay."""
+    """Request that the job stops for good; its checkpoints stay."""
     return Call("POST", _job(job_id, "cancel"), _model(schemas.JobView))
 
 
 def pause(job_id: str) -> Call[schemas.JobView]:
-    """Ask the job to stop until it is resumed."""
+    """Request that the job stops until it is resumed."""
     return Call("POST", _job(job_id, "pause"), _model(schemas.JobView))
 
 
 def resume(job_id: str) -> Call[schemas.JobView]:
-    """Let a paused job go on where it stopped."""
+    """Put a paused job back into the queue, to continue where it stopped."""
     return Call("POST", _job(job_id, "resume"), _model(schemas.JobView))
 
 
@@ -167,13 +169,13 @@ def checkpoints(job_id: str) -> Call[list[schemas.CheckpointView]]:
     return Call("GET", _job(job_id, "checkpoints"), lambda response: read(response).data)
 
 
-def checkpoint(job_id: str, which: Which = "latest") -> Call[schemas.CheckpointView]:
+def checkpoint(job_id: str, which: CheckpointSelector = "latest") -> Call[schemas.CheckpointView]:
     """One recorded checkpoint, with its files."""
     return Call("GET", _job(job_id, "checkpoints", str(which)), _model(schemas.CheckpointView))
 
 
 def reconstruction(
-    job_id: str, which: Which = "latest", *, start: int = 0, count: int | None = None
+    job_id: str, which: CheckpointSelector = "latest", *, start: int = 0, count: int | None = None
 ) -> Call[schemas.ReconstructionPage]:
     """Targets of a checkpoint's reconstruction, from index `start`."""
     path = _job(job_id, "checkpoints", str(which), "reconstruction")
@@ -195,7 +197,7 @@ def events(job_id: str, last_event_id: str | None) -> Call[bytes]:
 
 
 def generate(
-    job_id: str, /, prompt: str, checkpoint: Which = "latest", **sampling: Any
+    job_id: str, /, prompt: str, checkpoint: CheckpointSelector = "latest", **sampling: Any
 ) -> Call[schemas.GenerateResponse]:
     """Continue `prompt` from a checkpoint; `sampling` are the other fields of `GenerateRequest`."""
     body = {"job_id": job_id, "checkpoint": checkpoint, "prompt": prompt, **sampling}
@@ -203,37 +205,39 @@ def generate(
     return Call("POST", "/generate", read, body=body, repeatable=False, read_seconds=GENERATE_SECONDS)
 
 
-def generate_stream(job_id: str, /, prompt: str, checkpoint: Which = "latest", **sampling: Any) -> Call[bytes]:
+def generate_stream(
+    job_id: str, /, prompt: str, checkpoint: CheckpointSelector = "latest", **sampling: Any
+) -> Call[bytes]:
     """`generate`, answered as a stream of events."""
     body = {"job_id": job_id, "checkpoint": checkpoint, "prompt": prompt, "stream": True, **sampling}
     return Call("POST", "/generate", _bytes, body=body, repeatable=False, read_seconds=GENERATE_SECONDS)
 
 
-def score(job_id: str, /, text: str, checkpoint: Which = "latest") -> Call[schemas.ScoreResponse]:
+def score(job_id: str, /, text: str, checkpoint: CheckpointSelector = "latest") -> Call[schemas.ScoreResponse]:
     """The loss of each token of `text` under a checkpoint, and the longest span copied from the training text."""
     body = {"job_id": job_id, "checkpoint": checkpoint, "text": text}
     return Call("POST", "/score", _model(schemas.ScoreResponse), body=body, read_seconds=GENERATE_SECONDS)
 
 
 def inspect(
-    job_id: str, /, prompt: str, checkpoint: Which = "latest", *, attention: bool = True
+    job_id: str, /, prompt: str, checkpoint: CheckpointSelector = "latest", *, attention: bool = True
 ) -> Call[schemas.InspectResponse]:
-    """What `prompt` makes a checkpoint do: likeliest next tokens, attention, how each token was routed.
+    """Evaluate `prompt`: the likeliest next tokens, the attention, and the routing of each token.
 
-    `attention` false leaves the attention weights out.
+    With `attention` false, the response has no attention weights.
     """
     body = {"job_id": job_id, "checkpoint": checkpoint, "prompt": prompt, "attention": attention}
     return Call("POST", "/inspect", _model(schemas.InspectResponse), body=body, read_seconds=GENERATE_SECONDS)
 
 
 def workers() -> Call[list[schemas.WorkerView]]:
-    """The workers, as they last reported themselves."""
+    """The workers, as of their last heartbeats."""
     read = _model(schemas.Listing[schemas.WorkerView])
     return Call("GET", "/workers", lambda response: read(response).data)
 
 
 def health() -> Call[schemas.Health]:
-    """Whether the service answers at all."""
+    """Whether the service is alive."""
     return Call("GET", "/healthz", _model(schemas.Health))
 
 
@@ -260,7 +264,7 @@ def _submission(
     priority: int,
     run_at: datetime | None,
 ) -> dict[str, Any]:
-    """The body of `POST /jobs` without what is left at its default. The service checks it, so there is one judge."""
+    """The body of `POST /jobs`, without fields at their defaults. Only the service validates it."""
     changed = config.model_dump(mode="json", exclude_unset=True) if isinstance(config, JobConfig) else config
     body: dict[str, Any] = {"text": text}
     if changed:
@@ -282,7 +286,7 @@ def _model(kind: type[Answer]) -> Callable[[httpx.Response], Answer]:
             return kind.model_validate_json(response.content)
         except ValidationError as error:
             raise UnexpectedAnswer(
-                f"{response.request.url} did not answer a {kind.__name__}: another program, or another version"
+                f"{response.request.url} did not answer with a {kind.__name__}: another program, or another version"
             ) from error
 
     return read

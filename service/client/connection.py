@@ -1,4 +1,4 @@
-"""What both clients tell httpx: the address, the headers, how long to wait, and whether a proxy comes between."""
+"""Connection settings of both clients: address, headers, time-outs, TLS and proxy."""
 
 import ssl
 from importlib.util import find_spec
@@ -11,10 +11,10 @@ from nanomoe import __version__
 from service.loopback import address_of, is_loopback
 
 DEFAULT_URL = "http://127.0.0.1:8000"
-"""Where a service listens that was told nothing else."""
+"""Address of a service with default settings."""
 
 URL_VARIABLE = "NANOMOE_URL"
-"""The variable of the environment that says where the service is."""
+"""Environment variable that holds the service's address."""
 
 
 def connection_settings(
@@ -22,7 +22,7 @@ def connection_settings(
 ) -> dict[str, Any]:
     """Keyword arguments of `httpx.Client` and `httpx.AsyncClient`.
 
-    Raises ValueError for an address that is none, and for a proxy of the environment that cannot be used.
+    Raises ValueError for a malformed address, and for a proxy in the environment that cannot be used.
     """
     try:
         url = httpx.URL(base_url)
@@ -46,14 +46,13 @@ def connection_settings(
 
 
 def _certificates(url: httpx.URL) -> ssl.SSLContext:
-    """What TLS trusts; SSL_CERT_FILE and SSL_CERT_DIR are heeded. Nothing for http, since reading them all takes
-    20 ms."""
+    """The TLS certificates, from SSL_CERT_FILE and SSL_CERT_DIR if set. None are loaded for http: that takes 20 ms."""
     return httpx.create_ssl_context() if url.scheme == "https" else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
 
 def _proxy_of(url: httpx.URL) -> httpx.Proxy | None:
-    """The proxy that the environment names for `url`; None where there is none, or it makes an exception, and always
-    for this machine itself. Raises ValueError for one that cannot be used."""
+    """The proxy for `url` in the environment; None where there is none or NO_PROXY excludes the host, and always for
+    loopback. Raises ValueError for one that cannot be used."""
     address = address_of(url.host)
     if is_loopback(url.host) or (address is not None and address.is_unspecified):
         return None

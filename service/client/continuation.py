@@ -1,4 +1,4 @@
-"""The stream of a generation, typed. Knows no connection: the clients feed it bytes."""
+"""Parser of a generation's event stream. Knows no connection: the clients feed it bytes."""
 
 from collections.abc import Iterator
 
@@ -10,7 +10,7 @@ from service.client.sse import EventDecoder, ServerSentEvent
 from service.http import schemas
 
 Piece = schemas.GenerateChunk | schemas.GenerateEnd
-"""What a continuation has gained; at the end of the stream, what is known of the whole."""
+"""An event of the stream: a chunk of a continuation, or the end with usage and timing."""
 
 
 class ContinuationReader:
@@ -18,13 +18,13 @@ class ContinuationReader:
 
     def __init__(self) -> None:
         self.begun = False
-        """Whether anything has been handed out: from then on the request cannot be repeated."""
+        """Whether an event has been returned: from then on the request must not be repeated."""
 
         self._done = False
         self._decoder = EventDecoder()
 
     def feed(self, chunk: bytes) -> Iterator[Piece]:
-        """What these bytes complete; raises the `Problem` that ended the generation half-way."""
+        """The events that these bytes complete; raises the `Problem` that ended the generation."""
         for sent in self._decoder.feed(chunk):
             self.begun = True
             if sent.data == "[DONE]":

@@ -1,4 +1,4 @@
-"""A file of a checkpoint on its way to disk. Knows no connection: its callers feed it bytes."""
+"""Writes a downloaded file of a checkpoint, and verifies it. Knows no connection: its callers feed it bytes."""
 
 import hashlib
 from pathlib import Path
@@ -11,8 +11,8 @@ from service.http import schemas
 
 
 class Download:
-    """Writes beside its destination and moves there only once size and sha256 are as recorded, so that no half file is
-    ever mistaken for a whole one. Leaving the `with` block otherwise removes what was written."""
+    """Writes a temporary file beside the destination, and renames it once size and SHA-256 match, so that the
+    destination is never incomplete. Without `finish`, the end of the `with` block removes the temporary file."""
 
     def __init__(self, name: str, to: Path, recorded: schemas.FileView | None) -> None:
         self.path = to / name if to.is_dir() else to
@@ -27,13 +27,14 @@ class Download:
         return self
 
     def feed(self, chunk: bytes) -> None:
-        """Append."""
+        """Append bytes to the file."""
         self._file.write(chunk)
         self._sha256.update(chunk)
         self._size += len(chunk)
 
     def finish(self) -> Path:
-        """Check and move into place; raises `UnexpectedAnswer` when these are not the recorded bytes."""
+        """Verify the file and rename it into place; raises `UnexpectedAnswer` when its bytes are not the recorded
+        ones."""
         if self._recorded is not None and (self._size, self._sha256.hexdigest()) != (
             self._recorded.size,
             self._recorded.sha256,
@@ -58,7 +59,7 @@ def make_folder(path: str | Path) -> Path:
 
 
 def recorded_file(checkpoint: schemas.CheckpointView, name: str) -> schemas.FileView | None:
-    """What the checkpoint says of its file `name`; None when it lists no such file."""
+    """The checkpoint's record of its file `name`; None when it lists no such file."""
     return next((file for file in checkpoint.files if file.name == name), None)
 
 

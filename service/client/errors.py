@@ -1,14 +1,14 @@
-"""What can go wrong between a client and the service, one class for each thing a caller may do about it.
+"""The client's exceptions, one class for each way in which a caller may react.
 
     ClientError
-    ├── Unreachable        nobody answered: not started, another address, or the answer took too long
-    ├── UnexpectedAnswer   something answered that does not speak this contract
-    └── Problem            the service said no, and why (RFC 9457)
+    ├── Unreachable        no answer: not started, another address, or a time-out
+    ├── UnexpectedAnswer   an answer that is not of this HTTP contract
+    └── Problem            the service refused, with a problem document (RFC 9457)
         ├── Invalid        400, 413, 422: the request itself is wrong; `errors` names the fields
         ├── Forbidden      401, 403: no key, a wrong key, or a foreign origin
         ├── NotFound       404: no such job, checkpoint or file
-        ├── Conflict       409: not in this state of the job
-        └── Unavailable    429, 5xx: the service cannot right now; `retry_after` seconds if it said so
+        ├── Conflict       409: the job's state does not allow it
+        └── Unavailable    429, 5xx: temporarily; `retry_after` seconds if the service named them
 
 Knows no request and no command line.
 """
@@ -26,50 +26,50 @@ class ClientError(Exception):
 
 
 class Unreachable(ClientError):
-    """No answer: nobody listens at this address, or the answer took too long."""
+    """No answer: nothing listens at this address, or the request timed out."""
 
     def __init__(self, message: str, address: str | None = None) -> None:
         super().__init__(message)
         self.address = address
-        """Where nobody listens; None when somebody did, and the exchange broke off."""
+        """Address at which nothing listens; None when the connection was made and then broke."""
 
 
 class UnexpectedAnswer(ClientError):
-    """An answer that this contract does not know, from another program or another version."""
+    """An answer that is not of this HTTP contract, from another program or another version."""
 
 
 class Problem(ClientError):
-    """The service refused, and said why."""
+    """The service refused the request, with a problem document."""
 
     def __init__(self, problem: schemas.Problem, retry_after: float | None = None) -> None:
         super().__init__(problem.detail or problem.title)
         self.problem = problem
         self.retry_after = retry_after
-        """Seconds after which asking again makes sense; None when the service named none."""
+        """Seconds after which the request may be repeated; None when the service named none."""
 
     @property
     def code(self) -> str:
-        """Stable and machine-readable, such as `job_not_found`."""
+        """Stable, machine-readable error code, such as `job_not_found`."""
         return self.problem.code
 
     @property
     def status(self) -> int:
-        """The HTTP status."""
+        """HTTP status of the response."""
         return self.problem.status
 
     @property
     def detail(self) -> str:
-        """One sentence for a person."""
+        """Explanation of the error in one sentence."""
         return str(self)
 
     @property
     def errors(self) -> list[Any]:
-        """For an `Invalid`: where each fault lies (`loc`) and what it is (`msg`)."""
+        """Faults of an invalid request: location (`loc`) and message (`msg`) of each."""
         return list(self.problem.errors)
 
 
 class Invalid(Problem):
-    """The request itself is wrong: the same request will never succeed."""
+    """The request is invalid: repeating it will not succeed."""
 
 
 class Forbidden(Problem):
@@ -81,11 +81,11 @@ class NotFound(Problem):
 
 
 class Conflict(Problem):
-    """Not in this state of the job."""
+    """The state of the job does not allow the request."""
 
 
 class Unavailable(Problem):
-    """The service cannot answer right now; later it may."""
+    """The service is temporarily unavailable or overloaded."""
 
 
 _BY_STATUS: dict[int, type[Problem]] = {401: Forbidden, 403: Forbidden, 404: NotFound, 409: Conflict, 429: Unavailable}

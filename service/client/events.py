@@ -1,4 +1,4 @@
-"""A job's events, typed, and the place in its stream that survives a broken connection.
+"""Parser of a job's event stream, with the position from which a broken connection resumes.
 
 Knows no connection: `Client` and `AsyncClient` feed it bytes.
 """
@@ -15,6 +15,7 @@ from service.client import calls
 from service.client.errors import UnexpectedAnswer
 from service.client.sse import EventDecoder, ServerSentEvent
 from service.http import schemas
+from service.jobs.statuses import TERMINAL
 
 EventData = schemas.StatusEvent | schemas.Progress | schemas.CheckpointMetrics | ConfigWarning
 
@@ -28,52 +29,52 @@ _KINDS: dict[str, type[BaseModel]] = {
 
 @dataclass(frozen=True)
 class JobEvent:
-    """Something that happened to a job."""
+    """One event of a job."""
 
     kind: str
-    """`status`, `step`, `checkpoint` or `warning`."""
+    """Kind of the event: `status`, `step`, `checkpoint` or `warning`."""
 
     data: Any
-    """What the routes show of it: an `EventData`, by kind."""
+    """Content of the event: the class of `EventData` for its kind."""
 
     id: str | None
-    """Increasing within a job; None for steps, which are not kept."""
+    """Id of the event, increasing within a job; None for steps, which are not stored."""
 
 
 class EventCursor:
-    """Where the stream of a job's events was left. Each connection opens with `call`; its bytes are given to `feed`."""
+    """Position in the stream of a job's events. Each connection begins with `call`; its bytes are given to `feed`."""
 
     def __init__(self, job_id: str, last_event_id: str | None = None) -> None:
         self.job_id = job_id
         self.last_event_id = last_event_id
         self.ended = False
-        """Whether the job's last event has been seen: nothing will follow."""
+        """Whether the job's last event has been received."""
 
         self._decoder = EventDecoder()
 
     def call(self) -> calls.Call[bytes]:
-        """The request that goes on after the last event seen."""
+        """The request that resumes after the last event received."""
         self._decoder = EventDecoder()
         return calls.events(self.job_id, self.last_event_id)
 
     def opened(self, response: httpx.Response) -> None:
-        """Take note of the answer's head: 204 says that nothing will follow."""
+        """Handle the response's status: 204 means that no event follows."""
         self.ended = response.status_code == httpx.codes.NO_CONTENT
 
     def closed(self, response: httpx.Response) -> None:
-        """Take note of the stream's end; raises when the job's own end was not in it, as when the service stops."""
+        """Handle the end of the stream; raises if the job has not ended, as when the service shuts down."""
         if not self.ended:
             raise httpx.RemoteProtocolError("the events ended before the job did", request=response.request)
 
     def feed(self, chunk: bytes) -> Iterator[JobEvent]:
-        """The events that these bytes complete; those of a newer server that this client does not know are left out."""
+        """The events that these bytes complete; those of kinds that this client does not know are skipped."""
         for sent in self._decoder.feed(chunk):
             if sent.id is not None:
                 self.last_event_id = sent.id
             if sent.event not in _KINDS:
                 continue
             event = JobEvent(sent.event, _data(sent), sent.id)
-            if isinstance(event.data, schemas.StatusEvent) and event.data.status in schemas.TERMINAL:
+            if isinstance(event.data, schemas.StatusEvent) and event.data.status in TERMINAL:
                 self.ended = True
             yield event
 

@@ -1,120 +1,64 @@
-"""What a job's handle knows without asking: the fields of the job as last seen, under their own names."""
+"""The fields of a job's handle: those of the `JobView` that the service last answered, under the same names.
 
-from datetime import datetime
+Their documentation is that of `JobView`, so that a field is described once.
+"""
 
-from pydantic import JsonValue
+from collections.abc import Callable
+from typing import Generic, Self, TypeVar, overload
 
-from nanomoe.config import ConfigWarning, JobConfig
-from service.http import schemas
+from service.http.schemas import JobView
+
+T = TypeVar("T")
+
+
+class ViewField(Generic[T]):
+    """A read-only attribute of a handle, taken from its `view`."""
+
+    def __init__(self, read: Callable[[JobView], T]) -> None:
+        self._read = read
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        field = JobView.model_fields.get(name)
+        described = getattr(JobView, name).__doc__ if field is None else field.description
+        self.__doc__ = (described or "").replace("null", "None")
+
+    @overload
+    def __get__(self, handle: None, owner: type) -> Self: ...
+
+    @overload
+    def __get__(self, handle: "JobFields", owner: type) -> T: ...
+
+    def __get__(self, handle: "JobFields | None", owner: type) -> Self | T:
+        return self if handle is None else self._read(handle.view)
+
+    def __set__(self, handle: "JobFields", value: object) -> None:
+        raise AttributeError("a job's fields are read-only; `update` changes its name and tags")
 
 
 class JobFields:
-    """The fields of `JobView` as properties. All but `text`: on a handle that asks for the training text."""
+    """The fields of `JobView`, each as an attribute, but for `text`: that is a method of a handle."""
 
-    view: schemas.JobView
-    """The job as last seen; `refresh` looks again."""
+    view: JobView
+    """The job as the service last answered it; `refresh` asks again."""
 
-    @property
-    def id(self) -> str:
-        """32 hexadecimal digits."""
-        return self.view.id
-
-    @property
-    def name(self) -> str | None:
-        """What the job is called."""
-        return self.view.name
-
-    @property
-    def tags(self) -> dict[str, str]:
-        """Labels to find the job by."""
-        return self.view.tags
-
-    @property
-    def status(self) -> schemas.Status:
-        """queued, running or paused; succeeded, failed or cancelled at the end."""
-        return self.view.status
-
-    @property
-    def status_reason(self) -> str | None:
-        """Why the job is paused or waiting."""
-        return self.view.status_reason
-
-    @property
-    def is_terminal(self) -> bool:
-        """Whether the status is the last one."""
-        return self.view.is_terminal
-
-    @property
-    def queue_position(self) -> int | None:
-        """Jobs that will be claimed before this one; None unless queued, and of a job from a list."""
-        return self.view.queue_position
-
-    @property
-    def estimated_start_at(self) -> datetime | None:
-        """When a worker will be free for the job; None where that is not known."""
-        return self.view.estimated_start_at
-
-    @property
-    def created_at(self) -> datetime:
-        """When the job was submitted."""
-        return self.view.created_at
-
-    @property
-    def started_at(self) -> datetime | None:
-        """When a worker first claimed the job."""
-        return self.view.started_at
-
-    @property
-    def finished_at(self) -> datetime | None:
-        """When the job reached its last status."""
-        return self.view.finished_at
-
-    @property
-    def attempt(self) -> int:
-        """Times that a worker has claimed the job."""
-        return self.view.attempt
-
-    @property
-    def priority(self) -> int:
-        """-100 to 100; higher is claimed sooner."""
-        return self.view.priority
-
-    @property
-    def run_at(self) -> datetime | None:
-        """The time before which it is not to be claimed; None where none was asked for."""
-        return self.view.run_at
-
-    @property
-    def execution(self) -> dict[str, JsonValue] | None:
-        """Device, precision, threads and paths, fixed at the first start."""
-        return self.view.execution
-
-    @property
-    def progress(self) -> schemas.Progress:
-        """How far the training has come."""
-        return self.view.progress
-
-    @property
-    def config(self) -> JobConfig:
-        """The config, complete, defaults filled in."""
-        return self.view.config
-
-    @property
-    def model(self) -> schemas.ModelSize:
-        """How large the model is."""
-        return self.view.model
-
-    @property
-    def warnings(self) -> list[ConfigWarning]:
-        """Legal traps of the config, and what happened on the way."""
-        return self.view.warnings
-
-    @property
-    def error(self) -> schemas.JobError | None:
-        """Why the job failed; None unless it did."""
-        return self.view.error
-
-    @property
-    def parent(self) -> schemas.Parent | None:
-        """The checkpoint that the job started from; None for random weights."""
-        return self.view.parent
+    id = ViewField(lambda view: view.id)
+    name = ViewField(lambda view: view.name)
+    tags = ViewField(lambda view: view.tags)
+    status = ViewField(lambda view: view.status)
+    status_reason = ViewField(lambda view: view.status_reason)
+    is_terminal = ViewField(lambda view: view.is_terminal)
+    queue_position = ViewField(lambda view: view.queue_position)
+    estimated_start_at = ViewField(lambda view: view.estimated_start_at)
+    created_at = ViewField(lambda view: view.created_at)
+    started_at = ViewField(lambda view: view.started_at)
+    finished_at = ViewField(lambda view: view.finished_at)
+    attempt = ViewField(lambda view: view.attempt)
+    priority = ViewField(lambda view: view.priority)
+    run_at = ViewField(lambda view: view.run_at)
+    execution = ViewField(lambda view: view.execution)
+    progress = ViewField(lambda view: view.progress)
+    config = ViewField(lambda view: view.config)
+    model = ViewField(lambda view: view.model)
+    warnings = ViewField(lambda view: view.warnings)
+    error = ViewField(lambda view: view.error)
+    parent = ViewField(lambda view: view.parent)

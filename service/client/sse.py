@@ -1,7 +1,7 @@
-"""Server-sent events: the bytes of a stream to events, as the WHATWG standard reads them.
+"""Incremental parser of server-sent events, as specified by WHATWG.
 
-Knows no job and no connection. `httpx`'s own line iterator is not used: it also splits at U+2028 and its kin, which
-JSON carries unescaped.
+Knows no job and no connection. `httpx`'s own line iterator is not used: it also splits at U+2028 and similar
+characters, which JSON holds unescaped.
 """
 
 import re
@@ -18,11 +18,11 @@ class ServerSentEvent:
     event: str
     data: str
     id: str | None
-    """Id of this very event; None when it carries none."""
+    """Id of this event; None when it has none."""
 
 
 class EventDecoder:
-    """Takes the stream's bytes as they come and gives each event once its closing blank line is there."""
+    """Parses a stream's bytes as they come; an event is returned once its closing blank line is read."""
 
     def __init__(self) -> None:
         self._rest = b""
@@ -54,7 +54,7 @@ class EventDecoder:
                 self._data.append(value)
             case "id":
                 self._id = value
-        return None  # a comment (a ping), or a field that this reader has no use for
+        return None  # a comment (a ping), or a field that is not used
 
     def _dispatch(self) -> ServerSentEvent | None:
         event = ServerSentEvent(self._event or "message", "\n".join(self._data), self._id) if self._data else None

@@ -1,1 +1,4 @@
-"""Opening a database, its schema's versions, and word of its changes. Knows no job."""
+"""Opening the database, SQLite or PostgreSQL; its transactions, its schema's revisions, its change notifications.
+
+Knows no table: nothing of `service.jobs` is imported here.
+"""

@@ -1,4 +1,4 @@
-"""Word of every commit, whoever made it: what wakes idle workers, long polls and event streams without their polling.
+"""Notification of every commit, whichever process made it, for idle workers, long polls and event streams.
 
 SQLite: `PRAGMA data_version` on a connection of its own, every 20 ms. PostgreSQL: LISTEN. Knows no table.
 """
@@ -25,7 +25,7 @@ Source = Callable[[threading.Event], Iterator[bool]]
 
 
 class Changes:
-    """Counts commits seen in one background thread, which starts with the first question. Thread-safe."""
+    """Counts the commits that one background thread sees, which starts with the first call. Thread-safe."""
 
     def __init__(self, source: Source) -> None:
         self._source = source
@@ -37,7 +37,7 @@ class Changes:
 
     @property
     def number(self) -> int:
-        """How many changes were seen so far. Read it before you look at the tables, then wait for another."""
+        """How many changes were seen so far. Read it before the tables, then wait for another number."""
         self._watch()
         with self._condition:
             return self._number
@@ -64,7 +64,7 @@ class Changes:
         return unsubscribe
 
     def close(self) -> None:
-        """Stop watching; whoever waits is woken."""
+        """Stop watching, and end every wait."""
         self._stop.set()
         with self._condition:
             self._condition.notify_all()
@@ -82,17 +82,17 @@ class Changes:
             try:
                 for changed in self._source(self._stop):
                     if changed:
-                        self._tell()
+                        self._notify()
                     if self._stop.is_set():
                         return
             except Exception as error:
-                # Whatever the driver raises, the database may be away: say so, try again, and count the gap as a
-                # change, because one may have been missed.
+                # Whatever the driver raises, the database may be out of reach: log it, try again, and count the gap as
+                # a change, because one may have been missed.
                 log.warning("cannot watch the database for changes, trying again: %s", error)
                 self._stop.wait(RETRY_SECONDS)
-                self._tell()
+                self._notify()
 
-    def _tell(self) -> None:
+    def _notify(self) -> None:
         with self._condition:
             self._number += 1
             self._condition.notify_all()

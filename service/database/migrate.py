@@ -12,7 +12,9 @@ from alembic.config import Config
 from alembic.script import ScriptDirectory
 from sqlalchemy.engine import Connection
 
-from service.database.database import REVISION, WRITES, Database, driver_connection, read_revision
+from service.database.database import Database, driver_connection
+from service.database.engine_options import WRITES
+from service.database.schema import REVISION, read_revision
 from service.errors import StartRefused
 
 SCRIPTS = Path(__file__).parent / "migrations"

@@ -1,4 +1,4 @@
-"""The database's changes, for the event loop: any number of requests wait without a thread or a session of their own.
+"""Waiting for changes of the database on the event loop: any number of requests, none with a thread or a session.
 
 Knows no job and no HTTP.
 """
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from service.database.database import Database
 
 LOOK_AGAIN_SECONDS = 15.0
-"""How long a wait lasts at most: whoever is woken by nothing looks again, in case word of a change was lost."""
+"""How long a wait lasts at most, so that a change whose notification was lost is seen, too."""
 
 
 class Wakeups:
@@ -24,11 +24,11 @@ class Wakeups:
 
     @property
     def closed(self) -> bool:
-        """Whether the service is shutting down: whoever waits should end."""
+        """Whether the service is shutting down: waiting requests should end."""
         return self._closed
 
     def next(self) -> asyncio.Event:
-        """What is set at the next change."""
+        """The event that the next change sets."""
         return self._next
 
     async def wait(self, change: asyncio.Event, seconds: float = LOOK_AGAIN_SECONDS) -> None:
@@ -41,7 +41,7 @@ class Wakeups:
             return
 
     def close(self) -> None:
-        """Let everybody go, and wait for nothing any more. Harmless when repeated."""
+        """End every wait, now and from now on. Harmless when repeated."""
         self._unsubscribe()
         self._closed = True
         self._wake()

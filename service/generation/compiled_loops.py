@@ -1,6 +1,6 @@
 """The compiled loops of generation, made ready while texts are generated without them.
 
-Compiling takes half a minute of a processor and holds the interpreter's lock most of the time, which every tensor
+Compiling takes eight seconds of a processor and holds the interpreter's lock most of the time, which every tensor
 operation needs as well. So it happens in a process of its own, `python -m service.generation.compiled_loops`, of the
 lowest priority; what it leaves on the disk is then loaded. Nobody waits for either.
 """
@@ -11,7 +11,7 @@ import sys
 
 import structlog
 
-from service.parent import die_with_parent
+from nanomoe.processes import die_with_parent
 
 log = structlog.get_logger(__name__)
 
@@ -25,10 +25,10 @@ def prepare() -> bool:
 
     Returns whether they can be used; why not is logged. Takes a second, or as long as the compiler needs.
     """
-    from nanomoe import kernels
-    from nanomoe.kernels.loading import load_all
+    from nanomoe.generation.kernels import compiling
+    from nanomoe.generation.kernels.loading import load_all
 
-    if not kernels.are_compiled():
+    if not compiling.are_compiled():
         log.info("loops_compiling")
         # The thread that waits here must stay: the compiler dies with it.
         compiler = subprocess.run(  # noqa: S603
@@ -50,8 +50,7 @@ def main() -> None:
     """Be the compiler of the process whose id is the first argument."""
     os.nice(_LOWEST_PRIORITY)
     die_with_parent(int(sys.argv[1]))
-    os.environ["OMP_NUM_THREADS"] = "1"
-    from nanomoe.kernels.loading import load_all
+    from nanomoe.generation.kernels.loading import load_all
 
     load_all()
 

@@ -3,8 +3,9 @@
 `python -m service.generation.engine`, JSON lines on stdin and stdout (`service.generation.messages`), the log on
 stderr. The main thread generates; one thread reads requests, another loads checkpoints, so that a new one does not stop
 the others' texts, one scores and inspects, and on a CPU one makes the compiled loops ready. Until they are, texts are
-generated with tensor operations, which gives the same texts: nobody waits for a compiler. The process ends when its
-parent does: by signal where the system has it, else at the end of stdin. Knows no job, no database and no HTTP.
+generated with tensor operations, each to its end, because the two may differ in last bits: nobody waits for a
+compiler. The process ends when its parent does: by signal where the system has it, else at the end of stdin. Knows no
+job, no database and no HTTP.
 """
 
 import os
@@ -24,14 +25,13 @@ from typing import BinaryIO
 import structlog
 import tokenizers  # noqa: F401 # imported where a checkpoint is loaded; the first request shall not wait for that
 import torch
-from safetensors.torch import load as load_safetensors
 
 from nanomoe import checkpoint
-from nanomoe import generate as nanomoe_generate
 from nanomoe.checkpoint import CheckpointDamaged
-from nanomoe.config import JobConfig
-from nanomoe.generate import FEW_SEQUENCES, Continuation, Engine, useful_threads
-from nanomoe.sampling import Sampling
+from nanomoe.config import SamplingConfig
+from nanomoe.generation import engine as generation_engine
+from nanomoe.generation.engine import FEW_SEQUENCES, Continuation, Engine, useful_threads
+from nanomoe.processes import die_with_parent
 from nanomoe.tokenizer import Tokenizer
 from nanomoe.training.execution import find_device
 from service import logs
@@ -57,7 +57,6 @@ from service.generation.messages import (
     to_line,
 )
 from service.generation.text_stream import TextStream
-from service.parent import die_with_parent
 
 log = structlog.get_logger(__name__)
 
@@ -299,10 +298,10 @@ class Server:
         if isinstance(prompt, str):
             prompt = tuple(loaded.tokenizer.encode(prompt))
         running.n_prompt = len(prompt)
-        sampling = Sampling(request.temperature, request.top_k, request.top_p)
+        sampling = SamplingConfig(temperature=request.temperature, top_k=request.top_k, top_p=request.top_p)
         for index in range(request.n):
             continuation = loaded.engine.submit(
-                nanomoe_generate.Request(
+                generation_engine.Request(
                     prompt, request.max_new_tokens, sampling, request.seed, index, request.logprobs
                 )
             )
@@ -357,15 +356,11 @@ class Server:
     def _read(self, folder: Path, sha256: str, *, with_loops: bool) -> Loaded | tuple[str, str]:
         """A checkpoint from the disk, every byte that is used verified; or the code and message of what is wrong."""
         try:
-            files = {entry.name: entry for entry in checkpoint.read_manifest(folder, sha256).files}
-            for name in ("tokenizer.json", "tokenizer_config.json"):
-                checkpoint.read_file(folder, files[name])
-            tokenizer = Tokenizer.load(folder)
-            config = JobConfig.model_validate_json(checkpoint.read_file(folder, files[checkpoint.CONFIG]))
-            weights = load_safetensors(checkpoint.read_file(folder, files[checkpoint.WEIGHTS]))
+            opened = checkpoint.open(folder, sha256)
+            tokenizer = opened.tokenizer()
             engine = Engine(
-                weights,
-                config,
+                opened.weights(),
+                opened.config(),
                 device=self._device,
                 max_running=self._start.max_running,
                 cache_bytes=self._start.cache_bytes // 4,
@@ -487,8 +482,8 @@ class Server:
     def _logprobs(self, running: _Running, choice: _Choice, n: int) -> LogProbs:
         tokenizer, found = running.loaded.tokenizer, choice.continuation.logprobs[n]
         return LogProbs(
-            chosen=token_logprob(tokenizer, choice.continuation.new[n], found.chosen),
-            likeliest=tuple(token_logprob(tokenizer, *one) for one in found.likeliest.items()),
+            chosen=token_logprob(tokenizer, found.chosen),
+            likeliest=tuple(token_logprob(tokenizer, one) for one in found.likeliest),
         )
 
     def _finish(self, running: _Running, now: float) -> None:

@@ -13,15 +13,14 @@ from pathlib import Path
 from typing import Self
 
 import structlog
-from safetensors.torch import load as load_safetensors
 from torch import device as TorchDevice
 
 from nanomoe import checkpoint
-from nanomoe import generate as nanomoe_generate
 from nanomoe.checkpoint import CheckpointDamaged
 from nanomoe.config import JobConfig
 from nanomoe.evaluation.attention import inspect
 from nanomoe.evaluation.score import logprobs_of_tokens, losses_of_tokens
+from nanomoe.generation import logprobs
 from nanomoe.model.gpt import GPT
 from nanomoe.model.moe import Routing
 from nanomoe.tokenizer import Tokenizer
@@ -57,7 +56,7 @@ _DIGITS = 6
 
 
 @dataclass(frozen=True)
-class OpenCheckpoint:
+class LoadedModel:
     """A checkpoint that was read, and what it takes to ask it."""
 
     config: JobConfig
@@ -65,12 +64,10 @@ class OpenCheckpoint:
     model: GPT
 
     @classmethod
-    def load(cls, folder: Path, device: TorchDevice) -> Self:
-        """From a checkpoint's folder, whose bytes the caller vouches for."""
-        tokenizer = Tokenizer.load(folder)
-        config = JobConfig.model_validate_json((folder / checkpoint.CONFIG).read_bytes())
-        model = GPT.build(config, tokenizer.vocab_size, device)
-        model.load_state_dict(load_safetensors((folder / checkpoint.WEIGHTS).read_bytes()))
+    def load(cls, folder: Path, manifest_sha256: str | None, device: TorchDevice) -> Self:
+        """The model of a checkpoint, every byte verified; without a hash, of a folder whose files are taken as they
+        are. Raises CheckpointDamaged."""
+        model, config, tokenizer = checkpoint.load_model(checkpoint.open(folder, manifest_sha256), device)
         return cls(config, tokenizer, model)
 
     @property
@@ -85,7 +82,7 @@ class Examiner:
     def __init__(self, device: TorchDevice, *, kept_bytes: int = KEPT_BYTES) -> None:
         self._device = device
         self._kept_bytes = kept_bytes
-        self._kept: OrderedDict[str, OpenCheckpoint] = OrderedDict()
+        self._kept: OrderedDict[str, LoadedModel] = OrderedDict()
         """By manifest sha256, the least recently asked first."""
 
     @property
@@ -108,12 +105,11 @@ class Examiner:
             log.exception("question_failed", folder=question.folder)
             return Failed(id=question.id, code="checkpoint_unreadable", message=f"{type(error).__name__}: {error}")
 
-    def _open(self, folder: Path, manifest_sha256: str) -> OpenCheckpoint:
+    def _open(self, folder: Path, manifest_sha256: str) -> LoadedModel:
         """From what was kept, or from the disk with every byte verified."""
         opened = self._kept.pop(manifest_sha256, None)
         if opened is None:
-            checkpoint.verify(folder, manifest_sha256)
-            opened = OpenCheckpoint.load(folder, self._device)
+            opened = LoadedModel.load(folder, manifest_sha256, self._device)
         self._kept[manifest_sha256] = opened
         total = sum(kept.n_bytes for kept in self._kept.values())
         while total > self._kept_bytes:
@@ -156,29 +152,27 @@ def unknown_token(request_id: int, prompt: str | Sequence[int], tokenizer: Token
 def _prompt_tokens(
     tokens: list[int], n_likeliest: int | None, tokenizer: Tokenizer, model: GPT
 ) -> tuple[PromptToken, ...]:
-    logprobs: list[LogProbs | None] = [None] * len(tokens)
+    read: list[LogProbs | None] = [None] * len(tokens)
     if n_likeliest is not None:
         found = logprobs_of_tokens(model, tokens, n_likeliest)
-        logprobs[1:] = [_finite(one, token, tokenizer) for one, token in zip(found, tokens[1:], strict=True)]
+        read[1:] = [_finite(one, tokenizer) for one in found]
     return tuple(
         PromptToken(utf8=tokenizer.token_bytes(token).hex(), logprobs=one)
-        for token, one in zip(tokens, logprobs, strict=True)
+        for token, one in zip(tokens, read, strict=True)
     )
 
 
-def _finite(found: nanomoe_generate.LogProbs, token: int, tokenizer: Tokenizer) -> LogProbs | None:
-    if not math.isfinite(found.chosen):
+def _finite(found: logprobs.LogProbs, tokenizer: Tokenizer) -> LogProbs | None:
+    if not math.isfinite(found.chosen.logprob):
         return None
-    likeliest = tuple(
-        token_logprob(tokenizer, other, logprob) for other, logprob in found.likeliest.items() if math.isfinite(logprob)
-    )
-    return LogProbs(chosen=token_logprob(tokenizer, token, found.chosen), likeliest=likeliest)
+    likeliest = tuple(token_logprob(tokenizer, one) for one in found.likeliest if math.isfinite(one.logprob))
+    return LogProbs(chosen=token_logprob(tokenizer, found.chosen), likeliest=likeliest)
 
 
-def token_logprob(tokenizer: Tokenizer, token: int, logprob: float) -> TokenLogProb:
+def token_logprob(tokenizer: Tokenizer, found: logprobs.TokenLogProb) -> TokenLogProb:
     """A token's log-probability, beside what the token stands for."""
-    utf8 = tokenizer.token_bytes(token).hex()
-    return TokenLogProb(token=token, text=tokenizer.decode([token]), utf8=utf8, logprob=logprob)
+    utf8 = tokenizer.token_bytes(found.token).hex()
+    return TokenLogProb(token=found.token, text=tokenizer.decode([found.token]), utf8=utf8, logprob=found.logprob)
 
 
 def answer_inspect(question: Inspect, tokenizer: Tokenizer, model: GPT) -> Inspected | Refused:

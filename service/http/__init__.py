@@ -1,1 +1,1 @@
-"""The HTTP interface: routes, schemas, problems and everything that knows a request."""
+"""The HTTP interface: routes, schemas, error responses and middleware."""

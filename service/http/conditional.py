@@ -1,4 +1,4 @@
-"""Conditional and range requests (RFC 9110, 13 and 14): what a client holds already is not sent again.
+"""Conditional and range requests (RFC 9110, 13 and 14): content that the client has is not sent again.
 
 Knows no route and no file.
 """
@@ -19,10 +19,11 @@ _KEPT = ("etag", "cache-control", "last-modified")
 _MOST_DIGITS = 19
 
 
-def settled(scope: Scope, headers: Headers) -> Response | None:
-    """The answer to a `GET` whose preconditions end it, 304 or 412; None where it is to be answered in full.
+def evaluate_preconditions(scope: Scope, headers: Headers) -> Response | None:
+    """The response to a `GET` whose preconditions fail (412) or whose content the client has (304); None for the full
+    response.
 
-    `headers`: those of the full answer, with its `ETag` and, where it has one, its `Last-Modified`.
+    `headers`: those of the full response, with its `ETag` and, where it has one, its `Last-Modified`.
     """
     asked, etag, modified = Headers(scope=scope), headers["etag"], _date(headers.get("last-modified"))
     if (if_match := asked.get("if-match")) is not None:
@@ -32,7 +33,7 @@ def settled(scope: Scope, headers: Headers) -> Response | None:
         is_met = modified is None or unmodified_since is None or modified <= unmodified_since
     if not is_met:
         return problems.respond(
-            scope["path"], 412, "precondition_failed", "this has changed, or never was what is asked for"
+            scope["path"], 412, "precondition_failed", "the content has changed, or does not match the precondition"
         )
     if (if_none_match := asked.get("if-none-match")) is not None:
         is_held = if_none_match.strip() == "*" or etag in _etags(if_none_match, weak=True)
@@ -47,7 +48,7 @@ def settled(scope: Scope, headers: Headers) -> Response | None:
 def wanted_ranges(scope: Scope, headers: Headers, size: int) -> list[tuple[int, int]] | None:
     """The ranges of `size` bytes that a request asks for, as (first, last); empty where none of them lies inside.
 
-    None where it asks for no range, or for one that must be ignored: in another unit, or of other bytes than these.
+    None where it asks for no range, or for one that must be ignored: in another unit, or of another version.
     """
     asked = Headers(scope=scope)
     unit, equals, specs = asked.get("range", "").partition("=")
@@ -74,11 +75,11 @@ def wanted_ranges(scope: Scope, headers: Headers, size: int) -> list[tuple[int, 
 
 
 class ConditionalResponse(Response):
-    """An answer with an `ETag`, which is not sent to a client that holds it already."""
+    """A response with an `ETag`, which is not sent to a client that has its content."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send it, or the answer to the request's preconditions."""
-        answer = settled(scope, self.headers)
+        """Send the full response, or the one that the request's preconditions demand."""
+        answer = evaluate_preconditions(scope, self.headers)
         if answer is None:
             await super().__call__(scope, receive, send)
         else:
@@ -86,12 +87,13 @@ class ConditionalResponse(Response):
 
 
 def _etags(listed: str, *, weak: bool) -> set[str]:
-    """The entity tags of a list; `weak`: also those that vouch for the meaning alone, not for the bytes."""
+    """The entity tags of a list; `weak`: with the weak ones, which stand for equivalent content, not for equal
+    bytes."""
     return {tag for mark, tag in _ETAG.findall(listed) if weak or not mark}
 
 
 def _date(given: str | None) -> datetime | None:
-    """An HTTP date; None for none, and for what is none, which must be ignored."""
+    """An HTTP date; None for no date and for a malformed one, which must be ignored."""
     try:
         found = parsedate_to_datetime(given or "")
     except ValueError:
@@ -100,5 +102,5 @@ def _date(given: str | None) -> datetime | None:
 
 
 def _number(digits: str) -> int | None:
-    # What has more digits lies behind the end of any file.
+    # A number of more digits lies behind the end of any file.
     return int(digits.lstrip("0")[:_MOST_DIGITS] or "0") if digits else None

@@ -1,4 +1,4 @@
-"""The parts of a running API, opened and closed together. Knows no route."""
+"""The dependencies of the routes and the background tasks of the API, opened and closed together. Knows no route."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -9,33 +9,35 @@ import structlog
 from anyio import CapacityLimiter, to_thread
 
 from service.database import migrate
-from service.database.database import Database, open_database
+from service.database.database import Database
+from service.database.opening import open_database
 from service.database.wakeups import Wakeups
 from service.errors import ServiceError
 from service.generation.admission import Generation
 from service.http.instruments import expose
-from service.jobs import store
-from service.jobs.queue import Rescuer
+from service.jobs.rescuer import Rescuer
+from service.jobs.workers import has_training
 from service.settings import Settings
+from service.storage.installation import join_installation
 
 log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True)
 class Context:
-    """What the routes work with."""
+    """Dependencies of the routes."""
 
     settings: Settings
     database: Database
     wakeups: Wakeups
     generation: Generation
     comparing: CapacityLimiter
-    """One comparison of two long texts at a time: each takes memory and a core."""
+    """Limit of one search for copied spans at a time: each takes memory and a core."""
 
 
 @asynccontextmanager
 async def open_context(settings: Settings) -> AsyncIterator[Context]:
-    """Bring the database to this code's schema, and run what the API needs beside its routes.
+    """Migrate the database to this code's schema, and run the background tasks of the API.
 
     Raises:
         StartRefused: starting would risk data.
@@ -47,7 +49,7 @@ async def open_context(settings: Settings) -> AsyncIterator[Context]:
         generation = Generation(settings)
         expose(generation.instruments, database)
         rescuer = Rescuer(database, settings.rescue_seconds)
-        background = [asyncio.create_task(_rescue_now_and_then(rescuer, settings.rescue_seconds))]
+        background = [asyncio.create_task(_rescue_periodically(rescuer, settings.rescue_seconds))]
         if settings.engine_preload:
             background.append(asyncio.create_task(_preload_engine(database, wakeups, generation)))
         try:
@@ -56,7 +58,7 @@ async def open_context(settings: Settings) -> AsyncIterator[Context]:
             wakeups.close()
             for task in background:
                 task.cancel()
-            await asyncio.wait(background)  # however they end: the engine is stopped in any case
+            await asyncio.wait(background)  # even if one failed, the engine is stopped
             await generation.stop()
 
 
@@ -65,36 +67,36 @@ def _open(settings: Settings) -> Database:
     try:
         log.info("database_opened", kind=database.engine.dialect.name, revision=database.revision())
         migrate.upgrade(database)
-        store.join_installation(database, settings.data_dir, create=True)
+        join_installation(database, settings.data_dir, create=True)
     except BaseException:
         database.close()
         raise
     return database
 
 
-async def _rescue_now_and_then(rescuer: Rescuer, seconds: float) -> None:
-    """Take jobs from workers that are gone, so that a job is not stuck when no other worker is left to notice."""
+async def _rescue_periodically(rescuer: Rescuer, seconds: float) -> None:
+    """Rescue jobs whose worker is gone, even when no other worker runs."""
     while True:
         try:
             await to_thread.run_sync(rescuer.round)
         except ServiceError as error:
             log.warning("rescue_postponed", reason=error.detail)
-        except Exception:  # jobs would be stuck from now on, and nobody told
+        except Exception:  # without the log, jobs would silently not be rescued any more
             log.exception("rescue_failed")
         await asyncio.sleep(seconds)
 
 
 async def _preload_engine(database: Database, wakeups: Wakeups, generation: Generation) -> None:
-    """Start the generation engine once there is training: before there is a checkpoint to ask for, and not for an API
-    that only keeps what was trained elsewhere or before."""
+    """Start the generation engine once a worker runs or a job waits: before there is a checkpoint to generate from, and
+    not for an API that only serves finished jobs."""
     while not wakeups.closed:
         change = wakeups.next()
         try:
-            if await to_thread.run_sync(store.has_training, database):
+            if await to_thread.run_sync(has_training, database):
                 return await generation.preload()
         except ServiceError as error:
             log.warning("generation_engine_not_preloaded", reason=error.detail)
-        except Exception:  # the first request will try again, and tell
+        except Exception:  # the first request retries, and reports the error
             log.exception("generation_engine_not_preloaded")
             return None
         await wakeups.wait(change)

@@ -1,6 +1,6 @@
-"""Who may speak to the service at all: `Host`, `Origin` and the size of the body, checked before any route is found.
+"""Request admission: `Host`, `Origin` and the size of the body, checked before routing.
 
-A web page elsewhere must not be able to submit jobs to somebody's own machine, neither directly (`Origin`) nor through
+A page of another site must not be able to submit jobs to a local service, neither directly (`Origin`) nor through
 a name that resolves to it (`Host`). Knows no route and no key.
 """
 
@@ -20,22 +20,22 @@ _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
 def check_address(settings: Settings) -> None:
-    """Refuse to serve others than this machine to whoever asks.
+    """Refuse to listen on an address that other machines can reach, unless the settings allow it.
 
     Raises:
-        StartRefused: the address is not loopback's, and nobody has said that this is meant.
+        StartRefused: the address is not loopback's, and `allow_no_keys` is not set.
     """
     if not is_loopback(settings.host) and not settings.allow_no_keys:
         raise StartRefused(
             f"NANOMOE_HOST is {settings.host}, which other machines can reach, and this version has no keys yet: "
-            "anybody there could submit, read and delete jobs. Use 127.0.0.1, or, if something else keeps strangers "
-            "out (a container port published on loopback, a proxy that asks for a password), "
+            "anybody there could submit, read and delete jobs. Use 127.0.0.1, or, if access is restricted "
+            "otherwise (a container port published on loopback, a proxy with a password), "
             "set NANOMOE_ALLOW_NO_KEYS=true"
         )
 
 
 def _name_of(netloc: str) -> str | None:
-    """The host name in `name:port` or `[::1]:port`, in lower case; None for what is neither."""
+    """The host name in `name:port` or `[::1]:port`, in lower case; None for a malformed one."""
     try:
         return urlsplit(f"//{netloc}").hostname
     except ValueError:
@@ -43,12 +43,12 @@ def _name_of(netloc: str) -> str | None:
 
 
 def _origins_of(host: str) -> tuple[str, str]:
-    """The origins that a page of this `Host` has; TLS may end at a proxy before us."""
+    """The origins of a page from this `Host`, with http or https: TLS may end at a proxy."""
     return f"http://{host.lower()}", f"https://{host.lower()}"
 
 
 class Guard:
-    """ASGI middleware that lets only well-addressed requests of a bounded size through."""
+    """ASGI middleware that refuses requests with a foreign `Host` or `Origin`, or with too large a body."""
 
     def __init__(self, app: ASGIApp, *, settings: Settings) -> None:
         self._app = app
@@ -57,7 +57,7 @@ class Guard:
         self._max_body_bytes = 6 * settings.max_text_bytes + 1024 * 1024
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, or answer the problem."""
+        """Pass a request on, or answer with a problem."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

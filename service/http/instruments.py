@@ -1,6 +1,6 @@
-"""What the service counts about itself, as Prometheus reads it. Knows no route.
+"""The service's Prometheus metrics. Knows no route.
 
-Each API has a registry of its own. What is in the database is read when somebody asks; what generation does is counted
+Each API has a registry of its own. Metrics of the database are queried at each scrape; those of generation are counted
 where it happens (`service.generation.admission`).
 """
 
@@ -13,18 +13,19 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from service.database.database import Database
-from service.jobs import store
+from service.jobs import reads
 from service.jobs.queue_position import LongestWait, find_longest_wait
+from service.jobs.workers import is_alive, list_workers
 
 _clock = time.monotonic
-"""What this file measures time with; a test moves it, and not the event loop's."""
+"""Clock of this module, which a test can replace without the event loop's."""
 
 _COUNT_SECONDS = 5.0
-"""How long what was read of all jobs is told again: with a million of them it takes a second."""
+"""Seconds for which the counts of all jobs are cached: with a million jobs the query takes a second."""
 
 
 class GenerationInstruments:
-    """What the API counts of generation."""
+    """Counters and gauges of generation."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -52,20 +53,20 @@ class GenerationInstruments:
 
 
 class DatabaseCollector(Collector):
-    """What the tables tell: jobs, the queue, workers, training."""
+    """Metrics of the database at each scrape: jobs, queue, workers, training."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
         self._counted: tuple[float, dict[str, int], LongestWait] | None = None
         self._ahead_since: float | None = None
-        """Monotonic time since which there was, at every look, a job that waits since a later time than now."""
+        """Monotonic time since which every scrape found a queued job whose submission time lies in the future."""
 
     def describe(self) -> list[Metric]:
-        """Nothing: registering must not read the database."""
+        """No metrics: registering must not query the database."""
         return []
 
     def collect(self) -> Iterator[Metric]:
-        """Raises DatabaseUnavailable."""
+        """The current metrics. Raises DatabaseUnavailable."""
         counts, wait = self._count_jobs()
         jobs = GaugeMetricFamily("nanomoe_jobs", "Jobs by status.", labels=["status"])
         for status, n in counts.items():
@@ -77,16 +78,17 @@ class DatabaseCollector(Collector):
             "How long the job that is due longest has waited.",
             self._queue_age(wait, now),
         )
-        alive = [(row, running) for row, running in store.list_workers(self._database) if store.is_alive(row, now)]
-        yield GaugeMetricFamily("nanomoe_workers", "Workers seen lately.", len(alive))
+        alive = [(row, running) for row, running in list_workers(self._database) if is_alive(row, now)]
+        yield GaugeMetricFamily("nanomoe_workers", "Workers with a recent heartbeat.", len(alive))
         yield GaugeMetricFamily(
-            "nanomoe_worker_slots", "Jobs they can train at once.", sum(row.slots for row, _ in alive)
+            "nanomoe_worker_slots", "Jobs that the alive workers can train at once.", sum(row.slots for row, _ in alive)
         )
         speed = sum(job.progress.get("tok_per_sec") or 0.0 for _, running in alive for job in running)
         yield GaugeMetricFamily("nanomoe_training_tokens_per_second", "Training speed, all jobs together.", speed)
 
     def _queue_age(self, wait: LongestWait, now: datetime) -> float:
-        """Seconds. A job that was submitted by a clock that was ahead has waited for as long as it was seen waiting."""
+        """Age of the oldest due job, in seconds. One submitted by a clock that was ahead counts from its first
+        scrape."""
         if not wait.clock_was_ahead:
             self._ahead_since = None
         elif self._ahead_since is None:
@@ -98,11 +100,11 @@ class DatabaseCollector(Collector):
     def _count_jobs(self) -> tuple[dict[str, int], LongestWait]:
         now = _clock()
         if self._counted is None or now - self._counted[0] > _COUNT_SECONDS:
-            self._counted = now, store.count_jobs(self._database), find_longest_wait(self._database)
+            self._counted = now, reads.count_jobs(self._database), find_longest_wait(self._database)
         return self._counted[1:]
 
 
 def expose(instruments: GenerationInstruments, database: Database) -> None:
-    """Add what the database and the operating system tell to a registry."""
+    """Register the metrics of the database and of this process."""
     instruments.registry.register(DatabaseCollector(database))
     ProcessCollector(registry=instruments.registry)

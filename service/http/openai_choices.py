@@ -1,4 +1,4 @@
-"""A text as OpenAI's completions write it: tokens by name, and where each begins in the text.
+"""Continuations in the shape of OpenAI's completions: tokens by name, with their offsets in the text.
 
 Knows no HTTP and no request.
 """
@@ -11,11 +11,11 @@ from service.http import schemas
 
 
 class ChoiceWriter:
-    """One continuation, chunk by chunk."""
+    """Converts the chunks of one continuation."""
 
     def __init__(self, index: int, prompt: str = "", prompt_tokens: Sequence[PromptToken] = ()) -> None:
-        """`prompt`: what the text begins with, empty for nothing; `prompt_tokens`: its tokens, where log-probabilities
-        are wanted."""
+        """`prompt`: echoed at the start of the text, empty for no echo; `prompt_tokens`: its tokens, where
+        log-probabilities are requested."""
         self._index = index
         self._prompt = prompt
         self._prompt_tokens = prompt_tokens
@@ -23,7 +23,7 @@ class ChoiceWriter:
         self._n_characters = 0
 
     def write(self, chunk: Chunk) -> schemas.CompletionChoice:
-        """The next piece; the first begins with the prompt."""
+        """The choice for the next chunk; the first begins with the echoed prompt."""
         prompt, self._prompt = self._prompt, ""
         return schemas.CompletionChoice(
             index=self._index,
@@ -48,7 +48,7 @@ class ChoiceWriter:
         )
 
     def _offset(self, utf8: str) -> int:
-        """Where a token begins: after the characters that the tokens before it have made whole."""
+        """Offset of a token: the number of characters that the tokens before it complete."""
         offset = self._n_characters
         self._n_characters += len(self._decoder.decode(bytes.fromhex(utf8)))
         return offset

@@ -1,4 +1,4 @@
-"""The OpenAPI document: what FastAPI finds by itself, with every error as the problem it is.
+"""The OpenAPI document: FastAPI's own, with every error documented as a problem (RFC 9457).
 
 Knows no route by name.
 """
@@ -24,23 +24,25 @@ from service.http.schemas import (
 _REF = "#/components/schemas/"
 
 _MEANINGS = {
-    400: "The body cannot be read.",
+    400: "The request body cannot be parsed.",
     403: "`Host` or `Origin` is not allowed.",
-    404: "There is no such thing.",
-    409: "The state forbids it.",
+    404: "The job, checkpoint or file does not exist.",
+    409: "The state of the job or checkpoint does not allow the request; `code` names the reason.",
     412: "A precondition of the request (`If-Match`, `If-Unmodified-Since`) is not met.",
-    413: "The body or the text is too large.",
+    413: "The request body or the training text is too large.",
     415: "The body is of another media type, compressed, or JSON in another charset than UTF-8.",
     416: "The range lies outside of the file.",
-    422: "The request is not valid; `errors` says where.",
-    429: "Too many are waiting; `Retry-After` says when to come back.",
-    503: "Out of reach for now; `Retry-After` says when to come back.",
-    507: "The disk is full.",
+    422: "The request is not valid; `errors` names each fault.",
+    429: "The queue is full; `Retry-After` gives the seconds until another attempt may succeed.",
+    503: "The database or the generation engine is unavailable; `Retry-After` gives the seconds until another attempt.",
+    507: "The disk of the database is full.",
 }
 
 
-NOT_MODIFIED: dict[str, Any] = {"description": "The client holds it already: `If-None-Match`, `If-Modified-Since`."}
-"""Answered without content."""
+NOT_MODIFIED: dict[str, Any] = {
+    "description": "The client has the current version already (`If-None-Match`, `If-Modified-Since`)."
+}
+"""The documentation of a 304 answer."""
 
 
 def ref(model: type[BaseModel]) -> dict[str, str]:
@@ -49,7 +51,7 @@ def ref(model: type[BaseModel]) -> dict[str, str]:
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """A route's `responses`: the problems that it can answer, beside those that every route can."""
+    """A route's `responses`: the problems that it can answer, beside those of every route."""
     return {
         status: {"description": _MEANINGS[status], "content": {MEDIA_TYPE: {"schema": ref(Problem)}}}
         for status in sorted({403, *statuses})
@@ -101,7 +103,7 @@ def _is_not_ours(answer: dict[str, Any]) -> bool:
 
 
 def _never_null(schema: dict[str, Any]) -> None:
-    """A parameter may be left out, but a query or a header has no way to say null."""
+    """Remove null from a parameter's schema: a query or header can be left out, but not be null."""
     choices = [choice for choice in schema.pop("anyOf", []) if choice != {"type": "null"}]
     if len(choices) == 1:
         schema.update(choices[0])

@@ -1,31 +1,32 @@
-"""What texts must look like, and the same in words: no error shows a regular expression."""
+"""Patterns of ids, names and keys, each with its error message, so that no error shows a regular expression."""
 
 from collections.abc import Mapping
 from typing import Any
 
-JOB_ID_PATTERN = r"^[0-9a-f]{32}$"
+from nanomoe.config import JOB_ID_PATTERN
+
 PRINTABLE = r"^[^\x00-\x1f\x7f]+$"
 PRINTABLE_OR_EMPTY = r"^[^\x00-\x1f\x7f]*$"
 TAG_KEY = r"^[A-Za-z0-9_.-]+$"
 TAG = r"^[A-Za-z0-9_.-]{1,64}([=:][^\x00-\x1f\x7f]{0,200})?$"
-"""A key, which has neither separator in it; then perhaps a value, which may have both."""
+"""A tag filter: a key, and optionally `=` or `:` and a value, which may contain both."""
 IDEMPOTENCY_KEY = r"^[\x21-\x7e]+$"
-EVENT_ID = r"^[0-9]{1,18}$"
+SEQUENCE_NUMBER = r"^[0-9]{1,18}$"
 
-_IN_WORDS = {
+_MESSAGES = {
     JOB_ID_PATTERN: "must be 32 hexadecimal digits, in lower case",
     PRINTABLE: "must not hold control characters, such as line ends",
     PRINTABLE_OR_EMPTY: "must not hold control characters, such as line ends",
     TAG_KEY: "must consist of the letters A to Z and a to z, digits, _, . and -",
     TAG: "must look like key or key=value, the key of at most 64 letters A to Z and a to z, digits, _, . and -",
     IDEMPOTENCY_KEY: "must consist of visible ASCII characters, without spaces",
-    EVENT_ID: "must be a number of at most 18 digits",
+    SEQUENCE_NUMBER: "must be a number of at most 18 digits",
 }
 
 
 def message_of(error: Mapping[str, Any]) -> str:
-    """What one of pydantic's errors says, with the words for a pattern."""
+    """The message of one of pydantic's errors, with words in place of a pattern."""
     if error.get("type") == "string_pattern_mismatch":
-        return _IN_WORDS.get(error["ctx"]["pattern"], "does not have the form that is asked for")
+        return _MESSAGES.get(error["ctx"]["pattern"], "does not have the required form")
     message: str = error["msg"]
     return message

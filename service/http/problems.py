@@ -1,7 +1,7 @@
-"""Every error as `application/problem+json` (RFC 9457), or, under `/v1`, in OpenAI's shape: one handler for each kind
-of exception, one place that writes them all.
+"""Error responses: `application/problem+json` (RFC 9457), or, under `/v1`, OpenAI's shape; with one handler for each
+kind of exception.
 
-What a request sent is never repeated in full: it may be huge, and it may hold what JSON or UTF-8 cannot. Knows no
+Input is never repeated in full: it may be huge, and it may hold characters that JSON or UTF-8 cannot. Knows no
 route.
 """
 
@@ -24,12 +24,12 @@ from service.http.schemas import OpenAIError, OpenAIErrorDetail, Problem, Proble
 
 MEDIA_TYPE = "application/problem+json"
 OPENAI_PREFIX = "/v1/"
-"""Under it everything has OpenAI's shapes."""
+"""Path prefix of the routes whose responses have OpenAI's shapes."""
 
 _MAX_ERRORS = 20
 _MAX_CHARACTERS = 300
 _INPUT = "Input should be "
-"""How pydantic begins to say what a value should be."""
+"""Prefix of pydantic's messages about a value's type."""
 
 # HTTP errors that the framework raises by itself.
 _CODES = {
@@ -44,7 +44,7 @@ log = structlog.get_logger(__name__)
 
 
 def _short(text: str) -> str:
-    """`text` as something that can be shown: cut, and without what UTF-8 cannot hold."""
+    """`text` shortened, and without characters that UTF-8 cannot encode."""
     cut = text if len(text) <= _MAX_CHARACTERS else text[:_MAX_CHARACTERS] + "..."
     return cut.encode("utf-8", "replace").decode()
 
@@ -76,7 +76,7 @@ def _write(path: str, problem: Problem, headers: Mapping[str, str] | None = None
 
 
 def openai_error(problem: Problem) -> OpenAIError:
-    """A problem as OpenAI's clients read it."""
+    """A problem in OpenAI's shape."""
     kinds = {429: "rate_limit_error"}
     kind = kinds.get(problem.status, "server_error" if problem.status >= 500 else "invalid_request_error")
     # The first part says `body` or `path`, which a parameter's name does not.
@@ -92,12 +92,12 @@ def respond(path: str, status: int, code: str, detail: str, headers: Mapping[str
 
 
 def of_service_error(error: ServiceError) -> Problem:
-    """What a `ServiceError` says to a client."""
+    """The problem document of a `ServiceError`."""
     return _problem(error.status, error.code, error.detail, error.title, error.errors)
 
 
 def from_service_error(path: str, error: ServiceError) -> Response:
-    """What a `ServiceError` answers to a request for `path`."""
+    """The response of a `ServiceError` to a request for `path`."""
     headers = {} if error.retry_after is None else {"Retry-After": str(max(1, ceil(error.retry_after)))}
     return _write(path, of_service_error(error), headers)
 
@@ -109,16 +109,16 @@ def invalid(errors: Iterable[Mapping[str, Any]], body: Any) -> Invalid:
         found = messages.setdefault(_place(error, body), [])
         if (message := _message(error)) not in found:
             found.append(message)
-    # A value that may have several types has an error of each: that type was meant which was followed furthest.
+    # A value of a union has errors of each member: the deepest location shows which member was meant.
     outer = {place[:length] for place in messages for length in range(len(place))}
-    faults = [{"loc": list(place), "msg": _joined(said)} for place, said in messages.items() if place not in outer]
+    faults = [{"loc": list(place), "msg": _joined(texts)} for place, texts in messages.items() if place not in outer]
     place = ".".join(str(part) for part in faults[0]["loc"])
     return Invalid("invalid_request", f"{_short(place)}: {faults[0]['msg']}", errors=faults)
 
 
 def _place(error: Mapping[str, Any], body: Any) -> tuple[int | str, ...]:
-    """Where an error lies: of pydantic's `loc` what was sent or is missing, and not the names that pydantic itself has
-    for the members of a union, for functions and for keys."""
+    """Location of an error in the request: pydantic's `loc` without its own names of union members, functions and
+    keys."""
     source, *parts = error["loc"]
     if source != "body":
         return (source, *parts[:1])
@@ -136,14 +136,14 @@ def _place(error: Mapping[str, Any], body: Any) -> tuple[int | str, ...]:
 
 
 def _message(error: Mapping[str, Any]) -> str:
-    """What is wrong, without the names of classes and exceptions."""
+    """The message of an error, without names of classes and exceptions."""
     if error["type"] in ("model_type", "model_attributes_type"):
         return f"{_INPUT}an object"
     return message_of(error).removeprefix("Value error, ")
 
 
 def _joined(messages: Sequence[str]) -> str:
-    """What is wrong in one place, where a value may have several types with each of them."""
+    """One message for the errors at one location, joined where a union has an error for each member."""
     if all(message.startswith(_INPUT) for message in messages):
         return _INPUT + ", or ".join(message.removeprefix(_INPUT) for message in messages)
     return "; ".join(messages)
@@ -183,7 +183,7 @@ def _methods_of(request: Request) -> list[str]:
     def is_served(method: str) -> bool:
         scope = {**request.scope, "method": method, "root_path": root_path}
         found = [route for route in request.app.routes if route.matches(scope)[0] is Match.FULL]
-        # What is mounted are files; Starlette takes every method for theirs.
+        # Mounted are static files; Starlette matches every method for them.
         return any(method == "GET" or not isinstance(route, Mount) for route in found)
 
     served = {method for method in ("DELETE", "GET", "PATCH", "POST", "PUT") if is_served(method)}
@@ -192,11 +192,11 @@ def _methods_of(request: Request) -> list[str]:
 
 async def _unexpected(request: Request, error: Exception) -> Response:
     log.error("unexpected_error", method=request.method, path=request.url.path, exc_info=error)
-    return respond(request.url.path, 500, "internal_error", "the service failed; its log says how")
+    return respond(request.url.path, 500, "internal_error", "the service failed; the cause is in its log")
 
 
 def install(app: FastAPI) -> None:
-    """Answer every exception of `app` with a problem."""
+    """Register the exception handlers of `app`."""
     app.add_exception_handler(ServiceError, _service_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)

@@ -1,7 +1,7 @@
-"""How a request's body is coded, settled before any route reads it, so that all routes read alike.
+"""The encoding of a request's body, checked before any route reads it.
 
-A body comes as it is: not compressed, JSON in UTF-8. A byte-order mark before JSON is allowed and dropped: some editors
-and shells write one. Knows no route.
+A body must not be compressed, and JSON must be UTF-8. A byte-order mark before JSON is dropped: some editors and
+shells write one. Knows no route.
 """
 
 import codecs
@@ -16,7 +16,7 @@ _UTF8 = frozenset({"utf-8", "utf8", "us-ascii"})
 
 
 class RequestBody:
-    """ASGI middleware that refuses a body in another coding, once a route reads it."""
+    """ASGI middleware that refuses a compressed body and JSON that is not UTF-8, once a route reads it."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -40,7 +40,7 @@ class RequestBody:
             if codings != "identity":
                 raise HTTPException(
                     415,
-                    "the body has a Content-Encoding; send it as it is",
+                    "the body has a Content-Encoding; send it uncompressed",
                     headers={"Accept-Encoding": "identity"},
                 )
             if not is_json:
@@ -67,7 +67,7 @@ def _kind_of(content_type: str) -> tuple[bool, str]:
 
 
 async def _with_start(message: Message, receive: Receive) -> Message:
-    """`message`, and those after it until all that tells the encoding is there or the body ends, as one."""
+    """`message` joined with those after it until its first bytes show the encoding, or the body ends."""
     while len(message["body"]) < 2 * len(codecs.BOM_UTF8) and message.get("more_body"):
         following = await receive()
         if following["type"] != "http.request":

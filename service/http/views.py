@@ -1,4 +1,4 @@
-"""Rows as the answers of the HTTP contract. Knows no query and no route."""
+"""Converts rows to the responses of the HTTP contract. Knows no query and no route."""
 
 import math
 from collections.abc import Sequence
@@ -8,15 +8,13 @@ from typing import Any, cast
 from nanomoe.checkpoint import stopped_early
 from nanomoe.config import ConfigWarning, JobConfig
 from nanomoe.config_warnings import unused_moe_settings
+from nanomoe.evaluation.metrics import perplexity
 from service.generation.admission import EngineResult, Summary
 from service.generation.messages import Chunk, Inspected, LogProbs, Scored
 from service.http import schemas
 from service.jobs.addressing import Address
 from service.jobs.submission import Assessment
 from service.jobs.tables import Checkpoint, Job, Worker
-
-_LARGEST_EXPONENT = 709
-"""exp() of more is no float."""
 
 
 def _config(stored: dict[str, Any]) -> JobConfig:
@@ -44,7 +42,7 @@ def job(row: Job, *, queue_position: int | None = None, estimated_start_at: date
         execution=row.execution,
         progress=progress(row),
         config=config,
-        model=schemas.ModelSize(n_params=row.n_params, n_active_params=row.n_active_params),
+        model=schemas.ModelSize.model_validate(row, from_attributes=True),
         text=schemas.TextInfo(sha256=row.text_sha256, n_bytes=row.text_n_bytes, n_tokens=row.n_tokens),
         warnings=_warnings(row, config),
         error=None if row.error is None else schemas.JobError.model_validate(row.error),
@@ -53,21 +51,21 @@ def job(row: Job, *, queue_position: int | None = None, estimated_start_at: date
 
 
 def _warnings(row: Job, config: JobConfig) -> list[ConfigWarning]:
-    """The row's warnings, but `moe_settings_unused` as the config deserves it: rows of earlier versions name every
-    setting of a mixture in it, for each dense job."""
+    """The row's warnings, with `moe_settings_unused` computed anew: rows of earlier versions name every setting of a
+    mixture in it, for each dense job."""
     warnings = [ConfigWarning.model_validate(warning) for warning in row.warnings]
     unused = {warning.code: warning for warning in unused_moe_settings(config)}
     return [unused.get(w.code, w) for w in warnings if w.code != "moe_settings_unused" or unused]
 
 
 def progress(row: Job) -> schemas.Progress:
-    """How far a job has come. One that has succeeded is done, whether or not it needed all its steps."""
+    """Progress of a job: 100 % for one that has succeeded, even if it stopped early."""
     done = {"percent": 100.0, "eta_seconds": 0.0} if row.status == "succeeded" else {}
     return schemas.Progress.model_validate({"total_steps": row.total_steps} | row.progress | done)
 
 
 def _stopped_early(row: Job) -> str | None:
-    """Why a job ended before its last step that succeeded before the reason was recorded; None for any other."""
+    """Why a job stopped early, for rows of earlier versions, which have no reason; None for any other job."""
     step, total_steps = row.progress.get("step"), row.total_steps
     if row.status != "succeeded" or step is None or total_steps is None or step >= total_steps:
         return None
@@ -90,9 +88,9 @@ def estimate(found: Assessment) -> schemas.Estimate:
     """What a dry run answers."""
     plan, sizes = found.plan, found.sizes
     return schemas.Estimate(
-        config=found.request.config,
+        config=found.config,
         text=schemas.TextInfo(sha256=found.text_sha256, n_bytes=found.n_bytes, n_tokens=found.n_tokens),
-        model=schemas.ModelSize(n_params=sizes.n_params, n_active_params=sizes.n_active_params),
+        model=schemas.ModelSize.model_validate(sizes, from_attributes=True),
         training_bytes=sizes.training_bytes,
         flops_per_token=sizes.flops_per_token,
         steps_per_epoch=None if plan is None else plan.steps_per_epoch,
@@ -126,7 +124,7 @@ def _identity(row: Checkpoint) -> dict[str, Any]:
 def metrics(
     row: Job, checkpoints: Sequence[Checkpoint], steps: dict[str, list[Any]], *, tokens: bool
 ) -> schemas.Metrics:
-    """All that was measured of a job."""
+    """The metrics of a job: checkpoints and step series."""
     return schemas.Metrics(
         job_id=row.id,
         status=cast(schemas.Status, row.status),
@@ -136,7 +134,7 @@ def metrics(
 
 
 def reconstruction(row: Checkpoint, start: int, count: int) -> schemas.ReconstructionPage:
-    """A stretch of a checkpoint's reconstruction."""
+    """A page of a checkpoint's reconstruction."""
     recorded = schemas.Reconstruction.model_validate(row.metrics["reconstruction"])
     tokens = recorded.tokens or []
     end = min(start + count, len(tokens))
@@ -175,7 +173,7 @@ def _logprobs(given: Sequence[LogProbs] | None) -> list[schemas.TokenLogProb] | 
 
 
 def generate_chunk(chunk: Chunk) -> schemas.GenerateChunk:
-    """A piece of a continuation as a stream sends it."""
+    """The `chunk` event of a stream."""
     return schemas.GenerateChunk(
         index=chunk.index,
         text=chunk.text,
@@ -186,7 +184,7 @@ def generate_chunk(chunk: Chunk) -> schemas.GenerateChunk:
 
 
 def generate_end(address: Address, seed: int, summary: Summary) -> schemas.GenerateEnd:
-    """The last event of a stream."""
+    """The `end` event of a stream."""
     return schemas.GenerateEnd(
         job_id=address.job_id,
         checkpoint=address.percent,
@@ -234,7 +232,7 @@ def scored(address: Address, text: str, answer: Scored, copied: schemas.CopiedSp
         n_tokens=len(answer.tokens),
         loss=mean,
         total_loss=total,
-        perplexity=math.exp(mean) if mean is not None and mean < _LARGEST_EXPONENT else None,
+        perplexity=None if mean is None else perplexity(mean),
         bits_per_byte=None if total is None else total / math.log(2) / n_bytes,
         tokens=[
             schemas.ScoredToken(loss=loss, **token.model_dump())

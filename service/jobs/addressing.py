@@ -1,5 +1,5 @@
-"""Which recorded checkpoint a request means: by job and percent, or by a model id `JOB_ID@PERCENT`; and which is taken
-in place of a newest one that is damaged. Knows no HTTP.
+"""Which recorded checkpoint a request means, by job and percent or by a model id `JOB_ID@PERCENT`, and which one
+replaces a newest one that is damaged. Knows no HTTP.
 """
 
 import re
@@ -11,37 +11,39 @@ import sqlalchemy as sa
 import structlog
 
 from nanomoe.checkpoint import CheckpointDamaged
+from nanomoe.config import JOB_ID_PATTERN, PERCENTS
 from service.database.database import Database
+from service.database.schema import table
 from service.errors import Conflict, NotFound
-from service.jobs import store
-from service.jobs.tables import PERCENTS, Checkpoint, Job, table
+from service.jobs import reads
+from service.jobs.tables import Checkpoint, Job
 
 T = TypeVar("T")
 
 log = structlog.get_logger(__name__)
 
-MODEL_ID_PATTERN = rf"^[0-9a-f]{{32}}(@({'|'.join(map(str, PERCENTS))}))?$"
-"""`JOB_ID@PERCENT`, or `JOB_ID` for its newest checkpoint."""
+MODEL_ID_PATTERN = rf"{JOB_ID_PATTERN.removesuffix('$')}(@({'|'.join(map(str, PERCENTS))}))?$"
+"""Pattern of a model id: `JOB_ID@PERCENT`, or `JOB_ID` for the newest checkpoint of that job."""
 
 MAX_MODELS = 1000
-"""Most models that are listed: a list of OpenAI's has no pages."""
+"""Most models in a list: OpenAI's list of models has no pages."""
 
 
 class Address(NamedTuple):
-    """A recorded checkpoint, and where its files are. Not the whole row: that holds a reconstruction."""
+    """A recorded checkpoint and where its files lie: the row without its metrics, which may be large."""
 
     job_id: str
     percent: int
     created_at: datetime
     folder: str
-    """In the data folder."""
+    """Folder of the files, relative to the data folder."""
 
     manifest_sha256: str
-    """What vouches for every byte."""
+    """SHA-256 of the manifest, which holds the SHA-256 of every file; hexadecimal."""
 
     @property
     def model_id(self) -> str:
-        """What it is called as a model."""
+        """The model id of the checkpoint."""
         return f"{self.job_id}@{self.percent}"
 
 
@@ -51,7 +53,7 @@ _addresses = sa.select(*(checkpoints.c[name] for name in Address._fields))
 
 
 def find_checkpoints(db: Database, job_id: str, which: int | Literal["latest"]) -> list[Address]:
-    """The checkpoint to work with; for `latest` all, the newest first: the next is for when one is damaged.
+    """The checkpoint `which` of a job; for `latest` all of them, the newest first, since the newest may be damaged.
 
     Raises:
         NotFound: `job_not_found`, `checkpoint_not_found`.
@@ -61,7 +63,7 @@ def find_checkpoints(db: Database, job_id: str, which: int | Literal["latest"]) 
         of_job = session.execute(_addresses.where(checkpoints.c.job_id == job_id))
         recorded = {row.percent: Address(*row) for row in of_job}
         if not recorded:
-            store.load_job(session, job_id)
+            reads.load_job(session, job_id)
             raise Conflict("no_checkpoint_yet", f"job {job_id} has not recorded a checkpoint yet")
     if which == "latest":
         return [recorded[percent] for percent in sorted(recorded, reverse=True)]
@@ -70,12 +72,12 @@ def find_checkpoints(db: Database, job_id: str, which: int | Literal["latest"]) 
     return [recorded[which]]
 
 
-async def first_whole(addresses: Sequence[Address], use: Callable[[Address], Awaitable[T]]) -> tuple[Address, T]:
-    """The first checkpoint that `use` does not find damaged, and what it makes of that one.
+async def first_undamaged(addresses: Sequence[Address], use: Callable[[Address], Awaitable[T]]) -> tuple[Address, T]:
+    """The first checkpoint that `use` does not find damaged, and the value that `use` returned for it.
 
     Raises:
-        Conflict: `checkpoint_damaged`, of the first, when all are.
-        ServiceError: whatever else `use` raises.
+        Conflict: `checkpoint_damaged`, for the first checkpoint, when all are damaged.
+        ServiceError: any other error that `use` raises.
     """
     damage: Conflict | None = None
     for address in addresses:
@@ -91,10 +93,10 @@ async def first_whole(addresses: Sequence[Address], use: Callable[[Address], Awa
 
 
 def find_models(db: Database, model: str) -> list[Address]:
-    """The checkpoint that is called so; as `find_checkpoints`. Raises NotFound `model_not_found`."""
+    """The checkpoints of a model id, as `find_checkpoints` returns them. Raises NotFound `model_not_found`."""
     job_id, _, percent = model.partition("@")
     if re.fullmatch(MODEL_ID_PATTERN, model) is None:
-        raise _no_model(f"a model is called JOB_ID@PERCENT, or JOB_ID for its newest checkpoint, not {model!r}")
+        raise _no_model(f"a model id is JOB_ID@PERCENT, or JOB_ID for its newest checkpoint, not {model!r}")
     try:
         return find_checkpoints(db, job_id, int(percent) if percent else "latest")
     except (NotFound, Conflict) as error:

@@ -1,4 +1,4 @@
-"""The line of queued jobs: who goes first, and when a worker will be free for whom. Reads, and changes nothing."""
+"""Where a queued job stands, and when a worker will be free for it. Reads, and changes nothing."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -10,12 +10,13 @@ import sqlalchemy as sa
 from sqlmodel import Session
 
 from service.database.database import Database
-from service.jobs.queue import CLAIM_ORDER, QUEUED, RUNNING, WAIT_ENDS, claimable, jobs
-from service.jobs.store import is_alive
-from service.jobs.tables import Job, UtcTime, Worker
+from service.database.utc_time import UtcTime
+from service.jobs.claim_order import CLAIM_ORDER, QUEUED, RUNNING, WAIT_ENDS, claimable, jobs
+from service.jobs.tables import Job, Worker
+from service.jobs.workers import is_alive
 
 MAX_POSITION = 1000
-"""Most jobs that are counted before one."""
+"""Most jobs that are counted ahead of one."""
 
 COMPARABLE = 4.0
 """A job's step is estimated from one that runs if it has at most so many times the work of that one's, and at least
@@ -24,34 +25,34 @@ Assumed."""
 
 
 @dataclass(frozen=True)
-class Place:
+class QueuePosition:
     """Where a queued job stands."""
 
     position: int
-    """How many jobs go first, up to 1,000 (which stands for any more)."""
+    """How many jobs are claimed first, up to 1,000 (which stands for any larger number)."""
 
     estimated_start_at: datetime | None
     """When a worker will be free for the job at the latest, and not before its `run_at` and the end of its back-off.
 
-    Jobs that run need as long as they say; those that go first are taken to need, for each step, what a running job of
-    about the same work needs. None where that would be a guess: no worker is alive, none has the memory, a running job
-    has not said how long it needs, or every slot has gone by then to a job whose work is unlike that of all that run.
+    A running job takes as long as it reports; a job ahead in the queue is assumed to take, for each step, as long as a
+    running job of about the same work. None where that would be a guess: no worker is alive, none has the memory, a
+    running job has not reported how long it takes, or every slot is taken by then by a job unlike all running ones.
     """
 
 
 @dataclass(frozen=True)
 class LongestWait:
-    """How long jobs have waited for nothing but a worker."""
+    """How long claimable jobs have waited for a worker."""
 
     since: datetime | None
-    """Since when the first of them has; None when there is none, or the clock was ahead when they began."""
+    """Since when the first job has waited; None when there is none, or the clock was ahead when it began to wait."""
 
     clock_was_ahead: bool
-    """Whether one of them began to wait, by the clock of then, at a later time than now."""
+    """Whether a job began to wait at a time that lies in the future now: the clock has been set back."""
 
 
 def find_longest_wait(db: Database) -> LongestWait:
-    """Reads every queued job."""
+    """How long the first claimable job has waited. Reads every queued job."""
     dated = sa.case((jobs.c.run_at > jobs.c.created_at, jobs.c.run_at), else_=jobs.c.created_at)
     began = sa.case((dated < WAIT_ENDS, WAIT_ENDS), else_=dated)
     first, last = sa.func.min(began).filter(began <= db.now), sa.func.max(began)
@@ -63,18 +64,18 @@ def find_longest_wait(db: Database) -> LongestWait:
 
 @dataclass(frozen=True)
 class _Work:
-    """What is left of a job. None stands for what nobody knows yet."""
+    """The remaining work of a job. None stands for what is not known yet."""
 
     step_work: float | None
     """Active parameters times tokens of a step: floating-point operations, up to a factor that all have in common."""
 
     steps: int | None
     eta_seconds: float | None
-    """Seconds that are left, as the job itself says while it runs, or said when it last ran."""
+    """Seconds that remain, as the job reported when it last ran."""
 
     @property
     def step_seconds(self) -> float | None:
-        """Seconds of a running job's step, lately."""
+        """Recent seconds for each step of a running job."""
         return self.eta_seconds / self.steps if self.eta_seconds is not None and self.steps else None
 
 
@@ -92,26 +93,26 @@ class _Waiting:
 
 @dataclass
 class _Slot:
-    """A place at a living worker."""
+    """A slot of a worker that is alive."""
 
     memory_bytes: int | None
     free_in: float | None
-    """Seconds; None when the job that runs there does not say, infinite after one of which nobody can say."""
+    """Seconds until the slot is free; None when its job has not reported it, infinite when it cannot be estimated."""
 
     def fits(self, job: _Waiting) -> bool:
-        """Whether the worker has the memory for it."""
+        """Whether the worker has the memory for the job."""
         return self.memory_bytes is None or job.training_bytes is None or job.training_bytes <= self.memory_bytes
 
 
-def find_place(db: Database, job_id: str) -> Place | None:
-    """The place of a job in the line; None unless it is queued."""
+def find_queue_position(db: Database, job_id: str) -> QueuePosition | None:
+    """The queue position of a job; None unless it is queued."""
     with db.read() as session:
         job = session.get(Job, job_id)
         if job is None or job.status != "queued":
             return None
         now = session.scalars(sa.select(db.now)).one()
         position = _count_before(session, job, now)
-        line = [_waiting(row, now) for row in session.execute(_LINE)]
+        queued = [_waiting(row, now) for row in session.execute(_QUEUED_JOBS)]
         running = session.execute(sa.select(jobs.c.worker_id, *_WORK).where(RUNNING)).all()
         workers = [worker for worker in session.scalars(sa.select(Worker)) if is_alive(worker, now)]
     known = [_work(row) for row in running]
@@ -120,8 +121,8 @@ def find_place(db: Database, job_id: str) -> Place | None:
         for worker in workers
         for slot in _slots(worker, [_work(row) for row in running if row.worker_id == worker.id], known)
     ]
-    start_in = next((seconds for who, seconds in _starts(line, slots, known) if who == job_id), None)
-    return Place(position, None if start_in is None else now + timedelta(seconds=start_in))
+    start_in = next((seconds for started, seconds in _starts(queued, slots, known) if started == job_id), None)
+    return QueuePosition(position, None if start_in is None else now + timedelta(seconds=start_in))
 
 
 _STEP = ("batch_size", "gradient_accumulation_steps", "block_size")
@@ -132,7 +133,7 @@ _WORK = (
     jobs.c.progress,
     *(jobs.c.config[name].as_integer().label(name) for name in _STEP),
 )
-_LINE = (
+_QUEUED_JOBS = (
     sa.select(jobs.c.id, jobs.c.run_at, jobs.c.waits_since, jobs.c.waits_seconds, jobs.c.training_bytes, *_WORK)
     .where(QUEUED)
     .order_by(*CLAIM_ORDER)
@@ -141,7 +142,7 @@ _LINE = (
 
 
 def _count_before(session: Session, job: Job, now: datetime) -> int:
-    """How many jobs may be claimed at the moment at which this one may, and go first then."""
+    """How many jobs are claimed before this one at the moment from which it may be claimed."""
     moment = now + timedelta(seconds=_ready_in(job, now))
     first = sa.select(jobs.c.id).where(claimable(sa.literal(moment, UtcTime()))).order_by(*CLAIM_ORDER)
     before = session.scalars(first.limit(MAX_POSITION)).all()
@@ -149,7 +150,7 @@ def _count_before(session: Session, job: Job, now: datetime) -> int:
 
 
 def _ready_in(job: Any, now: datetime) -> float:
-    """Seconds until a queued job, or its row, may be claimed: the date and the back-off that `queue.claimable` asks."""
+    """Seconds until a queued job may be claimed: its `run_at` and its back-off, as in `claim_order.claimable`."""
     ready = [now] if job.run_at is None else [now, job.run_at]
     if job.waits_since is not None and job.waits_since <= now:
         ready.append(job.waits_since + timedelta(seconds=job.waits_seconds))
@@ -176,8 +177,8 @@ def _slots(worker: Worker, running: Sequence[_Work], known: Sequence[_Work]) -> 
 
 
 def _needed_seconds(work: _Work, known: Sequence[_Work]) -> float | None:
-    """How long what is left of a job takes: as it says itself, else by the steps of the running job that is most like
-    it."""
+    """How long the rest of a job takes: as it reported, else by the step time of the running job of the most similar
+    work."""
     if work.eta_seconds is not None:
         return work.eta_seconds
     if work.step_work is None or work.steps is None:
@@ -191,29 +192,29 @@ def _needed_seconds(work: _Work, known: Sequence[_Work]) -> float | None:
     return work.steps * step_seconds * ratio if 1 / COMPARABLE <= ratio <= COMPARABLE else None
 
 
-def _starts(line: Sequence[_Waiting], slots: Sequence[_Slot], known: Sequence[_Work]) -> Iterator[tuple[str, float]]:
-    """Who starts when, in seconds from now and in that order, as far as it is known: whenever a slot is free, the first
-    in line that may be claimed and fits takes it. `known`: the jobs that run."""
-    left = [job for job in line if any(slot.fits(job) for slot in slots)]
-    while left:
-        next_starts = [found for slot in slots if (found := _next_start(left, slot)) is not None]
+def _starts(queued: Sequence[_Waiting], slots: Sequence[_Slot], known: Sequence[_Work]) -> Iterator[tuple[str, float]]:
+    """Job ids and the seconds until each starts, in the order of their starts, as far as they can be estimated: a free
+    slot takes the first claimable job that fits. `known`: the running jobs."""
+    remaining = [job for job in queued if any(slot.fits(job) for slot in slots)]
+    while remaining:
+        next_starts = [found for slot in slots if (found := _next_start(remaining, slot)) is not None]
         seconds, slot, job = min(next_starts, key=lambda found: found[0], default=(math.inf, None, None))
-        # A slot of which nothing is known may be free at any moment, though not before those that are free now.
+        # A slot of unknown time may be free at any moment, though not before those that are free now.
         if slot is None or job is None or (seconds > 0 and any(slot.free_in is None for slot in slots)):
             return
         yield job.id, seconds
-        left.remove(job)
+        remaining.remove(job)
         needed = _needed_seconds(job.work, known)
         slot.free_in = math.inf if needed is None else seconds + needed
 
 
-def _next_start(left: Sequence[_Waiting], slot: _Slot) -> tuple[float, _Slot, _Waiting] | None:
-    """What a slot takes next, and in how many seconds; None where that is not known, or nothing fits."""
+def _next_start(remaining: Sequence[_Waiting], slot: _Slot) -> tuple[float, _Slot, _Waiting] | None:
+    """The job that a slot takes next, and in how many seconds; None where that is unknown, or no job fits."""
     free_in = slot.free_in
     if free_in is None or free_in == math.inf:
         return None
-    fitting = (job for job in left if slot.fits(job))
-    if (job := next((job for job in left if slot.fits(job) and job.ready_in <= free_in), None)) is not None:
+    fitting = (job for job in remaining if slot.fits(job))
+    if (job := next((job for job in remaining if slot.fits(job) and job.ready_in <= free_in), None)) is not None:
         return free_in, slot, job
     job = min(fitting, key=lambda job: job.ready_in, default=None)
     return None if job is None else (job.ready_in, slot, job)

@@ -12,8 +12,9 @@ from typing import Any
 import sqlalchemy as sa
 from sqlmodel import Session
 
-from service.database.database import insert_or_update
-from service.jobs.tables import SERIES, Step, StepBlock, table
+from service.database.schema import table
+from service.database.upsert import insert_or_update
+from service.jobs.tables import SERIES, Step, StepBlock
 
 BLOCK_SIZES = (256, 65_536)
 MIN_POINTS = 2 * len(SERIES) + 2
@@ -60,7 +61,7 @@ def write_steps(session: Session, job_id: str, columns: Columns) -> None:
 
 
 def delete_steps_after(session: Session, job_id: str, step: int) -> None:
-    """Forget every step past `step`, and make the blocks as if they had never been."""
+    """Delete every step past `step`, and recompute the blocks without them."""
     session.execute(sa.delete(_steps).where(_steps.c.job_id == job_id, _steps.c.step > step))
     finer: int | None = None
     for size in BLOCK_SIZES:
@@ -109,7 +110,7 @@ def read_series(session: Session, job_id: str, points: int) -> dict[str, list[An
 
 
 def read_steps_after(session: Session, job_id: str, step: int, limit: int) -> list[sa.Row[Any]]:
-    """The next `limit` rows (step, train_loss, lr, grad_norm) past `step`: a whole series, page by page."""
+    """The next `limit` rows (step, train_loss, lr, grad_norm) past `step`, to read a series page by page."""
     query = sa.select(*_columns).where(_steps.c.job_id == job_id, _steps.c.step > step)
     return list(session.execute(query.order_by(_steps.c.step).limit(limit)).all())
 

@@ -1,17 +1,18 @@
-"""From a submitted text and config to a job that can be queued: what it will be, and why it may be refused.
+"""From a submitted text and config to a job that can be queued: its tokens, steps and size, or why it is refused.
 
-Everything here is arithmetic and tokenising; no row is read or written, and nothing is built. Knows no HTTP and no
-torch.
+Only arithmetic and tokenising: no row is read or written, and no model is built. Knows no HTTP and no torch.
 """
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Self
+from datetime import datetime
 
 from nanomoe import lineage
 from nanomoe.config import ConfigWarning, JobConfig
 from nanomoe.config_warnings import config_warnings
 from nanomoe.model import size
+from nanomoe.model.size import Sizes
 from nanomoe.plan import Plan, TextTooShort
 from nanomoe.tokenizer import (
     MIN_VOCAB_SIZE,
@@ -22,52 +23,33 @@ from nanomoe.tokenizer import (
     load_tokenizer,
 )
 from service.errors import Invalid, TooLarge
-from service.http.schemas import SubmitRequest
-from service.jobs.queue import NewJob
+from service.jobs.new_job import NewJob
 from service.settings import Settings
 
 TOKENISED_AT_ONCE_BYTES = 256 * 1024
-"""Longer texts are tokenised when training starts; until then their tokens and steps are not known."""
+"""Longer texts are tokenised when training starts; until then the numbers of their tokens and steps are unknown."""
 
 
 @dataclass(frozen=True)
 class Parent:
-    """The checkpoint in `init_from`, as far as it decides what a job will be."""
+    """The checkpoint that a job starts from (`init_from`)."""
 
     config: JobConfig
-    """Config of the job that recorded it."""
+    """Config of the job that recorded the checkpoint."""
 
     tokenizer: Tokenizer
-    """The one in the checkpoint's files, which the job goes on with whatever its name stands for today."""
+    """The tokenizer in the checkpoint's files. The job uses it, even where its name stands for another by now."""
 
     text_sha256: str
-    """SHA-256 of the text that it was trained on, hexadecimal."""
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How large a job's model is; None where the vocabulary is not known yet."""
-
-    n_params: int | None = None
-    n_active_params: int | None = None
-    training_bytes: int | None = None
-    flops_per_token: int | None = None
-
-    @classmethod
-    def of(cls, config: JobConfig, vocab_size: int, n_tokens: int) -> Self:
-        return cls(
-            size.n_params(config, vocab_size),
-            size.n_active_params(config, vocab_size),
-            size.training_bytes(config, vocab_size, n_tokens),
-            size.flops_per_token(config, vocab_size, min(n_tokens, config.block_size)),
-        )
+    """SHA-256 of the text that the checkpoint was trained on, hexadecimal."""
 
 
 @dataclass(frozen=True)
 class Assessment:
-    """What a request comes to. None stands for what is known only once the text is tokenised."""
+    """What a job will need. None stands for what is known only once the text is tokenised."""
 
-    request: SubmitRequest
+    text: str
+    config: JobConfig
     n_bytes: int
     n_tokens: int | None
     plan: Plan | None
@@ -77,18 +59,26 @@ class Assessment:
     @property
     def text_sha256(self) -> str:
         """SHA-256 of the text's UTF-8 bytes, hexadecimal."""
-        return hashlib.sha256(self.request.text.encode()).hexdigest()
+        return hashlib.sha256(self.text.encode()).hexdigest()
 
-    def new_job(self, idempotency_key: str | None) -> NewJob:
+    def new_job(
+        self,
+        *,
+        name: str | None = None,
+        tags: Mapping[str, str] | None = None,
+        priority: int = 0,
+        run_at: datetime | None = None,
+        idempotency_key: str | None = None,
+    ) -> NewJob:
         """The job, ready for `queue.submit`."""
-        request, parent = self.request, self.request.config.init_from
+        parent = self.config.init_from
         return NewJob(
-            text=request.text,
-            config=request.config.model_dump(mode="json"),
-            name=request.name,
-            tags=request.tags,
-            priority=request.priority,
-            run_at=request.run_at,
+            text=self.text,
+            config=self.config.model_dump(mode="json"),
+            name=name,
+            tags=tags or {},
+            priority=priority,
+            run_at=run_at,
             n_tokens=self.n_tokens,
             total_steps=None if self.plan is None else self.plan.total_steps,
             n_params=self.sizes.n_params,
@@ -101,24 +91,23 @@ class Assessment:
         )
 
 
-def assess(request: SubmitRequest, settings: Settings, parent: Parent | None) -> Assessment:
-    """Measure what a request asks for against what this server allows. `parent`: the checkpoint in `init_from`.
+def assess(text: str, config: JobConfig, settings: Settings, parent: Parent | None) -> Assessment:
+    """Compute what a job will need, and compare it with the server's limits. `parent`: the checkpoint in `init_from`.
 
     Raises:
         TooLarge: `text_too_large`.
         Invalid: `invalid_text`, `text_too_short`, `job_too_large`, `parent_does_not_fit`, or a code of
             `TokenizerError`.
     """
-    config = request.config
-    n_bytes = _n_bytes(request.text, settings.max_text_bytes)
-    of_parent = [] if parent is None else _warnings_of_parent(request, parent, settings)
-    # Before a tokenizer is loaded, let alone trained: what is absurd with the fewest entries is refused at once.
+    n_bytes = _n_bytes(text, settings.max_text_bytes)
+    of_parent = [] if parent is None else _warnings_of_parent(text, config, parent, settings)
+    # Before a tokenizer is loaded or trained: a model that is too large even with the smallest vocabulary.
     _refuse_if_over(settings, parameters=size.n_params(config, MIN_VOCAB_SIZE))
-    tokenizer = _tokenizer(request, n_bytes, settings) if parent is None else parent.tokenizer
+    tokenizer = _tokenizer(text, config.tokenizer, n_bytes, settings) if parent is None else parent.tokenizer
 
     n_tokens: int | None = None
     if tokenizer is not None and n_bytes <= TOKENISED_AT_ONCE_BYTES:
-        n_tokens = len(tokenizer.encode(request.text))
+        n_tokens = len(tokenizer.encode(text))
     plan = None if n_tokens is None else _plan(config, n_tokens)
     # Every token holds a byte or more, so the bytes bound the tokens that are not counted yet; and the N of train:N
     # bounds the entries of a tokenizer that is not trained yet.
@@ -133,7 +122,7 @@ def assess(request: SubmitRequest, settings: Settings, parent: Parent | None) ->
     )
     warnings = config_warnings(config, plan, n_bytes=n_bytes, vocab_size=vocab_size) + of_parent
     sizes = at_most if tokenizer is not None else Sizes(training_bytes=at_most.training_bytes)
-    return Assessment(request, n_bytes, n_tokens, plan, sizes, warnings)
+    return Assessment(text, config, n_bytes, n_tokens, plan, sizes, warnings)
 
 
 def _most_entries(tokenizer: str) -> int:
@@ -143,9 +132,8 @@ def _most_entries(tokenizer: str) -> int:
     return most
 
 
-def _warnings_of_parent(request: SubmitRequest, parent: Parent, settings: Settings) -> list[ConfigWarning]:
-    """What the parent decides otherwise than the config says. Refuses weights that have no place in this model."""
-    config = request.config
+def _warnings_of_parent(text: str, config: JobConfig, parent: Parent, settings: Settings) -> list[ConfigWarning]:
+    """Warnings where the parent decides otherwise than the config says. Raises Invalid `parent_does_not_fit`."""
     todays = _todays_tokenizer(config.tokenizer, settings)
     is_same = todays is not None and todays.definition == parent.tokenizer.definition
     # A tokenizer is what its files say, under whatever name.
@@ -158,7 +146,7 @@ def _warnings_of_parent(request: SubmitRequest, parent: Parent, settings: Settin
         )
     found = lineage.warnings(config, parent.config)
     is_known = todays is not None or config.tokenizer.startswith("train:")
-    is_same |= todays is None and parent.text_sha256 == hashlib.sha256(request.text.encode()).hexdigest()
+    is_same |= todays is None and parent.text_sha256 == hashlib.sha256(text.encode()).hexdigest()
     if is_known and not is_same:
         message = (
             f"the job goes on with the {config.tokenizer} of its parent, {parent.tokenizer.vocab_size:,} entries: the "
@@ -189,16 +177,15 @@ def _n_bytes(text: str, limit: int) -> int:
     return n_bytes
 
 
-def _tokenizer(request: SubmitRequest, n_bytes: int, settings: Settings) -> Tokenizer | None:
+def _tokenizer(text: str, name: str, n_bytes: int, settings: Settings) -> Tokenizer | None:
     """The tokenizer of a job without a parent; None for one that must be trained on a text that is too long for that
     now."""
-    name = request.config.tokenizer
     folders = [] if settings.tokenizer_dir is None else [settings.tokenizer_dir]
     try:
         check_tokenizer_name(name)
         if name.startswith("train:") and n_bytes > TOKENISED_AT_ONCE_BYTES:
             return None
-        return load_tokenizer(name, text=request.text, allow_hub=settings.allow_hub, allowed_folders=folders)
+        return load_tokenizer(name, text=text, allow_hub=settings.allow_hub, allowed_folders=folders)
     except TokenizerError as error:
         where = [{"loc": ["body", "config", "tokenizer"], "msg": str(error)}]
         raise Invalid(error.code, str(error), errors=where) from error
@@ -214,7 +201,7 @@ def _plan(config: JobConfig, n_tokens: int) -> Plan:
 def _refuse_if_over(
     settings: Settings, *, parameters: int | None = None, training_bytes: int | None = None, steps: int | None = None
 ) -> None:
-    """Refuse what is over a limit of the server's; None stands for what is not known yet."""
+    """Raise Invalid `job_too_large` for figures over a limit of the server; None stands for an unknown one."""
     figures = (
         (parameters, settings.max_params, "parameters"),
         (training_bytes, settings.max_training_bytes, "bytes of memory for training"),

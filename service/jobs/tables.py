@@ -1,13 +1,10 @@
-"""The tables: what a row holds, what the database itself refuses, and which index serves which question.
+"""The tables: the columns of a row, the constraints that the database checks, and the indexes that queries use.
 
 Knows no connection, no query and no HTTP. Times are microseconds since 1970 in the database (one arithmetic for SQLite
 and PostgreSQL) and aware UTC datetimes in Python. Rows are not validated here: SQLModel tables never are.
 """
 
-import os
-import threading
-import time
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import (
@@ -15,54 +12,25 @@ from sqlalchemy import (
     BigInteger,
     CheckConstraint,
     Column,
-    Dialect,
     Float,
     ForeignKey,
     Index,
     LargeBinary,
-    MetaData,
-    Table,
-    TypeDecorator,
     text,
 )
-from sqlmodel import Field, SQLModel
+from sqlmodel import Field
 
-STATUSES = ("queued", "running", "paused", "succeeded", "failed", "cancelled")
-TERMINAL = ("succeeded", "failed", "cancelled")
-PERCENTS = (0, 25, 50, 75, 100)
+from nanomoe.config import PERCENTS
+from service.database.schema import Row
+from service.database.utc_time import UtcTime
+from service.jobs.ids import new_id
+from service.jobs.statuses import STATUSES, TERMINAL
+
 SERIES = ("train_loss", "lr", "grad_norm")
 """The columns of the step series, in the order of its CSV."""
 
-EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-
-
-class UtcTime(TypeDecorator[datetime]):
-    """Microseconds since 1970 in the database, an aware UTC datetime in Python; a timedelta may be added to it."""
-
-    impl = BigInteger
-    cache_ok = True
-
-    def process_bind_param(self, value: datetime | timedelta | None, dialect: Dialect) -> int | None:
-        if value is None:
-            return None
-        return (value - EPOCH if isinstance(value, datetime) else value) // timedelta(microseconds=1)
-
-    def process_result_value(self, value: int | None, dialect: Dialect) -> datetime | None:
-        return None if value is None else EPOCH + timedelta(microseconds=value)
-
-
-class Row(SQLModel):
-    """What all tables share: names of constraints that a migration can refer to."""
-
-    metadata = MetaData(
-        naming_convention={
-            "ix": "ix_%(column_0_label)s",
-            "uq": "uq_%(table_name)s_%(column_0_name)s",
-            "ck": "ck_%(table_name)s_%(constraint_name)s",
-            "fk": "fk_%(table_name)s_%(column_0_name)s",
-            "pk": "pk_%(table_name)s",
-        }
-    )
+_WITHOUT_ROWID = {"sqlite_with_rowid": False}
+"""The rows of a table lie in its primary key's index, which saves SQLite a second one."""
 
 
 def _json(*, nullable: bool = False) -> Column[Any]:
@@ -73,25 +41,8 @@ def _job_key() -> Column[Any]:
     return Column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
 
 
-_last_id = 0
-_id_lock = threading.Lock()
-
-
-def new_id() -> str:
-    """A UUIDv7 (RFC 9562, 32 hex digits), strictly increasing within this process, so that an index of ids grows at its
-    end. Not an order: clocks are set back, and two processes have two. Jobs are in the order of `Job.seq`."""
-    global _last_id
-    with _id_lock:
-        milliseconds, nanoseconds = divmod(time.time_ns(), 1_000_000)
-        stamp = milliseconds << 12 | (nanoseconds << 12) // 1_000_000
-        _last_id = max(stamp, _last_id + 1)
-        stamp = _last_id
-    random = int.from_bytes(os.urandom(8)) >> 2
-    return f"{(stamp >> 12) << 80 | 0x7 << 76 | (stamp & 0xFFF) << 64 | 0b10 << 62 | random:032x}"
-
-
 class Text(Row, table=True):
-    """A training text, held once however many jobs train on it."""
+    """A training text, stored once however many jobs train on it."""
 
     __tablename__ = "texts"
 
@@ -106,7 +57,7 @@ class Text(Row, table=True):
 
 
 class Job(Row, table=True):
-    """A job, its place in the queue, and who owns it."""
+    """A job: what was submitted, its place in the queue, the lease of the worker that runs it, its progress."""
 
     __tablename__ = "jobs"
     __table_args__ = (
@@ -133,26 +84,26 @@ class Job(Row, table=True):
 
     id: str = Field(default_factory=new_id, primary_key=True)
     seq: int = Field(sa_type=BigInteger)
-    """Place in the order of submission: among equal priorities the lowest goes first, and lists are by it."""
+    """Number in the order of submission, in which jobs of equal priority are claimed and lists are sorted."""
 
     owner: str = ""
-    """Whose key submitted it; empty where no keys are used."""
+    """The user whose key submitted it; empty where no keys are used."""
 
     name: str | None = None
     tags: dict[str, str] = Field(default_factory=dict, sa_column=_json())
     status: str = "queued"
     status_reason: str | None = None
-    """Why it is paused or waits."""
+    """Why the job is paused or waits, or succeeded before its last step."""
 
     priority: int = 0
-    """Higher goes first."""
+    """Higher is claimed first."""
 
     run_at: datetime | None = Field(default=None, sa_type=UtcTime)
-    """The date before which it is not to be claimed, where the user gave one."""
+    """Time before which no worker claims the job; null where the user gave none."""
 
     waits_since: datetime | None = Field(default=None, sa_type=UtcTime)
-    """When its last attempt ended such that the next has to wait `waits_seconds`. The wait is over, too, when now lies
-    before this: the clock has been set back."""
+    """Start of a wait of `waits_seconds` before the next attempt. The wait is over, too, when the clock shows a time
+    before it, because it has been set back."""
 
     waits_seconds: float | None = Field(default=None, sa_type=Float)
     created_at: datetime = Field(sa_type=UtcTime)
@@ -161,7 +112,7 @@ class Job(Row, table=True):
 
     finished_at: datetime | None = Field(default=None, sa_type=UtcTime)
     fence: int = 0
-    """Grows with every claim: a write under an older one is refused."""
+    """Raised by every claim: a write under a lower fence is refused."""
 
     attempt: int = 0
     crashes: int = 0
@@ -172,15 +123,16 @@ class Job(Row, table=True):
 
     lease_until: datetime | None = Field(default=None, sa_type=UtcTime)
     lease_seconds: float | None = Field(default=None, sa_type=Float)
-    """The length its owner asked for, by which a lease too far ahead is told."""
+    """Length of the lease that the worker asked for. A lease that ends more than twice that ahead counts as expired."""
 
     cancel_requested_at: datetime | None = Field(default=None, sa_type=UtcTime)
     pause_requested_at: datetime | None = Field(default=None, sa_type=UtcTime)
     config: dict[str, Any] = Field(sa_column=_json())
-    """The complete JobConfig."""
+    """The complete JobConfig, as JSON."""
 
     execution: dict[str, Any] | None = Field(default=None, sa_column=_json(nullable=True))
-    """Decided at the first start, used by every later attempt; its micro-batch shrinks when memory runs out."""
+    """Device, precision and code paths, decided at the first start and used by every later attempt; `micro_batch`
+    shrinks when memory runs out."""
 
     progress: dict[str, Any] = Field(default_factory=dict, sa_column=_json())
     text_sha256: str = Field(foreign_key="texts.sha256")
@@ -200,15 +152,15 @@ class Job(Row, table=True):
     parent_percent: int | None = None
     idempotency_key: str | None = None
     request_sha256: str | None = None
-    """SHA-256 of the whole request that the key came with, hexadecimal."""
+    """SHA-256 of the request that came with the idempotency key, hexadecimal."""
 
     event_seq: int = Field(default=0, sa_type=BigInteger)
-    """The sequence number of its newest event."""
+    """Number of the job's newest event."""
 
 
 class Counter(Row, table=True):
-    """A number that only grows. Whoever raises it holds its row until the commit, so that numbers are committed in
-    their order."""
+    """A number that only grows. The transaction that raises it locks the row until its commit, so that numbers are
+    committed in their order."""
 
     __tablename__ = "counters"
 
@@ -219,7 +171,7 @@ class Counter(Row, table=True):
 
 
 class Checkpoint(Row, table=True):
-    """A recorded quarter: the row exists only once all its files do."""
+    """A recorded checkpoint: the row exists only once all files do."""
 
     __tablename__ = "checkpoints"
     __table_args__ = (CheckConstraint(f"percent IN {PERCENTS}", name="percent"),)
@@ -235,7 +187,7 @@ class Checkpoint(Row, table=True):
 
     manifest_sha256: str
     files: list[dict[str, Any]] = Field(sa_column=_json())
-    """`{"name", "size", "sha256"}` of each."""
+    """`{"name", "size", "sha256"}` of each file."""
 
     metrics: dict[str, Any] = Field(sa_column=_json())
 
@@ -259,7 +211,7 @@ class Step(Row, table=True):
     """One optimizer step's figures. Null stands for a figure that was not finite."""
 
     __tablename__ = "steps"
-    __table_args__ = {"sqlite_with_rowid": False}
+    __table_args__ = _WITHOUT_ROWID
 
     job_id: str = Field(sa_column=_job_key())
     step: int = Field(sa_type=BigInteger, primary_key=True)
@@ -269,10 +221,10 @@ class Step(Row, table=True):
 
 
 class StepBlock(Row, table=True):
-    """The extremes of each column over `size` steps, from step `block * size`: what thinning reads instead of steps."""
+    """Minimum and maximum of each column over `size` steps, from step `block * size`: read to thin a series."""
 
     __tablename__ = "step_blocks"
-    __table_args__ = {"sqlite_with_rowid": False}
+    __table_args__ = _WITHOUT_ROWID
 
     job_id: str = Field(sa_column=_job_key())
     size: int = Field(primary_key=True)
@@ -282,7 +234,7 @@ class StepBlock(Row, table=True):
 
 
 class Event(Row, table=True):
-    """Something that happened to a job, numbered by the job's own sequence."""
+    """An event of a job, numbered from 1 in each job."""
 
     __tablename__ = "events"
 
@@ -296,7 +248,7 @@ class Event(Row, table=True):
 
 
 class Worker(Row, table=True):
-    """One boot of a worker. Its name may come back; its id never does."""
+    """One boot of a worker process. The next boot has the same name and another id."""
 
     __tablename__ = "workers"
 
@@ -306,10 +258,10 @@ class Worker(Row, table=True):
     pid: int
     slots: int
     lease_seconds: float = Field(sa_type=Float)
-    """How long its leases are, and how long after it was last seen it counts as alive."""
+    """Length of its leases, and how long after it was last seen it counts as alive."""
 
     devices: list[dict[str, Any]] = Field(sa_column=_json())
-    """`{"device", "name", "memory_bytes"}` of each."""
+    """`{"device", "name", "memory_bytes"}` of each device."""
 
     versions: dict[str, str] = Field(sa_column=_json())
     started_at: datetime = Field(sa_type=UtcTime)
@@ -318,16 +270,9 @@ class Worker(Row, table=True):
 
 
 class Installation(Row, table=True):
-    """The id that this database shares with its data folder; one row."""
+    """The id that the database shares with its data folder; one row."""
 
     __tablename__ = "installation"
 
     id: str = Field(primary_key=True)
     created_at: datetime = Field(sa_type=UtcTime)
-
-
-def table(row: type[Row]) -> Table:
-    """The SQLAlchemy table of a row class, for queries by column."""
-    found = row.metadata.tables[str(row.__tablename__)]
-    assert isinstance(found, Table)
-    return found

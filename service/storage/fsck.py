@@ -1,4 +1,4 @@
-"""Does everything that the database tells of really lie on the disk, byte for byte? The check behind `nanomoe fsck`.
+"""Whether every checkpoint and snapshot in the database lies on the disk, byte for byte: the check of `nanomoe fsck`.
 
 Changes nothing, and may run beside API and workers. Knows no HTTP, no terminal and no torch.
 """
@@ -16,21 +16,21 @@ from nanomoe import checkpoint
 from nanomoe.checkpoint import CheckpointDamaged
 from service.database.database import Database
 from service.errors import StartRefused
-from service.jobs.store import join_installation
 from service.jobs.tables import Checkpoint, Snapshot
+from service.storage.installation import join_installation
 from service.storage.orphans import find_orphans
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Something that is not as it was recorded."""
+    """A difference between what was recorded and what is there."""
 
     kind: Literal["missing", "damaged", "database", "installation"]
-    """`missing`: a row without its folder. `damaged`: a file is not what was written. `database`: what the database
-    says of itself. `installation`: database and data folder do not belong together."""
+    """`missing`: a row without its folder. `damaged`: a file is not what was written. `database`: a check of
+    the database failed. `installation`: database and data folder do not belong together."""
 
     message: str
-    """What is wrong, with the file's name."""
+    """What is wrong, with the name of the file."""
 
     job_id: str | None = None
     percent: int | None = None
@@ -42,7 +42,7 @@ class Fault:
 
 @dataclass
 class Report:
-    """What was found."""
+    """The result of a check."""
 
     n_checkpoints: int = 0
     n_snapshots: int = 0
@@ -62,7 +62,7 @@ class Report:
 def check(db: Database, data_dir: Path) -> Report:
     """Compare the database with itself, and every checkpoint and snapshot with its files.
 
-    Where database and data folder do not belong together only that is said. Raises DatabaseUnavailable,
+    Where database and data folder do not belong together, that is the only fault. Raises DatabaseUnavailable,
     SchemaMismatch.
     """
     db.check_revision()
@@ -80,7 +80,7 @@ def check(db: Database, data_dir: Path) -> Report:
 
 
 def _database_faults(db: Database) -> Iterator[str]:
-    """SQLite's own checks; PostgreSQL keeps its foreign keys itself, and checks pages when told to (data checksums)."""
+    """Faults that SQLite's own checks find. PostgreSQL enforces foreign keys, and checks pages by data checksums."""
     if not db.is_sqlite:
         return
     with db.read() as session:
@@ -88,11 +88,11 @@ def _database_faults(db: Database) -> Iterator[str]:
             if message != "ok":
                 yield f"integrity_check: {message}"
         for child, row, parent, _ in session.execute(sa.text("PRAGMA foreign_key_check")):
-            yield f"row {row} of {child} refers to nothing in {parent}"
+            yield f"row {row} of {child} refers to no row of {parent}"
 
 
 def _rows(db: Database) -> list[Checkpoint | Snapshot]:
-    """All of them, by job; the figures of a checkpoint are left in the database."""
+    """All checkpoints and snapshots, by job; without the metrics of a checkpoint, which may be large."""
     with db.read() as session:
         order = (col(Checkpoint.job_id), col(Checkpoint.percent))
         checkpoints = session.exec(
@@ -108,7 +108,7 @@ def _rows(db: Database) -> list[Checkpoint | Snapshot]:
 
 def _check_row(db: Database, data_dir: Path, row: Checkpoint | Snapshot, report: Report) -> None:
     """Verify one row's files. A job that goes on replaces its snapshot, and one may be deleted: what fails is looked up
-    again, and counts only if the row still says the same."""
+    again, and counts only if the row is still the same."""
     while (fault := _verify(data_dir, row, report)) is not None:
         newer = _reread(db, row)
         if newer is None:

@@ -1,9 +1,9 @@
-"""Folders of the data folder that no row refers to: what a process left that died before its row was written, and the
-files of deleted jobs. Finds them, and sweeps them away after a day.
+"""Files and folders of the data folder that no row refers to: those of a process that died before it wrote its row, and
+those of deleted jobs. Finds them, and deletes them after a day.
 
-Deletes nothing outside of `<data>/jobs/`, nothing whose name is not one that this project gives, and nothing of the
-claim that a running job is held under. Knows no HTTP and no torch; database and data folder must belong together
-(`store.join_installation`).
+Deletes nothing outside of `<data>/jobs/`, nothing whose name is not one that this project gives, and nothing that the
+current claim of a running job has written. Knows no HTTP and no torch; database and data folder must belong together
+(`installation.join_installation`).
 """
 
 import re
@@ -16,20 +16,21 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from nanomoe.checkpoint import FOLDER_NAME, UNFINISHED
+from nanomoe.config import JOB_ID_PATTERN
 from service.database.database import Database
-from service.jobs.tables import Checkpoint, Job, Snapshot, table
+from service.database.schema import table
+from service.jobs.tables import Checkpoint, Job, Snapshot
 
 SWEEP_AFTER = timedelta(days=1)
 """How long files without a row stay: time to notice that the wrong database was restored."""
 
-_JOB_FOLDER = re.compile(r"[0-9a-f]{32}")
 _FENCED = re.compile(rf"{FOLDER_NAME}({re.escape(UNFINISHED)})?|text\.f(\d+)\.tmp")
-"""What a claim makes in its job's folder: checkpoints and snapshots, whole or unfinished, and an unfinished text."""
+"""Names that a claim gives in its job's folder: checkpoints and snapshots, complete or not, and an incomplete text."""
 
 
 def find_orphans(db: Database, data_dir: Path) -> list[str]:
     """Files and folders without a row, sorted, relative to the data folder: all files of a job that is not in the
-    database, and what earlier claims of other jobs left.
+    database, and files of earlier claims of other jobs.
 
     Raises DatabaseUnavailable.
     """
@@ -77,8 +78,8 @@ def _entries(data_dir: Path) -> Iterator[tuple[str, str, int | None]]:
     """Job id, path and fence of everything that may be an orphan; no fence for the folder of a job itself."""
     root = data_dir / "jobs"
     for folder in root.iterdir() if root.is_dir() else ():
-        # A link is nothing that we made, and what it points to is not ours to delete.
-        if _JOB_FOLDER.fullmatch(folder.name) is None or folder.is_symlink() or not folder.is_dir():
+        # We never make a link, and what it points to is not ours to delete.
+        if re.fullmatch(JOB_ID_PATTERN, folder.name) is None or folder.is_symlink() or not folder.is_dir():
             continue
         yield folder.name, f"jobs/{folder.name}", None
         for entry in _listed(folder):
@@ -93,7 +94,7 @@ def _newest_change(path: Path) -> float:
         try:
             newest = max(newest, entry.lstat().st_mtime)
         except FileNotFoundError:
-            continue  # its owner removed it while we looked
+            continue  # removed while we looked
     return newest
 
 

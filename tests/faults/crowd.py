@@ -23,8 +23,8 @@ import psutil
 
 from nanomoe.bench.models import MODELS, untrained
 from nanomoe.tokenizer import BUNDLED, load_tokenizer
-from service.cli.bench.site import Site, open_site
-from tests.faults.onlooker import look
+from service.cli.bench.temporary_service import TemporaryService, run_service
+from tests.faults.polling_client import poll
 
 PROMPTS = ("Era uma vez", "A chuva caiu a noite toda", "O gato", "De manhã o quintal era um lago de barro, e o menino")
 MAX_RUNNING = 64
@@ -78,7 +78,7 @@ class Round:
 class Crowd:
     """Clients of one service."""
 
-    def __init__(self, site: Site, job_id: str, n_clients: int, seed: int) -> None:
+    def __init__(self, site: TemporaryService, job_id: str, n_clients: int, seed: int) -> None:
         self.site, self.job_id, self.n_clients = site, job_id, n_clients
         self.chance = random.Random(seed)  # noqa: S311 - the same crowd every time
 
@@ -88,7 +88,7 @@ class Crowd:
         context = multiprocessing.get_context("spawn")
         over = context.Event()
         looking = context.Queue()
-        watcher = context.Process(target=look, args=(self.site.url, self.job_id, over, looking))
+        watcher = context.Process(target=poll, args=(self.site.url, self.job_id, over, looking))
         watcher.start()
         looking.get(timeout=60)  # it has begun
         asyncio.run(self._everybody(seen, seconds))
@@ -227,7 +227,7 @@ def run(n_clients: int, rounds: int, seconds: float, seed: int = 0, model: str =
     """So many rounds on a service of its own."""
     tokenizer = load_tokenizer(BUNDLED)
     weights = untrained(model, tokenizer.vocab_size)
-    with open_site(engine_max_running=MAX_RUNNING, engine_max_waiting=MAX_WAITING) as site:
+    with run_service(engine_max_running=MAX_RUNNING, engine_max_waiting=MAX_WAITING) as site:
         crowd = Crowd(site, site.record(weights, tokenizer), n_clients, seed)
         return [crowd.round(seconds) for _ in range(rounds)]
 

@@ -30,8 +30,10 @@ import sqlalchemy as sa
 from nanomoe.config import JobConfig
 from service.client import Client, ClientError
 from service.database import migrate
-from service.jobs import store
-from service.jobs.store import open_database
+from service.database.opening import open_database
+from service.jobs import reads
+from service.jobs.statuses import TERMINAL
+from service.jobs.workers import list_workers
 from service.settings import Settings
 from service.storage import orphans
 from tests.faults.undisturbed import assert_undisturbed, train_undisturbed
@@ -125,8 +127,8 @@ class Soak:
                 return
 
     def _all_ended(self) -> bool:
-        counts = store.count_jobs(self.place.db)
-        return sum(counts[status] for status in store.TERMINAL) == len(self.submitted)
+        counts = reads.count_jobs(self.place.db)
+        return sum(counts[status] for status in TERMINAL) == len(self.submitted)
 
     # -- Harm ------------------------------------------------------------------------------------------------------
 
@@ -170,7 +172,7 @@ class Soak:
 
     def _can_be_stopped(self) -> bool:
         """Whether everybody lives and has come so far that a signal ends it cleanly."""
-        present = {worker.pid for worker, _ in store.list_workers(self.place.db)}
+        present = {worker.pid for worker, _ in list_workers(self.place.db)}
         if any(worker.wait(0) is not None or worker.pid not in present for worker in self.workers):
             return False
         try:
@@ -192,11 +194,11 @@ class Soak:
         assert self.api.wait(60) == 0
         assert trainers_of(place) == [], "a trainer is left"
         expected = {seed: train_undisturbed(JobConfig(**CONFIG, seed=seed), TEXT) for seed in SEEDS}
-        jobs = [store.get_job(place.db, job_id) for job_id in self.submitted]
+        jobs = [reads.get_job(place.db, job_id) for job_id in self.submitted]
         assert len({job.id for job in jobs}) == len(jobs)
-        assert sum(store.count_jobs(place.db).values()) == len(jobs), "a submission was doubled"
+        assert sum(reads.count_jobs(place.db).values()) == len(jobs), "a submission was doubled"
         for job in jobs:
-            ends = [status for status in place.statuses(job) if status in store.TERMINAL]
+            ends = [status for status in place.statuses(job) if status in TERMINAL]
             assert ends == [job.status], f"{job.id} ended {ends}"
             self.report.attempts += job.attempt
             if job.status == "succeeded":

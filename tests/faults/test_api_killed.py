@@ -13,8 +13,9 @@ import httpx
 import pytest
 from sqlmodel import select
 
-from service.jobs import store
-from service.jobs.store import Database, Job
+from service.database.database import Database
+from service.jobs import reads
+from service.jobs.tables import Job
 from service.settings import Settings
 from tests.databases import EITHER
 from tests.races import at_once
@@ -99,11 +100,11 @@ def test_an_api_that_is_killed_while_jobs_arrive_makes_each_once(db: Database, s
         assert api.wait(30) == -signal.SIGKILL
     answered = {job_id for job_id in first if job_id is not None}
     assert len(answered) < N_JOBS
-    assert answered <= {job.id for job in store.list_jobs(db, limit=N_JOBS)}, "what was answered is there"
+    assert answered <= {job.id for job in reads.list_jobs(db, limit=N_JOBS)}, "what was answered is there"
     with _api(settings, "-m", "service") as (_, url):
         second = _submit_all(url)
         assert [old or new for old, new in zip(first, second, strict=True)] == second, "a key keeps its job"
     with db.read() as session:
         jobs = {key: job_id for job_id, key in session.exec(select(Job.id, Job.idempotency_key))}
     assert jobs == {f"key-{n}": job_id for n, job_id in enumerate(second)}
-    assert store.count_jobs(db)["queued"] == N_JOBS
+    assert reads.count_jobs(db)["queued"] == N_JOBS

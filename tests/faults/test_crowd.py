@@ -9,7 +9,7 @@ import pytest
 from tests.faults.crowd import Round, _leave, run
 
 
-def test_a_crowd_gets_its_answers_and_leaves_no_slot_and_no_memory_behind() -> None:
+def test_a_crowd_of_clients_gets_its_answers_and_leaks_no_slot_and_no_memory() -> None:
     rounds = run(n_clients=16, rounds=3, seconds=2)
     for one in rounds:
         assert one.unexpected == {}
@@ -23,7 +23,7 @@ def test_a_crowd_gets_its_answers_and_leaves_no_slot_and_no_memory_behind() -> N
 
 
 @pytest.mark.parametrize(("status", "seen"), [(429, "told to come back"), (500, "unexpected 500 a_code")])
-def test_a_refusal_of_a_client_that_means_to_leave_is_seen(status: int, seen: str) -> None:
+def test_a_refusal_of_a_client_that_would_disconnect_is_counted(status: int, seen: str) -> None:
     code = "generation_queue_full" if status == 429 else "a_code"
     refusing = httpx.MockTransport(lambda _: httpx.Response(status, json={"code": code}, headers={"Retry-After": "1"}))
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from service.jobs import store
-from service.jobs.store import Job
+from service.jobs import reads
+from service.jobs.tables import Job
 from tests.databases import PostgresqlServer
 from tests.faults.undisturbed import DENSE, TEXT, assert_undisturbed, hooked, undisturbed
 from tests.worker.workplace import QUICK, SHORT_LEASE, Workplace, ended_within
@@ -45,7 +45,7 @@ def test_a_database_that_is_away_for_less_than_the_lease_costs_nothing(
     timing = replace(QUICK, lease=12.0, heartbeat=0.5)
     place.start_worker(program=hooked({1: {"wait": "f1-50/renamed"}}), timing=timing, busy_seconds=0.2, log=log)
     job = place.submit(TEXT, **DENSE)
-    place.wait_until(lambda: store.find_snapshot(place.db, job.id))
+    place.wait_until(lambda: reads.find_snapshot(place.db, job.id))
     with outage(place, request):
         (place.folder(job) / "go").touch()  # all the rest is trained and told meanwhile
         if request.node.callspec.id == "frozen":
@@ -65,7 +65,7 @@ def test_a_database_that_is_away_for_longer_than_the_lease_costs_an_attempt_and_
 ) -> None:
     place.start_worker(program=hooked({1: {"wait": "f1-50/renamed"}}), timing=SHORT_LEASE)
     job = place.submit(TEXT, **DENSE)
-    place.wait_until(lambda: store.find_snapshot(place.db, job.id))
+    place.wait_until(lambda: reads.find_snapshot(place.db, job.id))
     trainer = place.trainer(job)
     with outage(place, request):
         lease_until = datetime.now(UTC) + timedelta(seconds=SHORT_LEASE.lease)

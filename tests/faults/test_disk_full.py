@@ -14,8 +14,10 @@ from tempfile import TemporaryDirectory
 import pytest
 import sqlalchemy as sa
 
-from service.jobs import queue, store
-from service.jobs.store import Job, open_database
+from service.database.opening import open_database
+from service.jobs import queue, reads
+from service.jobs.labels import relabel
+from service.jobs.tables import Job
 from service.settings import Settings
 from tests.databases import ONLY_SQLITE
 from tests.faults.undisturbed import DENSE, TEXT, assert_undisturbed, hooked, undisturbed
@@ -38,7 +40,7 @@ def assert_paused(place: Workplace, job: Job, percents: list[int]) -> None:
     paused = place.wait_for(job, "paused", "succeeded", "failed")
     assert paused.status == "paused"
     assert "the disk is full" in (paused.status_reason or "")
-    assert (paused.crashes, [row.percent for row in store.list_checkpoints(place.db, job.id)]) == (0, percents)
+    assert (paused.crashes, [row.percent for row in reads.list_checkpoints(place.db, job.id)]) == (0, percents)
 
 
 class SmallDisk:
@@ -104,13 +106,13 @@ if can_mount():  # not skipped elsewhere: there the limit above is the real refu
         with place_on(disk, file, migrated_sqlite) as place:
             place.start_worker(program=hooked({1: {"wait": "f1-50/wrote config.json"}}))
             job = place.submit(TEXT, **DENSE)
-            place.wait_until(lambda: store.find_snapshot(place.db, job.id))
+            place.wait_until(lambda: reads.find_snapshot(place.db, job.id))
             disk.fill()
             (place.folder(job) / "go").touch()
             assert ended_within(60, place.trainer(job))
             if database == "elsewhere":
                 assert_paused(place, job, [0, 25])
-                assert store.relabel(place.db, job.id, {"name": "written"}).name == "written"
+                assert relabel(place.db, job.id, {"name": "written"}).name == "written"
             else:
                 assert place.job(job).status in ("running", "paused")
             disk.make_room()

@@ -13,8 +13,9 @@ import pytest
 
 from nanomoe import checkpoint
 from nanomoe.config import JobConfig
-from service.jobs import queue, store
-from service.jobs.store import Job
+from service.database.opening import open_database
+from service.jobs import queue, reads
+from service.jobs.tables import Job
 from tests.databases import ONLY_SQLITE
 from tests.faults import toy_trainer
 from tests.faults.toy_trainer import QUARTERS, Toy
@@ -61,7 +62,7 @@ def undisturbed_toy() -> Undisturbed:
             found.steps.append((toy.step, loss, 0.5, 1.0))
         files = toy.files(toy_trainer.CHECKPOINT)
         found.files[percent] = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-        found.metrics[percent] = toy.metrics
+        found.metrics[percent] = toy.metrics.to_row()
     return found
 
 
@@ -125,11 +126,11 @@ def test_the_death_of_a_supervisor_between_files_and_row_loses_nothing(
 
 
 @ONLY_SQLITE
-def test_a_row_that_came_before_its_files_would_vouch_for_what_is_not_there(place: Workplace) -> None:
-    place.start_worker(program=hooked({1: {"told first": "f1-25"}}), backoff_seconds=600)
+def test_a_row_recorded_before_its_files_would_refer_to_missing_files(place: Workplace) -> None:
+    place.start_worker(program=hooked({1: {"reported first": "f1-25"}}), backoff_seconds=600)
     job = place.submit(TEXT, **DENSE)
     place.wait_until(lambda: place.job(job).crashes)
-    row = store.get_checkpoint(place.db, job.id, 25)
+    row = reads.get_checkpoint(place.db, job.id, 25)
     with pytest.raises(checkpoint.CheckpointDamaged):
         checkpoint.verify(place.settings.data_dir / row.folder, row.manifest_sha256)
 
@@ -139,10 +140,10 @@ def test_a_paused_job_ends_with_the_same_bytes(place: Workplace) -> None:
     # The commit of the first quarter waits for the request, and training waits for the commit.
     place.start_worker(program=hooked({1: {"hold": "f1-25/renamed"}}))
     job = place.submit(TEXT, **DENSE)
-    place.wait_until(lambda: store.list_checkpoints(place.db, job.id))
+    place.wait_until(lambda: reads.list_checkpoints(place.db, job.id))
     queue.request_pause(place.db, job.id)
     place.wait_for(job, "paused")
-    assert store.find_snapshot(place.db, job.id) is not None
+    assert reads.find_snapshot(place.db, job.id) is not None
     queue.resume(place.db, job.id)
     assert place.wait_for(job, "succeeded").attempt == 2
     assert_undisturbed(place, job, undisturbed("dense"))
@@ -151,14 +152,14 @@ def test_a_paused_job_ends_with_the_same_bytes(place: Workplace) -> None:
 def test_a_job_goes_on_where_its_data_folder_was_moved_to(place: Workplace, tmp_path: Path) -> None:
     worker = place.start_worker(program=hooked({1: {"hold": "f1-25/renamed"}}))
     job = place.submit(TEXT, **DENSE)
-    place.wait_until(lambda: store.list_checkpoints(place.db, job.id))
+    place.wait_until(lambda: reads.list_checkpoints(place.db, job.id))
     worker.signal(signal.SIGTERM)  # drained: the job waits for any worker
     assert worker.wait(60) == 0
     before = place.settings.data_dir
     moved = before.rename(tmp_path / "elsewhere")
     url = place.settings.database_url.replace(str(before), str(moved))
     settings = place.settings.model_copy(update={"data_dir": moved, "database_url": url})
-    with closing(store.open_database(settings)) as db:
+    with closing(open_database(settings)) as db:
         other = Workplace(db, settings)
         try:
             other.start_worker(program=hooked({}))
@@ -172,7 +173,7 @@ def test_a_job_goes_on_where_its_data_folder_was_moved_to(place: Workplace, tmp_
 @ONLY_SQLITE
 @pytest.mark.parametrize(
     "hooks",
-    [{1: {"line": 3, "starved": True}}, {1: {"fits": 3, "line": 7}, 2: {"fits": 3}}],
+    [{1: {"line": 3, "out of memory": True}}, {1: {"fits": 3, "line": 7}, 2: {"fits": 3}}],
     ids=["killed", "refused by torch and then killed"],
 )
 def test_a_job_whose_micro_batch_was_halved_trains_on_the_same_windows(
@@ -185,9 +186,9 @@ def test_a_job_whose_micro_batch_was_halved_trains_on_the_same_windows(
     expected = train_undisturbed(JobConfig(**DENSE | {"batch_size": 2, "gradient_accumulation_steps": 2}))
     weights = {
         row.percent: {file["name"]: file["sha256"] for file in row.files}[checkpoint.WEIGHTS]
-        for row in store.list_checkpoints(place.db, job.id)
+        for row in reads.list_checkpoints(place.db, job.id)
     }
     assert weights == {percent: files[checkpoint.WEIGHTS] for percent, files in expected.files.items()}
-    assert [tuple(row) for row in store.steps_after(place.db, job.id, 0, 100_000)] == expected.steps
+    assert [tuple(row) for row in reads.steps_after(place.db, job.id, 0, 100_000)] == expected.steps
     codes = [event["code"] for event in place.events(job, "warning")]
     assert (codes.count("micro_batch_halved"), codes.count("resume_not_exact")) == (1, 1)

@@ -13,10 +13,10 @@ import psutil
 import pytest
 
 from nanomoe import checkpoint
-from service.jobs import queue, store
-from service.jobs.store import Job
+from service.jobs import queue, reads
+from service.jobs.tables import Job
 from tests.databases import EITHER, ONLY_SQLITE
-from tests.worker.scripted_trainer import TIES
+from tests.worker.scripted_trainer import SAFEGUARDS
 from tests.worker.workplace import HERE, QUICK, SHORT_LEASE, Workplace, ended_within, is_alive
 
 
@@ -66,7 +66,7 @@ def test_a_crashed_job_waits_before_it_is_tried_again(place: Workplace) -> None:
 @ONLY_SQLITE
 def test_a_step_that_never_ends_is_stalled_and_tried_again(place: Workplace) -> None:
     job = place.submit()
-    place.start_worker("silent", timing=replace(QUICK, stall=0.5))
+    place.start_worker("stalled", timing=replace(QUICK, stall=0.5))
     place.wait_until(lambda: place.job(job).fence == 2)
     place.finish(job)
     place.wait_for(job, "succeeded")
@@ -81,7 +81,7 @@ def test_a_damaged_snapshot_is_not_trusted_and_training_starts_again(place: Work
     place.wait_for_step(job, 10)
     queue.request_pause(place.db, job.id)
     place.wait_for(job, "paused")
-    snapshot = store.find_snapshot(place.db, job.id)
+    snapshot = reads.find_snapshot(place.db, job.id)
     assert snapshot is not None
     file = place.settings.data_dir / snapshot.folder / "step"
     file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
@@ -99,7 +99,7 @@ def test_a_damaged_snapshot_is_not_trusted_and_training_starts_again(place: Work
 
 @ONLY_SQLITE
 @pytest.mark.parametrize("script", ["storage_failed", "hung_up"])
-def test_an_end_for_a_reason_outside_of_the_job_is_no_crash(place: Workplace, script: str) -> None:
+def test_an_end_by_an_external_cause_is_no_crash(place: Workplace, script: str) -> None:
     job = place.submit()
     place.start_worker(script)
     place.wait_until(lambda: place.job(job).fence == 5)
@@ -109,13 +109,13 @@ def test_an_end_for_a_reason_outside_of_the_job_is_no_crash(place: Workplace, sc
 
 
 @ONLY_SQLITE
-def test_a_trainer_that_hears_nothing_and_ends_itself_has_not_crashed(place: Workplace) -> None:
+def test_a_trainer_that_kills_itself_without_keep_alive_has_not_crashed(place: Workplace) -> None:
     """The supervisor's main thread stands still, while others go on: a machine with too much to do."""
     job = place.submit()
-    place.start_worker("work", without=("the beats",), timing=SHORT_LEASE)
+    place.start_worker("work", without=("keep-alive",), timing=SHORT_LEASE)
     place.wait_until(lambda: place.job(job).fence == 2)
     reasons = [data["status_reason"] or "" for data in place.events(job, "status")]
-    assert any("heard nothing" in reason for reason in reasons)
+    assert any("killed itself" in reason for reason in reasons)
     assert place.job(job).crashes == 0
 
 
@@ -137,9 +137,9 @@ def test_a_supervisor_that_cannot_use_the_data_folder_counts_no_crash(place: Wor
 
 
 @EITHER
-def test_a_trainer_killed_for_want_of_memory_goes_on_with_smaller_micro_batches(place: Workplace) -> None:
+def test_a_job_whose_trainer_was_killed_out_of_memory_continues_with_smaller_micro_batches(place: Workplace) -> None:
     job = place.submit(batch_size=8, block_size=2)  # 5 windows
-    place.start_worker("starve")
+    place.start_worker("out_of_memory")
     place.wait_until(lambda: place.job(job).fence == 3)
     place.finish(job)
     done = place.wait_for(job, "succeeded")
@@ -156,12 +156,12 @@ def test_a_trainer_killed_for_want_of_memory_goes_on_with_smaller_micro_batches(
 @pytest.mark.parametrize(
     ("script", "config", "attempts", "said"),
     [
-        ("starve_always", {"batch_size": 2}, 2, "not even one window of 2 tokens"),
-        ("starve_always", {"batch_size": 2, "use_moe": True, "capacity_factor": 1.0}, 1, "capacity_factor"),
-        ("starve_at_the_start", {"batch_size": 2}, 1, "not even the model"),
+        ("out_of_memory_always", {"batch_size": 2}, 2, "not even one window of 2 tokens"),
+        ("out_of_memory_always", {"batch_size": 2, "use_moe": True, "capacity_factor": 1.0}, 1, "capacity_factor"),
+        ("out_of_memory_at_the_start", {"batch_size": 2}, 1, "not even the model"),
     ],
 )
-def test_a_job_that_no_memory_holds_fails_with_its_figures(
+def test_a_job_too_large_for_the_memory_fails_with_its_figures(
     place: Workplace, script: str, config: dict[str, Any], attempts: int, said: str
 ) -> None:
     job = place.submit(block_size=2, **config)
@@ -186,9 +186,9 @@ def test_orphan_grandchildren_are_gone_before_the_next_claim(place: Workplace) -
 
 
 @ONLY_SQLITE
-def test_without_the_burial_and_the_lock_grandchildren_live_beside_the_next_attempt(place: Workplace) -> None:
+def test_without_kill_and_reap_and_the_lock_grandchildren_live_beside_the_next_attempt(place: Workplace) -> None:
     job = place.submit()
-    place.start_worker("orphans", without=("the burial", "the slot's lock"))
+    place.start_worker("orphans", without=("kill and reap", "the slot's lock"))
     place.wait_until(lambda: place.job(job).fence == 2)
     left = place.children_left(job)
     assert left
@@ -197,9 +197,9 @@ def test_without_the_burial_and_the_lock_grandchildren_live_beside_the_next_atte
 
 
 @ONLY_SQLITE
-def test_what_a_killed_worker_left_running_is_ended_before_its_slot_is_used_again(place: Workplace) -> None:
+def test_orphans_of_a_killed_worker_are_killed_before_its_slot_is_used_again(place: Workplace) -> None:
     job = place.submit()
-    worker = place.start_worker("orphans", without=("the burial",), timing=SHORT_LEASE)
+    worker = place.start_worker("orphans", without=("kill and reap",), timing=SHORT_LEASE)
     place.wait_until(lambda: place.children_left(job) and place.job(job).status == "queued")
     worker.signal(signal.SIGKILL)
     worker.wait()
@@ -216,7 +216,7 @@ def test_what_a_killed_worker_left_running_is_ended_before_its_slot_is_used_agai
 @EITHER
 def test_killing_the_supervisor_kills_its_trainer_within_a_second(place: Workplace) -> None:
     job = place.submit()
-    worker = place.start_worker("deaf")
+    worker = place.start_worker("unstoppable")
     place.wait_for_step(job)
     trainer = place.trainer(job)
     worker.signal(signal.SIGKILL)
@@ -226,10 +226,10 @@ def test_killing_the_supervisor_kills_its_trainer_within_a_second(place: Workpla
 
 @ONLY_SQLITE
 @pytest.mark.skipif(sys.platform != "linux", reason="the ties are taken away by what only Linux has")
-def test_without_its_ties_a_trainer_outlives_its_supervisor_and_the_lease(place: Workplace) -> None:
-    untied = [option for tie in TIES for option in ("--without", tie)]
+def test_without_safeguards_a_trainer_outlives_its_supervisor_and_the_lease(place: Workplace) -> None:
+    unsafe = [option for safeguard in SAFEGUARDS for option in ("--without", safeguard)]
     job = place.submit()
-    worker = place.start_worker(program=[str(HERE / "scripted_trainer.py"), "silent", *untied], timing=SHORT_LEASE)
+    worker = place.start_worker(program=[str(HERE / "scripted_trainer.py"), "stalled", *unsafe], timing=SHORT_LEASE)
     place.wait_for_step(job)
     trainer = place.trainer(job)
     worker.signal(signal.SIGKILL)
@@ -282,7 +282,7 @@ def test_a_supervisor_that_stopped_past_its_lease_writes_nothing_when_it_comes_b
     done = place.wait_for(job, "succeeded")
     assert done.attempt == 2
     assert place.statuses(job) == ["queued", "running", "queued", "running", "succeeded"]
-    assert all(row.fence == 2 for row in store.list_checkpoints(place.db, job.id))
+    assert all(row.fence == 2 for row in reads.list_checkpoints(place.db, job.id))
 
 
 def is_idle(supervisor: int) -> bool:
@@ -335,9 +335,9 @@ def test_a_worker_that_cannot_reach_the_database_ends_its_trainer_before_the_lea
         assert lease_until is not None
         assert ended_within(30, trainer)
         assert place.db.time() < lease_until
-    # A supervisor that waits for the database is heard all the same: it ended the trainer, not the trainer itself.
-    assert "no_heartbeat_succeeded" in log.read_text()
-    assert "nothing more is heard" not in log.read_text()
+    # A supervisor that waits for the database still sends keep-alives: it killed the trainer, not the trainer itself.
+    assert "lease_deadline_passed" in log.read_text()
+    assert "the supervisor is gone" not in log.read_text()
     place.wait_until(lambda: place.job(job).fence == 2)
     assert place.job(job).crashes == 0
     place.finish(job)
@@ -345,9 +345,9 @@ def test_a_worker_that_cannot_reach_the_database_ends_its_trainer_before_the_lea
 
 
 @ONLY_SQLITE
-def test_without_the_guard_a_trainer_outlives_its_lease(place: Workplace) -> None:
+def test_without_the_deadline_a_trainer_outlives_its_lease(place: Workplace) -> None:
     job = place.submit()
-    place.start_worker("work", without=("the guard",), timing=SHORT_LEASE)
+    place.start_worker("work", without=("the deadline",), timing=SHORT_LEASE)
     place.wait_for_step(job)
     trainer = place.trainer(job)
     with place.write_lock_held():
@@ -369,5 +369,5 @@ def test_three_workers_end_every_job_exactly_once(place: Workplace) -> None:
         done = place.wait_for(job, "succeeded", timeout=60)
         assert done.attempt == 1
         assert place.statuses(job).count("succeeded") == 1
-        for row in store.list_checkpoints(place.db, job.id):
+        for row in reads.list_checkpoints(place.db, job.id):
             checkpoint.verify(place.settings.data_dir / row.folder, row.manifest_sha256)

@@ -17,8 +17,21 @@ from pathlib import Path
 
 from nanomoe import checkpoint
 from nanomoe.checkpoint import CONFIG, METRICS, RESUME_STATE, RESUME_TENSORS, WEIGHTS
-from worker.guard import Supervision, die_with_parent
-from worker.protocol import CheckpointWritten, Done, FromTrainer, Prepared, Ready, SnapshotWritten, Start, Steps, encode
+from nanomoe.evaluation.metrics import CheckpointMetrics
+from nanomoe.processes import die_with_parent
+from worker.protocol import (
+    Assignment,
+    CheckpointWritten,
+    Done,
+    FromTrainer,
+    Prepared,
+    Ready,
+    SnapshotWritten,
+    Start,
+    Steps,
+    encode_from_trainer,
+)
+from worker.supervision import Supervision
 
 CHECKPOINT = frozenset({CONFIG, METRICS, WEIGHTS, "tokenizer.json", "tokenizer_config.json"})
 SNAPSHOT = CHECKPOINT - {METRICS} | {RESUME_TENSORS, RESUME_STATE}
@@ -44,8 +57,11 @@ class Toy:
         return {name: f"{self.step} {self.weights} {name}".encode() for name in names}
 
     @property
-    def metrics(self) -> dict[str, object]:
-        return {"loss": self.step, "weights": self.weights}
+    def metrics(self) -> CheckpointMetrics:
+        """Metrics that follow from all steps; `weights` is one that no version knows."""
+        place = {"percent": QUARTERS[self.step], "step": self.step, "epoch": self.step}
+        measured = {"loss": self.step, "perplexity": None, "bits_per_byte": 1.0, "accuracy": 0.0}
+        return CheckpointMetrics.model_validate(place | measured | {"weights": self.weights})
 
     @classmethod
     def resumed(cls, files: dict[str, bytes]) -> "Toy":
@@ -53,17 +69,21 @@ class Toy:
         return cls(int(step), weights)
 
 
-def say(message: FromTrainer) -> None:
-    os.write(1, encode(message))
+assignment: Assignment | None = None
+"""The attempt that messages are about."""
+
+
+def send(message: FromTrainer) -> None:
+    os.write(1, encode_from_trainer(message, assignment))
 
 
 def train(start: Start) -> None:
     """The whole job, in the order of a real one: a quarter's steps, its checkpoint, its snapshot."""
     folder, toy = Path(start.folder), Toy()
     if start.resume is not None:
-        toy = Toy.resumed(checkpoint.read_all(Path(start.resume.folder), start.resume.manifest_sha256))
+        toy = Toy.resumed(checkpoint.open(Path(start.resume.folder), start.resume.manifest_sha256).read_all())
     total = max(QUARTERS)
-    say(
+    send(
         Prepared(
             execution={"device": "cpu", "micro_batch": 1}, n_tokens=1, total_steps=total, n_params=1, n_active_params=1,
             resumed_at_step=toy.step if start.resume else None, warnings=[],
@@ -74,7 +94,7 @@ def train(start: Start) -> None:
     while toy.step < total:
         loss = toy.learn()
         figures = {"train_loss": [loss], "lr": [0.5], "grad_norm": [1.0]}
-        say(Steps(step=[toy.step], tok_per_sec=1.0, epoch=toy.step, **figures))
+        send(Steps(step=[toy.step], tok_per_sec=1.0, epoch=toy.step, **figures))
         if toy.step in QUARTERS:
             commit_checkpoint(start, folder, toy)
             if toy.step < total:
@@ -84,10 +104,9 @@ def train(start: Start) -> None:
 def commit_checkpoint(start: Start, folder: Path, toy: Toy) -> None:
     name = checkpoint.folder_name(start.fence, QUARTERS[toy.step])
     manifest, sha256 = write(folder / name, toy.files(CHECKPOINT))
-    say(
+    send(
         CheckpointWritten(
-            percent=QUARTERS[toy.step], step=toy.step, epoch=toy.step, folder=name, manifest_sha256=sha256,
-            files=manifest.files, metrics=toy.metrics,
+            folder=name, manifest_sha256=sha256, files=manifest.files, metrics=toy.metrics, tok_per_sec=None,
         )
     )  # fmt: skip
 
@@ -95,7 +114,7 @@ def commit_checkpoint(start: Start, folder: Path, toy: Toy) -> None:
 def commit_snapshot(start: Start, folder: Path, toy: Toy) -> None:
     name = checkpoint.snapshot_name(start.fence, toy.step)
     _, sha256 = write(folder / name, toy.files(SNAPSHOT))
-    say(SnapshotWritten(step=toy.step, folder=name, manifest_sha256=sha256))
+    send(SnapshotWritten(step=toy.step, folder=name, manifest_sha256=sha256))
 
 
 def write(folder: Path, files: dict[str, bytes]) -> tuple[checkpoint.Manifest, str]:
@@ -124,8 +143,11 @@ if __name__ == "__main__":
     options = parser.parse_args()
     die_with_parent(options.parent)
     supervision = Supervision(options.until)
-    say(Ready())
-    start = supervision.wait_for_start()
+    send(Ready())
+    assigned = supervision.wait_for_start()
+    assert assigned is not None
+    start, _ = assigned
+    assignment = start.assignment
     checkpoint.reached = dying_at(deaths.get(str(start.fence)))
     train(start)
-    say(Done(outcome="succeeded"))
+    send(Done(outcome="succeeded"))

@@ -10,8 +10,8 @@ from typing import Any
 
 from nanomoe import checkpoint
 from nanomoe.config import JobConfig
-from service.jobs import store
-from service.jobs.store import Job
+from service.jobs import reads
+from service.jobs.tables import Job
 from tests.worker.workplace import HERE, Workplace
 
 TEXT = "O rato roeu a roupa do rei de Roma; a rainha, com raiva, resolveu remendar a roupa do rei. " * 2
@@ -44,22 +44,18 @@ def undisturbed(name: str) -> Undisturbed:
 
 def train_undisturbed(config: JobConfig, text: str = TEXT) -> Undisturbed:
     """Of a config, with nothing but the library."""
-    import torch
-
     from nanomoe.tokenizer import load_tokenizer
-    from nanomoe.training.execution import Execution
-    from nanomoe.training.loop import Recorded, Run, Steps, train
+    from nanomoe.training.loop import Recorded, Steps, train
+    from nanomoe.training.run import prepare
 
-    tokenizer = load_tokenizer(config.tokenizer)
-    tokens = tokenizer.encode(text)
-    execution = Execution.decide(config, "cpu", n_tokens=len(tokens))
+    run = prepare(config, text, load_tokenizer(config.tokenizer)).run
     found = Undisturbed({}, {}, [])
-    for happened in train(Run(config, tokens, tokenizer, execution, device=torch.device("cpu"))):
+    for happened in train(run):
         if isinstance(happened, Recorded):
             found.files[happened.percent] = {
                 name: hashlib.sha256(content).hexdigest() for name, content in happened.files.items()
             }
-            found.metrics[happened.percent] = happened.metrics
+            found.metrics[happened.percent] = happened.metrics.to_row()
         elif isinstance(happened, Steps):
             found.steps.extend(zip(happened.step, happened.train_loss, happened.lr, happened.grad_norm, strict=True))
     return found
@@ -67,7 +63,7 @@ def train_undisturbed(config: JobConfig, text: str = TEXT) -> Undisturbed:
 
 def assert_undisturbed(place: Workplace, job: Job, expected: Undisturbed) -> None:
     """Every byte of every checkpoint, every metric and every step."""
-    rows = store.list_checkpoints(place.db, job.id)
+    rows = reads.list_checkpoints(place.db, job.id)
     assert [row.percent for row in rows] == [0, 25, 50, 75, 100]
     for row in rows:
         files = {file["name"]: file["sha256"] for file in row.files}
@@ -75,7 +71,7 @@ def assert_undisturbed(place: Workplace, job: Job, expected: Undisturbed) -> Non
         checkpoint.verify(place.settings.data_dir / row.folder, row.manifest_sha256)
         metrics = {name: value for name, value in row.metrics.items() if name != "tok_per_sec"}
         assert metrics == json.loads(json.dumps(expected.metrics[row.percent]))
-    steps = [tuple(row) for row in store.steps_after(place.db, job.id, 0, 100_000)]
+    steps = [tuple(row) for row in reads.steps_after(place.db, job.id, 0, 100_000)]
     assert steps == expected.steps
 
 

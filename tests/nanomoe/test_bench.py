@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from nanomoe.bench import generation, models, peers
-from nanomoe.generate import Engine, Request
+from nanomoe.config import SamplingConfig
+from nanomoe.generation.engine import Engine, Request
 from nanomoe.model.size import n_active_params
-from nanomoe.sampling import Sampling
 
 
 @pytest.fixture(autouse=True)
@@ -20,9 +20,9 @@ def test_nanogpts_loop_and_transformers_continue_as_the_engine_does(name: str) -
     tokenizer = models.tokenizer_of(8200)
     model = models.trained(name, tokenizer)
     prompt = tokenizer.encode(models.paragraph())[:10]
-    greedy = Sampling(1.0, 1)
+    greedy = SamplingConfig(top_k=1)
     engine = Engine(model.state_dict(), model.config)
-    expected = engine.run([Request(prompt, 20, Sampling(0))])[0].tokens
+    expected = engine.run([Request(prompt, 20, SamplingConfig(temperature=0))])[0].tokens
     contenders = [peers.nanogpt(model)]
     if name == "dense":  # transformers has no such mixture: its peer has other weights
         contenders.append(peers.transformers_cached(model))
@@ -38,7 +38,7 @@ def test_a_token_meets_as_many_parameters_in_the_mixture_of_transformers() -> No
     met = sum(p.numel() for p in theirs.parameters()) - in_experts * (1 - model.config.k / model.config.n_experts)
     assert in_experts > 0
     assert met == pytest.approx(n_active_params(model.config, 8192), rel=0.03)
-    assert peers.transformers_cached(model)(torch.tensor([[1, 2, 3]]), 5, Sampling(1.0, 10)).shape == (1, 8)
+    assert peers.transformers_cached(model)(torch.tensor([[1, 2, 3]]), 5, SamplingConfig(top_k=10)).shape == (1, 8)
 
 
 def test_figures_follow_from_the_turns() -> None:

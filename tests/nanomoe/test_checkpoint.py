@@ -3,11 +3,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save
 
 from nanomoe import checkpoint
 from nanomoe.checkpoint import CheckpointDamaged
-from nanomoe.config import JobConfig
+from nanomoe.evaluation.metrics import CheckpointMetrics
+from tests.service.tiny_checkpoint import write_tiny_checkpoint
 
 FILES = {"a.txt": b"one", "b.bin": bytes(range(256)), "config.json": checkpoint.to_json({})}
 
@@ -16,7 +16,7 @@ def test_what_was_written_is_read_back_and_verified(tmp_path: Path) -> None:
     manifest, sha256 = checkpoint.write(tmp_path / "f1-25", FILES)
     assert [(entry.name, entry.size) for entry in manifest.files] == [("a.txt", 3), ("b.bin", 256), ("config.json", 3)]
     assert checkpoint.verify(tmp_path / "f1-25", sha256) == manifest
-    assert checkpoint.read_all(tmp_path / "f1-25", sha256) == FILES
+    assert checkpoint.open(tmp_path / "f1-25", sha256).read_all() == FILES
     assert [p.name for p in tmp_path.iterdir()] == ["f1-25"]
 
 
@@ -114,15 +114,59 @@ def test_a_folder_is_never_written_twice(tmp_path: Path) -> None:
         checkpoint.write(tmp_path / "c", FILES)
 
 
-def test_weights_and_config_are_read_by_name(tmp_path: Path) -> None:
-    config = JobConfig(n_layer=1)
-    files = {
-        checkpoint.WEIGHTS: save({"transformer.wte.weight": torch.ones(2, 3)}),
-        checkpoint.CONFIG: checkpoint.to_json(config.model_dump(mode="json")),
-    }
-    checkpoint.write(tmp_path / "c", files)
-    assert checkpoint.load_weights(tmp_path / "c")["transformer.wte.weight"].shape == (2, 3)
-    assert checkpoint.read_config(tmp_path / "c") == config
+def test_a_model_is_loaded_with_its_config_its_tokenizer_and_its_metrics(tmp_path: Path) -> None:
+    made = write_tiny_checkpoint(tmp_path / "c", use_moe=True)
+    for sha256 in (made.manifest_sha256, None):
+        model, config, tokenizer = checkpoint.load_model(checkpoint.open(made.folder, sha256))
+        assert (config, tokenizer, model.training) == (made.config, made.tokenizer, False)
+        for name, weight in model.state_dict().items():
+            assert torch.equal(weight, made.weights[name])
+
+
+def test_metrics_are_read_as_they_were_measured(tmp_path: Path) -> None:
+    measured = {"percent": 25, "step": 3, "epoch": 1, "loss": 1.0, "perplexity": 2.7, "bits_per_byte": 1, "accuracy": 0}
+    metrics = CheckpointMetrics.model_validate(measured)
+    _, sha256 = checkpoint.write(tmp_path / "c", {checkpoint.METRICS: checkpoint.to_json(metrics.to_file())})
+    assert checkpoint.open(tmp_path / "c", sha256).metrics() == metrics
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_file_is_verified_when_it_is_read_and_no_other_is_touched(tmp_path: Path, name: str) -> None:
+    made = write_tiny_checkpoint(tmp_path / "c")
+    content = (made.folder / name).read_bytes()
+    (made.folder / name).write_bytes(content.replace(b"0", b"1", 1) if name != "model.safetensors" else content[:-1])
+    opened = checkpoint.open(made.folder, made.manifest_sha256)
+    parts = {"config.json": opened.config, "tokenizer.json": opened.tokenizer, "model.safetensors": opened.weights}
+    for file, part in parts.items():
+        if file == name:
+            with pytest.raises(CheckpointDamaged, match=f"c/{name}"):
+                part()
+        else:
+            part()
+
+
+def test_a_loaded_model_has_read_each_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = write_tiny_checkpoint(tmp_path / "c")
+    read: list[str] = []
+    read_bytes = Path.read_bytes
+
+    def counted(path: Path) -> bytes:
+        read.append(path.name)
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", counted)
+    checkpoint.load_model(checkpoint.open(made.folder, made.manifest_sha256))
+    assert sorted(read) == [
+        "config.json", "manifest.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"
+    ]  # fmt: skip
+
+
+def test_a_folder_that_is_not_the_recorded_one_is_not_opened(tmp_path: Path) -> None:
+    made = write_tiny_checkpoint(tmp_path / "c")
+    with pytest.raises(CheckpointDamaged, match="not the one that was recorded"):
+        checkpoint.open(made.folder, "0" * 64)
+    with pytest.raises(CheckpointDamaged, match=r"c holds no metrics\.json"):
+        checkpoint.open(made.folder, made.manifest_sha256).metrics()
 
 
 def test_json_files_hold_no_nan() -> None:

@@ -85,7 +85,7 @@ def test_exported_folders_open_without_nanomoe_and_give_the_same_logits(tmp_path
     folders = [tmp_path / name for name in configs]
     for folder, config in zip(folders, configs.values(), strict=True):
         folder.mkdir()
-        export_hf(written(folder, JobConfig.model_validate(SMALL | config)), folder / "hf")
+        export_hf(checkpoint.open(written(folder, JobConfig.model_validate(SMALL | config)), None), folder / "hf")
     repository = Path(__file__).resolve().parents[2]
     opened = subprocess.run(
         [sys.executable, "-I", "-c", OPEN_AND_COMPARE, str(repository), *map(str, folders)],
@@ -104,4 +104,4 @@ def test_exported_folders_open_without_nanomoe_and_give_the_same_logits(tmp_path
 def test_a_mixture_is_no_gpt2(tmp_path: Path) -> None:
     folder = written(tmp_path, JobConfig.model_validate(SMALL | MOE))
     with pytest.raises(NotExportable, match="no mixture"):
-        gpt2_model(load_file(folder / checkpoint.WEIGHTS), checkpoint.read_config(folder))
+        gpt2_model(load_file(folder / checkpoint.WEIGHTS), checkpoint.open(folder, None).config())

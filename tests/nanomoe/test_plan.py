@@ -2,8 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanomoe.config import JobConfig
-from nanomoe.plan import PERCENTS, OutOfMemory, Plan, TextTooShort
+from nanomoe.config import PERCENTS, JobConfig
+from nanomoe.plan import OutOfMemory, Plan, TextTooShort
 
 
 def test_the_reference_run_records_its_quarters_at_125_250_375_and_500() -> None:

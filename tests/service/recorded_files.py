@@ -4,9 +4,11 @@ from pathlib import Path
 
 from nanomoe import checkpoint
 from service.database.database import Database
-from service.jobs import queue, store
-from service.jobs.queue import Claim, NewJob
-from service.jobs.store import WorkerIdentity
+from service.jobs import queue, recording
+from service.jobs.lease import Claim
+from service.jobs.new_job import NewJob
+from service.jobs.workers import WorkerIdentity
+from service.storage.job_folders import checkpoint_folder, job_folder
 
 FILES = {"config.json": b"{}\n", "model.safetensors": bytes(range(256)) * 4}
 
@@ -17,9 +19,9 @@ def job_with_files(db: Database, data: Path) -> Claim:
     claim = queue.claim(db, WorkerIdentity(), 60)
     assert claim is not None
     for percent in (0, 25):
-        folder = store.checkpoint_folder(claim.job_id, claim.fence, percent)
+        folder = checkpoint_folder(claim.job_id, claim.fence, percent)
         manifest, sha256 = checkpoint.write(data / folder, FILES)
-        queue.record_checkpoint(
+        recording.record_checkpoint(
             db, claim, percent=percent, step=percent, epoch=percent, folder=folder, manifest_sha256=sha256,
             files=[entry.model_dump() for entry in manifest.files], metrics={"loss": 1.0},
         )  # fmt: skip
@@ -27,8 +29,13 @@ def job_with_files(db: Database, data: Path) -> Claim:
     return claim
 
 
+def snapshot_folder(job_id: str, fence: int, step: int) -> str:
+    """The folder of a snapshot, relative to the data folder."""
+    return f"{job_folder(job_id)}/{checkpoint.snapshot_name(fence, step)}"
+
+
 def snapshot(db: Database, data: Path, claim: Claim, step: int) -> Path:
-    folder = store.snapshot_folder(claim.job_id, claim.fence, step)
+    folder = snapshot_folder(claim.job_id, claim.fence, step)
     _, sha256 = checkpoint.write(data / folder, {"resume.json": b"{}"})
-    queue.record_snapshot(db, claim, step=step, folder=folder, manifest_sha256=sha256)
+    recording.record_snapshot(db, claim, step=step, folder=folder, manifest_sha256=sha256)
     return data / folder

@@ -50,7 +50,7 @@ def process(data_dir: Path, *arguments: str, **environment: str) -> Iterator[tup
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_process_says_where_it_listens_and_stops_cleanly(tmp_path: Path, number: signal.Signals) -> None:
+def test_the_process_prints_its_address_and_stops_cleanly(tmp_path: Path, number: signal.Signals) -> None:
     with process(tmp_path) as (started, url):
         assert httpx.get(f"{url}/healthz").json()["status"] == "ok"
         assert httpx.get(f"{url}/readyz").json()["database"] == "sqlite"
@@ -112,7 +112,7 @@ def test_a_wrong_setting_is_named(tmp_path: Path) -> None:
     assert "Traceback" not in found.stderr
 
 
-def test_a_database_that_is_away_is_told_without_a_traceback(tmp_path: Path) -> None:
+def test_an_unreachable_database_is_reported_without_a_traceback(tmp_path: Path) -> None:
     url = "postgresql+psycopg://nobody@127.0.0.1:1/nowhere"
     found = run_to_its_end(NANOMOE_DATA_DIR=str(tmp_path), NANOMOE_DATABASE_URL=url)
     assert found.returncode == 2
@@ -123,7 +123,7 @@ def test_a_database_that_is_away_is_told_without_a_traceback(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     "host", ["evil.example", "evil.example:80", "127.0.0.1.evil.example", "", "[", "localhost@evil"]
 )
-def test_a_host_that_is_not_ours_is_refused(api: Api, host: str) -> None:
+def test_a_foreign_host_is_refused(api: Api, host: str) -> None:
     for method in ("GET", "POST"):
         answer = api.http.request(method, "/jobs", headers={"Host": host})
         assert (answer.status_code, answer.json()["code"]) == (403, "host_not_allowed")
@@ -140,7 +140,7 @@ def test_more_hosts_can_be_named(serve: Serve) -> None:
 
 
 @pytest.mark.parametrize("origin", ["http://evil.example", "null", "", "http://[", "http://127.0.0.1:1", "ftp://x"])
-def test_a_page_from_elsewhere_changes_nothing(api: Api, origin: str) -> None:
+def test_a_foreign_origin_cannot_change_anything(api: Api, origin: str) -> None:
     before = api.http.get("/jobs").json()
     job_id = api.submit()["id"]
     for method, path in [("POST", "/jobs"), ("POST", f"/jobs/{job_id}/cancel"), ("DELETE", f"/jobs/{job_id}"),
@@ -151,7 +151,7 @@ def test_a_page_from_elsewhere_changes_nothing(api: Api, origin: str) -> None:
     assert len(api.http.get("/jobs").json()["data"]) == len(before["data"]) + 1
 
 
-def test_a_page_of_our_own_may_change_things(api: Api) -> None:
+def test_the_own_origin_may_change_things(api: Api) -> None:
     assert api.http.post("/jobs", headers={"Origin": api.url}, json={"text": TEXT}).status_code == 201
     assert api.http.get("/jobs", headers={"Origin": "http://evil.example"}).status_code == 200
 
@@ -170,7 +170,7 @@ def test_an_unknown_path_and_an_unknown_method_are_problems(api: Api) -> None:
         assert answer.headers["content-type"] == "application/problem+json"
 
 
-def test_a_wrong_method_is_told_all_the_right_ones(api: Api) -> None:
+def test_a_wrong_method_is_answered_with_the_allowed_ones(api: Api) -> None:
     for path, allowed in [
         (f"/jobs/{'0' * 32}", "DELETE, GET, HEAD, OPTIONS, PATCH"),
         ("/jobs", "GET, HEAD, OPTIONS, POST"),
@@ -185,7 +185,7 @@ def test_a_wrong_method_is_told_all_the_right_ones(api: Api) -> None:
     assert (answer.status_code, answer.headers["allow"], answer.content) == (405, "OPTIONS, POST", b"")
 
 
-def test_a_page_from_elsewhere_is_not_told_that_it_may_ask(api: Api) -> None:
+def test_a_foreign_origin_gets_no_cors_headers(api: Api) -> None:
     asked = {"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}
     answer = api.http.options("/jobs", headers=asked)
     assert answer.status_code == 204
@@ -286,11 +286,11 @@ def test_a_long_poll_outlives_connections_that_are_cut(settings: Settings) -> No
         assert waiting.result(30) == "cancelled"
 
 
-def test_what_fails_inside_is_a_problem_that_tells_nothing(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unexpected_exception_is_a_problem_without_details(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: object, **named: object) -> None:
         raise RuntimeError("a secret")
 
-    monkeypatch.setattr("service.jobs.store.list_workers", fail)
+    monkeypatch.setattr("service.jobs.workers.list_workers", fail)
     with capture_logs() as logged:
         answer = api.http.get("/workers")
     assert [(entry["event"], entry["path"]) for entry in logged] == [("unexpected_error", "/workers")]

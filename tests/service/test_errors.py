@@ -25,7 +25,7 @@ def test_the_drawn_tree_is_the_real_one() -> None:
             assert real[name].status == status
 
 
-def test_an_error_carries_all_that_its_answer_needs() -> None:
+def test_an_error_holds_everything_for_its_response() -> None:
     error = errors.TooManyRequests("queue_full", "10 jobs wait", errors=[{"loc": ["body"], "msg": "m"}], retry_after=60)
     assert isinstance(error, ServiceError)
     assert (error.status, error.code, error.detail, error.retry_after) == (429, "queue_full", "10 jobs wait", 60)

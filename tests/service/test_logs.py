@@ -67,7 +67,7 @@ def _last_line(command: list[str], sent: bytes, **environment: str) -> dict[str,
     return line
 
 
-def test_the_generation_engine_logs_as_it_is_told() -> None:
+def test_the_generation_engine_logs_in_the_configured_format() -> None:
     start = Start(parent=os.getpid(), device="cpu", cache_bytes=1, max_running=1, log_format="json")
     line = _last_line(["-m", "service.generation.engine"], to_line(start) + b"no request\n")
     assert line["event"] == "request_not_understood"
@@ -87,7 +87,7 @@ sys.exit(__main__.main([]))
 """
 
 
-def test_a_worker_that_dies_of_a_fault_says_so_in_json(migrated_sqlite: Path, tmp_path: Path) -> None:
+def test_a_worker_that_fails_logs_it_as_json(migrated_sqlite: Path, tmp_path: Path) -> None:
     line = _last_line(
         ["-c", _FAULT_IN_THE_WORKER], b"", NANOMOE_LOG_FORMAT="json", NANOMOE_DEVICE="cpu",
         NANOMOE_DATA_DIR=str(tmp_path), NANOMOE_DATABASE_URL=f"sqlite:///{migrated_sqlite}",

@@ -26,7 +26,7 @@ def test_the_defaults_need_no_server_and_no_network(tmp_path: Path) -> None:
     )
 
 
-def test_the_environment_wins_over_the_file_and_an_argument_over_both(
+def test_the_environment_overrides_the_file_and_an_argument_both(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / ".env").write_text("NANOMOE_PORT=1111\nNANOMOE_HOST=localhost\nOTHER=1\n")
@@ -39,7 +39,7 @@ def test_the_database_lies_in_the_data_folder_wherever_that_is(tmp_path: Path, m
     assert Settings().database_url == f"sqlite:///{tmp_path}/elsewhere/nanomoe.db"
 
 
-def test_beats_and_rescues_follow_the_lease(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heartbeat_and_rescue_intervals_follow_the_lease(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (Settings().lease_seconds, Settings().heartbeat_seconds, Settings().rescue_seconds) == (60, 10, 15)
     monkeypatch.setenv("NANOMOE_LEASE_SECONDS", "3")
     assert (Settings().heartbeat_seconds, Settings().rescue_seconds) == (0.5, 0.75)
@@ -71,7 +71,7 @@ def test_a_wrong_value_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, name:
     assert refused.value.errors()[0]["loc"] == (name.lower(),)
 
 
-def test_every_setting_says_what_it_does() -> None:
+def test_every_setting_is_described() -> None:
     assert [name for name, field in Settings.model_fields.items() if not field.description] == []
 
 
@@ -100,7 +100,9 @@ def test_the_home_folder_is_expanded_in_every_path(tmp_path: Path, monkeypatch: 
         ("PORT", "http", "NANOMOE_PORT: Input should be a valid integer"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(name: str, value: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_fault_of_the_settings_is_one_line(
+    name: str, value: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(f"NANOMOE_{name}", value)
     with pytest.raises(StartRefused) as refused:
         read_settings()

@@ -14,19 +14,17 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
-import torch
 
 from nanomoe import checkpoint
 from nanomoe.config import JobConfig
-from nanomoe.tokenizer import Tokenizer
-from nanomoe.training.execution import Execution
 from nanomoe.training.loop import Recorded, train
-from nanomoe.training.run import Run
+from nanomoe.training.run import prepare
 from service.database import migrate
-from service.database.database import open_database
-from service.jobs import queue, store
-from service.jobs.store import Job
-from service.jobs.tables import table
+from service.database.opening import open_database
+from service.database.schema import table
+from service.jobs import queue, reads
+from service.jobs.statuses import TERMINAL
+from service.jobs.tables import Job
 from service.settings import Settings
 from service.storage import fsck
 from tests.faults.undisturbed import hooked, train_undisturbed
@@ -74,32 +72,30 @@ def opened(data_dir: Path) -> Iterator[Workplace]:
 
 
 def by_name(place: Workplace) -> dict[str, Job]:
-    return {str(job.name): job for job in store.list_jobs(place.db)}
+    return {str(job.name): job for job in reads.list_jobs(place.db)}
 
 
 def weights(place: Workplace, job: Job) -> str:
     """The SHA-256 of a finished job's weights."""
     (found,) = (
-        file for file in store.get_checkpoint(place.db, job.id, 100).files if file["name"] == "model.safetensors"
+        file for file in reads.get_checkpoint(place.db, job.id, 100).files if file["name"] == "model.safetensors"
     )
     return str(found["sha256"])
 
 
 def resume_with_the_library(place: Workplace, job: Job) -> str:
     """The SHA-256 of the weights that a job's snapshot leads to, with no worker and no queue."""
-    snapshot = store.find_snapshot(place.db, job.id)
+    snapshot = reads.find_snapshot(place.db, job.id)
     assert snapshot is not None
     assert job.execution is not None
-    folder = place.settings.data_dir / snapshot.folder
-    tokenizer = Tokenizer.load(folder)
-    run = Run(
+    opened = checkpoint.open(place.settings.data_dir / snapshot.folder, snapshot.manifest_sha256)
+    run = prepare(
         JobConfig.model_validate(job.config),
-        tokenizer.encode(TEXT),
-        tokenizer,
-        Execution.model_validate(job.execution),
-        device=torch.device("cpu"),
-        resume=checkpoint.read_all(folder, snapshot.manifest_sha256),
-    )
+        TEXT,
+        opened.tokenizer(),
+        recorded_execution=job.execution,
+        resume=opened.read_all(),
+    ).run
     files = {one.percent: one.files for one in train(run) if isinstance(one, Recorded)}
     return hashlib.sha256(files[100]["model.safetensors"]).hexdigest()
 
@@ -125,8 +121,8 @@ def test_every_job_of_an_older_data_folder_goes_on_to_its_end(place: Workplace) 
         session.execute(sa.update(table(Job)).where(table(Job).c.id == dated.id).values(run_at=None))
     place.start_worker(program=hooked({}), slots=2)
     for name, job in {**jobs, "dated": dated}.items():
-        ended = place.wait_for(job, *store.TERMINAL, timeout=120)
-        assert (name, ended.status) == (name, job.status if job.status in store.TERMINAL else "succeeded")
+        ended = place.wait_for(job, *TERMINAL, timeout=120)
+        assert (name, ended.status) == (name, job.status if job.status in TERMINAL else "succeeded")
     assert {name: weights(place, jobs[name]) for name in GOES_ON} == expected
     if rounds_alike:
         assert expected == {name: weights(place, jobs[undisturbed]) for name, undisturbed in GOES_ON.items()}

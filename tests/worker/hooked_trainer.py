@@ -3,11 +3,11 @@
 `python hooked_trainer.py HOOKS --parent PID --until TIME`, HOOKS being JSON, `{ATTEMPT: HOOK}`. A point is one of the
 commit of a folder, for example `f1-50/renamed`. A hook may have:
 
-`"line": N`, to be killed before its Nth line; with `"starved": true` as the kernel does it for want of memory;
+`"line": N`, to be killed before its Nth line; with `"out of memory": true` as by the out-of-memory killer;
 `"point": POINT`, to be killed there;
 `"full": POINT`, to find the disk full there, and `"limit": POINT`, to find that the kernel takes no file any more;
 `"hold": POINT`, to go on only when asked to stop, and `"wait": POINT`, when the file `go` is in the job's folder;
-`"told first": NAME`, to tell of a folder, and to be killed, before it is written;
+`"reported first": NAME`, to report a folder, and to be killed, before it is written;
 `"fits": N`, to let torch find no memory for more than N windows at once.
 """
 
@@ -28,28 +28,30 @@ from nanomoe import checkpoint
 from nanomoe.training.run import Run
 from tests.worker.scripted_trainer import run_out_of_memory
 from worker import trainer
-from worker.guard import Supervision
 from worker.protocol import CheckpointWritten, Done, FromTrainer, Start
+from worker.supervision import Supervision
 
 hooks: dict[str, dict[str, Any]] = json.loads(sys.argv.pop(1))
 hook: dict[str, Any] = {}
-said = 0
+n_sent = 0
 folder = ""
 job_folder = Path()
 supervised: list[Supervision] = []
 
-_run_job, _say, _write, _backward = trainer.run_job, trainer.Wire.say, checkpoint.write, Run._backward
+_run_job, _send, _write, _backward = trainer.run_job, trainer.Channel.send, checkpoint.write, Run._backward
 
 
-def run_job(start: Start, wire: trainer.Wire, supervision: Supervision) -> Done:
-    global job_folder
+def run_job(start: Start, channel: trainer.Channel, supervision: Supervision) -> Done:
+    global job_folder, n_sent
+    hook.clear()
+    n_sent = 0
     hook.update(hooks.get(str(start.fence), {}))
     job_folder = Path(start.folder)
     (job_folder / f"pid.{start.fence}").write_text(str(os.getpid()))
     if "fits" in hook:
         Run._backward = backward  # type: ignore[method-assign]
-    supervised.append(supervision)
-    return _run_job(start, wire, supervision)
+    supervised[:] = [supervision]
+    return _run_job(start, channel, supervision)
 
 
 def backward(self: Run, windows: list[int], *others: Any) -> Any:
@@ -58,23 +60,23 @@ def backward(self: Run, windows: list[int], *others: Any) -> Any:
     return _backward(self, windows, *others)
 
 
-def say(self: trainer.Wire, message: FromTrainer) -> None:
-    global said
+def send(self: trainer.Channel, message: FromTrainer) -> None:
+    global n_sent
     if hook:
-        said += 1
-        if said == hook.get("line"):
-            if hook.get("starved"):
+        n_sent += 1
+        if n_sent == hook.get("line"):
+            if hook.get("out of memory"):
                 run_out_of_memory(job_folder)
             os.kill(os.getpid(), signal.SIGKILL)
-    _say(self, message)
-    if isinstance(message, CheckpointWritten) and message.folder == hook.get("told first"):
+    _send(self, message)
+    if isinstance(message, CheckpointWritten) and message.folder == hook.get("reported first"):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def write(target: Path, files: Any) -> Any:
     global folder
     folder = target.name
-    if hook.get("told first") == folder:
+    if hook.get("reported first") == folder:
         manifest, sha256 = _write(target, files)
         shutil.rmtree(target)
         return manifest, sha256
@@ -98,7 +100,7 @@ def reached(point: str) -> None:
 
 trainer._warm_up = lambda: None  # torch is imported by now, and a job of a test takes no longer than the warming
 trainer.run_job = run_job
-trainer.Wire.say = say  # type: ignore[method-assign]
+trainer.Channel.send = send  # type: ignore[method-assign]
 checkpoint.write = write
 checkpoint.reached = reached
 

@@ -17,8 +17,8 @@ from typing import Any
 
 from nanomoe import checkpoint
 from service import logs
-from service.database import database
-from service.database.database import open_database
+from service.database import engine_options
+from service.database.opening import open_database
 from service.jobs import queue
 from service.settings import Settings
 from worker import attempt
@@ -31,37 +31,38 @@ from worker.supervisor import TRAINER, Supervisor
 from worker.timing import Timing
 
 
-def take_away(protection: str) -> None:
+def remove(protection: str) -> None:
     """Patch one protection out of this process."""
     match protection:
         case "the slot's lock":
             SlotLock.acquire = lambda self: True  # type: ignore[method-assign]
-        case "the guard":
-            Slot.tend = _tend_without_deadline  # type: ignore[method-assign]
-        case "the beats":
-            Slot.tend = _tend_in_silence  # type: ignore[method-assign]
-        case "the burial":
-            TrainerProcess.bury = _reap_the_trainer_alone  # type: ignore[method-assign]
+        case "the deadline":
+            Slot.supervise = _supervise_without_deadline  # type: ignore[method-assign]
+        case "keep-alive":
+            Slot.supervise = _supervise_without_keep_alive  # type: ignore[method-assign]
+        case "kill and reap":
+            TrainerProcess.kill_and_reap = _reap_the_trainer_alone  # type: ignore[method-assign]
+        case "the search for survivors":
+            TrainerProcess.is_alone = lambda self: True  # type: ignore[method-assign]
         case _:
             raise ValueError(protection)
 
 
-_tend = Slot.tend
+_supervise = Slot.supervise
 
 
-def _tend_without_deadline(self: Slot) -> None:
+def _supervise_without_deadline(self: Slot) -> None:
     if self._running is not None:
         self._running[1].deadline = self._running[1].trainer_until = time.monotonic() + 1000
-    _tend(self)
+    _supervise(self)
 
 
-def _tend_in_silence(self: Slot) -> None:
-    self._beat_due = math.inf
-    _tend(self)
+def _supervise_without_keep_alive(self: Slot) -> None:
+    self._keep_alive_due = math.inf
+    _supervise(self)
 
 
 def _reap_the_trainer_alone(self: TrainerProcess, timeout: float) -> bool:
-    self.lock.hand_over()
     self._popen.kill()
     self._popen.wait()
     return True
@@ -106,12 +107,12 @@ def _run(spec: dict[str, Any]) -> int:
         os.dup2(os.open(spec["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND), sys.stderr.fileno())
     logs.configure("console")
     settings = Settings(_env_file=None, **spec["settings"])
-    database.BUSY_SECONDS = spec["busy_seconds"]
+    engine_options.LOCK_TIMEOUT_SECONDS = spec["busy_seconds"]
     queue.MAX_CRASHES = spec["max_crashes"]
     queue.BACKOFF = timedelta(seconds=spec["backoff_seconds"])
     attempt.oom_kills = lambda: oom_kills(settings.data_dir / "memory.events")
     for protection in spec["without"]:
-        take_away(protection)
+        remove(protection)
     if spec["slow_disk_seconds"]:
         slow_down_the_disk(spec["slow_disk_seconds"])
     if spec["dies_at"] is not None:

@@ -34,7 +34,7 @@ def test_a_trainer_sees_its_own_gpu_alone() -> None:
     assert device.row == {"device": "cuda:2", "name": "NVIDIA A10", "memory_bytes": 23028 * 2**20}
 
 
-def test_places_on_the_cpu_have_locks_of_their_own() -> None:
+def test_devices_on_the_cpu_have_locks_of_their_own() -> None:
     first, second = find_devices("cpu:0, cpu:1")
     assert first.identity != second.identity
     assert (first.torch_name, second.torch_name) == ("cpu", "cpu")
@@ -42,6 +42,6 @@ def test_places_on_the_cpu_have_locks_of_their_own() -> None:
 
 
 @pytest.mark.parametrize("wanted", ["tpu", "cpu,cpu", "cpu:x", "cuda:99", "", "cpu,"])
-def test_a_device_that_cannot_be_had_is_refused_at_start(wanted: str) -> None:
+def test_an_unavailable_device_is_refused_at_start(wanted: str) -> None:
     with pytest.raises(StartRefused, match="device"):
         find_devices(wanted)

@@ -1,4 +1,4 @@
-"""A claim kept alive: what a write does when the database is out of reach, or the job somebody else's."""
+"""The lease of a claim: what a write does when the database is out of reach, or the job another worker's."""
 
 import threading
 import time
@@ -6,10 +6,12 @@ from dataclasses import replace
 
 import pytest
 
+from service.database.database import Database
 from service.errors import DatabaseUnavailable, LeaseLost
-from service.jobs import queue, store
-from service.jobs.queue import Claim, NewJob
-from service.jobs.store import Database
+from service.jobs import queue, recording
+from service.jobs.lease import Claim
+from service.jobs.new_job import NewJob
+from service.jobs.workers import WorkerIdentity
 from tests.databases import ONLY_SQLITE
 from tests.worker.workplace import QUICK
 from worker.lease import Lease, LeaseUncertain
@@ -20,7 +22,7 @@ TIMING = replace(QUICK, retry=0.01)
 @pytest.fixture
 def claim(db: Database) -> Claim:
     queue.submit(db, NewJob(text="uma frase", config={}))
-    claim = queue.claim(db, store.WorkerIdentity(), 60)
+    claim = queue.claim(db, WorkerIdentity(), 60)
     assert claim is not None
     return claim
 
@@ -29,8 +31,8 @@ def claim(db: Database) -> Claim:
 def test_a_write_extends_the_lease_from_before_it_began(db: Database, claim: Claim) -> None:
     lease = Lease(claim, time.monotonic() - 10, TIMING)
     before = time.monotonic()
-    lease.write(lambda: queue.heartbeat(db, claim))
-    assert before + TIMING.certain <= lease.deadline <= time.monotonic() + TIMING.certain
+    lease.write(lambda: recording.heartbeat(db, claim))
+    assert before + TIMING.kill_after <= lease.deadline <= time.monotonic() + TIMING.kill_after
     assert not lease.is_uncertain
 
 
@@ -41,13 +43,13 @@ def test_a_write_is_tried_again_while_the_database_is_out_of_reach(db: Database,
     def write() -> object:
         for failure in failures:
             raise failure
-        return queue.heartbeat(db, claim)
+        return recording.heartbeat(db, claim)
 
     Lease(claim, time.monotonic(), TIMING).write(write)
 
 
 @ONLY_SQLITE
-def test_a_write_ends_when_the_guard_has_killed_the_trainer(claim: Claim) -> None:
+def test_a_write_fails_once_the_trainer_was_killed_at_the_deadline(claim: Claim) -> None:
     lease = Lease(claim, time.monotonic(), TIMING)
 
     def write() -> object:
@@ -59,28 +61,28 @@ def test_a_write_ends_when_the_guard_has_killed_the_trainer(claim: Claim) -> Non
 
 
 @ONLY_SQLITE
-def test_a_write_that_came_through_too_late_does_not_bring_the_trainer_back(db: Database, claim: Claim) -> None:
+def test_a_write_that_succeeds_after_the_deadline_still_fails_the_lease(db: Database, claim: Claim) -> None:
     lease = Lease(claim, time.monotonic(), TIMING)
     lease.fenced.set()
     with pytest.raises(LeaseUncertain):
-        lease.write(lambda: queue.heartbeat(db, claim))
+        lease.write(lambda: recording.heartbeat(db, claim))
 
 
 @ONLY_SQLITE
-def test_a_job_that_is_somebody_elses_is_not_written(db: Database, claim: Claim) -> None:
+def test_a_job_that_another_worker_may_claim_is_not_written(db: Database, claim: Claim) -> None:
     queue.release(db, claim)
     lease = Lease(claim, time.monotonic(), TIMING)
-    for write in (lease.write, lambda write: lease.insist(write, threading.Event())):
+    for write in (lease.write, lambda write: lease.final_write(write, threading.Event())):
         with pytest.raises(LeaseLost):
-            write(lambda: queue.heartbeat(db, claim))
+            write(lambda: recording.heartbeat(db, claim))
 
 
 @ONLY_SQLITE
-def test_the_last_write_is_given_up_when_the_worker_must_end_at_once(claim: Claim) -> None:
-    hurry = threading.Event()
+def test_the_final_write_is_aborted_when_the_worker_must_end_at_once(claim: Claim) -> None:
+    force_stop = threading.Event()
 
     def write() -> object:
-        hurry.set()
+        force_stop.set()
         raise DatabaseUnavailable("away")
 
-    assert Lease(claim, time.monotonic(), TIMING).insist(write, hurry) is None
+    assert Lease(claim, time.monotonic(), TIMING).final_write(write, force_stop) is None

@@ -15,7 +15,7 @@ SLEEP = "import time; time.sleep(600)"
 
 
 def trainer_with(lock: SlotLock, token: str) -> subprocess.Popen[bytes]:
-    """A process that inherits the lock, as a trainer does."""
+    """A process that has a copy of the open file, as a trainer that was sent it."""
     environment = {**os.environ, TOKEN_VARIABLE: token}
     command = [sys.executable, "-S", "-c", SLEEP]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, pass_fds=(lock.descriptor,), env=environment)
@@ -25,7 +25,7 @@ def test_the_lock_is_held_by_one_alone(tmp_path: Path) -> None:
     first, second = SlotLock(tmp_path / "slot", "a"), SlotLock(tmp_path / "slot", "b")
     assert first.acquire()
     assert not second.acquire()
-    first.release()
+    first.close()
     assert second.acquire()
 
 
@@ -33,7 +33,7 @@ def test_a_trainer_holds_the_lock_that_was_taken_after_it_started(tmp_path: Path
     lock = SlotLock(tmp_path / "slot", "a")
     trainer = trainer_with(lock, "a")
     assert lock.acquire()
-    lock.hand_over()
+    lock.close()
     next_lock = SlotLock(tmp_path / "slot", "b")
     assert not next_lock.acquire()
     trainer.kill()
@@ -41,12 +41,12 @@ def test_a_trainer_holds_the_lock_that_was_taken_after_it_started(tmp_path: Path
     assert next_lock.acquire()
 
 
-def test_what_a_dead_supervisor_left_is_ended_by_the_next_one(tmp_path: Path) -> None:
+def test_orphans_of_a_dead_supervisor_are_killed_by_the_next_one(tmp_path: Path) -> None:
     # A supervisor that takes the lock, leaves it to a trainer and dies.
     code = (
         "import os, sys; from pathlib import Path; from tests.worker.test_lock import SlotLock, trainer_with; "
         "lock = SlotLock(Path(sys.argv[1]), 'left'); trainer = trainer_with(lock, 'left'); lock.acquire(); "
-        "lock.hand_over(); print(trainer.pid, flush=True); os._exit(0)"
+        "lock.close(); print(trainer.pid, flush=True); os._exit(0)"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "slot")]
     said = subprocess.run(command, stdout=subprocess.PIPE, check=True, cwd=Path(__file__).parents[2])

@@ -17,12 +17,12 @@ def _own_logging(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("service.logs.configure", lambda form: None)
 
 
-def test_a_worker_for_a_device_that_is_not_there_says_so_and_ends(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_worker_for_a_missing_device_reports_it_and_exits(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--devices", "tpu"]) == 2
     assert "'tpu'" in capsys.readouterr().err
 
 
-def test_a_setting_that_cannot_be_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_setting_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--lease-seconds", "3", "--heartbeat-seconds", "2"]) == 2
     assert "NANOMOE_HEARTBEAT_SECONDS: must be at most a third" in capsys.readouterr().err
 

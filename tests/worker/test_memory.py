@@ -1,4 +1,4 @@
-"""Telling a death for want of memory from any other."""
+"""Out-of-memory kills, told apart from any other SIGKILL."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A trainer's process, where the machine has nothing left for it, and on a system that tells less than Linux."""
+"""A trainer's process on a machine that is out of resources, and on a system without /proc."""
 
 import errno
 import os
@@ -17,8 +17,8 @@ SLEEP = "import time; time.sleep(600)"
 LEAVE_A_CHILD = "import os, time; os.fork() or time.sleep(600)"
 
 
-def trainer(folder: Path, code: str = SLEEP) -> TrainerProcess:
-    return TrainerProcess([sys.executable, "-S", "-c", code], folder / "slot.lock", os.environ)
+def trainer(code: str = SLEEP) -> TrainerProcess:
+    return TrainerProcess([sys.executable, "-S", "-c", code], os.environ)
 
 
 def group_of(leader: int) -> list[psutil.Process]:
@@ -31,7 +31,7 @@ def group_of(leader: int) -> list[psutil.Process]:
     return found
 
 
-def test_a_trainer_that_cannot_be_started_costs_no_descriptor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trainer_that_cannot_be_started_costs_no_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError(errno.EMFILE, "Too many open files")
 
@@ -39,7 +39,7 @@ def test_a_trainer_that_cannot_be_started_costs_no_descriptor(tmp_path: Path, mo
     before = os.listdir("/dev/fd")  # noqa: PTH208 - the descriptors' numbers
     for _ in range(3):
         with pytest.raises(OSError, match="Too many"):
-            trainer(tmp_path)
+            trainer()
     assert os.listdir("/dev/fd") == before  # noqa: PTH208
 
 
@@ -61,25 +61,25 @@ def _as_on_macos(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.usefixtures("_as_on_macos")
-def test_a_trainer_that_was_killed_is_buried_on_macos(tmp_path: Path) -> None:
-    process = trainer(tmp_path)
+def test_a_trainer_that_was_killed_is_reaped_on_macos() -> None:
+    process = trainer()
     assert not process.has_ended()
     process.kill()
     while not process.has_ended():
         pass
     process.kill()
-    process.terminate()
-    assert process.bury(10)
+    process.wake()
+    assert process.kill_and_reap(10)
     assert process.exit_status == -signal.SIGKILL
     process.kill()
 
 
 @pytest.mark.usefixtures("_as_on_macos")
-def test_what_a_trainer_left_in_its_group_is_ended_on_macos(tmp_path: Path) -> None:
-    process = trainer(tmp_path, LEAVE_A_CHILD)
+def test_processes_in_a_trainers_group_are_killed_on_macos() -> None:
+    process = trainer(LEAVE_A_CHILD)
     while not process.has_ended():
         pass
     assert [member for member in group_of(process.pid) if member.status() != psutil.STATUS_ZOMBIE]
-    assert process.bury(10)
+    assert process.kill_and_reap(10)
     assert process.exit_status == 0
     assert not [member for member in group_of(process.pid) if member.status() != psutil.STATUS_ZOMBIE]

@@ -15,7 +15,6 @@ import pytest
 from nanomoe import checkpoint
 from nanomoe.config import InitFrom, JobConfig
 from nanomoe.tokenizer import Tokenizer, load_tokenizer
-from service.http.schemas import SubmitRequest
 from service.jobs.submission import TOKENISED_AT_ONCE_BYTES, Parent, assess
 from service.settings import Settings
 from tests.nanomoe.sample_tokenizers import other_meaning
@@ -30,7 +29,7 @@ from worker.protocol import (
     encode,
     parse_to_trainer,
 )
-from worker.trainer import Wire, Writer, _prepare, _train
+from worker.trainer import Channel, Writer, _prepare, _train
 
 SHAPE = {
     "block_size": 32,
@@ -48,13 +47,13 @@ NAMES = ["bytes", "ptbr-8k", "train:300", "meu", "dona/dela"]
 """Built in, trained on the text, in a local folder, and on the hub."""
 
 
-class Heard(Wire):
-    """A wire that ends here."""
+class RecordingChannel(Channel):
+    """A channel that ends here."""
 
     def __init__(self) -> None:
         self.messages: list[FromTrainer] = []
 
-    def say(self, message: FromTrainer) -> None:
+    def send(self, message: FromTrainer) -> None:
         self.messages.append(message)
 
 
@@ -96,11 +95,11 @@ class Place:
 
     def train(self, start: Start) -> list[FromTrainer]:
         """Everything that the trainer says of the job."""
-        heard = Heard()
-        writer = Writer(heard, Path(start.folder), start.fence)
-        _train(start, heard, Unstopped(), writer)  # type: ignore[arg-type]
+        channel = RecordingChannel()
+        writer = Writer(channel, Path(start.folder), start.fence)
+        _train(start, channel, Unstopped(), writer)  # type: ignore[arg-type]
         writer.close()
-        return heard.messages
+        return channel.messages
 
 
 @pytest.fixture
@@ -123,16 +122,16 @@ def promised_and_prepared(
     if parent is not None:
         folder = Folder(folder=str(parent.folder), manifest_sha256=parent.manifest_sha256)
         origin = {"parent": folder}
-        tokenizer = checkpoint.read_tokenizer(parent.folder, parent.manifest_sha256)
+        tokenizer = checkpoint.open(parent.folder, parent.manifest_sha256).tokenizer()
         of_parent = Parent(parent.config, tokenizer, hashlib.sha256(OTHER.encode()).hexdigest())
-    found = assess(SubmitRequest(text=text, config=config), place.settings, of_parent)
-    heard = Heard()
-    run = _prepare(place.start(config, text, **origin), heard)
-    (said,) = heard.messages
+    found = assess(text, config, place.settings, of_parent)
+    channel = RecordingChannel()
+    run = _prepare(place.start(config, text, **origin), channel)
+    (said,) = channel.messages
     assert isinstance(said, Prepared)
     assert len(run.model.transformer.wte.weight) == run.tokenizer.vocab_size
     assert sum(p.numel() for p in run.model.parameters()) == said.n_params
-    new = found.new_job(None)
+    new = found.new_job()
     promised = {
         "n_tokens": new.n_tokens,
         "total_steps": new.total_steps,
@@ -206,21 +205,21 @@ def test_a_job_begun_with_an_earlier_bundle_goes_on_with_the_one_in_its_snapshot
     assert first.resumed_at_step == snapshot.step > 0
     assert first.n_tokens == len(earlier.encode(TEXT)) != len(todays.encode(TEXT))
     written = [message for message in resumed if isinstance(message, CheckpointWritten)]
-    assert written[-1].percent == 100
+    assert written[-1].metrics.percent == 100
     for message in written:
         assert Tokenizer.load(place.folder / "job" / message.folder) == earlier
-    ended = {m.percent: m.manifest_sha256 for m in said if isinstance(m, CheckpointWritten)}
-    assert {m.percent: m.manifest_sha256 for m in written}.items() <= ended.items()
+    ended = {m.metrics.percent: m.manifest_sha256 for m in said if isinstance(m, CheckpointWritten)}
+    assert {m.metrics.percent: m.manifest_sha256 for m in written}.items() <= ended.items()
 
 
 def test_a_job_that_starts_again_at_step_0_goes_on_with_the_tokenizer_it_began_with(place: Place) -> None:
     made = write_tiny_checkpoint(place.folder / "earlier", tokenizer=earlier_bundle(), **SHAPE)
-    heard = Heard()
+    channel = RecordingChannel()
     folder = Folder(folder=str(made.folder), manifest_sha256=made.manifest_sha256)
-    run = _prepare(place.start(made.config, tokenizer=folder), heard)
+    run = _prepare(place.start(made.config, tokenizer=folder), channel)
     assert run.tokenizer == made.tokenizer
     assert run.windows.tokens == made.tokenizer.encode(TEXT)
-    (said,) = heard.messages
+    (said,) = channel.messages
     assert isinstance(said, Prepared)
     assert said.resumed_at_step is None
 
@@ -232,9 +231,9 @@ def test_a_job_that_was_counted_with_an_earlier_bundle_and_not_begun_says_what_i
     earlier = earlier_bundle()
     with monkeypatch.context() as before:
         before.setattr("nanomoe.tokenizer._bundled", lambda: earlier)
-        counted = assess(SubmitRequest(text=TEXT, config=config), place.settings, None)
-    heard = Heard()
-    run = _prepare(place.start(config), heard)
-    (said,) = heard.messages
+        counted = assess(TEXT, config, place.settings, None)
+    channel = RecordingChannel()
+    run = _prepare(place.start(config), channel)
+    (said,) = channel.messages
     assert isinstance(said, Prepared)
     assert said.n_tokens == len(run.windows.tokens) == len(load_tokenizer("ptbr-8k").encode(TEXT)) != counted.n_tokens

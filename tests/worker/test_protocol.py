@@ -1,16 +1,19 @@
-"""What supervisor and trainer say to each other."""
+"""The messages between supervisor and trainer."""
 
 import pytest
 
 from nanomoe.checkpoint import FileEntry
 from nanomoe.config import ConfigWarning, JobConfig
+from nanomoe.evaluation.metrics import CheckpointMetrics
 from worker.protocol import (
-    Beat,
+    Assignment,
     CheckpointWritten,
     Done,
     Failure,
     Folder,
     FromTrainer,
+    Idle,
+    KeepAlive,
     Prepared,
     Ready,
     SnapshotWritten,
@@ -20,6 +23,7 @@ from worker.protocol import (
     ToTrainer,
     Warned,
     encode,
+    encode_from_trainer,
     parse_from_trainer,
     parse_to_trainer,
 )
@@ -39,7 +43,7 @@ TO_TRAINER: list[ToTrainer] = [
         allow_hub=False,
         tokenizer_dir=None,
     ),
-    Beat(until=12.5),
+    KeepAlive(until=12.5),
     Stop(reason="pause"),
 ]
 FROM_TRAINER: list[FromTrainer] = [
@@ -55,45 +59,56 @@ FROM_TRAINER: list[FromTrainer] = [
     ),
     Steps(step=[1, 2], train_loss=[9.0, 8.9], lr=[1e-4, 1e-4], grad_norm=[1.9, 1.8], tok_per_sec=3900.0, epoch=2),
     CheckpointWritten(
-        percent=25,
-        step=125,
-        epoch=125,
         folder="f1-25",
         manifest_sha256="b" * 64,
         files=[FileEntry(name="model.safetensors", size=1, sha256="c" * 64)],
-        metrics={"loss": 5.1, "moe": None},
+        metrics=CheckpointMetrics(
+            percent=25, step=125, epoch=125, loss=5.1, perplexity=164.0, bits_per_byte=7.36, accuracy=0.1, moe=None
+        ),
+        tok_per_sec=3900.0,
     ),
     SnapshotWritten(step=125, folder="f1-s125", manifest_sha256="d" * 64),
     Warned(code="dead_expert", message="expert 3 of layer 1"),
     Warned(code="micro_batch_halved", message="4 windows did not fit", micro_batch=2),
     Done(outcome="failed", error=Failure(code="loss_not_finite", message="at step 3")),
+    Idle(),
 ]
 
 
 @pytest.mark.parametrize("message", TO_TRAINER, ids=lambda message: message.type)
-def test_what_the_supervisor_says_arrives_unchanged_on_one_line(message: ToTrainer) -> None:
+def test_a_message_to_the_trainer_is_one_line_and_parses_unchanged(message: ToTrainer) -> None:
     line = encode(message)
     assert line.count(b"\n") == 1
     assert parse_to_trainer(line) == message
 
 
 @pytest.mark.parametrize("message", FROM_TRAINER, ids=lambda message: message.type)
-def test_what_the_trainer_says_arrives_unchanged_on_one_line(message: FromTrainer) -> None:
-    line = encode(message)
+def test_a_message_of_the_trainer_is_one_line_and_parses_unchanged(message: FromTrainer) -> None:
+    assignment = None if isinstance(message, Ready) else Assignment("0" * 32, 3)
+    line = encode_from_trainer(message, assignment)
     assert line.count(b"\n") == 1
-    assert parse_from_trainer(line) == message
+    parsed = parse_from_trainer(line)
+    assert (parsed.message, parsed.assignment) == (message, assignment)
 
 
 @pytest.mark.parametrize(
-    "line", [b"", b"loading weights...", b"{}", b'{"type":"beat","until":1.0}', b'{"type":"ready","x":1}']
+    "line",
+    [
+        b"",
+        b"loading weights...",
+        b"{}",
+        b'{"type":"ready"}',
+        b'{"assignment":null,"message":{"type":"keep_alive","until":1.0}}',
+        b'{"assignment":null,"message":{"type":"ready","x":1}}',
+        b'{"assignment":["a"],"message":{"type":"ready"}}',
+    ],
 )
-def test_anything_else_is_no_message_of_a_trainer(line: bytes) -> None:
+def test_any_other_line_is_refused(line: bytes) -> None:
     with pytest.raises(ValueError, match="validation error"):
         parse_from_trainer(line)
 
 
-def test_a_figure_that_is_not_finite_is_never_said() -> None:
+def test_a_figure_that_is_not_finite_is_refused() -> None:
+    steps = b'{"type":"steps","step":[1],"train_loss":[NaN],"lr":[1],"grad_norm":[1],"tok_per_sec":1,"epoch":1}'
     with pytest.raises(ValueError, match="finite"):
-        parse_from_trainer(
-            b'{"type":"steps","step":[1],"train_loss":[NaN],"lr":[1],"grad_norm":[1],"tok_per_sec":1,"epoch":1}'
-        )
+        parse_from_trainer(b'{"assignment":["a",1],"message":' + steps + b"}")

@@ -3,21 +3,24 @@
 import signal
 
 from nanomoe.config import JobConfig
-from service.jobs import queue, store
-from service.jobs.queue import Claim, NewJob
-from service.jobs.store import Database
+from service.database.database import Database
+from service.jobs import queue, reads, recording
+from service.jobs.lease import Claim
+from service.jobs.new_job import NewJob
+from service.jobs.workers import WorkerIdentity
 from service.settings import Settings
+from service.storage.job_folders import checkpoint_folder, job_folder
 from tests.databases import ONLY_SQLITE
 from tests.service.tiny_checkpoint import write_tiny_checkpoint
 from tests.worker.workplace import SHORT_LEASE, Workplace
-from worker.start import compose
+from worker.start import build_start
 
 TEXT = "o rato roeu a roupa do rei de Roma"
 
 
 def claimed(db: Database) -> Claim:
     queue.submit(db, NewJob(text=TEXT, config=JobConfig().model_dump(mode="json")))
-    claim = queue.claim(db, store.WorkerIdentity(), 60)
+    claim = queue.claim(db, WorkerIdentity(), 60)
     assert claim is not None
     return claim
 
@@ -25,15 +28,15 @@ def claimed(db: Database) -> Claim:
 @ONLY_SQLITE
 def test_a_text_whose_bytes_changed_between_two_attempts_is_written_again(db: Database, settings: Settings) -> None:
     job = claimed(db).job
-    start, _, _ = compose(db, job, device="cpu", settings=settings)
-    file = settings.data_dir / store.job_folder(job.id) / "text.txt"
+    start, _, _ = build_start(db, job, device="cpu", settings=settings)
+    file = settings.data_dir / job_folder(job.id) / "text.txt"
     assert start.text_path == str(file)
     assert file.read_text() == TEXT
     file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
-    compose(db, job, device="cpu", settings=settings)
+    build_start(db, job, device="cpu", settings=settings)
     assert file.read_text() == TEXT
     written = file.stat().st_mtime_ns
-    compose(db, job, device="cpu", settings=settings)
+    build_start(db, job, device="cpu", settings=settings)
     assert file.stat().st_mtime_ns == written
 
 
@@ -42,31 +45,31 @@ def test_a_job_that_starts_again_at_step_0_keeps_the_tokenizer_of_its_checkpoint
     db: Database, settings: Settings
 ) -> None:
     claim = claimed(db)
-    assert compose(db, claim.job, device="cpu", settings=settings)[0].tokenizer is None
+    assert build_start(db, claim.job, device="cpu", settings=settings)[0].tokenizer is None
     for percent in (0, 25):
         made = write_tiny_checkpoint(
-            settings.data_dir / store.checkpoint_folder(claim.job_id, claim.fence, percent), seed=percent
+            settings.data_dir / checkpoint_folder(claim.job_id, claim.fence, percent), seed=percent
         )
-        queue.record_checkpoint(
+        recording.record_checkpoint(
             db, claim, percent=percent, step=percent, epoch=0, manifest_sha256=made.manifest_sha256,
-            folder=store.checkpoint_folder(claim.job_id, claim.fence, percent), files=[], metrics={},
+            folder=checkpoint_folder(claim.job_id, claim.fence, percent), files=[], metrics={},
         )  # fmt: skip
-    first, second = (settings.data_dir / row.folder for row in store.list_checkpoints(db, claim.job_id))
+    first, second = (settings.data_dir / row.folder for row in reads.list_checkpoints(db, claim.job_id))
     for damaged, expected in ((None, first), (first, second), (second, None)):
         if damaged is not None:
             (damaged / "tokenizer.json").write_bytes(b"{}")
-        found = compose(db, claim.job, device="cpu", settings=settings)[0].tokenizer
+        found = build_start(db, claim.job, device="cpu", settings=settings)[0].tokenizer
         assert (found and found.folder) == (expected and str(expected))
 
 
 @ONLY_SQLITE
-def test_a_job_stays_ours_while_its_snapshot_is_read_for_longer_than_the_lease(place: Workplace) -> None:
+def test_the_lease_is_renewed_while_a_snapshot_is_read_for_longer_than_it(place: Workplace) -> None:
     job = place.submit()
     first = place.start_worker("work", timing=SHORT_LEASE)
     place.wait_for_step(job, 5)
     queue.request_pause(place.db, job.id)
     place.wait_for(job, "paused")
-    snapshot = store.find_snapshot(place.db, job.id)
+    snapshot = reads.find_snapshot(place.db, job.id)
     assert snapshot is not None
     first.signal(signal.SIGTERM)
     first.wait()

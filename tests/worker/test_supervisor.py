@@ -10,8 +10,13 @@ import pytest
 
 from nanomoe.config import JobConfig
 from nanomoe.training.execution import Execution
-from service.jobs import queue, store
-from service.jobs.store import Job, load_job
+from service.database.schema import REVISION
+from service.jobs import queue, reads
+from service.jobs.reads import load_job
+from service.jobs.rescuer import Rescuer
+from service.jobs.tables import Job
+from service.jobs.workers import list_workers
+from service.storage.installation import join_installation
 from tests.databases import EITHER, ONLY_SQLITE
 from tests.worker.workplace import HERE, QUICK, Workplace, is_alive
 from worker.devices import find_devices
@@ -21,7 +26,7 @@ EXECUTION = {"device": "cpu", "micro_batch": JobConfig().batch_size}
 
 
 @EITHER
-def test_a_job_is_trained_to_its_end_and_all_that_was_said_is_recorded(place: Workplace) -> None:
+def test_a_job_is_trained_to_its_end_and_every_message_is_recorded(place: Workplace) -> None:
     job = place.submit()
     place.start_worker("work")
     place.wait_for_step(job, 5)
@@ -31,7 +36,7 @@ def test_a_job_is_trained_to_its_end_and_all_that_was_said_is_recorded(place: Wo
     assert (done.attempt, done.crashes, done.total_steps, done.execution) == (1, 0, 100, EXECUTION)
     assert done.progress["step"] == 100
     assert done.progress["percent"] == 100
-    assert [(row.percent, row.folder) for row in store.list_checkpoints(place.db, job.id)] == [
+    assert [(row.percent, row.folder) for row in reads.list_checkpoints(place.db, job.id)] == [
         (0, f"jobs/{job.id}/f1-0"),
         (100, f"jobs/{job.id}/f1-100"),
     ]
@@ -53,21 +58,10 @@ def test_an_idle_worker_is_woken_by_a_submission(place: Workplace) -> None:
     place.start_worker("succeed", timing=replace(QUICK, retry=60.0))
     first = place.submit()
     place.wait_for(first, "succeeded", timeout=50)
-    worker = place.wait_until(lambda: store.list_workers(place.db))[0][0]
+    worker = place.wait_until(lambda: list_workers(place.db))[0][0]
     assert worker.stopped_at is None
     second = place.submit()
     place.wait_for(second, "running", "succeeded", timeout=20)
-
-
-@ONLY_SQLITE
-def test_jobs_are_trained_one_after_another_each_in_a_process_of_its_own(place: Workplace) -> None:
-    jobs = [place.submit() for _ in range(3)]
-    place.start_worker("succeed")
-    for job in jobs:
-        place.wait_for(job, "succeeded")
-    pids = {(place.folder(job) / "pid.1").read_text() for job in jobs}
-    assert len(pids) == 3
-    assert not any(is_alive(int(pid)) for pid in pids)
 
 
 @ONLY_SQLITE
@@ -82,20 +76,24 @@ def test_two_slots_train_two_jobs_at_once(place: Workplace) -> None:
 @EITHER
 def test_a_running_job_is_cancelled_within_two_seconds(place: Workplace) -> None:
     job = place.submit()
-    place.start_worker("work")
+    place.start_worker("work", timing=replace(QUICK, cancel_grace=5.0))
     place.wait_for_step(job)
     trainer = place.trainer(job)
     began = time.monotonic()
     queue.request_cancel(place.db, job.id)
     place.wait_for(job, "cancelled")
     assert time.monotonic() - began < 2
-    assert not is_alive(trainer.pid)
+    steps = place.recorded_steps(job)
+    following = place.submit()
+    place.wait_for_step(following)
+    assert place.trainer(following) == trainer
+    assert place.recorded_steps(job) == steps
 
 
 @ONLY_SQLITE
 def test_a_trainer_that_ignores_sigterm_is_killed_and_only_then_is_the_job_cancelled(place: Workplace) -> None:
     job = place.submit()
-    place.start_worker("deaf")
+    place.start_worker("unstoppable")
     place.wait_for_step(job)
     trainer = place.trainer(job)
     assert len(place.children_left(job)) == 1
@@ -112,7 +110,7 @@ def test_a_paused_job_leaves_a_snapshot_and_goes_on_from_it(place: Workplace) ->
     place.wait_for_step(job, 10)
     queue.request_pause(place.db, job.id)
     place.wait_for(job, "paused")
-    snapshot = store.find_snapshot(place.db, job.id)
+    snapshot = reads.find_snapshot(place.db, job.id)
     assert snapshot is not None
     assert snapshot.step >= 10
     assert place.recorded_steps(job) == list(range(1, snapshot.step + 1))
@@ -134,18 +132,18 @@ def test_a_drained_worker_puts_its_job_back_without_counting_a_crash(place: Work
     assert worker.wait(20) == 0
     after = place.job(job)
     assert (after.status, after.crashes) == ("queued", 0)
-    assert store.find_snapshot(place.db, job.id) is not None
+    assert reads.find_snapshot(place.db, job.id) is not None
     assert not is_alive(trainer.pid)
-    assert store.list_workers(place.db)[0][0].stopped_at is not None
+    assert list_workers(place.db)[0][0].stopped_at is not None
 
 
 @ONLY_SQLITE
 def test_a_second_sigterm_ends_a_worker_whose_trainer_does_not_stop(place: Workplace) -> None:
     job = place.submit()
-    worker = place.start_worker("deaf", timing=replace(QUICK, stop_grace=600.0))
+    worker = place.start_worker("unstoppable", timing=replace(QUICK, stop_grace=600.0))
     place.wait_for_step(job)
     worker.signal(signal.SIGTERM)
-    time.sleep(2 * QUICK.guard)  # two signals at once are one
+    time.sleep(2 * QUICK.tick)  # two signals at once are one
     worker.signal(signal.SIGTERM)
     assert worker.wait(20) == 0
     assert place.job(job).status == "queued"
@@ -158,21 +156,21 @@ def test_a_worker_whose_rescue_fails_puts_its_job_back_and_ends(
 ) -> None:
     job = place.submit()
 
-    def broken(rescuer: queue.Rescuer) -> list[Job]:
+    def broken(rescuer: Rescuer) -> list[Job]:
         if place.job(job).progress.get("step"):
             raise RuntimeError("a bug")
         return []
 
-    monkeypatch.setattr(queue.Rescuer, "round", broken)
+    monkeypatch.setattr(Rescuer, "round", broken)
     command = [sys.executable, str(HERE / "scripted_trainer.py"), "work"]
     supervisor = Supervisor(place.db, find_devices("cpu"), place.settings, timing=QUICK, command=command)
     assert supervisor.run() == 1
     assert place.job(job).status == "queued"
-    assert store.find_snapshot(place.db, job.id) is not None
+    assert reads.find_snapshot(place.db, job.id) is not None
 
 
 @ONLY_SQLITE
-def test_every_attempt_that_computes_otherwise_than_the_first_one_tells_so(place: Workplace) -> None:
+def test_every_attempt_whose_execution_differs_from_the_first_one_warns(place: Workplace) -> None:
     job = place.submit(tokenizer="bytes", block_size=8, n_layer=1, n_head=1, n_embd=8, epochs=1)
     here = Execution.decide(JobConfig(), "cpu", n_tokens=28).model_dump(mode="json")
     with place.db.write() as session:
@@ -188,7 +186,7 @@ def test_every_attempt_that_computes_otherwise_than_the_first_one_tells_so(place
 @pytest.mark.parametrize(
     ("script", "status", "code"), [("fail", "failed", "loss_not_finite"), ("disk_full", "paused", None)]
 )
-def test_what_a_trainer_says_at_last_decides_the_status(
+def test_the_final_message_of_a_trainer_decides_the_status(
     place: Workplace, script: str, status: str, code: str | None
 ) -> None:
     job = place.submit()
@@ -203,17 +201,17 @@ def test_what_a_trainer_says_at_last_decides_the_status(
 @ONLY_SQLITE
 def test_a_trainer_of_slow_steps_has_twenty_of_them_before_it_counts_as_stalled(place: Workplace) -> None:
     job = place.submit()
-    place.start_worker("hesitate", timing=replace(QUICK, stall=1.0))
+    place.start_worker("slow_steps", timing=replace(QUICK, stall=1.0))
     place.wait_for(job, "succeeded", "failed")
     assert place.job(job).status == "succeeded"
 
 
 @ONLY_SQLITE
-def test_a_trainer_that_says_something_else_than_the_protocol_has_crashed(place: Workplace) -> None:
+def test_a_trainer_that_violates_the_protocol_has_crashed(place: Workplace) -> None:
     job = place.submit()
-    place.start_worker("garbled", backoff_seconds=60)
+    place.start_worker("protocol_error", backoff_seconds=60)
     place.wait_until(lambda: place.job(job).crashes == 1)
-    assert "not the protocol" in (place.job(job).status_reason or "")
+    assert "violated the protocol" in (place.job(job).status_reason or "")
 
 
 def start_worker_that_waits(place: Workplace) -> None:
@@ -222,7 +220,7 @@ def start_worker_that_waits(place: Workplace) -> None:
     worker = place.start_worker("succeed", log=log)
     place.wait_until(lambda: log.exists() and "waiting_for_database" in log.read_text())
     assert worker.wait(0) is None
-    assert store.list_workers(place.db) == []
+    assert list_workers(place.db) == []
 
 
 @ONLY_SQLITE
@@ -232,7 +230,7 @@ def test_the_worker_waits_for_its_schema_revision(place: Workplace) -> None:
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = 'older'")
     start_worker_that_waits(place)
     with place.db.engine.begin() as connection:
-        connection.exec_driver_sql("UPDATE alembic_version SET version_num = ?", (store.REVISION,))
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = ?", (REVISION,))
     place.wait_for(job, "succeeded")
 
 
@@ -242,7 +240,7 @@ def test_the_worker_waits_for_an_api_that_has_only_migrated_yet(place: Workplace
     with place.db.write() as session:
         session.connection().exec_driver_sql("DELETE FROM installation")
     start_worker_that_waits(place)
-    store.join_installation(place.db, place.settings.data_dir, create=True)
+    join_installation(place.db, place.settings.data_dir, create=True)
     place.wait_for(job, "succeeded")
 
 

@@ -1,57 +1,64 @@
-"""The trainer's own parts: the wire that nobody else can write to, the writer, and what an error means."""
+"""The trainer's own parts: the channel that nobody else can write to, the writer, and what an error means."""
 
 import errno
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from worker.protocol import CheckpointWritten, Ready, SnapshotWritten, parse_from_trainer
-from worker.trainer import Wire, Writer, _explain
+from nanomoe.config import InitFrom
+from nanomoe.evaluation.metrics import CheckpointMetrics
+from tests.service.tiny_checkpoint import write_tiny_checkpoint
+from worker.protocol import CheckpointWritten, Folder, Ready, SnapshotWritten, Start, parse_from_trainer
+from worker.trainer import Channel, Writer, _explain, run_job
 
 ROOT = Path(__file__).parents[2]
 
 
-class Heard(Wire):
-    """A wire that ends here."""
+class RecordingChannel(Channel):
+    """A channel that ends here."""
 
     def __init__(self) -> None:
         self.messages: list[object] = []
 
-    def say(self, message: object) -> None:
+    def send(self, message: object) -> None:
         self.messages.append(message)
 
 
 def test_stray_prints_of_the_trainer_and_its_children_never_reach_the_supervisor() -> None:
     code = (
-        "import os, sys; from worker.trainer import Wire; from worker.protocol import Ready; wire = Wire(); "
-        "print('stray', flush=True); os.write(1, b'stray'); os.system('echo stray'); wire.say(Ready())"
+        "import os, sys; from worker.trainer import Channel; from worker.protocol import Ready; channel = Channel(); "
+        "print('stray', flush=True); os.write(1, b'stray'); os.system('echo stray'); channel.send(Ready())"
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, cwd=ROOT)
-    assert parse_from_trainer(said.stdout) == Ready()
+    assert parse_from_trainer(said.stdout).message == Ready()
     assert said.stderr.count(b"stray") == 3
 
 
 def recorded(percent: int) -> object:
     from nanomoe.training.loop import Recorded
 
-    return Recorded(percent, 5, 2, {"loss": 1.0}, 10.0, {"model.safetensors": b"weights"})
+    metrics = CheckpointMetrics(
+        percent=percent, step=5, epoch=2, loss=1.0, perplexity=2.72, bits_per_byte=1.44, accuracy=0.5
+    )
+    return Recorded(metrics, 10.0, {"model.safetensors": b"weights"})
 
 
-def test_folders_are_written_in_order_and_told_of_once_whole(tmp_path: Path) -> None:
+def test_folders_are_written_in_order_and_reported_once_complete(tmp_path: Path) -> None:
     from nanomoe.training.loop import Snapshot
 
-    wire = Heard()
-    writer = Writer(wire, tmp_path, fence=4)
+    channel = RecordingChannel()
+    writer = Writer(channel, tmp_path, fence=4)
     writer.write(recorded(25))  # type: ignore[arg-type]
     for _ in range(2):  # a stop right after a quarter asks for the same snapshot again
         writer.write(Snapshot(5, {"resume.json": b"{}"}))
     writer.close()
-    checkpoint, snapshot = wire.messages
+    checkpoint, snapshot = channel.messages
     assert isinstance(checkpoint, CheckpointWritten)
-    assert (checkpoint.folder, checkpoint.percent) == ("f4-25", 25)
-    assert checkpoint.metrics == {"loss": 1.0, "tok_per_sec": 10.0}
+    assert (checkpoint.folder, checkpoint.metrics.percent) == ("f4-25", 25)
+    assert (checkpoint.metrics.loss, checkpoint.tok_per_sec) == (1.0, 10.0)
     assert isinstance(snapshot, SnapshotWritten)
     assert snapshot.folder == "f4-s5"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["f4-25", "f4-s5"]
@@ -64,15 +71,15 @@ def test_a_disk_that_is_full_ends_the_training_and_not_the_writer_alone(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("nanomoe.checkpoint.write", full)
-    wire = Heard()
-    writer = Writer(wire, tmp_path, fence=1)
+    channel = RecordingChannel()
+    writer = Writer(channel, tmp_path, fence=1)
     writer.write(recorded(0))  # type: ignore[arg-type]
     with pytest.raises(OSError, match="No space"):
         writer.close()
-    assert wire.messages == []
+    assert channel.messages == []
 
 
-def test_an_error_that_would_come_again_fails_the_job_and_any_other_is_a_crash() -> None:
+def test_a_deterministic_error_fails_the_job_and_any_other_is_a_crash() -> None:
     import torch
 
     from nanomoe.tokenizer import TokenizerError
@@ -90,3 +97,38 @@ def test_an_error_that_would_come_again_fails_the_job_and_any_other_is_a_crash()
     assert code(OSError(errno.EFBIG, "File too large")) == "disk_full"
     assert code(OSError(errno.EIO, "Input/output error")) == "storage_failed"  # the next attempt may find another disk
     assert code(RuntimeError("a bug")) is None
+
+
+def test_an_error_of_another_library_fails_no_job_whatever_attributes_it_has() -> None:
+    class FromElsewhere(Exception):
+        code = "out_of_stock"
+
+    assert _explain(FromElsewhere("not ours")) is None
+
+
+def test_a_damaged_parent_fails_the_job_by_name_before_anything_is_trained(tmp_path: Path) -> None:
+    parent = write_tiny_checkpoint(tmp_path / "f1-100")
+    weights = parent.folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    (tmp_path / "text.txt").write_text("o rato roeu a roupa")
+    init_from = InitFrom(job_id="ab" * 16, checkpoint=100)
+    start = Start(
+        job_id="cd" * 16,
+        fence=1,
+        config=parent.config.model_copy(update={"init_from": init_from}),
+        text_path=str(tmp_path / "text.txt"),
+        folder=str(tmp_path),
+        execution=None,
+        resume=None,
+        parent=Folder(folder=str(parent.folder), manifest_sha256=parent.manifest_sha256),
+        device="cpu",
+        snapshot_seconds=60,
+        allow_hub=False,
+        tokenizer_dir=None,
+    )
+    channel = RecordingChannel()
+    done = run_job(start, channel, SimpleNamespace(stop=None))  # type: ignore[arg-type]
+    assert done.error is not None
+    assert done.error.code == "parent_unusable"
+    assert done.error.message.startswith(f"cannot start from {'ab' * 16}@100: f1-100/model.safetensors: ")
+    assert channel.messages == []

@@ -16,10 +16,14 @@ import pytest
 from sqlalchemy import make_url
 
 from nanomoe.config import JobConfig
-from service.database.database import BUSY_SECONDS
-from service.jobs import queue, store
-from service.jobs.store import Database, Job
+from service.database.database import Database
+from service.database.engine_options import LOCK_TIMEOUT_SECONDS
+from service.jobs import queue, reads
+from service.jobs.new_job import NewJob
+from service.jobs.tables import Job
 from service.settings import Settings
+from service.storage.installation import join_installation
+from service.storage.job_folders import job_folder
 from tests.worker import run_worker
 from worker.timing import Timing
 
@@ -33,7 +37,7 @@ QUICK = Timing(
     heartbeat=1.0,
     rescue=0.5,
     record=0.05,
-    look=0.02,
+    poll=0.02,
     cancel_grace=0.5,
     stop_grace=5.0,
     exit_grace=2.0,
@@ -83,10 +87,10 @@ class Workplace:
         self.db = db
         self.settings = settings
         self._workers: list[WorkerProcess] = []
-        store.join_installation(db, settings.data_dir, create=True)
+        join_installation(db, settings.data_dir, create=True)
 
     def submit(self, text: str = "uma frase curta para treinar", **config: Any) -> Job:
-        job, _ = queue.submit(self.db, queue.NewJob(text=text, config=JobConfig(**config).model_dump(mode="json")))
+        job, _ = queue.submit(self.db, NewJob(text=text, config=JobConfig(**config).model_dump(mode="json")))
         return job
 
     def start_worker(
@@ -102,7 +106,7 @@ class Workplace:
         without: tuple[str, ...] = (),
         snapshot_seconds: float = 60.0,
         slow_disk_seconds: float = 0.0,
-        busy_seconds: float = BUSY_SECONDS,
+        busy_seconds: float = LOCK_TIMEOUT_SECONDS,
         log: Path | None = None,
         dies_at: tuple[str, int] | None = None,
     ) -> WorkerProcess:
@@ -139,7 +143,7 @@ class Workplace:
         give_up = time.monotonic() + timeout
         while not (value := holds()):
             assert time.monotonic() < give_up, f"waited {timeout} s in vain: {self.describe()}"
-            self.db.wait_for_change(0.1)
+            self.db.changes.wait(0.1)
         return value
 
     def wait_for(self, job: Job, *statuses: str, timeout: float = 120.0) -> Job:
@@ -155,16 +159,16 @@ class Workplace:
         return now if now.status in statuses else None
 
     def job(self, job: Job) -> Job:
-        return store.get_job(self.db, job.id)
+        return reads.get_job(self.db, job.id)
 
     def describe(self) -> str:
         return ", ".join(
             f"{job.id[-6:]} {job.status} fence {job.fence} {job.progress} {job.status_reason} {job.error}"
-            for job in store.list_jobs(self.db)
+            for job in reads.list_jobs(self.db)
         )
 
     def folder(self, job: Job) -> Path:
-        return self.settings.data_dir / store.job_folder(job.id)
+        return self.settings.data_dir / job_folder(job.id)
 
     def trainer(self, job: Job, attempt: int = 1) -> psutil.Process:
         """The process of a scripted or hooked trainer, once it has started on the job."""
@@ -181,10 +185,10 @@ class Workplace:
         (self.folder(job) / "finish").touch()
 
     def recorded_steps(self, job: Job) -> list[int]:
-        return [row.step for row in store.steps_after(self.db, job.id, 0, 100_000)]
+        return [row.step for row in reads.steps_after(self.db, job.id, 0, 100_000)]
 
     def events(self, job: Job, kind: str) -> list[dict[str, Any]]:
-        return [event.data for event in store.events_after(self.db, job.id, 0) if event.kind == kind]
+        return [event.data for event in reads.events_after(self.db, job.id, 0) if event.kind == kind]
 
     def statuses(self, job: Job) -> list[str]:
         """Every status the job has had, oldest first."""

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from nanomoe.training.steps.loops.compiling import Array
+from nanomoe.compiling import Array
 
 
 def as_array(tensor: Tensor) -> Array:

@@ -42,9 +42,9 @@ def choose_path(config: JobConfig, device: torch.device, wanted: StepPath | None
             return path, "asked for"
     if asked:
         raise ValueError(f"{_FORCED} is {asked!r}; it can be {' or '.join(get_args(StepPath))}")
-    from nanomoe.training.steps.loops import compiling
+    from nanomoe.training.steps.loops.compiling import LOOPS  # numba, which takes a third of a second to import
 
-    if not compiling.are_compiled():
+    if not LOOPS.are_compiled():
         return "eager", "the loops of the fused step are not compiled for this processor yet"
     return "fused", "a dense model on a CPU"
 
@@ -53,7 +53,7 @@ def compiled_for(path: StepPath) -> str | None:
     """The compiler and the processor that decide how this way rounds, where it has loops of its own."""
     if path == "eager":
         return None
-    from nanomoe.training.steps.loops import compiling
+    from nanomoe import compiling
 
     return compiling.compiled_for()
 
@@ -64,6 +64,6 @@ def build_step(
     """That way of doing the steps of a job, for this model and this text."""
     if path == "eager":
         return EagerStep(model, windows, config, activations)
-    from nanomoe.training.steps.fused import FusedStep  # numba, which takes a third of a second to import
+    from nanomoe.training.steps.fused import FusedStep
 
     return FusedStep(model, windows, config, activations)

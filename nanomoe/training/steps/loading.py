@@ -8,7 +8,7 @@ from nanomoe.config import JobConfig
 from nanomoe.tokenizer import load_tokenizer
 from nanomoe.training.execution import Execution
 from nanomoe.training.run import Run
-from nanomoe.training.steps.loops import compiling
+from nanomoe.training.steps.loops.compiling import LOOPS
 
 
 def load_all() -> float:
@@ -26,5 +26,5 @@ def load_all() -> float:
         run.train_step()  # two micro-batches
         single = config.model_copy(update={"gradient_accumulation_steps": 1})
         Run(single, tokens, tokenizer, execution, device=torch.device("cpu")).train_step()
-    compiling.mark_compiled()
+    LOOPS.mark_compiled()
     return time.monotonic() - began

@@ -8,12 +8,11 @@ import math
 import numpy as np
 import torch
 
+from nanomoe.compiling import Array, Floats, even_bounds, in_parts
 from nanomoe.config import ModelConfig
 from nanomoe.model.dropout import EMBEDDING, Site, cut, scale
 from nanomoe.training.steps.buffers import Buffer, as_array
 from nanomoe.training.steps.loops import backward, forward
-from nanomoe.training.steps.loops.compiling import Array, Floats
-from nanomoe.training.steps.loops.parts import sum_in_parts
 from nanomoe.training.steps.parameters import FlatParameters
 
 _MOST_LOGITS = 1 << 24
@@ -200,9 +199,10 @@ class MicroBatch:
 def _cross_entropy(
     logits_NV: Array, share: np.float32, targets_N: Array, x_NC: Array, share_N: Floats, scaled_NC: Array
 ) -> float:
-    def of_rows(rows: slice) -> float:
+    def of_rows(first: int, end: int) -> float:
+        rows = slice(first, end)
         return forward.cross_entropy(
             logits_NV[rows], targets_N[rows], share, x_NC[rows], share_N[rows], scaled_NC[rows]
         )
 
-    return sum_in_parts(of_rows, len(logits_NV))
+    return sum(in_parts(of_rows, even_bounds(len(logits_NV), torch.get_num_threads())))

@@ -10,12 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanomoe.compiling import Array, Floats, even_bounds, in_parts
 from nanomoe.config import TrainConfig
 from nanomoe.model.gpt import GPT
 from nanomoe.training.optim import decays
 from nanomoe.training.steps.buffers import Matrix, as_array
-from nanomoe.training.steps.loops.compiling import Array, Floats
-from nanomoe.training.steps.loops.parts import sum_in_parts
 from nanomoe.training.steps.loops.update import Rates, accumulate, adamw, sum_of_squares
 
 _ALIGNED = 16
@@ -120,14 +119,20 @@ class FlatParameters:
 
 
 def _squares(gradient: Array) -> float:
-    return sum_in_parts(lambda rows: sum_of_squares(gradient[rows]), len(gradient))
+    return sum(in_parts(lambda first, end: sum_of_squares(gradient[first:end]), _parts(gradient)))
 
 
 def _updated(rates: Rates, gradient: Array, weights: Floats, mean: Floats, mean_sq: Floats, copy: Array) -> float:
-    def of_rows(rows: slice) -> float:
+    def of_rows(first: int, end: int) -> float:
+        rows = slice(first, end)
         return adamw(rates, gradient[rows], weights[rows], mean[rows], mean_sq[rows], copy[rows])
 
-    return sum_in_parts(of_rows, len(weights))
+    return sum(in_parts(of_rows, _parts(weights)))
+
+
+def _parts(rows: Array) -> list[int]:
+    """The bounds of what each of the threads that torch may use takes: a sum over them repeats for equally many."""
+    return even_bounds(len(rows), torch.get_num_threads())
 
 
 def _rows(flat: Tensor) -> Array:

@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nanomoe.compiling import compiled_for
 from nanomoe.config import JobConfig
 from nanomoe.plan import Plan
-from nanomoe.training.steps.loops import compiling
+from nanomoe.training.steps.loops.compiling import LOOPS
 
 _TURNS = 5
 _SECONDS = 0.3
@@ -28,10 +29,9 @@ _MOST_WEIGHTS = 20_000_000
 """With more, products are large enough for all threads, and measuring them would take its time."""
 
 
-def measured_threads(config: JobConfig, vocab_size: int, n_tokens: int, dtype: torch.dtype) -> int:
-    """One, or as many as torch uses now: the faster for the steps of this job. Takes half a second, and only the first
+def measured_threads(config: JobConfig, vocab_size: int, n_tokens: int, dtype: torch.dtype, most: int) -> int:
+    """One, or `most`: the faster for the steps of this job. Takes half a second, and only the first
     time that a shape is seen."""
-    most = torch.get_num_threads()
     plan = Plan.of(config, n_tokens)
     windows = min(config.batch_size, plan.n_windows)
     length = min(plan.n_train_tokens, config.block_size)
@@ -39,7 +39,7 @@ def measured_threads(config: JobConfig, vocab_size: int, n_tokens: int, dtype: t
     if most == 1 or n_weights > _MOST_WEIGHTS:
         return most
     shape = (windows, length, vocab_size, config.n_embd, config.n_layer, config.n_head, dtype)
-    place = _place((*shape, most, os.cpu_count(), compiling.compiled_for(), torch.__version__))
+    place = _place((*shape, most, os.cpu_count(), compiled_for(), torch.__version__))
     if not place.exists():
         fastest = _measure(config, vocab_size, windows * length, dtype, most)
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ def measured_threads(config: JobConfig, vocab_size: int, n_tokens: int, dtype: t
 
 def _place(key: tuple[object, ...]) -> Path:
     digest = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
-    return compiling.folder() / f"threads-{digest}"
+    return LOOPS.folder / f"threads-{digest}"
 
 
 def _measure(config: JobConfig, vocab_size: int, n_rows: int, dtype: torch.dtype, most: int) -> int:
@@ -60,6 +60,7 @@ def _measure(config: JobConfig, vocab_size: int, n_rows: int, dtype: torch.dtype
     hidden = torch.zeros(n_rows, 4 * C, dtype=dtype), torch.zeros(4 * C, C, dtype=dtype)
     logits = torch.zeros(min(n_rows, _MOST_ROWS), vocab_size, dtype=dtype), torch.zeros(vocab_size, C, dtype=dtype)
     seconds: dict[int, list[float]] = {1: [], most: []}
+    before = torch.get_num_threads()
     began = time.monotonic()
     try:
         while len(seconds[most]) <= _TURNS and (len(seconds[most]) < 2 or time.monotonic() - began < _SECONDS):
@@ -68,7 +69,7 @@ def _measure(config: JobConfig, vocab_size: int, n_rows: int, dtype: torch.dtype
                 # A layer has three times the weights of an MLP's first matrix.
                 turns.append(3 * config.n_layer * _seconds(*hidden) + _seconds(*logits))
     finally:
-        torch.set_num_threads(most)
+        torch.set_num_threads(before)
     # Of a tie the fewer; not the first turn, which fills caches. The median: a stall may come to any turn.
     return min(seconds, key=lambda n_threads: (statistics.median(seconds[n_threads][1:]), n_threads))
 

@@ -1,4 +1,4 @@
-"""`nanomoe bench`: how fast this machine is, beside others who do the same work and the limit of its hardware."""
+"""`nanomoe bench`: benchmarks of this machine, beside other implementations and the limits of its hardware."""
 
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
@@ -8,31 +8,35 @@ import typer
 from service.cli import text
 from service.cli.bench import tables
 from service.cli.commands import Command
-from service.cli.mistakes import Mistake
 from service.cli.output import Json, print_json
+from service.cli.usage_error import UsageError
 
 if TYPE_CHECKING:
     from nanomoe.bench.generation import Figures
     from service.cli.bench.served import Served
 
 _LARGEST = 1_000_000
-"""Largest number in an option's list."""
+"""Largest number that an option's list may hold."""
 
 app = typer.Typer(
     name="bench",
-    help="Measure this machine, beside others who do the same work.",
+    help="Benchmark this machine, beside other implementations of the same work.",
     no_args_is_help=True,
 )
 
 
 @app.command(cls=Command)
 def generate(
-    vocab: Annotated[str, typer.Option(metavar="N,...", help="Sizes of the vocabulary.")] = "8192,50257",
-    models: Annotated[str, typer.Option(metavar="NAME,...", help="dense, mixture.")] = "dense,mixture",
-    at_once: Annotated[str, typer.Option(metavar="N,...", help="Texts that are continued together.")] = "1,8,32,128",
-    turns: Annotated[int, typer.Option(min=1, help="Times that everything is measured; medians are shown.")] = 3,
-    http: Annotated[bool, typer.Option(help="Also through a service of its own.")] = True,
-    transformers: Annotated[bool, typer.Option(help="Also beside transformers' cached generate.")] = True,
+    vocab: Annotated[str, typer.Option(metavar="N,...", help="Vocabulary sizes to measure.")] = "8192,50257",
+    models: Annotated[
+        str, typer.Option(metavar="NAME,...", help="Models to measure: dense, mixture.")
+    ] = "dense,mixture",
+    at_once: Annotated[
+        str, typer.Option(metavar="N,...", help="Numbers of texts that are generated at the same time.")
+    ] = "1,8,32,128",
+    turns: Annotated[int, typer.Option(min=1, help="Repetitions of each measurement; medians are shown.")] = 3,
+    http: Annotated[bool, typer.Option(help="Also measure through HTTP, with a temporary service.")] = True,
+    transformers: Annotated[bool, typer.Option(help="Also measure transformers' cached generate.")] = True,
     as_json: Json = False,
 ) -> None:
     """Tokens a second and time to the first token: the engine, nanoGPT's loop, transformers, and through HTTP."""
@@ -41,7 +45,7 @@ def generate(
 
     names = [name.strip() for name in models.split(",")]
     if unknown := set(names) - set(MODELS):
-        raise Mistake(f"--models {', '.join(sorted(unknown))}: there are {', '.join(MODELS)}")
+        raise UsageError(f"--models {', '.join(sorted(unknown))}: there are {', '.join(MODELS)}")
     sizes, crowds = _numbers("--vocab", vocab), _numbers("--at-once", at_once)
     console = text.console(stderr=True)
     figures: list[Figures] = []
@@ -73,35 +77,37 @@ def generate(
 @app.command(cls=Command)
 def jobs(
     queued: Annotated[
-        str, typer.Option(metavar="N,...", help="Jobs in line when a claim is timed.")
+        str, typer.Option(metavar="N,...", help="Numbers of queued jobs for which claims are timed.")
     ] = "1,1000,1000000",
-    seconds: Annotated[float, typer.Option(min=1, help="How long submissions are counted.")] = 10,
-    settle: Annotated[float, typer.Option(min=0, help="Seconds that a trainer gets to warm up in.")] = 8,
-    n_jobs: Annotated[int, typer.Option("--jobs", min=1, help="Jobs that are submitted and cancelled.")] = 5,
-    leases: Annotated[str, typer.Option(metavar="SECONDS,...", help="Kill a worker with each of these leases.")] = "60",
+    seconds: Annotated[float, typer.Option(min=1, help="Seconds for which submissions are counted.")] = 10,
+    settle: Annotated[float, typer.Option(min=0, help="Seconds in which a trainer warms up before a measurement.")] = 8,
+    n_jobs: Annotated[int, typer.Option("--jobs", min=1, help="Number of jobs that are submitted and cancelled.")] = 5,
+    leases: Annotated[
+        str, typer.Option(metavar="SECONDS,...", help="Lease lengths for which recovery from a killed worker is timed.")
+    ] = "60",
     database_url: Annotated[
         str | None,
-        typer.Option(help="An empty PostgreSQL database; SQLite unless given. Workers are killed on SQLite."),
+        typer.Option(help="URL of an empty PostgreSQL database, in place of SQLite; recovery is measured on SQLite."),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Claims, submissions, and how long a user waits for a job to begin, to stop, and to survive its worker."""
+    """Claims, submissions, and the times until a job starts, stops, and recovers from a killed worker."""
     from service.cli.bench import lifecycle as measured
-    from service.cli.bench.site import open_site
+    from service.cli.bench.temporary_service import run_service
 
     lengths, lease_seconds = _numbers("--queued", queued), _numbers("--leases", leases)
     with text.console(stderr=True).status("measuring") as status:
-        with open_site(database_url) as site:
-            idle = measured.traffic(site, training=False, seconds=seconds)
-            site.processes.start_worker()
+        with run_service(database_url) as service:
+            idle = measured.traffic(service, training=False, seconds=seconds)
+            service.processes.start_worker()
             status.update("jobs on a worker")
-            delays = measured.delays(site, n_jobs, settle)
-            busy = measured.traffic(site, training=True, seconds=seconds)
+            delays = measured.delays(service, n_jobs, settle)
+            busy = measured.traffic(service, training=True, seconds=seconds)
             status.update("training beside a stream")
-            disturbed = measured.beside(site, n_jobs, seconds)
-            site.processes.kill("worker")  # or it would claim what is timed
+            disturbed = measured.beside(service, n_jobs, seconds)
+            service.processes.kill("worker")  # or it would claim what is timed
             status.update("claims")
-            claims = list(measured.claim_times(site.database, lengths))
+            claims = list(measured.claim_times(service.database, lengths))
         status.update("killing workers")
         recoveries = [measured.recovery(lease, settle) for lease in lease_seconds]
     if as_json:
@@ -129,7 +135,7 @@ def _numbers(option: str, given: str) -> tuple[int, ...]:
     try:
         numbers = tuple(int(number) for number in given.split(","))
     except ValueError:
-        raise Mistake(f"{option} {given!r} must look like 1,8,32") from None
+        raise UsageError(f"{option} {given!r} must look like 1,8,32") from None
     if not all(0 < number <= _LARGEST for number in numbers):
-        raise Mistake(f"{option} {given!r}: numbers from 1 to {_LARGEST:,}")
+        raise UsageError(f"{option} {given!r}: numbers from 1 to {_LARGEST:,}")
     return numbers

@@ -1,6 +1,6 @@
-"""How fast jobs come in, begin and end, on a service of its own.
+"""Benchmarks of a job's life cycle, on a temporary service.
 
-What a user waits for is measured from outside: from the request sent to the row that shows what was asked for.
+Latencies are measured from outside: from the request sent to the row that shows its effect.
 """
 
 import concurrent.futures
@@ -15,16 +15,19 @@ from threading import Event
 import sqlalchemy as sa
 
 from nanomoe.config import JobConfig
-from service.cli.bench.site import Site, open_site
+from service.cli.bench.temporary_service import TemporaryService, run_service
 from service.client import Client, JobHandle
 from service.database.database import Database
-from service.jobs import queue, store
-from service.jobs.queue import NewJob
-from service.jobs.store import Job, WorkerIdentity
-from service.jobs.tables import Counter, table
+from service.database.schema import table
+from service.jobs import queue, reads
+from service.jobs.claim_order import QUEUED, jobs
+from service.jobs.ids import new_id
+from service.jobs.new_job import NewJob
+from service.jobs.tables import Counter, Job
+from service.jobs.workers import WorkerIdentity, list_workers, worker_started
 
 _POLL_SECONDS = 0.002
-_GIVE_UP_SECONDS = 300.0
+_TIMEOUT_SECONDS = 300.0
 _CLAIMS = 30
 _CLIENTS = 4
 _LONG = 100_000
@@ -33,7 +36,7 @@ _LONG = 100_000
 
 @dataclass(frozen=True)
 class ClaimTime:
-    """How long a claim takes when so many jobs wait."""
+    """Duration of a claim with a number of queued jobs."""
 
     n_queued: int
     median_seconds: float
@@ -42,10 +45,10 @@ class ClaimTime:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Submissions by four clients at once, and what a fifth sees meanwhile."""
+    """Rate of submissions by four clients at once, and the latency that a fifth client has meanwhile."""
 
     training: bool
-    """Whether a job was training beside them."""
+    """Whether a job was training meanwhile."""
 
     submits_per_sec: float
     get_p50_seconds: float
@@ -56,7 +59,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Delays:
-    """What a user waits for on a worker that was idle and warm; each the median and the largest of several jobs."""
+    """Latencies on an idle, warm worker; each as the median and maximum of several jobs."""
 
     n_jobs: int
     submit_to_running: tuple[float, float]
@@ -67,42 +70,42 @@ class Delays:
     """Seconds from the request sent until no process of the job is left and the row says so."""
 
     cancel_to_next_first_step: tuple[float, float]
-    """Seconds from the request sent to the first training step of the job that waited behind."""
+    """Seconds from the request sent to the first training step of the next queued job."""
 
 
 @dataclass(frozen=True)
 class Recovery:
-    """After the supervisor of a running job was killed, with another worker idle."""
+    """Recovery of a running job whose supervisor was killed, with another worker idle."""
 
     database: str
-    """Its kind, which is not that of the other measurements if those were told another."""
+    """Kind of the database, which may differ from that of the other measurements."""
 
     lease_seconds: float
     kill_to_running: float
     """Seconds until another worker has claimed the job."""
 
     kill_to_new_step: float
-    """Seconds until it has made a step beyond those that were recorded."""
+    """Seconds until it has made a step beyond the last recorded one."""
 
 
 @dataclass(frozen=True)
 class Beside:
-    """Training while somebody generates."""
+    """Training speed during generation."""
 
     steps_per_sec: float
-    """Steps a second of a job that has the machine for itself."""
+    """Steps a second of a job without other load."""
 
     steps_per_sec_beside: float
     """Steps a second of the same job while one client streams texts, one after the other."""
 
     ratio: float
-    """Beside over alone: the median of the turns' ratios."""
+    """Speed during generation over speed without it: median of the turns' ratios."""
 
 
 def claim_times(db: Database, queued: tuple[int, ...]) -> Iterator[ClaimTime]:
-    """With each number of jobs in line, from the smallest; the jobs stay."""
+    """Time claims with each number of queued jobs, from the smallest; the jobs stay in the database."""
     worker = WorkerIdentity(name="bench")
-    store.worker_started(db, worker)
+    worker_started(db, worker)
     config = JobConfig().model_dump(mode="json")
     for n in sorted(queued):
         queue.submit(db, NewJob(text="Era uma vez", config=config))
@@ -118,18 +121,18 @@ def claim_times(db: Database, queued: tuple[int, ...]) -> Iterator[ClaimTime]:
 
 def _n_queued(db: Database) -> int:
     with db.read() as session:
-        return session.scalars(sa.select(sa.func.count()).select_from(queue.jobs).where(queue.QUEUED)).one()
+        return session.scalars(sa.select(sa.func.count()).select_from(jobs).where(QUEUED)).one()
 
 
 def _fill(db: Database, n: int) -> None:
     """Copy a queued job `n` times, within the database: a million submissions would take an hour."""
     if n <= 0:
         return
-    columns = [column.name for column in queue.jobs.columns if column.name not in ("id", "seq")]
-    row = sa.select(queue.jobs).where(queue.QUEUED).limit(1).subquery()
+    columns = [column.name for column in jobs.columns if column.name not in ("id", "seq")]
+    row = sa.select(jobs).where(QUEUED).limit(1).subquery()
     first = sa.select(sa.literal(1).label("i")).cte("numbers", recursive=True)
     numbers = first.union_all(sa.select(first.c.i + 1).where(first.c.i < n))
-    salt = store.new_id()
+    salt = new_id()
     ids = sa.literal(salt[:-8]) + sa.func.substr(sa.cast(numbers.c.i + 100_000_000, sa.String), 2, 8)
     counters = table(Counter)
     with db.write() as session:
@@ -138,25 +141,25 @@ def _fill(db: Database, n: int) -> None:
         chosen = sa.select(ids, seqs, *(row.c[name] for name in columns)).select_from(numbers.join(row, sa.true()))
         if not db.is_sqlite:
             session.execute(sa.text("SET LOCAL statement_timeout = 0"))
-        session.execute(sa.insert(queue.jobs).from_select(["id", "seq", *columns], chosen))
+        session.execute(sa.insert(jobs).from_select(["id", "seq", *columns], chosen))
 
 
-def traffic(site: Site, *, training: bool, seconds: float) -> Traffic:
-    """Submit for `seconds`; what was submitted is cancelled afterwards."""
-    with Client(site.url) as client, _in_training(site, client, wanted=training):
+def traffic(service: TemporaryService, *, training: bool, seconds: float) -> Traffic:
+    """Count submissions for `seconds`; the jobs are cancelled afterwards."""
+    with Client(service.url) as client, _in_training(service, client, wanted=training):
         probe = client.submit(_text(), JobConfig(epochs=1), priority=-100)
         over = Event()
         with concurrent.futures.ThreadPoolExecutor(_CLIENTS + 1) as pool:
-            looking = pool.submit(_look, site.url, probe.id, over)
+            polling = pool.submit(_poll, service.url, probe.id, over)
             began = time.perf_counter()
-            submitting = [pool.submit(_submit, site.url, began + seconds) for _ in range(_CLIENTS)]
+            submitting = [pool.submit(_submit, service.url, began + seconds) for _ in range(_CLIENTS)]
             submitted = [job_id for done in submitting for job_id in done.result()]
             taken = time.perf_counter() - began
             over.set()
-            looked = looking.result()
+            latencies = polling.result()
         for job_id in (*submitted, probe.id):
-            queue.request_cancel(site.database, job_id)
-    return Traffic(training, len(submitted) / taken, statistics.median(looked), _percentile(looked, 0.99))
+            queue.request_cancel(service.database, job_id)
+    return Traffic(training, len(submitted) / taken, statistics.median(latencies), _percentile(latencies, 0.99))
 
 
 def _submit(url: str, until: float) -> list[str]:
@@ -167,69 +170,69 @@ def _submit(url: str, until: float) -> list[str]:
     return submitted
 
 
-def _look(url: str, job_id: str, over: Event) -> list[float]:
-    looked = []
+def _poll(url: str, job_id: str, over: Event) -> list[float]:
+    latencies = []
     with Client(url) as client:
         while not over.is_set():
             began = time.perf_counter()
             client.job(job_id)
-            looked.append(time.perf_counter() - began)
-    return looked
+            latencies.append(time.perf_counter() - began)
+    return latencies
 
 
 @contextmanager
-def _in_training(site: Site, client: Client, *, wanted: bool) -> Iterator[None]:
+def _in_training(service: TemporaryService, client: Client, *, wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
     job = client.submit(_text(), JobConfig(epochs=_LONG), priority=100)
-    _wait(site, job, lambda row: row.progress.get("step", 0) > 0)
+    _wait(service, job, lambda row: row.progress.get("step", 0) > 0)
     yield
-    _cancel(site, job)
+    _cancel(service, job)
 
 
-def delays(site: Site, n_jobs: int, settle: float) -> Delays:
-    """`n_jobs` times: submit to an idle worker, put another job behind it, cancel it, see the other begin.
+def delays(service: TemporaryService, n_jobs: int, settle: float) -> Delays:
+    """`n_jobs` times: submit a job to an idle worker, queue another, cancel the first, and wait for the other to start.
 
-    `settle`: seconds until the next trainer is taken to be warm.
+    `settle`: seconds after which the next trainer is assumed to be warm.
     """
     running, first_step, cancelled, next_first_step = [], [], [], []
-    with Client(site.url) as client:
+    with Client(service.url) as client:
         warm = client.submit(_text(), JobConfig(epochs=2))
-        _wait(site, warm, lambda row: row.status == "succeeded")
+        _wait(service, warm, lambda row: row.status == "succeeded")
         for _ in range(n_jobs):
             time.sleep(settle)
             began = time.monotonic()
             job = client.submit(_text(), JobConfig(epochs=_LONG))
-            running.append(_wait(site, job, lambda row: row.status == "running") - began)
-            first_step.append(_wait(site, job, lambda row: row.progress.get("step", 0) > 0) - began)
+            running.append(_wait(service, job, lambda row: row.status == "running") - began)
+            first_step.append(_wait(service, job, lambda row: row.progress.get("step", 0) > 0) - began)
             behind = client.submit(_text(), JobConfig(epochs=_LONG))
             time.sleep(settle)
             began = time.monotonic()
             job.cancel()
-            cancelled.append(_wait(site, job, lambda row: row.status == "cancelled") - began)
-            next_first_step.append(_wait(site, behind, lambda row: row.progress.get("step", 0) > 0) - began)
-            _cancel(site, behind)
+            cancelled.append(_wait(service, job, lambda row: row.status == "cancelled") - began)
+            next_first_step.append(_wait(service, behind, lambda row: row.progress.get("step", 0) > 0) - began)
+            _cancel(service, behind)
     return Delays(n_jobs, *(_median_and_max(each) for each in (running, first_step, cancelled, next_first_step)))
 
 
-def beside(site: Site, turns: int, seconds: float) -> Beside:
-    """Train alone and beside a stream, by turns of so many seconds each."""
-    with Client(site.url) as client, Client(site.url) as reader:
+def beside(service: TemporaryService, turns: int, seconds: float) -> Beside:
+    """Measure training without and with a concurrent stream, in turns of `seconds` each."""
+    with Client(service.url) as client, Client(service.url) as reader:
         job = client.submit(_text(), JobConfig(epochs=_LONG))
-        _wait(site, job, lambda row: len(store.list_checkpoints(site.database, row.id)) > 0)
+        _wait(service, job, lambda row: len(reads.list_checkpoints(service.database, row.id)) > 0)
         stream_from = reader.job(job.id)
         stream_from.generate("Era uma vez", max_new_tokens=1)  # the engine starts, and loads the checkpoint
         rates = []
         for _ in range(turns):
-            alone = _steps_per_sec(site, job, seconds)
+            alone = _steps_per_sec(service, job, seconds)
             over = Event()
             with concurrent.futures.ThreadPoolExecutor(1) as pool:
                 streaming = pool.submit(_stream_until, stream_from, over)
-                rates.append((alone, _steps_per_sec(site, job, seconds)))
+                rates.append((alone, _steps_per_sec(service, job, seconds)))
                 over.set()
                 streaming.result()
-        _cancel(site, job)
+        _cancel(service, job)
     alone, disturbed = (statistics.median(each) for each in zip(*rates, strict=True))
     return Beside(alone, disturbed, statistics.median(two / one for one, two in rates))
 
@@ -240,53 +243,55 @@ def _stream_until(job: JobHandle, over: Event) -> None:
             pass
 
 
-def _steps_per_sec(site: Site, job: JobHandle, seconds: float) -> float:
-    """From one recorded batch of steps to another, at least `seconds` later."""
-    began, first = _next_batch(site, job)
+def _steps_per_sec(service: TemporaryService, job: JobHandle, seconds: float) -> float:
+    """Steps a second between two recorded batches that are at least `seconds` apart."""
+    began, first = _next_batch(service, job)
     time.sleep(seconds)
-    ended, last = _next_batch(site, job)
+    ended, last = _next_batch(service, job)
     return (last - first) / (ended - began)
 
 
-def _next_batch(site: Site, job: JobHandle) -> tuple[float, int]:
-    """When the next batch of steps was seen, on the monotonic clock, and its last step."""
-    before = store.get_job(site.database, job.id).progress["step"]
-    at = _wait(site, job, lambda row: row.progress["step"] > before)
-    return at, store.get_job(site.database, job.id).progress["step"]
+def _next_batch(service: TemporaryService, job: JobHandle) -> tuple[float, int]:
+    """Monotonic time at which the next batch of steps was recorded, and its last step."""
+    before = reads.get_job(service.database, job.id).progress["step"]
+    at = _wait(service, job, lambda row: row.progress["step"] > before)
+    return at, reads.get_job(service.database, job.id).progress["step"]
 
 
 def recovery(lease_seconds: float, settle: float) -> Recovery:
-    """Kill a worker in the middle of a job, while another one is idle; on a SQLite of its own."""
-    with open_site(lease_seconds=lease_seconds, snapshot_seconds=1) as site, Client(site.url) as client:
-        site.processes.start_worker("first worker")
+    """Kill a worker during a job, while another one is idle; with a temporary SQLite database."""
+    with run_service(lease_seconds=lease_seconds, snapshot_seconds=1) as service, Client(service.url) as client:
+        service.processes.start_worker("first worker")
         job = client.submit(_text(), JobConfig(epochs=_LONG))
-        _wait(site, job, lambda row: row.progress.get("step", 0) > 100)
-        site.processes.start_worker("second worker")
-        _until(lambda: len(store.list_workers(site.database)) == 2, "the second worker did not start")
+        _wait(service, job, lambda row: row.progress.get("step", 0) > 100)
+        service.processes.start_worker("second worker")
+        _until(lambda: len(list_workers(service.database)) == 2, "the second worker did not start")
         time.sleep(settle)
         began = time.monotonic()
-        site.processes.kill("first worker")
-        left_at = store.get_job(site.database, job.id).progress["step"]
-        running = _wait(site, job, lambda row: row.status == "running" and row.attempt == 2) - began
-        new_step = _wait(site, job, lambda row: row.progress["step"] > left_at) - began
-    return Recovery(site.database.engine.dialect.name, lease_seconds, running, new_step)
+        service.processes.kill("first worker")
+        left_at = reads.get_job(service.database, job.id).progress["step"]
+        running = _wait(service, job, lambda row: row.status == "running" and row.attempt == 2) - began
+        new_step = _wait(service, job, lambda row: row.progress["step"] > left_at) - began
+    return Recovery(service.database.engine.dialect.name, lease_seconds, running, new_step)
 
 
-def _cancel(site: Site, job: JobHandle) -> None:
+def _cancel(service: TemporaryService, job: JobHandle) -> None:
     job.cancel()
-    _wait(site, job, lambda row: row.status == "cancelled")
+    _wait(service, job, lambda row: row.status == "cancelled")
 
 
-def _wait(site: Site, job: JobHandle, until: Callable[[Job], bool]) -> float:
-    """The monotonic time at which the row first looked so."""
-    return _until(lambda: until(store.get_job(site.database, job.id)), f"job {job.id} did not get there")
+def _wait(service: TemporaryService, job: JobHandle, until: Callable[[Job], bool]) -> float:
+    """The monotonic time at which the condition first held for the job's row."""
+    return _until(
+        lambda: until(reads.get_job(service.database, job.id)), f"job {job.id} did not reach the expected state"
+    )
 
 
 def _until(holds: Callable[[], bool], otherwise: str) -> float:
-    """The monotonic time at which it first held. Raises AssertionError when it takes too long."""
-    give_up = time.monotonic() + _GIVE_UP_SECONDS
+    """The monotonic time at which the condition first held. Raises AssertionError after a time-out."""
+    deadline = time.monotonic() + _TIMEOUT_SECONDS
     while not holds():
-        assert time.monotonic() < give_up, otherwise
+        assert time.monotonic() < deadline, otherwise
         time.sleep(_POLL_SECONDS)
     return time.monotonic()
 

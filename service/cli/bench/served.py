@@ -1,7 +1,7 @@
-"""Generation through HTTP, beside the engine alone: what admission, processes, JSON and streams cost.
+"""Benchmark of generation through HTTP beside the engine alone: the cost of admission, processes, JSON and streams.
 
-Both continue the same prompts, one after the other in every turn. The clients are this process, with one connection for
-each text; on a machine of few cores they take time from the engine, which is part of the figure.
+Both continue the same prompts, one after the other in every turn. The clients run in this process, with one connection
+for each text; on a machine of few cores they take time from the engine, which the figure includes.
 """
 
 import asyncio
@@ -15,25 +15,25 @@ from urllib.parse import urlsplit
 import torch
 
 from nanomoe.bench import models
-from nanomoe.generate import Engine, Request, useful_threads
-from nanomoe.sampling import Sampling
+from nanomoe.config import SamplingConfig
+from nanomoe.generation.engine import Engine, Request, useful_threads
 from nanomoe.tokenizer import Tokenizer
-from service.cli.bench.site import open_site
+from service.cli.bench.temporary_service import run_service
 from service.client import Client
 
 _PROMPT_TOKENS = 10
 _NEW_TOKENS = 80
 _LOOPS_SECONDS = 300.0
-"""How long the service may take to have its compiled loops ready."""
+"""Longest time until the service has its compiled loops."""
 
 _HEAD = b"POST /generate HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
-_SAMPLING = Sampling(0.8, 200)
+_SAMPLING = SamplingConfig(temperature=0.8, top_k=200)
 """The defaults of nanoGPT's `sample.py`."""
 
 
 @dataclass(frozen=True)
 class Served:
-    """Tokens a second of one number of texts at once."""
+    """Speed for one number of concurrent texts."""
 
     model: str
     vocab_size: int
@@ -42,33 +42,33 @@ class Served:
     """Tokens a second of the engine alone, in this process."""
 
     http_tok_per_sec: float
-    """Through `POST /generate`, from the first request sent to the last answer read."""
+    """Tokens a second through `POST /generate`, from the first request sent to the last response read."""
 
     ratio: float
-    """http over engine: the median of the turns' ratios."""
+    """HTTP over engine: median of the turns' ratios."""
 
     first_token_seconds: float
-    """From a streaming request sent to its first chunk read, the median over all texts."""
+    """Seconds from a streaming request sent to its first chunk read: median over all texts."""
 
 
 def measure(model_name: str, vocab_size: int, *, at_once: tuple[int, ...], turns: int) -> list[Served]:
-    """Measure one of `models.MODELS` through a service of its own."""
+    """Measure one of `models.MODELS` through a temporary service."""
     tokenizer = models.tokenizer_of(vocab_size)
     model = models.trained(model_name, tokenizer)
     engine = Engine(model.state_dict(), model.config, max_running=max(at_once), compiled=True)
-    with open_site(engine_max_running=max(at_once)) as site:
-        job_id = site.record(model, tokenizer)
-        _until_loops(site.url, job_id)
+    with run_service(engine_max_running=max(at_once)) as service:
+        job_id = service.record(model, tokenizer)
+        _until_loops(service.url, job_id)
         return [
-            asyncio.run(_compare(site.url, job_id, engine, tokenizer, model_name, n, turns)) for n in at_once
+            asyncio.run(_compare(service.url, job_id, engine, tokenizer, model_name, n, turns)) for n in at_once
         ]  # fmt: skip
 
 
 def _until_loops(url: str, job_id: str) -> None:
-    """Ask for single tokens until they are computed by compiled loops, as those of the engine in this process are.
+    """Generate single tokens until the service uses compiled loops, as the engine in this process does.
 
     Raises:
-        TimeoutError: they are not within `_LOOPS_SECONDS`.
+        TimeoutError: the loops are not compiled within `_LOOPS_SECONDS`.
     """
     deadline = time.monotonic() + _LOOPS_SECONDS
     with Client(url) as client:
@@ -87,19 +87,19 @@ async def _compare(
     whole = [json.dumps(body).encode() for body in bodies]
     streamed = [json.dumps(body | {"stream": True}).encode() for body in bodies]
 
-    async def ask_all(requests: list[bytes]) -> list[float]:
+    async def send_all(requests: list[bytes]) -> list[float]:
         asked = zip(clients, requests, strict=True)
-        return await asyncio.gather(*(client.ask(request) for client, request in asked))
+        return await asyncio.gather(*(client.send(request) for client, request in asked))
 
-    await ask_all(whole)  # the checkpoint is loaded
+    await send_all(whole)  # the checkpoint is loaded
     _by_engine(engine, tokenizer, bodies)
     alone, served, first = [], [], []
     for _ in range(turns):
         alone.append(n * _NEW_TOKENS / _by_engine(engine, tokenizer, bodies))
         began = time.perf_counter()
-        await ask_all(whole)
+        await send_all(whole)
         served.append(n * _NEW_TOKENS / (time.perf_counter() - began))
-        first += await ask_all(streamed)
+        first += await send_all(streamed)
     for client in clients:
         client.close()
     return Served(
@@ -114,8 +114,8 @@ async def _compare(
 
 
 class _Client:
-    """A connection that stays open, with as little around it as HTTP allows: a client library's work for every request
-    is as much as the service's, and would be measured with it."""
+    """A minimal HTTP client with a persistent connection: a client library's work for every request is as much as the
+    service's, and would be measured with it."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
@@ -125,8 +125,8 @@ class _Client:
         parts = urlsplit(url)
         return cls(*await asyncio.open_connection(parts.hostname, parts.port))
 
-    async def ask(self, body: bytes) -> float:
-        """Send a request and read its answer; seconds to the first byte of its body."""
+    async def send(self, body: bytes) -> float:
+        """Send a request and read its response; returns the seconds to the first byte of the body."""
         began = time.perf_counter()
         self._writer.write(_HEAD % len(body) + body)
         status, *headers = (await self._reader.readuntil(b"\r\n\r\n")).lower().split(b"\r\n")

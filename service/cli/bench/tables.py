@@ -1,4 +1,4 @@
-"""What was measured, as tables that fit a terminal."""
+"""The benchmarks' results as tables of the terminal."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -51,7 +51,7 @@ def numerics(figures: Iterable["Figures"]) -> Iterable[str]:
     """How the engine computed each model's tokens, and against which bandwidth its limit was taken."""
     for one in figures:
         yield (
-            f"{one.model}, {one.vocab_size:,}: {one.numerics}; {one.n_recomputed:,} tokens decided by float64; "
+            f"{one.model}, {one.vocab_size:,}: {one.numerics}; "
             f"{one.n_active_params / 1e6:.1f} M active weights read at {one.read_bytes_per_sec / 1e9:.0f} GB/s"
         )
 
@@ -75,8 +75,8 @@ def served_table(served: Iterable["Served"]) -> Table:
 
 
 def claims_table(claims: Iterable["ClaimTime"]) -> Table:
-    """One row for each length of the line."""
-    table = text.new_table(">jobs in line", ">claim, median", ">largest")
+    """One row for each number of queued jobs."""
+    table = text.new_table(">queued jobs", ">claim, median", ">largest")
     for one in claims:
         table.add_row(f"{one.n_queued:,}", _ms(one.median_seconds), _ms(one.max_seconds))
     return table
@@ -110,7 +110,7 @@ def delays_table(delays: "Delays", recoveries: Iterable["Recovery"]) -> Table:
 
 
 def beside_table(one: "Beside") -> Table:
-    """Training alone and while somebody generates."""
+    """Training speed without and during generation."""
     table = text.new_table("training", ">steps/s", ">of alone")
     table.add_row("alone", f"{one.steps_per_sec:.1f}", "")
     table.add_row("beside one client that streams", f"{one.steps_per_sec_beside:.1f}", f"{one.ratio:.2f}")

@@ -2,14 +2,14 @@
 
 from alembic import context
 
-from service.jobs.tables import Row
+from service.database.schema import Row
 
 connection = context.config.attributes["connection"]
 context.configure(
     connection=connection,
     target_metadata=Row.metadata,
-    # SQLite changes a table by rebuilding it, and then forgets the DESC of ix_jobs_claim: a migration that rebuilds the
-    # jobs makes that index again (the test that compares the migrated schema with the declared one tells).
+    # SQLite changes a table by rebuilding it, and then loses the DESC of ix_jobs_claim: a migration that rebuilds the
+    # jobs makes that index again (the test that compares the migrated schema with the declared one shows it).
     render_as_batch=True,
     transactional_ddl=True,
 )

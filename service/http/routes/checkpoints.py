@@ -9,8 +9,8 @@ from pydantic import Field
 from service.http import schemas, views
 from service.http.files import RecordedFile
 from service.http.openapi import NOT_MODIFIED, problems
-from service.http.routes.parameters import FileName, JobId, Service, StrictQuery, Which, which
-from service.jobs import store
+from service.http.routes.parameters import CheckpointPath, FileName, JobId, Service, StrictQuery, selected
+from service.jobs import reads
 
 _BYTES = {"type": "string", "format": "binary"}
 
@@ -30,23 +30,23 @@ class ReconstructionQuery(StrictQuery):
 @router.get(
     "",
     summary="List a job's checkpoints",
-    response_description="The recorded checkpoints.",
+    response_description="The recorded checkpoints, by percent.",
     responses=problems(404, 503),
 )
 def list_checkpoints(service: Service, job_id: JobId) -> schemas.Listing[schemas.CheckpointView]:
-    """The recorded checkpoints, by percent."""
-    return schemas.Listing(data=[views.checkpoint(row) for row in store.list_checkpoints(service.database, job_id)])
+    """The recorded checkpoints of a job, by percent."""
+    return schemas.Listing(data=[views.checkpoint(row) for row in reads.list_checkpoints(service.database, job_id)])
 
 
 @router.get(
     "/{percent}",
     summary="Get a checkpoint",
-    response_description="The checkpoint.",
+    response_description="The recorded checkpoint, with its files.",
     responses=problems(404, 503),
 )
-def get_checkpoint(service: Service, job_id: JobId, percent: Which) -> schemas.CheckpointView:
-    """One checkpoint, or the newest."""
-    return views.checkpoint(store.get_checkpoint(service.database, job_id, which(percent)))
+def get_checkpoint(service: Service, job_id: JobId, percent: CheckpointPath) -> schemas.CheckpointView:
+    """One recorded checkpoint of a job, by percent or the newest."""
+    return views.checkpoint(reads.get_checkpoint(service.database, job_id, selected(percent)))
 
 
 @router.get(
@@ -56,10 +56,10 @@ def get_checkpoint(service: Service, job_id: JobId, percent: Which) -> schemas.C
     responses=problems(404, 422, 503),
 )
 def get_reconstruction(
-    service: Service, job_id: JobId, percent: Which, query: Annotated[ReconstructionQuery, Query()]
+    service: Service, job_id: JobId, percent: CheckpointPath, query: Annotated[ReconstructionQuery, Query()]
 ) -> schemas.ReconstructionPage:
     """The model's prediction for the targets of the training text, a page at a time."""
-    row = store.get_checkpoint(service.database, job_id, which(percent))
+    row = reads.get_checkpoint(service.database, job_id, selected(percent))
     return views.reconstruction(row, query.start, query.count)
 
 
@@ -68,7 +68,7 @@ def get_reconstruction(
     summary="Download a file of a checkpoint",
     response_class=FileResponse,
     responses={
-        200: {"description": "The whole file.", "content": {"application/octet-stream": {"schema": _BYTES}}},
+        200: {"description": "The complete file.", "content": {"application/octet-stream": {"schema": _BYTES}}},
         206: {
             "description": "The range of the file that was asked for; several come as `multipart/byteranges`.",
             "content": {
@@ -80,7 +80,7 @@ def get_reconstruction(
         **problems(404, 409, 412, 416, 503),
     },
 )
-def get_checkpoint_file(service: Service, job_id: JobId, percent: Which, name: FileName) -> FileResponse:
-    """A file of a checkpoint. `Repr-Digest` is the sha256 that was recorded of it."""
-    row = store.get_checkpoint(service.database, job_id, which(percent))
+def get_checkpoint_file(service: Service, job_id: JobId, percent: CheckpointPath, name: FileName) -> FileResponse:
+    """A file of a checkpoint. `Repr-Digest` is its recorded SHA-256."""
+    row = reads.get_checkpoint(service.database, job_id, selected(percent))
     return RecordedFile.of(row, name, service.settings.data_dir)

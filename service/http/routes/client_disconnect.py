@@ -1,4 +1,4 @@
-"""A client that goes away takes its work with it: what nobody will read is not computed, and is no fault of ours."""
+"""Cancels the work for a request whose client has disconnected: an answer that nobody reads is not computed."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -8,29 +8,28 @@ from fastapi import Request, Response
 
 T = TypeVar("T")
 
-CLIENT_IS_GONE = Response(status_code=499)
-"""Nobody reads it; the number is what web servers write into their logs."""
+CLIENT_CLOSED_REQUEST = Response(status_code=499)
+"""The response to a client that has disconnected. Nobody receives it; 499 is what nginx logs in this case."""
 
 
-async def left_while_sending(request: Request, error: Exception) -> Response:
-    """The answer to a request whose body never came to its end."""
-    return CLIENT_IS_GONE
+async def disconnected_during_upload(request: Request, error: Exception) -> Response:
+    """Handle `ClientDisconnect`: the client closed the connection before the request body was complete."""
+    return CLIENT_CLOSED_REQUEST
 
 
-async def unless_gone(connection: Request, work: Coroutine[None, None, T]) -> T | None:
-    """The result of `work`; None, and `work` cancelled, when the client goes away before."""
+async def cancel_on_disconnect(connection: Request, work: Coroutine[None, None, T]) -> T | None:
+    """The result of `work`; None, and `work` cancelled, when the client disconnects before."""
     working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_gone(connection))
+    disconnect = asyncio.ensure_future(_wait_for_disconnect(connection))
     try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({working, disconnect}, return_when=asyncio.FIRST_COMPLETED)
         return working.result() if working.done() else None
     finally:
         working.cancel()
-        leaving.cancel()
-        await asyncio.wait({working, leaving})
+        disconnect.cancel()
+        await asyncio.wait({working, disconnect})
 
 
-async def _gone(connection: Request) -> None:
-    """Return when the client has closed the connection."""
+async def _wait_for_disconnect(connection: Request) -> None:
     while (await connection.receive())["type"] != "http.disconnect":
         pass

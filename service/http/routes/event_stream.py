@@ -1,4 +1,4 @@
-"""Server-sent events as an answer: the one place that says how a stream travels."""
+"""Server-sent events as an HTTP response: headers and documentation of every stream."""
 
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
@@ -9,7 +9,7 @@ MEDIA_TYPE = "text/event-stream"
 
 _HEADERS = {
     "Cache-Control": "no-cache",
-    # nginx collects an answer before it passes it on, unless the answer says otherwise.
+    # nginx buffers a response unless this header disables it.
     "X-Accel-Buffering": "no",
 }
 
@@ -20,12 +20,12 @@ class EventStream(StreamingResponse):
     media_type = MEDIA_TYPE
 
     def __init__(self, events: AsyncIterator[bytes], headers: Mapping[str, str] | None = None) -> None:
-        """`events`: each as `format_sse_event` writes it. `headers`: further ones."""
+        """`events`: the encoded events. `headers`: response headers beside those of every stream."""
         super().__init__(events, headers={**_HEADERS, **(headers or {})})
 
 
 def documented(description: str) -> dict[str, Any]:
-    """The content of an answer in the OpenAPI document, in words.
+    """The `content` of a streamed response in the OpenAPI document, described in words.
 
     OpenAPI 3.1 cannot say what type the items of a stream have. Some readers take a `schema` for that of the whole
     text and some for that of each event, so it names no type.

@@ -1,4 +1,4 @@
-"""What happens to a job, as server-sent events that can be taken up again where they broke off."""
+"""The events of a job, as a resumable stream of server-sent events."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -15,45 +15,46 @@ from service.errors import ServiceError
 from service.http import schemas, views
 from service.http.context import Context
 from service.http.openapi import problems
-from service.http.patterns import EVENT_ID
+from service.http.patterns import SEQUENCE_NUMBER
 from service.http.routes import event_stream
 from service.http.routes.event_stream import EventStream
 from service.http.routes.parameters import JobId, Service
-from service.jobs import store
-from service.jobs.tables import TERMINAL, Event, Job
+from service.jobs import reads
+from service.jobs.statuses import TERMINAL
+from service.jobs.tables import Event, Job
 
 router = APIRouter(tags=["events"])
 
 log = structlog.get_logger(__name__)
 
 KEEPALIVE_SECONDS = 15.0
-"""After so long without an event a stream sends a comment, at its next look: a proxy closes a connection over which
-nothing comes, nginx after 60 seconds."""
+"""Time without an event after which a stream sends a comment: a proxy closes a connection that is idle, nginx after 60
+seconds."""
 
 LastEventId = Annotated[
     str | None,
     Header(
-        pattern=EVENT_ID,
-        description="The `id` of the last event that was seen: the stream goes on after it.",
+        pattern=SEQUENCE_NUMBER,
+        description="The `id` of the last event that the client received: the stream resumes after it.",
     ),
 ]
 
 
-class NothingMore(Exception):
-    """The job has ended and its last event was seen: answered 204, which tells a browser not to come back."""
+class StreamEnded(Exception):
+    """The job has ended and the client has its last event: answered 204, upon which a browser does not reconnect."""
 
 
-async def nothing_more(request: object, error: Exception) -> Response:
-    """The answer to `NothingMore`."""
+async def stream_ended(request: object, error: Exception) -> Response:
+    """The answer to `StreamEnded`."""
     return Response(status_code=204)
 
 
 async def _resume_after(service: Service, job_id: JobId, last_event_id: LastEventId = None) -> int:
-    """The sequence number to go on after; settled before the stream begins, while another status can be answered."""
+    """The sequence number to resume after; determined before the stream begins, while an error can be answered."""
     seen = int(last_event_id or 0)
-    row = await to_thread.run_sync(store.get_job, service.database, job_id)
+    row = await to_thread.run_sync(reads.get_job, service.database, job_id)
     if row.status in TERMINAL and seen >= row.event_seq:
-        raise NothingMore
+        raise StreamEnded
     return seen
 
 
@@ -63,18 +64,18 @@ async def _resume_after(service: Service, job_id: JobId, last_event_id: LastEven
     response_class=Response,  # `EventStream` would be given a type
     responses={
         200: {
-            "description": "The events as they come.",
+            "description": "The stream of the job's events.",
             "content": event_stream.documented(
                 "Events `status` (a `StatusEvent`), `step` (a `Progress`), `checkpoint` (a `CheckpointMetrics` without "
                 "tokens) and `warning` (a `ConfigWarning`); all but `step` carry an `id`."
             ),
         },
-        204: {"description": "The job has ended, and its last event was seen."},
+        204: {"description": "The job has ended, and the client has its last event."},
         **problems(404, 422, 503),
     },
 )
 async def get_job_events(service: Service, job_id: JobId, after: Annotated[int, Depends(_resume_after)]) -> EventStream:
-    """Changes of the status, steps, checkpoints and warnings, as they come; ends after the last status."""
+    """Stream status changes, steps, checkpoints and warnings of a job; ends after the terminal status."""
     return EventStream(_events(service, job_id, after))
 
 
@@ -86,15 +87,15 @@ async def _events(service: Context, job_id: str, after: int) -> AsyncIterator[by
     while not service.wakeups.closed:
         change = service.wakeups.next()
         try:
-            row, happened = await to_thread.run_sync(_look, service, job_id, seen)
+            row, events = await to_thread.run_sync(_read, service, job_id, seen)
         except ServiceError as error:
-            # The answer has begun: all that is left is to end it. Whoever comes back is told why.
-            log.info("events_broken_off", job_id=job_id, reason=error.detail)
+            # The answer has begun, so it can only be ended. A client that reconnects gets the error.
+            log.info("event_stream_aborted", job_id=job_id, reason=error.detail)
             return
         lines = [
-            format_sse_event(event=kind, id=str(seq), data_str=data.model_dump_json()) for seq, kind, data in happened
+            format_sse_event(event=kind, id=str(seq), data_str=data.model_dump_json()) for seq, kind, data in events
         ]
-        seen = happened[-1][0] if happened else seen
+        seen = events[-1][0] if events else seen
         progress = views.progress(row)
         if row.status == "running" and progress.step != step:
             step = progress.step
@@ -106,18 +107,18 @@ async def _events(service: Context, job_id: str, after: int) -> AsyncIterator[by
             last_sent_at = clock()
         if row.status in TERMINAL and seen >= row.event_seq:
             return
-        if not happened:
+        if not events:
             await service.wakeups.wait(change)
 
 
-def _look(service: Context, job_id: str, seen: int) -> tuple[Job, list[tuple[int, str, BaseModel]]]:
-    """The job, and what happened to it after event number `seen`.
+def _read(service: Context, job_id: str, seen: int) -> tuple[Job, list[tuple[int, str, BaseModel]]]:
+    """The job, and its events after number `seen`.
 
-    What happens between the two reads is left for the next look: else the step of a job that has ended meanwhile would
+    Events between the two queries are left for the next call: else the step of a job that has ended meanwhile would
     follow its last status.
     """
-    row = store.get_job(service.database, job_id)
-    events = store.events_after(service.database, job_id, seen)
+    row = reads.get_job(service.database, job_id)
+    events = reads.events_after(service.database, job_id, seen)
     return row, [(event.seq, event.kind, _data(service, event)) for event in events if event.seq <= row.event_seq]
 
 
@@ -126,7 +127,7 @@ def _data(service: Context, event: Event) -> BaseModel:
         case "status":
             return schemas.StatusEvent.model_validate(event.data)
         case "checkpoint":
-            row = store.get_checkpoint(service.database, event.job_id, event.data["percent"])
+            row = reads.get_checkpoint(service.database, event.job_id, event.data["percent"])
             return views.checkpoint_metrics(row, tokens=False)
         case _:
             return ConfigWarning.model_validate(event.data)

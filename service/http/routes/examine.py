@@ -1,4 +1,4 @@
-"""Looking into a recorded checkpoint: how well it knows a text, and what a prompt makes it do."""
+"""Evaluation of a recorded checkpoint: the loss of a text, and attention and routing at a prompt."""
 
 from anyio import to_thread
 from fastapi import APIRouter, Request, Response
@@ -7,12 +7,12 @@ from nanomoe.evaluation.copied_spans import longest_copied_span
 from service.http import views
 from service.http.context import Context
 from service.http.openapi import problems
-from service.http.routes.client_disconnect import CLIENT_IS_GONE, unless_gone
+from service.http.routes.client_disconnect import CLIENT_CLOSED_REQUEST, cancel_on_disconnect
 from service.http.routes.parameters import Service
 from service.http.routes.responses import as_json
 from service.http.schemas import CopiedSpan, InspectRequest, InspectResponse, ScoreRequest, ScoreResponse
-from service.jobs import store
-from service.jobs.addressing import Address, find_checkpoints, first_whole
+from service.jobs import reads
+from service.jobs.addressing import Address, find_checkpoints, first_undamaged
 
 router = APIRouter(tags=["generation"])
 
@@ -20,19 +20,19 @@ router = APIRouter(tags=["generation"])
 @router.post(
     "/score",
     summary="Score a text",
-    response_description="The loss of each token, and the copied span.",
+    response_description="The loss of each token, and the longest copied span.",
     response_model=ScoreResponse,
     responses=problems(400, 404, 409, 413, 415, 422, 429, 503),
 )
-async def score(service: Service, asked: ScoreRequest, connection: Request) -> Response:
-    """The loss of each token of a text, and the longest span of it that stands in the training text."""
-    addresses = await to_thread.run_sync(find_checkpoints, service.database, asked.job_id, asked.checkpoint)
-    scoring = first_whole(addresses, lambda one: service.generation.score(*_place(service, one), asked.text))
-    scored = await unless_gone(connection, scoring)
+async def score(service: Service, request: ScoreRequest, connection: Request) -> Response:
+    """Compute the loss of each token of a text, and the longest span of it that occurs in the training text."""
+    addresses = await to_thread.run_sync(find_checkpoints, service.database, request.job_id, request.checkpoint)
+    scoring = first_undamaged(addresses, lambda one: service.generation.score(*_folder_of(service, one), request.text))
+    scored = await cancel_on_disconnect(connection, scoring)
     if scored is None:
-        return CLIENT_IS_GONE
-    copied = await to_thread.run_sync(_copied, service, asked, limiter=service.comparing)
-    return as_json(views.scored(scored[0], asked.text, scored[1], copied))
+        return CLIENT_CLOSED_REQUEST
+    copied = await to_thread.run_sync(_copied, service, request, limiter=service.comparing)
+    return as_json(views.scored(scored[0], request.text, scored[1], copied))
 
 
 @router.post(
@@ -42,25 +42,25 @@ async def score(service: Service, asked: ScoreRequest, connection: Request) -> R
     response_model=InspectResponse,
     responses=problems(400, 404, 409, 413, 415, 422, 429, 503),
 )
-async def inspect(service: Service, asked: InspectRequest, connection: Request) -> Response:
-    """What a prompt makes a model do: likeliest next tokens, attention of each head, and how each token was routed."""
-    addresses = await to_thread.run_sync(find_checkpoints, service.database, asked.job_id, asked.checkpoint)
-    inspecting = first_whole(
+async def inspect(service: Service, request: InspectRequest, connection: Request) -> Response:
+    """Evaluate a prompt: the likeliest next tokens, the attention of each head, and the routing of each token."""
+    addresses = await to_thread.run_sync(find_checkpoints, service.database, request.job_id, request.checkpoint)
+    inspecting = first_undamaged(
         addresses,
-        lambda one: service.generation.inspect(*_place(service, one), asked.prompt, attention=asked.attention),
+        lambda one: service.generation.inspect(*_folder_of(service, one), request.prompt, attention=request.attention),
     )
-    inspected = await unless_gone(connection, inspecting)
-    return CLIENT_IS_GONE if inspected is None else as_json(views.inspected(*inspected))
+    inspected = await cancel_on_disconnect(connection, inspecting)
+    return CLIENT_CLOSED_REQUEST if inspected is None else as_json(views.inspected(*inspected))
 
 
-def _place(service: Context, address: Address) -> tuple[str, str]:
+def _folder_of(service: Context, address: Address) -> tuple[str, str]:
     return str(service.settings.data_dir / address.folder), address.manifest_sha256
 
 
-def _copied(service: Context, asked: ScoreRequest) -> CopiedSpan | None:
+def _copied(service: Context, request: ScoreRequest) -> CopiedSpan | None:
     """The longest span shared with the training text, in whole characters."""
-    training = store.get_text(service.database, store.get_job(service.database, asked.job_id).text_sha256)
-    scored = asked.text.encode()
+    training = reads.get_text(service.database, reads.get_job(service.database, request.job_id).text_sha256)
+    scored = request.text.encode()
     found = longest_copied_span(scored, training)
     start, end = found.start, found.start + found.n_bytes
     # The bytes that two texts share may begin and end within a character.

@@ -17,12 +17,12 @@ from service.http.context import Context
 from service.http.openapi import problems as documented
 from service.http.openapi import ref
 from service.http.routes import event_stream
-from service.http.routes.client_disconnect import CLIENT_IS_GONE, unless_gone
+from service.http.routes.client_disconnect import CLIENT_CLOSED_REQUEST, cancel_on_disconnect
 from service.http.routes.event_stream import EventStream
 from service.http.routes.parameters import Service
 from service.http.routes.responses import as_json
 from service.http.schemas import GenerateRequest, GenerateResponse
-from service.jobs.addressing import Address, find_checkpoints, first_whole
+from service.jobs.addressing import Address, find_checkpoints, first_undamaged
 
 router = APIRouter(tags=["generation"])
 
@@ -33,7 +33,7 @@ router = APIRouter(tags=["generation"])
     response_model=GenerateResponse,
     responses={
         200: {
-            "description": "The continuations; with `stream`, as events `chunk` and, at the end, `end`, then `[DONE]`.",
+            "description": "The continuations; with `stream`, events `chunk`, then `end`, then `[DONE]`.",
             "content": {
                 "application/json": {"schema": ref(GenerateResponse)},
                 **event_stream.documented(
@@ -46,14 +46,14 @@ router = APIRouter(tags=["generation"])
     },
 )
 async def generate(service: Service, asked: GenerateRequest, connection: Request) -> Response:
-    """Continue a prompt. The same seed gives the same text, whoever else is being served."""
+    """Continue a prompt. The same seed gives the same text, whatever else the service computes."""
     addresses = await to_thread.run_sync(find_checkpoints, service.database, asked.job_id, asked.checkpoint)
     seed = secrets.randbits(63) if asked.seed is None else asked.seed
     if not asked.stream:
-        whole = first_whole(addresses, lambda one: service.generation.generate(_request(service, asked, seed, one)))
-        generated = await unless_gone(connection, whole)
+        whole = first_undamaged(addresses, lambda one: service.generation.generate(_request(service, asked, seed, one)))
+        generated = await cancel_on_disconnect(connection, whole)
         if generated is None:
-            return CLIENT_IS_GONE
+            return CLIENT_CLOSED_REQUEST
         address, result = generated
         return as_json(views.generated(address, asked.prompt, seed, result))
 
@@ -62,9 +62,9 @@ async def generate(service: Service, asked: GenerateRequest, connection: Request
         # The first item decides the status: once the answer has begun, it is too late for a 503.
         return await anext(items), items
 
-    begun = await unless_gone(connection, first_whole(addresses, begin))
+    begun = await cancel_on_disconnect(connection, first_undamaged(addresses, begin))
     if begun is None:
-        return CLIENT_IS_GONE
+        return CLIENT_CLOSED_REQUEST
     address, (first, items) = begun
     return EventStream(_events(address, seed, first, items))
 
@@ -88,7 +88,7 @@ def _request(service: Context, asked: GenerateRequest, seed: int, address: Addre
 async def _events(
     address: Address, seed: int, first: Chunk | Summary, items: AsyncGenerator[Chunk | Summary]
 ) -> AsyncIterator[bytes]:
-    """The stream on the wire. Closing it cancels the generation."""
+    """The encoded events of the stream. Closing it cancels the generation."""
     async with aclosing(items):
         yield _event(address, seed, first)
         try:

@@ -1,4 +1,4 @@
-"""Jobs: submit, list, look at, rename, cancel, pause, resume, delete."""
+"""Jobs: submit, list, read, rename, cancel, pause, resume, delete."""
 
 import asyncio
 from typing import Annotated, cast
@@ -9,32 +9,35 @@ from pydantic import Field, StringConstraints
 
 from nanomoe import checkpoint
 from nanomoe.checkpoint import CheckpointDamaged
+from nanomoe.config import JobConfig
 from service.errors import Conflict, DatabaseUnavailable
 from service.http import files, schemas, views
 from service.http.conditional import ConditionalResponse
 from service.http.context import Context
 from service.http.openapi import NOT_MODIFIED, problems, ref
-from service.http.patterns import IDEMPOTENCY_KEY, TAG
+from service.http.patterns import IDEMPOTENCY_KEY, SEQUENCE_NUMBER, TAG
 from service.http.routes.parameters import JobId, Service, StrictQuery
 from service.http.routes.submit_body import DOCUMENTED, Submission
 from service.http.schemas import JobView
 from service.http.schemas.jobs import split_tag
-from service.jobs import queue, queue_position, store, submission
-from service.jobs.tables import TERMINAL, Job
+from service.jobs import queue, queue_position, reads, submission
+from service.jobs.labels import relabel
+from service.jobs.statuses import TERMINAL
+from service.jobs.tables import Job
 
 router = APIRouter(tags=["jobs"])
 
 MAX_WAIT_SECONDS = 120
 
 RETRY_SECONDS = 1.0
-"""How soon a request that waits looks again while the database is out of reach."""
+"""Delay between two reads of a waiting request while the database is out of reach."""
 
 
 class SubmitQuery(StrictQuery):
     """Query of `POST /jobs`."""
 
     dry_run: bool = False
-    """Check and measure the job without submitting it."""
+    """Validate and measure the job without submitting it."""
 
 
 class ListQuery(StrictQuery):
@@ -47,10 +50,10 @@ class ListQuery(StrictQuery):
     """Only jobs with this tag: `key`, or `key=value`, for which `key:value` does as well."""
 
     limit: int = Field(50, ge=1, le=200)
-    """Jobs of a page."""
+    """Most jobs of a page."""
 
-    cursor: Annotated[str, StringConstraints(pattern=r"^[0-9]{1,18}$")] | None = None
-    """`next_cursor` of the page before."""
+    cursor: Annotated[str, StringConstraints(pattern=SEQUENCE_NUMBER)] | None = None
+    """Value of `next_cursor` in the previous page."""
 
 
 class JobQuery(StrictQuery):
@@ -60,24 +63,24 @@ class JobQuery(StrictQuery):
     """Seconds to wait for another status than `seen`."""
 
     seen: schemas.Status | None = None
-    """The status that is known already; without it, any change of the status ends the wait."""
+    """The status that the client has already; without it, any change of the status ends the wait."""
 
 
 IdempotencyKey = Annotated[
     Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=IDEMPOTENCY_KEY)] | None,
-    Header(description="The same key with the same request answers the first job instead of making a second."),
+    Header(description="Token that makes the request safe to repeat: the same key and request answer the first job."),
 ]
 
 
 @router.post(
     "/jobs",
     summary="Submit a job",
-    response_description="The new job.",
+    response_description="The job that was submitted.",
     status_code=201,
     response_model=JobView,
     responses={
         200: {
-            "description": "The job that this key made before; or the estimate of a dry run.",
+            "description": "The job that was submitted with this key before; or the estimate of a dry run.",
             "content": {"application/json": {"schema": {"anyOf": [ref(JobView), ref(schemas.Estimate)]}}},
         },
         **problems(400, 404, 409, 413, 415, 422, 429, 503, 507),
@@ -92,31 +95,37 @@ def submit_job(
     idempotency_key: IdempotencyKey = None,
 ) -> Response | JobView:
     """Train a model on a text. Everything but the text has the reference run's default."""
-    found = submission.assess(request, service.settings, _parent(service, request))
+    found = submission.assess(request.text, request.config, service.settings, _parent(service, request.config))
     if query.dry_run:
         return Response(views.estimate(found).model_dump_json(), 200, media_type="application/json")
-    row, created = queue.submit(
-        service.database, found.new_job(idempotency_key), max_queued=service.settings.max_queued
+    new = found.new_job(
+        name=request.name,
+        tags=request.tags,
+        priority=request.priority,
+        run_at=request.run_at,
+        idempotency_key=idempotency_key,
     )
+    row, created = queue.submit(service.database, new, max_queued=service.settings.max_queued)
     response.status_code = 201 if created else 200
     response.headers["Location"] = f"/jobs/{row.id}"
-    return _placed(service, row)
+    return _with_queue_position(service, row)
 
 
-def _parent(service: Context, request: schemas.SubmitRequest) -> submission.Parent | None:
-    """The checkpoint that a job is to start from, which must have been recorded.
+def _parent(service: Context, config: JobConfig) -> submission.Parent | None:
+    """The recorded checkpoint that a job is to start from; None for random weights.
 
     Raises:
         NotFound: `job_not_found`, `checkpoint_not_found`.
         Conflict: `checkpoint_damaged`.
     """
-    origin = request.config.init_from
+    origin = config.init_from
     if origin is None:
         return None
-    recorded = store.get_checkpoint(service.database, origin.job_id, origin.checkpoint)
-    job = store.get_job(service.database, origin.job_id)
+    recorded = reads.get_checkpoint(service.database, origin.job_id, origin.checkpoint)
+    job = reads.get_job(service.database, origin.job_id)
     try:
-        tokenizer = checkpoint.read_tokenizer(service.settings.data_dir / recorded.folder, recorded.manifest_sha256)
+        opened = checkpoint.open(service.settings.data_dir / recorded.folder, recorded.manifest_sha256)
+        tokenizer = opened.tokenizer()
     except CheckpointDamaged as error:
         raise Conflict(error.code, f"cannot start from {origin.job_id}@{origin.checkpoint}: {error}") from error
     return submission.Parent(views.job(job).config, tokenizer, job.text_sha256)
@@ -132,20 +141,20 @@ def list_jobs(service: Service, query: Annotated[ListQuery, Query()]) -> schemas
     """The jobs, newest first. Jobs that arrive meanwhile do not shift the pages."""
     tag = None if query.tag is None else split_tag(query.tag)
     before = None if query.cursor is None else int(query.cursor)
-    rows = store.list_jobs(service.database, status=query.status, tag=tag, before=before, limit=query.limit + 1)
+    rows = reads.list_jobs(service.database, status=query.status, tag=tag, before=before, limit=query.limit + 1)
     return views.job_page(rows, query.limit)
 
 
 @router.get(
     "/jobs/{job_id}",
     summary="Get a job, or wait for its status",
-    response_description="The job.",
+    response_description="The job as it is now.",
     responses=problems(404, 422, 503),
 )
 async def get_job(service: Service, job_id: JobId, query: Annotated[JobQuery, Query()]) -> JobView:
-    """One job. With `wait`, answers once its status is another than `seen`, or its last, or when the time is over.
+    """One job. With `wait`, answers once its status differs from `seen` or is terminal, or after that time.
 
-    A database that is out of reach is waited for as long.
+    While the database is out of reach, the request waits as long.
     """
     clock = asyncio.get_running_loop().time
     deadline = clock() + query.wait
@@ -157,11 +166,11 @@ async def get_job(service: Service, job_id: JobId, query: Annotated[JobQuery, Qu
     while True:
         change = service.wakeups.next()
         try:
-            row = await to_thread.run_sync(store.get_job, service.database, job_id)
+            row = await to_thread.run_sync(reads.get_job, service.database, job_id)
             seen = seen or cast(schemas.Status, row.status)
             if row.status != seen or row.status in TERMINAL or is_over():
-                # Only now: a place in the line takes a look at the whole line.
-                return await to_thread.run_sync(_placed, service, row)
+                # Only now: a queue position takes a query over the whole queue.
+                return await to_thread.run_sync(_with_queue_position, service, row)
             pause = deadline - clock()
         except DatabaseUnavailable:
             if is_over():
@@ -170,9 +179,9 @@ async def get_job(service: Service, job_id: JobId, query: Annotated[JobQuery, Qu
         await service.wakeups.wait(change, pause)
 
 
-def _placed(service: Context, row: Job) -> JobView:
-    """The job with its place in the queue."""
-    place = queue_position.find_place(service.database, row.id) if row.status == "queued" else None
+def _with_queue_position(service: Context, row: Job) -> JobView:
+    """The job with its queue position."""
+    place = queue_position.find_queue_position(service.database, row.id) if row.status == "queued" else None
     if place is None:
         return views.job(row)
     return views.job(row, queue_position=place.position, estimated_start_at=place.estimated_start_at)
@@ -185,8 +194,8 @@ def _placed(service: Context, row: Job) -> JobView:
     responses=problems(400, 404, 413, 415, 422, 503, 507),
 )
 def patch_job(service: Service, job_id: JobId, patch: schemas.JobPatch) -> JobView:
-    """Change the name or the tags."""
-    return views.job(store.relabel(service.database, job_id, patch.model_dump(exclude_unset=True)))
+    """Change the name or the tags of a job."""
+    return views.job(relabel(service.database, job_id, patch.model_dump(exclude_unset=True)))
 
 
 @router.get(
@@ -194,16 +203,19 @@ def patch_job(service: Service, job_id: JobId, patch: schemas.JobPatch) -> JobVi
     summary="Get a job's training text",
     response_class=Response,
     responses={
-        200: {"description": "The training text.", "content": {"text/plain": {"schema": {"type": "string"}}}},
+        200: {
+            "description": "The training text of the job.",
+            "content": {"text/plain": {"schema": {"type": "string"}}},
+        },
         304: NOT_MODIFIED,
         **problems(404, 412, 503),
     },
 )
 def get_job_text(service: Service, job_id: JobId) -> Response:
-    """The training text."""
-    row = store.get_job(service.database, job_id)
+    """The training text of a job, in UTF-8."""
+    row = reads.get_job(service.database, job_id)
     return ConditionalResponse(
-        store.get_text(service.database, row.text_sha256),
+        reads.get_text(service.database, row.text_sha256),
         headers={"ETag": f'"{row.text_sha256}"', "Cache-Control": "no-cache"},
         media_type="text/plain; charset=utf-8",
     )
@@ -217,7 +229,7 @@ def get_job_text(service: Service, job_id: JobId) -> Response:
     responses=problems(404, 409, 503, 507),
 )
 def cancel_job(service: Service, job_id: JobId) -> JobView:
-    """Ask the job to stop for good. Its checkpoints stay."""
+    """Request that the job stops for good. Its checkpoints stay."""
     return views.job(queue.request_cancel(service.database, job_id))
 
 
@@ -229,7 +241,7 @@ def cancel_job(service: Service, job_id: JobId) -> JobView:
     responses=problems(404, 409, 503, 507),
 )
 def pause_job(service: Service, job_id: JobId) -> JobView:
-    """Ask the job to stop until it is resumed."""
+    """Request that the job stops until it is resumed."""
     return views.job(queue.request_pause(service.database, job_id))
 
 
@@ -241,7 +253,7 @@ def pause_job(service: Service, job_id: JobId) -> JobView:
     responses=problems(404, 409, 503, 507),
 )
 def resume_job(service: Service, job_id: JobId) -> JobView:
-    """Let a paused job go on where it stopped."""
+    """Put a paused job back into the queue, to continue where it stopped."""
     return views.job(queue.resume(service.database, job_id))
 
 

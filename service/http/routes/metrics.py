@@ -1,4 +1,4 @@
-"""What a job measured: its checkpoints' figures and its step series."""
+"""The metrics of a job: the figures of each checkpoint, and the step series."""
 
 from collections.abc import Iterator
 from typing import Annotated
@@ -10,7 +10,9 @@ from pydantic import Field
 from service.http import schemas, views
 from service.http.openapi import problems
 from service.http.routes.parameters import JobId, Service, StrictQuery
-from service.jobs import store
+from service.jobs import reads
+from service.jobs.series import MIN_POINTS
+from service.jobs.tables import SERIES
 
 router = APIRouter(tags=["metrics"])
 
@@ -20,7 +22,7 @@ _CSV_ROWS = 10_000
 class MetricsQuery(StrictQuery):
     """Query of `GET /jobs/{id}/metrics`."""
 
-    points: int = Field(1000, ge=store.MIN_POINTS, le=100_000)
+    points: int = Field(1000, ge=MIN_POINTS, le=100_000)
     """Most steps of the series; its extremes are kept."""
 
     tokens: bool = True
@@ -34,10 +36,10 @@ class MetricsQuery(StrictQuery):
     responses=problems(404, 422, 503),
 )
 def get_job_metrics(service: Service, job_id: JobId, query: Annotated[MetricsQuery, Query()]) -> schemas.Metrics:
-    """Each checkpoint's figures, and the step series."""
-    row = store.get_job(service.database, job_id)
-    checkpoints = store.list_checkpoints(service.database, job_id)
-    steps = store.series(service.database, job_id, query.points)
+    """The figures of each checkpoint of a job, and its step series."""
+    row = reads.get_job(service.database, job_id)
+    checkpoints = reads.list_checkpoints(service.database, job_id)
+    steps = reads.series(service.database, job_id, query.points)
     return views.metrics(row, checkpoints, steps, tokens=query.tokens)
 
 
@@ -54,14 +56,14 @@ def get_job_metrics(service: Service, job_id: JobId, query: Annotated[MetricsQue
     },
 )
 def get_job_metrics_csv(service: Service, job_id: JobId) -> StreamingResponse:
-    """The whole step series as CSV."""
-    store.get_job(service.database, job_id)
+    """The complete step series of a job as CSV."""
+    reads.get_job(service.database, job_id)
     return StreamingResponse(_csv(service, job_id), media_type="text/csv; charset=utf-8")
 
 
 def _csv(service: Service, job_id: str) -> Iterator[str]:
-    yield ",".join(("step", *store.SERIES)) + "\n"
+    yield ",".join(("step", *SERIES)) + "\n"
     step = 0
-    while rows := store.steps_after(service.database, job_id, step, _CSV_ROWS):
+    while rows := reads.steps_after(service.database, job_id, step, _CSV_ROWS):
         yield "".join(",".join("" if value is None else repr(value) for value in row) + "\n" for row in rows)
         step = rows[-1].step

@@ -22,19 +22,19 @@ from service.http.context import Context
 from service.http.openai_choices import ChoiceWriter, text_of
 from service.http.openapi import openai_errors, ref
 from service.http.routes import event_stream
-from service.http.routes.client_disconnect import CLIENT_IS_GONE, unless_gone
+from service.http.routes.client_disconnect import CLIENT_CLOSED_REQUEST, cancel_on_disconnect
 from service.http.routes.event_stream import EventStream
 from service.http.routes.parameters import Service
 from service.http.routes.responses import as_json
 from service.http.schemas import Completion, CompletionRequest, Model, ModelList
 from service.jobs import addressing
-from service.jobs.addressing import MODEL_ID_PATTERN, Address, first_whole
+from service.jobs.addressing import MODEL_ID_PATTERN, Address, first_undamaged
 from service.settings import Settings
 
 router = APIRouter(prefix="/v1", tags=["openai"])
 
 MAX_TOKENS = 16
-"""What OpenAI's completions add unless told otherwise."""
+"""Default of `max_tokens`, as in OpenAI's completions."""
 
 MAX_CHOICES = 2048
 """Most continuations of one request, of all its prompts together."""
@@ -57,7 +57,12 @@ _MAX_IGNORED = 20
     responses={
         200: {
             "description": "The continuations; with `stream`, as chunks of the same shape, then `[DONE]`.",
-            "headers": {"X-Ignored": {"description": "Fields that had no effect.", "schema": {"type": "string"}}},
+            "headers": {
+                "X-Ignored": {
+                    "description": "Names of the request's fields that had no effect.",
+                    "schema": {"type": "string"},
+                }
+            },
             "content": {
                 "application/json": {"schema": ref(Completion)},
                 **event_stream.documented("Chunks, each the data of an event, then `[DONE]`."),
@@ -67,13 +72,13 @@ _MAX_IGNORED = 20
     },
 )
 async def create_completion(service: Service, asked: CompletionRequest, connection: Request) -> Response:
-    """Continue prompts, as OpenAI's legacy completions do."""
+    """Continue prompts, in the shape of OpenAI's legacy completions."""
     resolved = _Resolved.of(asked, service.settings)
     addresses = await to_thread.run_sync(addressing.find_models, service.database, asked.model)
 
     async def finish(address: Address) -> Completion:
         answer, items = await _begin(service, resolved, address)
-        return await answer.whole(items)
+        return await answer.complete(items)
 
     async def begin(address: Address) -> tuple[_Answer, Gain | Count, AsyncGenerator[Gain | Count]]:
         answer, items = await _begin(service, resolved, address)
@@ -83,26 +88,26 @@ async def create_completion(service: Service, asked: CompletionRequest, connecti
     headers = _ignored(asked)
     try:
         if not asked.stream:
-            finished = await unless_gone(connection, first_whole(addresses, finish))
-            return CLIENT_IS_GONE if finished is None else as_json(finished[1], headers)
-        begun = await unless_gone(connection, first_whole(addresses, begin))
+            finished = await cancel_on_disconnect(connection, first_undamaged(addresses, finish))
+            return CLIENT_CLOSED_REQUEST if finished is None else as_json(finished[1], headers)
+        begun = await cancel_on_disconnect(connection, first_undamaged(addresses, begin))
     except Invalid as error:
         raise resolved.in_prompt(error) from error
     if begun is None:
-        return CLIENT_IS_GONE
+        return CLIENT_CLOSED_REQUEST
     return EventStream(_events(*begun[1]), headers)
 
 
 @dataclass(frozen=True)
 class _Resolved:
-    """A request within the server's limits, with what its nulls stand for."""
+    """A request within the server's limits, with defaults in place of nulls."""
 
     asked: CompletionRequest
     prompts: list[str | list[int]]
     n: int
     max_tokens: int
     seeds: list[int]
-    """One for each prompt."""
+    """Seed of each prompt."""
 
     @classmethod
     def of(cls, asked: CompletionRequest, settings: Settings) -> Self:
@@ -166,7 +171,7 @@ def _limit(code: str, field: str, value: int, most: int, what: str | None = None
 async def _begin(
     service: Context, resolved: _Resolved, address: Address
 ) -> tuple["_Answer", AsyncGenerator[Gain | Count]]:
-    """The answer from one checkpoint, with what the prompts' own tokens tell of them; and what will be added to it."""
+    """The answer of one checkpoint, with the prompts' own tokens where they are needed, and the chunks to come."""
     asked, folder = resolved.asked, str(service.settings.data_dir / address.folder)
     read: Sequence[Sequence[PromptToken]] | None = None
     if resolved.is_read:
@@ -174,7 +179,7 @@ async def _begin(
         read = await service.generation.read_prompts(folder, address.manifest_sha256, resolved.prompts, logprobs)
     answer = _Answer(address, resolved, read)
     if read is not None and resolved.max_tokens == 0:
-        return answer, _nothing_added(resolved, read)
+        return answer, _empty_continuations(resolved, read)
     requests = [
         EngineRequest(
             folder=folder,
@@ -195,8 +200,10 @@ async def _begin(
     return answer, continue_all(service.generation, requests, at_once=at_once, in_chunks=bool(asked.stream))
 
 
-async def _nothing_added(resolved: _Resolved, read: Sequence[Sequence[PromptToken]]) -> AsyncGenerator[Gain | Count]:
-    """What is told of continuations without a token."""
+async def _empty_continuations(
+    resolved: _Resolved, read: Sequence[Sequence[PromptToken]]
+) -> AsyncGenerator[Gain | Count]:
+    """The chunks and usage of continuations without a token."""
     logprobs = None if resolved.asked.logprobs is None else ()
     for prompt in range(len(read)):
         for index in range(resolved.n):
@@ -233,12 +240,12 @@ def get_model(
 
 @router.post("/chat/completions", include_in_schema=False)
 def chat() -> None:
-    """Not here: these models continue texts, and were never taught to take turns."""
+    """Refuse chat: these models continue texts, and are not trained on dialogue."""
     raise NotFound("no_chat", "these models continue a text and cannot chat: use POST /v1/completions")
 
 
 class _Answer:
-    """A completion on its way out, whole or in chunks."""
+    """Builds the response of a completion, complete or in chunks."""
 
     def __init__(self, address: Address, resolved: _Resolved, read: Sequence[Sequence[PromptToken]] | None) -> None:
         """`read`: the prompts' own tokens, where they are needed."""
@@ -257,8 +264,8 @@ class _Answer:
             first = place * resolved.n
             self._writers += [ChoiceWriter(index, text, tokens) for index in range(first, first + resolved.n)]
 
-    async def whole(self, items: AsyncGenerator[Gain | Count]) -> Completion:
-        """All continuations, finished."""
+    async def complete(self, items: AsyncGenerator[Gain | Count]) -> Completion:
+        """The response with all continuations, once they are finished."""
         usage = None
         choices: list[schemas.CompletionChoice] = []
         async with aclosing(items):
@@ -271,7 +278,7 @@ class _Answer:
         return Completion(**self._common, choices=sorted(choices, key=lambda choice: choice.index), usage=usage)
 
     def chunk(self, item: Gain | Count) -> Completion | None:
-        """What a stream says of `item`."""
+        """The chunk of a stream for `item`; None where it has none."""
         if isinstance(item, Gain):
             return Completion(**self._common, choices=[self._write(item)], usage=None)
         if self._options is None or not self._options.include_usage:
@@ -283,15 +290,15 @@ class _Answer:
 
 
 async def _events(answer: _Answer, first: Gain | Count, items: AsyncGenerator[Gain | Count]) -> AsyncIterator[bytes]:
-    """The stream on the wire. Closing it cancels the generation."""
+    """The encoded events of the stream. Closing it cancels the generation."""
     async with aclosing(items):
         try:
             yield _event(answer.chunk(first))
             async for item in items:
                 yield _event(answer.chunk(item))
         except ServiceError as error:
-            told = problems.openai_error(problems.of_service_error(error))
-            yield format_sse_event(data_str=told.model_dump_json())
+            body = problems.openai_error(problems.of_service_error(error))
+            yield format_sse_event(data_str=body.model_dump_json())
             return
     yield format_sse_event(data_str="[DONE]")
 
@@ -301,7 +308,7 @@ def _event(completion: Completion | None) -> bytes:
 
 
 def _ignored(asked: CompletionRequest) -> dict[str, str]:
-    """The header that names what had no effect; names that no header can hold are a `?` in it."""
+    """The header that names fields without effect; a name that a header cannot hold is shown as `?`."""
     names = [name if _HEADER_SAFE.fullmatch(name) else "?" for name in asked.ignored]
     return {"X-Ignored": ", ".join(sorted(set(names))[:_MAX_IGNORED])} if names else {}
 

@@ -1,6 +1,6 @@
-"""What several routes take: the parts of the service, and the ids and names that paths are made of.
+"""Parameters of several routes: the service's context, and the ids and names in paths.
 
-An id that cannot be one is answered like an id that nobody has: not found.
+A malformed id is answered as an unknown one is: 404.
 """
 
 import re
@@ -9,12 +9,15 @@ from typing import Annotated, Any, Literal
 from fastapi import Depends, Path, Request
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
+from nanomoe.config import JOB_ID_PATTERN, PERCENTS, Percent
 from service.errors import NotFound
 from service.http.context import Context
-from service.http.schemas import JOB_ID_PATTERN, Percent
 
 _JOB_ID = re.compile(JOB_ID_PATTERN)
-_WHICH: dict[str, Percent | Literal["latest"]] = {"0": 0, "25": 25, "50": 50, "75": 75, "100": 100, "latest": "latest"}
+_CHECKPOINTS: dict[str, Percent | Literal["latest"]] = {
+    **{str(percent): percent for percent in PERCENTS},
+    "latest": "latest",
+}
 _FILE_NAME = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")
 
 
@@ -27,7 +30,7 @@ Service = Annotated[Context, Depends(_context)]
 
 
 class StrictQuery(BaseModel):
-    """Query parameters: unknown ones are refused, so that a misspelt one is not silently without effect."""
+    """Query parameters. Unknown ones are refused, so that a misspelt one is not ignored."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -40,27 +43,30 @@ def _job_id(given: str) -> str:
 
 JobId = Annotated[
     str,
-    Path(description="The job's id.", json_schema_extra={"pattern": JOB_ID_PATTERN}),
+    Path(description="Id of the job: 32 hexadecimal digits.", json_schema_extra={"pattern": JOB_ID_PATTERN}),
     AfterValidator(_job_id),
 ]
 
 
-def _which(given: str) -> str:
-    if given not in _WHICH:
-        raise NotFound("checkpoint_not_found", f"a checkpoint is one of {', '.join(_WHICH)}, not {given!r}")
+def _checkpoint(given: str) -> str:
+    if given not in _CHECKPOINTS:
+        raise NotFound("checkpoint_not_found", f"a checkpoint is one of {', '.join(_CHECKPOINTS)}, not {given!r}")
     return given
 
 
-Which = Annotated[
+CheckpointPath = Annotated[
     str,
-    Path(description="The checkpoint's percent, or the newest.", json_schema_extra={"enum": list[Any](_WHICH)}),
-    AfterValidator(_which),
+    Path(
+        description="Percent of the checkpoint, or `latest` for the newest.",
+        json_schema_extra={"enum": list[Any](_CHECKPOINTS)},
+    ),
+    AfterValidator(_checkpoint),
 ]
 
 
-def which(given: str) -> Percent | Literal["latest"]:
-    """A checked path parameter as what the store takes."""
-    return _WHICH[given]
+def selected(given: str) -> Percent | Literal["latest"]:
+    """The percent, or `latest`, that a validated path parameter stands for."""
+    return _CHECKPOINTS[given]
 
 
 def _file_name(given: str) -> str:
@@ -71,6 +77,8 @@ def _file_name(given: str) -> str:
 
 FileName = Annotated[
     str,
-    Path(description="The file's name.", json_schema_extra={"pattern": _FILE_NAME.pattern}),
+    Path(
+        description="Name of the file, as listed in the checkpoint.", json_schema_extra={"pattern": _FILE_NAME.pattern}
+    ),
     AfterValidator(_file_name),
 ]

@@ -58,7 +58,7 @@ async def _read(request: Request, service: Service) -> SubmitRequest:
         return _validate(await request.body())
     if kind == "multipart/form-data":
         limit = service.settings.max_text_bytes
-        # A part may be as large as the body may be, which is bounded: what is too large is told as of a JSON body.
+        # A part may be as large as the body may be, which is bounded: too large a text is refused as in a JSON body.
         async with _with_bytes_for_characters(request).form(
             max_files=len(_FIELDS), max_fields=len(_FIELDS), max_part_size=sys.maxsize
         ) as form:
@@ -67,9 +67,9 @@ async def _read(request: Request, service: Service) -> SubmitRequest:
 
 
 def _with_bytes_for_characters(request: Request) -> Request:
-    """The request as one whose form is in Latin-1, where each byte is a character.
+    """The request with its form declared as Latin-1, in which each byte is a character.
 
-    Starlette takes what is not UTF-8 for Latin-1, and nobody could tell afterwards that it has guessed.
+    Starlette decodes what is not UTF-8 as Latin-1, and its guess could not be detected afterwards.
     """
     headers = MutableHeaders(raw=list(request.scope["headers"]))
     headers["content-type"] += "; charset=latin-1"
@@ -103,7 +103,7 @@ async def _values(form: FormData, limit: int) -> dict[str, Any]:
                 "invalid_request", "a part is sent twice", errors=[{"loc": ["body", name], "msg": "sent twice"}]
             )
         content = await _content(part, limit if name == "text" else None)
-        # A file may begin with the mark that says how it is encoded.
+        # A file may begin with a byte-order mark.
         content = content.removeprefix(codecs.BOM_UTF8)
         values[name] = _parse(name, content) if name in _JSON_PARTS else _decode(name, content)
     return values

@@ -1,19 +1,16 @@
-"""What goes in and out over HTTP: the requests and answers of every route, as classes shared with the Python client.
+"""The requests and responses of every route, as pydantic classes shared with the Python client.
 
 Requests are strict and refuse unknown keys. Answers are lenient, so that an older client reads a newer server. Knows no
 torch, no FastAPI and no database.
 """
 
-from service.http.patterns import JOB_ID_PATTERN
+from nanomoe.config import Percent
 from service.http.schemas.base import (
     BYTE_ORDER_MARK,
-    TERMINAL,
     Listing,
     Page,
-    Percent,
     Problem,
     ProblemError,
-    Status,
     View,
 )
 from service.http.schemas.checkpoints import (
@@ -79,11 +76,10 @@ from service.http.schemas.openai import (
     StreamOptions,
 )
 from service.http.schemas.system import Device, Health, Readiness, WorkerView
+from service.jobs.statuses import Status
 
 __all__ = [
     "BYTE_ORDER_MARK",
-    "JOB_ID_PATTERN",
-    "TERMINAL",
     "Baselines",
     "CardToken",
     "CheckpointFigures",

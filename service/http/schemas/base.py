@@ -1,13 +1,8 @@
-"""What all answers share: how they are read, how lists come in pages, and what an error looks like."""
+"""Base classes of the responses: views, pages of lists, and errors."""
 
-from typing import Annotated, Generic, Literal, TypeVar
+from typing import Annotated, Generic, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
-
-from nanomoe.config import Percent as Percent
-
-Status = Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
-TERMINAL: frozenset[Status] = frozenset({"succeeded", "failed", "cancelled"})
 
 BYTE_ORDER_MARK = "\ufeff"
 
@@ -17,15 +12,16 @@ def _without_mark(given: object) -> object:
 
 
 Text = Annotated[str, BeforeValidator(_without_mark)]
-"""What is read from files: a byte-order mark at its start says how the file is encoded, and is no part of the text."""
+"""A text that may come from a file: a byte-order mark at its start is dropped."""
 
 T = TypeVar("T")
 
 
 class View(BaseModel):
-    """A frozen answer. Fields that this version does not know are left out."""
+    """A frozen response. Fields that this version does not know are ignored."""
 
-    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+    # Built at their first use: a command of the client needs few of them.
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True, defer_build=True)
 
 
 class Page(View, Generic[T]):
@@ -51,7 +47,7 @@ class Listing(View, Generic[T]):
 
 
 class ProblemError(View):
-    """One thing that is wrong with a request."""
+    """One fault of an invalid request."""
 
     loc: list[str | int]
     """Path to the faulty field: `body`, `query`, `path` or `header` first."""
@@ -67,13 +63,13 @@ class Problem(View):
     """`about:blank`, or an address that names the problem."""
 
     title: str
-    """The HTTP status in words."""
+    """Short summary of the kind of error."""
 
     status: int
-    """The HTTP status."""
+    """HTTP status of the response."""
 
     detail: str
-    """What went wrong this time, for a person."""
+    """Explanation of this occurrence of the error, for people."""
 
     code: str
     """Stable, machine-readable name of the error."""

@@ -1,12 +1,11 @@
-"""Looking into a checkpoint: how well it knows a text, and what a prompt makes it do."""
+"""Evaluation of a checkpoint: the loss of a text, and attention and routing at a prompt."""
 
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from nanomoe.config import Strict, Whole
-from service.http.patterns import JOB_ID_PATTERN
-from service.http.schemas.base import Percent, Text, View
+from nanomoe.config import JOB_ID_PATTERN, Percent, Strict, Whole
+from service.http.schemas.base import Text, View
 
 
 class ScoreRequest(Strict):
@@ -35,7 +34,7 @@ class InspectRequest(Strict):
     """A text of one token or more; its newest `block_size` tokens are read, and nothing is generated."""
 
     attention: bool = True
-    """Whether the attention weights are wanted, which are most of the answer."""
+    """Whether the response holds the attention weights, which are most of it."""
 
 
 class PromptToken(View):
@@ -52,27 +51,26 @@ class PromptToken(View):
 
 
 class ScoredToken(PromptToken):
-    """A token, and how well it was predicted."""
+    """A token of the text with its loss."""
 
     loss: float | None
-    """-ln of the probability that it was given, in nats; null for the first, which nothing predicts, and where it is
-    not finite."""
+    """Cross-entropy of the token, in nats; null for the first, which nothing predicts, and where it is not finite."""
 
 
 class CopiedSpan(View):
-    """The longest part of the text that stands in the training text word for word; of several the first."""
+    """The longest span of the text that occurs in the training text verbatim; of several the first."""
 
     text: str
-    """The copied part, in whole characters."""
+    """Text of the copied span, in complete characters."""
 
     n_bytes: int
-    """Length of the part, in bytes of UTF-8."""
+    """Length of the copied span, in bytes of UTF-8."""
 
     start: int
-    """Where the part begins in the text, in bytes of UTF-8."""
+    """Offset of the copied span in the text, in bytes of UTF-8."""
 
     training_start: int
-    """Where the part first begins in the training text, in bytes of UTF-8."""
+    """Offset of its first occurrence in the training text, in bytes of UTF-8."""
 
 
 class ScoreResponse(View):
@@ -103,7 +101,7 @@ class ScoreResponse(View):
     """Tokens of the text, in order."""
 
     copied: CopiedSpan | None
-    """Memorised or learned: the longest span shared with the training text; null where not one character is."""
+    """Longest span that the text shares with the training text, to tell memorised from learned; null for none."""
 
 
 class NextTokenView(View):
@@ -159,7 +157,7 @@ class InspectResponse(View):
     """Percent of the checkpoint that was used."""
 
     n_unread: int
-    """Oldest tokens of the prompt that do not fit into the context."""
+    """Number of the prompt's oldest tokens, which do not fit into the context."""
 
     tokens: list[PromptToken]
     """The tokens that were read, each of which attends and is routed."""

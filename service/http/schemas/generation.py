@@ -1,15 +1,14 @@
-"""Continuing a prompt: the request, the plain answer, and the pieces of a stream."""
+"""Generation: the request, the plain response, and the events of a stream."""
 
 from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints
 
-from nanomoe.config import Integer, Strict, Whole
-from service.http.patterns import JOB_ID_PATTERN
-from service.http.schemas.base import Percent, View
+from nanomoe.config import JOB_ID_PATTERN, Integer, Percent, Strict, Whole
+from service.http.schemas.base import View
 
 TextPrompt = Annotated[str, Field(strict=True, max_length=1_000_000, json_schema_extra={"minLength": 1})]
-"""A text to continue. An empty one is refused by name (`empty_prompt`), where it is known why."""
+"""A text to continue. An empty one is refused later, with the error code `empty_prompt`."""
 
 StopString = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=200)]
 
@@ -71,7 +70,7 @@ class TokenLogProb(View):
 
 
 class Choice(View):
-    """One continuation."""
+    """One continuation of the prompt."""
 
     index: int = 0
     """Number of the continuation, 0 to n - 1."""
@@ -90,7 +89,7 @@ class Choice(View):
 
 
 class Usage(View):
-    """What was counted."""
+    """Token counts of a request."""
 
     prompt_tokens: int
     """Tokens of the prompt."""
@@ -116,7 +115,7 @@ class Timing(View):
 
 
 class GenerateEnd(View):
-    """What is known of a generation at its end: the last event of a stream, and the rest of a plain answer."""
+    """`event: end`: usage and timing of a generation, the last event of a stream and a part of a plain response."""
 
     job_id: str
     """Id of the job."""
@@ -125,10 +124,10 @@ class GenerateEnd(View):
     """Percent of the checkpoint that was used."""
 
     usage: Usage
-    """Numbers of tokens."""
+    """Token counts of the prompt and the continuations."""
 
     timing: Timing
-    """How long the generation took."""
+    """Durations and speed of the generation."""
 
     seed: int
     """Seed that was used: the same seed gives the same texts again."""
@@ -137,7 +136,7 @@ class GenerateEnd(View):
     """Whether the context grew past `block_size`, so that its earliest tokens were forgotten."""
 
     numerics: str
-    """How the engine computed."""
+    """Numerics of the engine: device, precision and kernels."""
 
 
 class GenerateResponse(GenerateEnd):
@@ -151,13 +150,13 @@ class GenerateResponse(GenerateEnd):
 
 
 class GenerateChunk(View):
-    """`event: chunk`: what a continuation has gained since its last chunk."""
+    """`event: chunk`: the part of a continuation that is new since its last chunk."""
 
     index: int
     """Number of the continuation, 0 to n - 1."""
 
     text: str
-    """Text that the continuation gained, never cut inside a character."""
+    """New text of the continuation, never cut inside a character."""
 
     tokens: list[int]
     """The new tokens that begin in the text so far."""

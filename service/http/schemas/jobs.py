@@ -1,4 +1,4 @@
-"""A job: how it is submitted and changed, how it looks, and how its status is told."""
+"""A job: the requests that submit and change it, its representation, and its status events."""
 
 import re
 from datetime import datetime
@@ -8,7 +8,8 @@ from pydantic import AwareDatetime, Field, JsonValue, StringConstraints
 
 from nanomoe.config import ConfigWarning, Integer, JobConfig, Strict
 from service.http.patterns import PRINTABLE, PRINTABLE_OR_EMPTY, TAG_KEY
-from service.http.schemas.base import TERMINAL, Status, Text, View
+from service.http.schemas.base import Text, View
+from service.jobs.statuses import TERMINAL, Status
 
 # Names and tags end up in terminals, tables and file names: no control characters.
 JobName = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=200, pattern=PRINTABLE)]
@@ -31,10 +32,10 @@ class SubmitRequest(Strict):
     start is dropped."""
 
     name: JobName | None = None
-    """Name of the job, for people."""
+    """Name of the job, shown in lists."""
 
     tags: Tags = Field(default_factory=dict)
-    """Labels to find the job by."""
+    """Labels of the job, by which lists can be filtered."""
 
     config: JobConfig = JobConfig()
     """Knobs that differ from the reference run."""
@@ -47,17 +48,17 @@ class SubmitRequest(Strict):
 
 
 class JobPatch(Strict):
-    """The body of `PATCH /jobs/{id}`. What is left out stays as it is."""
+    """The body of `PATCH /jobs/{id}`. Fields that are left out keep their values."""
 
     name: JobName | None = None
-    """The new name; null takes the name away."""
+    """New name of the job; null removes the name."""
 
     tags: Tags = Field(default_factory=dict)
-    """The new tags, instead of all the old ones."""
+    """New tags of the job, which replace all previous ones."""
 
 
 class Progress(View):
-    """How far a job has come."""
+    """Progress of a job's training."""
 
     step: int = 0
     """Optimizer steps done."""
@@ -79,7 +80,7 @@ class Progress(View):
 
 
 class ModelSize(View):
-    """Parameters of a job's model; null until the vocabulary is known."""
+    """Parameter counts of a job's model; null until the vocabulary is known."""
 
     n_params: int | None = None
     """All parameters, the tied output layer counted once."""
@@ -89,7 +90,7 @@ class ModelSize(View):
 
 
 class TextInfo(View):
-    """The training text, without the text."""
+    """A training text, represented by its digest and length."""
 
     sha256: str
     """SHA-256 of the text's UTF-8 bytes, hexadecimal."""
@@ -108,7 +109,7 @@ class JobError(View):
     """Stable, machine-readable name of the error."""
 
     message: str
-    """What went wrong, for a person, with the figures."""
+    """Explanation of the error, with figures, for people."""
 
 
 class Parent(View):
@@ -122,7 +123,7 @@ class Parent(View):
 
 
 class JobView(View):
-    """A job."""
+    """A training job: its config, status and progress."""
 
     id: str
     """Id of the job: 32 hexadecimal digits."""
@@ -140,8 +141,8 @@ class JobView(View):
     """Jobs that will be claimed before this one, up to 1,000; null unless queued, and in lists."""
 
     estimated_start_at: datetime | None = None
-    """Time at which a worker will be free for the job, by the recent speed of the running jobs; null in lists, where
-    that would be a guess, and unless the job is queued."""
+    """Estimated time at which a worker will be free for the job, by the recent speed of the running jobs; null in
+    lists, and unless the job is queued."""
 
     created_at: datetime
     """Time at which the job was submitted."""
@@ -150,7 +151,7 @@ class JobView(View):
     """Time at which a worker first claimed the job; null before."""
 
     finished_at: datetime | None
-    """Time at which the job reached its last status; null before."""
+    """Time at which the job reached a terminal status; null before."""
 
     attempt: int
     """Number of times that a worker claimed the job."""
@@ -169,19 +170,19 @@ class JobView(View):
     """Device, precision, threads and paths, fixed at the first start; `micro_batch` shrinks when memory runs out."""
 
     progress: Progress
-    """How far the training has come."""
+    """Progress of the training."""
 
     config: JobConfig
-    """The complete config, defaults filled in."""
+    """Complete config of the job, defaults filled in."""
 
     model: ModelSize
-    """How large the model is."""
+    """Parameter counts of the model."""
 
     text: TextInfo
-    """The training text, described."""
+    """Digest and length of the training text."""
 
     warnings: list[ConfigWarning]
-    """Legal traps of the config, and what happened on the way."""
+    """Warnings about the config, and about events of the training."""
 
     error: JobError | None
     """Why the job failed; null unless it did."""
@@ -191,43 +192,43 @@ class JobView(View):
 
     @property
     def is_terminal(self) -> bool:
-        """Whether the status is the last one."""
+        """Whether the status is terminal."""
         return self.status in TERMINAL
 
 
 class Estimate(View):
-    """The answer to a dry run: what the job would be. Null stands for what is known only once training starts."""
+    """The response to a dry run: size, steps and warnings of the job. Null where only the start of training decides."""
 
     config: JobConfig
-    """The complete config, defaults filled in."""
+    """Complete config of the job, defaults filled in."""
 
     text: TextInfo
-    """The training text, described."""
+    """Digest and length of the training text."""
 
     model: ModelSize
-    """How large the model would be."""
+    """Parameter counts that the model would have."""
 
     training_bytes: int | None
     """Bytes of memory for weights, gradients, optimizer and activations."""
 
     flops_per_token: int | None
-    """Floating-point operations of training on one token, of the experts only those that it goes to."""
+    """Floating-point operations of training on one token, counting only the experts that it is routed to."""
 
     steps_per_epoch: int | None
     """Optimizer steps of one pass over the text."""
 
     total_steps: int | None
-    """Optimizer steps in all."""
+    """Optimizer steps of the job."""
 
     quarters: dict[int, int]
     """Percent of each checkpoint -> the step after which it is recorded; empty until `total_steps` is known."""
 
     warnings: list[ConfigWarning]
-    """Legal traps of the config."""
+    """Warnings about the config."""
 
 
 class StatusEvent(View):
-    """`event: status`: how the job stood right after it changed. `step` events are a `Progress`, `checkpoint` events a
+    """`event: status`: the job's status right after a change. `step` events are a `Progress`, `checkpoint` events a
     `CheckpointMetrics` without tokens, `warning` events a `ConfigWarning`."""
 
     status: Status

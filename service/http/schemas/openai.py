@@ -1,4 +1,5 @@
-"""The OpenAI shapes of `/v1`: completions, models and errors. Docstrings say what this service makes of each field."""
+"""The OpenAI shapes of `/v1`: completions, models and errors. Docstrings describe how this service treats each
+field."""
 
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -57,12 +58,12 @@ Prompt = Annotated[
 
 
 class StreamOptions(Strict):
-    """What a stream tells beside its text."""
+    """Options of a streamed response."""
 
     model_config = ConfigDict(extra="allow")
 
     include_usage: bool | None = None
-    """Whether a last chunk without choices tells what was counted."""
+    """Whether a last chunk without choices holds the usage."""
 
 
 class CompletionRequest(Strict):
@@ -108,27 +109,27 @@ class CompletionRequest(Strict):
     """Answer server-sent events instead of one JSON value."""
 
     stream_options: StreamOptions | None = None
-    """What a stream tells beside its text."""
+    """Options of a streamed response."""
 
     @property
     def several(self) -> bool:
-        """Whether `prompt` is a list of prompts, be it of one."""
+        """Whether `prompt` is a list of prompts, even of one."""
         return isinstance(self.prompt, list) and bool(self.prompt) and not isinstance(self.prompt[0], int)
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """`prompt` as what it stands for: one or more texts or lists of token ids."""
+        """The prompts: one or more texts or lists of token ids."""
         given: Any = self.prompt
         return given if self.several else [given]
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """`stop` as what it stands for."""
+        """The stop strings; empty for none."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
     def ignored(self) -> list[str]:
-        """Fields that were sent but are not known here; null asks for nothing."""
+        """Names of the unknown fields of the request whose value is not null."""
         unknown = dict(self.model_extra or {})
         if self.stream_options is not None:
             extra = self.stream_options.model_extra or {}
@@ -156,7 +157,7 @@ class CompletionLogprobs(View):
 
 
 class CompletionChoice(View):
-    """One continuation, or, in a stream, what it has gained."""
+    """One continuation, or, in a stream, the part that is new."""
 
     index: int
     """The place of the prompt in the list, from 0, times `n`, plus the number of its continuation, from 0."""
@@ -172,7 +173,7 @@ class CompletionChoice(View):
 
 
 class CompletionUsage(View):
-    """What was counted."""
+    """Token counts of a request."""
 
     prompt_tokens: int
     """Tokens of all prompts, each counted once."""
@@ -236,10 +237,10 @@ class ModelList(View):
 
 
 class OpenAIErrorDetail(View):
-    """What went wrong, as OpenAI says it."""
+    """An error in the shape of OpenAI's."""
 
     message: str
-    """What went wrong, in one sentence for a person."""
+    """Explanation of the error in one sentence, for people."""
 
     type: str
     """Kind of the error: `invalid_request_error`, `rate_limit_error` or `server_error`."""
@@ -255,4 +256,4 @@ class OpenAIError(View):
     """The body of every error under `/v1`."""
 
     error: OpenAIErrorDetail
-    """What went wrong."""
+    """Description of the error."""

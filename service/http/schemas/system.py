@@ -1,4 +1,4 @@
-"""The service itself: its workers, whether it lives, whether it can serve."""
+"""The service itself: workers, liveness and readiness."""
 
 from datetime import datetime
 from typing import Literal
@@ -9,7 +9,7 @@ from service.http.schemas.base import View
 
 
 class Device(View):
-    """What a worker trains on."""
+    """A device that a worker trains on."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -17,17 +17,17 @@ class Device(View):
     """Name of the device in torch: `cpu`, or `cuda:N`."""
 
     name: str | None = None
-    """The maker's name of the device."""
+    """Model name of the device, by its maker."""
 
     memory_bytes: int | None = None
-    """The device's whole memory, in bytes."""
+    """Total memory of the device, in bytes."""
 
 
 class WorkerView(View):
     """A worker, as it last reported itself."""
 
     id: str
-    """Id of this start of the worker."""
+    """Id of this run of the worker."""
 
     name: str
     """Name of the worker, the same at every start."""
@@ -54,17 +54,17 @@ class WorkerView(View):
     """Time at which the worker started."""
 
     last_seen_at: datetime
-    """Time of the worker's last sign of life."""
+    """Time of the worker's last heartbeat."""
 
     stopped_at: datetime | None
-    """Time at which the worker said that it stops; null while it runs, or if it never said so."""
+    """Time at which the worker shut down; null while it runs, and if it was killed."""
 
 
 class Health(View):
     """The answer to `GET /healthz`."""
 
     status: Literal["ok"] = "ok"
-    """The process answers."""
+    """The process is alive."""
 
     version: str
     """Version of the service."""
@@ -74,7 +74,7 @@ class Readiness(View):
     """The answer to `GET /readyz`."""
 
     status: Literal["ready"] = "ready"
-    """Jobs can be submitted."""
+    """Constant: jobs can be submitted."""
 
     database: str
     """Kind of the database: `sqlite` or `postgresql`."""
@@ -83,4 +83,4 @@ class Readiness(View):
     """Revision of the database's schema."""
 
     n_workers: int
-    """Number of workers seen lately; none are needed to be ready."""
+    """Number of workers with a recent heartbeat; none are needed to be ready."""

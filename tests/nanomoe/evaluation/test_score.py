@@ -32,11 +32,13 @@ def test_log_probabilities_are_minus_the_losses_beside_the_likeliest(n_tokens: i
     tokens = torch.randint(20, (n_tokens,), generator=torch.Generator().manual_seed(2)).tolist()
     found = logprobs_of_tokens(model, tokens, n_likeliest)
     losses = losses_of_tokens(model, tokens) if n_tokens > 1 else []
-    assert [one.chosen for one in found] == pytest.approx([-loss for loss in losses], rel=1e-5)
+    assert [one.chosen.token for one in found] == tokens[1:]
+    assert [one.chosen.logprob for one in found] == pytest.approx([-loss for loss in losses], rel=1e-5)
     for one, token in zip(found, tokens[1:], strict=True):
-        assert len(one.likeliest) == min(n_likeliest, 20)
-        assert list(one.likeliest.values()) == sorted(one.likeliest.values(), reverse=True)
-        assert all(logprob >= one.chosen for logprob in one.likeliest.values()) or token in one.likeliest
+        likeliest = dict(one.likeliest)
+        assert len(likeliest) == min(n_likeliest, 20)
+        assert list(likeliest.values()) == sorted(likeliest.values(), reverse=True)
+        assert all(logprob >= one.chosen.logprob for logprob in likeliest.values()) or token in likeliest
         if n_likeliest >= 20:
-            assert sum(map(math.exp, one.likeliest.values())) == pytest.approx(1)
-            assert one.likeliest[token] == one.chosen
+            assert sum(map(math.exp, likeliest.values())) == pytest.approx(1)
+            assert likeliest[token] == one.chosen.logprob

@@ -26,7 +26,6 @@ class Reference:
     gates: list[list[Tensor]]
     counts: list[int]
     dropped: int
-    unrouted: int
     aux_loss: Tensor
     z_loss: Tensor
 
@@ -65,7 +64,7 @@ def reference_moe(
 
     outputs, all_logits, all_probs, all_chosen, all_gates, squares = [], [], [], [], [], []
     counts = [0] * E
-    dropped = unrouted = 0
+    dropped = 0
     for t in range(T):
         x = x_TC[t]
         logits = torch.stack([(weights["router.weight"][e] * x).sum() for e in range(E)])
@@ -85,18 +84,15 @@ def reference_moe(
             gates = [gate / sum(gates) for gate in gates]
 
         output = torch.zeros_like(x)
-        admitted = 0
         for j, e in enumerate(chosen):
             counts[e] += 1
             if counts[e] > capacity:
                 dropped += 1
                 continue
-            admitted += 1
             if e == without_expert:
                 continue
             answer = mlp(weights, "experts.", e, x)
             output = output + gates[j] * (answer if keep_TNC is None else answer * keep_TNC[t, j])
-        unrouted += admitted == 0
         for s in range(config.n_shared_experts):
             answer = mlp(weights, "shared.", s, x)
             output = output + (answer if keep_TNC is None else answer * keep_TNC[t, K + s])
@@ -116,7 +112,6 @@ def reference_moe(
         gates=all_gates,
         counts=counts,
         dropped=dropped,
-        unrouted=unrouted,
         aux_loss=torch.as_tensor(aux_loss),
         z_loss=sum(squares) / T,
     )

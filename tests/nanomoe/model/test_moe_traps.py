@@ -15,6 +15,7 @@ from torch import Tensor
 from nanomoe.config import JobConfig, ModelConfig
 from nanomoe.data import Windows
 from nanomoe.evaluation.evaluate import evaluate
+from nanomoe.evaluation.metrics import Position
 from nanomoe.model.gpt import GPT, token_losses
 from nanomoe.model.moe import Assignments, Experts, MoE, Router, Routing
 from nanomoe.tokenizer import load_tokenizer
@@ -355,12 +356,20 @@ def check_that_the_perplexity_is_that_of_the_cross_entropy() -> None:
     ids = tokenizer.encode("a rã arranha")
     windows = Windows(torch.tensor(ids), config.block_size)
     metrics = evaluate(
-        model, windows, None, tokenizer, config, previous_choices={}, train_loss=None, train_dropped={}
+        model,
+        windows,
+        None,
+        tokenizer,
+        config,
+        position=Position(percent=0, step=0, epoch=0),
+        previous_choices={},
+        train_loss=None,
+        train_dropped={},
     ).metrics
     logits_BTV = model.eval()(torch.tensor([ids[:-1]])).logits_BTV
     cross_entropy = token_losses(logits_BTV, torch.tensor([ids[1:]])).mean().item()
-    assert metrics["loss"] == pytest.approx(cross_entropy, rel=1e-5)
-    assert metrics["perplexity"] == pytest.approx(math.exp(cross_entropy), rel=1e-4)
+    assert metrics.loss == pytest.approx(cross_entropy, rel=1e-5)
+    assert metrics.perplexity == pytest.approx(math.exp(cross_entropy), rel=1e-4)
 
 
 def test_the_perplexity_holds_no_auxiliary_loss(monkeypatch: pytest.MonkeyPatch) -> None:

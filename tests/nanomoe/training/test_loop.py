@@ -13,9 +13,8 @@ from nanomoe.model.dropout import Dropout
 from nanomoe.model.gpt import token_losses
 from nanomoe.plan import OutOfMemory
 from nanomoe.tokenizer import load_tokenizer
-from nanomoe.training.execution import Execution
 from nanomoe.training.loop import Happened, LossNotFinite, Steps, Stopped, StopReason, Undisturbed, train
-from nanomoe.training.run import Recorded, Run, Snapshot, Warned
+from nanomoe.training.run import Recorded, Run, Snapshot, Warned, prepare
 
 TEXT = "o rato roeu a roupa do rei de roma, e a rainha com raiva resolveu remendar. " * 4
 SHAPE = {"tokenizer": "bytes", "block_size": 32, "n_layer": 2, "n_head": 2, "n_embd": 16}
@@ -28,10 +27,7 @@ def start(
     config: dict[str, object], resume: dict[str, bytes] | None = None, parent: dict[str, torch.Tensor] | None = None
 ) -> Run:
     parsed = JobConfig.model_validate(TINY | config)
-    tokenizer = load_tokenizer("bytes")
-    execution = Execution.decide(parsed, "cpu", n_tokens=len(TEXT))
-    device = torch.device("cpu")
-    return Run(parsed, tokenizer.encode(TEXT), tokenizer, execution, device=device, parent=parent, resume=resume)
+    return prepare(parsed, TEXT, load_tokenizer("bytes"), parent=parent, resume=resume).run
 
 
 def checkpoints(happened: Iterator[Happened] | list[Happened]) -> dict[int, dict[str, bytes]]:
@@ -90,12 +86,12 @@ def test_the_loss_falls_and_the_train_loss_of_a_checkpoint_is_that_of_its_last_s
         if isinstance(event, Steps)
         for step, loss in zip(event.step, event.train_loss, strict=True)
     }
-    losses = [event.metrics["loss"] for event in recorded.values()]
+    losses = [event.metrics.loss for event in recorded.values()]
     assert losses[0] == pytest.approx(math.log(256), abs=0.1)
     assert losses[-1] < losses[0] - 2
-    assert recorded[0].metrics["train_loss"] is None
+    assert recorded[0].metrics.train_loss is None
     assert recorded[0].tok_per_sec is None
-    assert recorded[50].metrics["train_loss"] == train_loss[recorded[50].step]
+    assert recorded[50].metrics.train_loss == train_loss[recorded[50].metrics.step]
     assert recorded[50].tok_per_sec is not None
 
 
@@ -146,9 +142,9 @@ def test_without_the_manifest_a_run_goes_on_from_a_flipped_bit(tmp_path: Path, m
     content[-2] ^= 0x40  # of the last weight's mantissa
     weights.write_bytes(content)
     with pytest.raises(checkpoint.CheckpointDamaged):
-        checkpoint.read_all(tmp_path / "s", sha256)
+        checkpoint.open(tmp_path / "s", sha256).read_all()
     monkeypatch.setattr(checkpoint, "read_file", lambda folder, entry: (folder / entry.name).read_bytes())
-    resumed = start({}, resume=checkpoint.read_all(tmp_path / "s", sha256))
+    resumed = start({}, resume=checkpoint.open(tmp_path / "s", sha256).read_all())
     undisturbed = start({}, resume=snapshot.files)
     assert list(train(resumed))[-1] != list(train(undisturbed))[-1]
 
@@ -157,10 +153,10 @@ def test_training_ends_early_once_the_evaluation_perplexity_is_low_enough() -> N
     happened = list(train(start({"epochs": 1000, "stop_at_perplexity": 12.0, "dropout": 0.0})))
     last = [event for event in happened if isinstance(event, Recorded)][-1]
     assert last.percent == 100
-    assert last.metrics["stopped_early"] is True
-    assert last.metrics["perplexity"] <= 12.0
-    assert last.step < start({"epochs": 1000}).plan.total_steps
-    assert last.step % start({}).plan.steps_per_epoch == 0
+    assert last.metrics.stopped_early is True
+    assert last.metrics.perplexity <= 12.0
+    assert last.metrics.step < start({"epochs": 1000}).plan.total_steps
+    assert last.metrics.step % start({}).plan.steps_per_epoch == 0
 
 
 def test_a_loss_that_is_not_finite_ends_training_at_its_step_and_yields_nothing_of_it(
@@ -233,9 +229,9 @@ def test_a_pause_leaves_its_snapshot_before_the_first_evaluation_ends_and_a_resu
 
 def test_what_the_training_steps_dropped_is_counted_from_one_checkpoint_to_the_next() -> None:
     happened = list(train(start(MOE)))
-    recorded = {event.percent: event.metrics["moe"] for event in happened if isinstance(event, Recorded)}
-    assert recorded[0]["mean"]["train_dropped_fraction"] == 0
-    assert 0 < recorded[50]["mean"]["train_dropped_fraction"] < 1
+    recorded = {event.percent: event.metrics.moe for event in happened if isinstance(event, Recorded)}
+    assert recorded[0].mean.train_dropped_fraction == 0
+    assert 0 < recorded[50].mean.train_dropped_fraction < 1
 
 
 def test_validation_text_is_never_trained_on_and_has_its_own_loss() -> None:
@@ -243,7 +239,7 @@ def test_validation_text_is_never_trained_on_and_has_its_own_loss() -> None:
     assert run.val_windows is not None
     held_out = run.val_windows.tokens
     assert run.windows.tokens + held_out == load_tokenizer("bytes").encode(TEXT)
-    losses = [event.metrics["val_loss"] for event in train(run) if isinstance(event, Recorded)]
+    losses = [event.metrics.val_loss for event in train(run) if isinstance(event, Recorded)]
     assert losses[0] == pytest.approx(math.log(256), abs=0.1)
     assert losses[-1] < losses[0]
 
@@ -275,7 +271,7 @@ def test_a_micro_batch_that_does_not_fit_is_halved_and_the_result_differs_by_rou
     assert warned.count("micro_batch_halved") == warned.count("resume_not_exact") == 2
     assert tight.progress.micro_batch == 2
     for one, other in zip(found, expected, strict=True):
-        assert one.metrics["loss"] == pytest.approx(other.metrics["loss"], rel=1e-4)
+        assert one.metrics.loss == pytest.approx(other.metrics.loss, rel=1e-4)
 
 
 def test_a_halved_micro_batch_stays_halved_after_a_resume() -> None:

@@ -11,9 +11,8 @@ from nanomoe import checkpoint
 from nanomoe.config import JobConfig
 from nanomoe.export import export_hf
 from nanomoe.tokenizer import load_tokenizer
-from nanomoe.training.execution import Execution
 from nanomoe.training.loop import train
-from nanomoe.training.run import Recorded, Run
+from nanomoe.training.run import Recorded, prepare
 
 
 def test_the_text_is_learnt_by_heart_and_transformers_finds_the_same_losses(tmp_path: Path) -> None:
@@ -23,10 +22,9 @@ def test_the_text_is_learnt_by_heart_and_transformers_finds_the_same_losses(tmp_
     config = JobConfig()
     tokenizer = load_tokenizer(config.tokenizer)
     tokens = tokenizer.encode(text)
-    execution = Execution.decide(config, "cpu", n_tokens=len(tokens))
-    run = Run(config, tokens, tokenizer, execution, device=torch.device("cpu"))
+    run = prepare(config, text, tokenizer).run
     quarters = [happened for happened in train(run) if isinstance(happened, Recorded)]
-    assert [(quarter.percent, quarter.step) for quarter in quarters] == [
+    assert [(quarter.percent, quarter.metrics.step) for quarter in quarters] == [
         (0, 0),
         (25, 125),
         (50, 250),
@@ -36,17 +34,17 @@ def test_the_text_is_learnt_by_heart_and_transformers_finds_the_same_losses(tmp_
 
     for quarter in quarters:
         checkpoint.write(tmp_path / f"f1-{quarter.percent}", quarter.files)
-        export_hf(tmp_path / f"f1-{quarter.percent}", tmp_path / "hf")
+        export_hf(checkpoint.open(tmp_path / f"f1-{quarter.percent}", None), tmp_path / "hf")
         theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
         ids = AutoTokenizer.from_pretrained(tmp_path / "hf")(text, return_tensors="pt")["input_ids"]
         with torch.no_grad():
             loss = F.cross_entropy(theirs(ids).logits[0, :-1], ids[0, 1:]).item()
-        assert quarter.metrics["loss"] == pytest.approx(loss, rel=1e-4), quarter.percent
+        assert quarter.metrics.loss == pytest.approx(loss, rel=1e-4), quarter.percent
 
     first, last = quarters[0].metrics, quarters[-1].metrics
-    assert first["loss"] == pytest.approx(first["baselines"]["uniform"], abs=0.1)
-    assert last["perplexity"] < 2
-    assert last["accuracy"] == 1.0
-    assert last["continuation"]["prompt"] == tokenizer.decode(tokens[:10])
-    assert last["continuation"]["text"] == tokenizer.decode(tokens[10:35])
-    assert last["reconstruction"]["text"] == tokenizer.decode(tokens[1:])
+    assert first.loss == pytest.approx(first.baselines.uniform, abs=0.1)
+    assert last.perplexity < 2
+    assert last.accuracy == 1.0
+    assert last.continuation.prompt == tokenizer.decode(tokens[:10])
+    assert last.continuation.text == tokenizer.decode(tokens[10:35])
+    assert last.reconstruction.text == tokenizer.decode(tokens[1:])

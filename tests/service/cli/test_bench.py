@@ -3,7 +3,7 @@
 import pytest
 
 from service.cli.bench import lifecycle, tables
-from service.cli.bench.site import open_site
+from service.cli.bench.temporary_service import run_service
 from tests.service.cli.conftest import Run
 
 
@@ -28,14 +28,14 @@ def test_generation_is_measured_through_http_too(nanomoe: Run, monkeypatch: pyte
         (["--at-once", "2000000"], "numbers from 1 to 1,000,000"),
     ],
 )
-def test_what_cannot_be_measured_is_a_mistake(nanomoe: Run, options: list[str], said: str) -> None:
+def test_an_invalid_measurement_is_a_usage_error(nanomoe: Run, options: list[str], said: str) -> None:
     result = nanomoe("bench", "generate", *options)
     assert result.code == 2
     assert said in result.err
 
 
-def test_a_claim_is_timed_with_as_many_jobs_in_line_as_it_says() -> None:
-    with open_site() as site:
+def test_a_claim_is_timed_with_the_given_number_of_queued_jobs() -> None:
+    with run_service() as site:
         times = []
         for one in lifecycle.claim_times(site.database, (1, 40)):
             times.append(one)
@@ -45,15 +45,15 @@ def test_a_claim_is_timed_with_as_many_jobs_in_line_as_it_says() -> None:
         assert all(0 < one.median_seconds <= one.max_seconds for one in times)
 
 
-def test_submissions_are_counted_and_taken_back() -> None:
-    with open_site() as site:
+def test_submissions_are_counted_and_cancelled() -> None:
+    with run_service() as site:
         seen = lifecycle.traffic(site, training=False, seconds=2)
         assert seen.submits_per_sec > 1
         assert 0 < seen.get_p50_seconds <= seen.get_p99_seconds
         assert lifecycle._n_queued(site.database) == 0
 
 
-def test_a_second_worker_that_does_not_start_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_worker_that_does_not_start_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lifecycle, "_GIVE_UP_SECONDS", 0.1)
     monkeypatch.setattr(lifecycle, "_wait", lambda *_: 0.0)
     monkeypatch.setattr("service.cli.processes.Processes.start_worker", lambda *_: None)

@@ -6,19 +6,23 @@ import shlex
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated, Any
 
 import pytest
+import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
 from service.cli import COMMANDS, addresses, app
-from service.cli.commands import LazyCommand
+from service.cli.commands import LazyCommand, as_command
 from service.cli.display import TextDisplay
 from service.cli.jobs import read_text
 from service.http import schemas
-from service.jobs import queue
+from service.jobs import queue, recording
 from tests.api import TEXT, Api
+from tests.descriptions import stands_alone
 from tests.service.cli.conftest import Run
 
 ROOT = Path(__file__).parents[3]
@@ -39,7 +43,7 @@ def text_file(tmp_path: Path) -> str:
     return str(path)
 
 
-def test_submit_says_what_the_job_is_and_how_to_watch_it(at: Run, text_file: str, api: Api) -> None:
+def test_submit_prints_the_job_and_how_to_watch_it(at: Run, text_file: str, api: Api) -> None:
     done = at("submit", text_file, *TINY, "--name", "uma rodada", "--tag", "a=b", "--priority", "3")
     assert done.code == 0
     assert done.err == ""
@@ -51,7 +55,7 @@ def test_submit_says_what_the_job_is_and_how_to_watch_it(at: Run, text_file: str
     assert (job["tags"], job["priority"], job["config"]["epochs"]) == ({"a": "b"}, 3, 3)
 
 
-def test_what_a_hint_says_can_be_typed_in_any_terminal(
+def test_a_hinted_command_works_in_any_terminal(
     at: Run, text_file: str, api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hints = [at("submit", text_file, *TINY).out.splitlines()[-1], at("watch", api.finished()).out.splitlines()[-2]]
@@ -102,7 +106,7 @@ def test_a_text_comes_from_a_pipe_and_a_config_from_a_file(at: Run, tmp_path: Pa
     assert (done.json["config"]["epochs"], done.json["config"]["lr"]) == (7, 0.001)
 
 
-def test_a_dry_run_tells_the_steps_and_makes_no_job(at: Run, text_file: str, api: Api) -> None:
+def test_a_dry_run_prints_the_steps_and_submits_no_job(at: Run, text_file: str, api: Api) -> None:
     before = len(api.http.get("/jobs").json()["data"])
     done = at("submit", text_file, *TINY, "--dry-run", "--set", "cont_prefix_tokens=90")
     assert "100 % at step 3" in done.out
@@ -139,7 +143,7 @@ def test_a_dry_run_tells_the_steps_and_makes_no_job(at: Run, text_file: str, api
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
-def test_a_mistake_is_one_line_and_exit_code_2(at: Run, arguments: list[str], said: str) -> None:
+def test_a_usage_error_is_one_line_and_exit_code_2(at: Run, arguments: list[str], said: str) -> None:
     done = at(*arguments)
     assert done.code == 2
     assert done.out == ""
@@ -166,12 +170,12 @@ def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path: Path) -> None:
     assert read_text(str(file)) == "olá"
 
 
-def test_a_file_that_is_not_utf_8_is_refused_with_the_place(at: Run) -> None:
+def test_a_file_that_is_not_utf_8_is_refused_with_the_offset(at: Run) -> None:
     done = at("submit", "-", stdin=b"ol\xe1")
     assert (done.code, done.err) == (2, "nanomoe: - is not UTF-8: byte 2 is 0xe1\n")
 
 
-def test_nobody_at_the_address_is_exit_code_3_and_says_what_to_do(nanomoe: Run) -> None:
+def test_an_unreachable_service_is_exit_code_3_with_advice(nanomoe: Run) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
@@ -224,7 +228,7 @@ def test_watching_a_job_that_fails_is_exit_code_1(at: Run, api: Api) -> None:
 
 
 @pytest.mark.parametrize("reason", ["stopped early at step 42: perplexity 1.987", None], ids=["recorded", "derived"])
-def test_a_job_that_stopped_early_is_done_and_says_so(at: Run, api: Api, reason: str | None) -> None:
+def test_a_job_that_stopped_early_is_shown_with_the_reason(at: Run, api: Api, reason: str | None) -> None:
     job_id = api.stopped_early(reason=reason)
     told = reason or "stopped early at step 42"
     lines = at("watch", job_id).out.splitlines()
@@ -246,7 +250,7 @@ def test_a_warning_is_shown_once(at: Run, api: Api) -> None:
     job = api.submit(config={"tokenizer": "bytes", "cont_prefix_tokens": 90, "cont_max_new_tokens": 5})
     claim = api.claim(job["id"])
     at_the_start = [*job["warnings"], {"code": "new", "message": "since"}]
-    queue.record_prepared(
+    recording.record_prepared(
         api.db,
         claim,
         execution={"device": "cpu"},
@@ -255,14 +259,14 @@ def test_a_warning_is_shown_once(at: Run, api: Api) -> None:
         model={"n_params": 1000, "n_active_params": 1000},
         warnings=at_the_start,
     )
-    queue.record_event(api.db, claim, "warning", {"code": "later", "message": "m"})
+    recording.record_event(api.db, claim, "warning", {"code": "later", "message": "m"})
     queue.finish(api.db, claim, "succeeded", progress={"step": 500})
     lines = at("watch", claim.job_id).out.splitlines()
     codes = [line.split()[1] for line in lines if line.startswith("warning ")]
     assert codes == ["prefix_longer_than_text:", "new:", "later:"]
 
 
-def test_watching_a_job_that_waits_tells_how_the_line_moves(at: Run, api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_watching_a_queued_job_shows_its_queue_position(at: Run, api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     first = api.running()
     second, third = api.submit()["id"], api.submit()["id"]
     looks = iter(
@@ -280,14 +284,14 @@ def test_watching_a_job_that_waits_tells_how_the_line_moves(at: Run, api: Api, m
         next(looks)()
 
     monkeypatch.setattr(TextDisplay, "waiting", look)
-    monkeypatch.setattr("service.cli.display.LOOK_SECONDS", 0.0)
+    monkeypatch.setattr("service.cli.display.QUEUE_POLL_SECONDS", 0.0)
     lines = at("watch", third).out.splitlines()
     assert lines[0] == f"{third}  queued, 1 ahead"
     assert [line for line in lines if line.startswith("queued")] == ["queued", "queued, next"]
     assert lines[-2] == "cancelled"
 
 
-def test_jobs_in_line_are_listed_with_their_place(at: Run, api: Api) -> None:
+def test_queued_jobs_are_listed_with_their_queue_position(at: Run, api: Api) -> None:
     api.running()
     ids = [api.submit()["id"] for _ in range(2)]
     rows = at("jobs", "--limit", "2").out.splitlines()[1:]
@@ -351,7 +355,7 @@ def test_a_job_is_stopped_resumed_cancelled_and_deleted(at: Run, text_file: str)
     assert at("watch", job_id).code == 2
 
 
-def test_jobs_are_a_table_that_a_pipe_gets_whole(at: Run, api: Api) -> None:
+def test_the_table_of_jobs_is_not_cut_in_a_pipe(at: Run, api: Api) -> None:
     name = "um nome bastante comprido para caber numa coluna só"
     ids = [api.submit(name=name)["id"] for _ in range(2)]
     done = at("jobs", "--limit", "2")
@@ -373,7 +377,7 @@ def test_a_tag_is_set_and_found_in_one_notation(at: Run, text_file: str, separat
     assert at("jobs", "--tag", "aula=2").out == "no jobs\n"
 
 
-def test_workers_are_listed_or_missed(at: Run, api: Api) -> None:
+def test_workers_are_listed_or_their_absence_is_reported(at: Run, api: Api) -> None:
     assert at("workers", "--json").code == 0
     assert at("workers").out != ""
 
@@ -406,19 +410,21 @@ def test_the_list_of_commands_loads_none_of_them() -> None:
     assert {name for name in loaded if name.startswith("service.")} == {
         "service.cli",
         "service.cli.commands",
-        "service.cli.mistakes",
+        "service.cli.usage_error",
         "service.cli.output",
     }
 
 
-def test_the_knobs_are_told_without_a_client() -> None:
+def test_knobs_are_listed_without_loading_a_client() -> None:
     assert _loaded_by("knobs", "lr") & {*HEAVY, "pydantic_settings", "httpx", "service.http.schemas"} == set()
 
 
 @pytest.mark.parametrize("arguments", [("jobs",), ("workers",), ("submit", "--dry-run", "LICENSE")], ids=lambda a: a[0])
 def test_a_command_for_the_service_loads_no_more_than_its_client(arguments: tuple[str, ...], api: Api) -> None:
     loaded = _loaded_by(*arguments, "--url", api.url)
-    assert loaded & {*HEAVY, "pydantic_settings", "service.settings", "service.client.asynchronous"} == set()
+    assert (
+        loaded & {*HEAVY, "pydantic_settings", "service.settings", "service.client.asynchronous", "pygments"} == set()
+    )
 
 
 def _commands() -> list[tuple[str, str, LazyCommand]]:
@@ -432,7 +438,7 @@ def _commands() -> list[tuple[str, str, LazyCommand]]:
     return found
 
 
-def test_the_list_of_commands_says_what_each_says_of_itself() -> None:
+def test_the_list_of_commands_has_the_summary_of_each() -> None:
     assert [(panel, name) for panel, name, _ in _commands()] == [
         (panel, name) for panel, commands in COMMANDS.items() for name in commands
     ]
@@ -449,7 +455,34 @@ def test_every_command_has_a_help_of_its_own(nanomoe: Run, name: str) -> None:
     assert f"Usage: nanomoe {name} " in done.out
 
 
-def test_a_command_that_is_not_there_is_named_with_what_is_close(nanomoe: Run) -> None:
+def parameter_helps(command: Any, path: str) -> Iterator[tuple[str, str | None]]:
+    """The help of every option and argument of a command and of the commands below it, but that of typer's own."""
+    for parameter in command.params:
+        if not {"--help", "--install-completion", "--show-completion"} & set(parameter.opts):
+            yield f"{path} {parameter.name}", getattr(parameter, "help", None)
+    for name, below in getattr(command, "commands", {}).items():
+        yield from parameter_helps(below.load() if isinstance(below, LazyCommand) else below, f"{path} {name}")
+
+
+def test_every_option_and_argument_has_a_help_that_stands_alone() -> None:
+    found = list(parameter_helps(get_command(app), "nanomoe"))
+    assert len(found) > 60
+    assert [(where, text) for where, text in found if not stands_alone(text)] == []
+
+
+def test_the_check_sees_an_option_without_such_a_help() -> None:
+    def made_up(
+        file: str,
+        limit: Annotated[int, typer.Option(help="Of the list.")] = 1,
+        name: Annotated[str, typer.Option(help="Name of the job.")] = "",
+    ) -> None:
+        """A command."""
+
+    wrong = [where for where, text in parameter_helps(as_command(made_up), "made_up") if not stands_alone(text)]
+    assert wrong == ["made_up file", "made_up limit"]
+
+
+def test_an_unknown_command_is_refused_with_a_suggestion(nanomoe: Run) -> None:
     done = nanomoe("sumbit")
     assert done.code == 2
     assert "No such command 'sumbit'. Did you mean 'submit'?" in " ".join(done.err.replace("│", " ").split())

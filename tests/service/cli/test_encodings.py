@@ -126,7 +126,7 @@ def printed(at: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
 NOTE = "nanomoe: some characters are not in this terminal's encoding, {}, and shown as their escapes; "
 
 
-def test_what_the_output_lacks_is_escaped_and_said_once(printed: Print, api: Api) -> None:
+def test_unencodable_characters_are_escaped_and_reported_once(printed: Print, api: Api) -> None:
     job_id = api.submit(name="canção 🐈")["id"]
     shown, said = printed("ascii", "jobs", "--limit", "1")
     assert {r"can\xe7\xe3o", r"\U0001f408"} <= set(shown.decode("ascii").split())
@@ -140,7 +140,7 @@ def test_what_the_output_lacks_is_escaped_and_said_once(printed: Print, api: Api
     queue.request_cancel(api.db, job_id)
 
 
-def test_ornaments_have_a_plain_form_and_need_no_word(printed: Print, api: Api) -> None:
+def test_our_own_symbols_have_ascii_substitutes(printed: Print, api: Api) -> None:
     shown, said = printed("ascii", "metrics", api.finished(name="feita"))
     assert shown.decode("ascii").splitlines()[2].split()[-1] == "-"
     assert any(line.strip().startswith("train loss 10.000 #") for line in shown.decode("ascii").splitlines())

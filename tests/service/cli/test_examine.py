@@ -104,7 +104,7 @@ def test_explain_asks_the_service_about_the_checkpoint_of_a_job(
         raise AssertionError("the weights stay where they are")
 
     monkeypatch.setattr(JobHandle, "download_checkpoint", no_download)
-    monkeypatch.setattr("service.generation.examiner.OpenCheckpoint.load", no_download)
+    monkeypatch.setattr("service.generation.examiner.LoadedModel.load", no_download)
     assert nanomoe("explain", f"{claim.job_id}@50", "Era", "--json").json == here.json
     assert "; 1 shared beside them" in nanomoe("explain", claim.job_id, "Era").out
 

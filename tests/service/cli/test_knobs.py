@@ -7,7 +7,7 @@ import pytest
 
 from nanomoe.config import InitFrom, JobConfig
 from service.cli.knobs import complete_knob, config_of, knob_rows
-from service.cli.mistakes import Mistake
+from service.cli.usage_error import UsageError
 
 JOB_ID = "0123456789abcdef" * 2
 
@@ -37,7 +37,7 @@ def test_a_value_is_json_or_a_word(setting: str, value: object) -> None:
     assert getattr(config, setting.partition("=")[0]) == value
 
 
-def test_a_setting_wins_over_the_file_and_a_later_one_over_an_earlier(tmp_path: Path) -> None:
+def test_a_set_option_overrides_the_file_and_a_later_one_an_earlier_one(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_text('{"epochs": 1, "seed": 5}')
     config = config_of(file, ["epochs=2", "epochs=3"])
@@ -59,10 +59,10 @@ def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
         ('{"epohcs": 1}', "did you mean 'epochs'?"),
     ],
 )
-def test_a_file_that_is_no_config_is_a_mistake(tmp_path: Path, content: str, said: str) -> None:
+def test_a_file_that_is_no_config_is_a_usage_error(tmp_path: Path, content: str, said: str) -> None:
     file = tmp_path / "config.json"
     file.write_bytes(content.encode("latin-1"))
-    with pytest.raises(Mistake, match=said.replace("?", r"\?")):
+    with pytest.raises(UsageError, match=said.replace("?", r"\?")):
         config_of(file, [])
 
 

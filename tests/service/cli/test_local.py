@@ -10,7 +10,6 @@ import pytest
 from nanomoe import checkpoint
 from nanomoe.tokenizer import load_tokenizer
 from service.cli.knobs import config_of
-from service.http.schemas import SubmitRequest
 from service.jobs.submission import assess
 from service.settings import Settings
 from tests.api import TEXT
@@ -25,14 +24,14 @@ TINY = [
 ]
 
 
-def test_train_shows_the_quarters_and_writes_whole_checkpoints(nanomoe: Run, tmp_path: Path) -> None:
+def test_train_shows_the_quarters_and_writes_complete_checkpoints(nanomoe: Run, tmp_path: Path) -> None:
     done = nanomoe("train", "-", *TINY, "--out", "run", stdin=TEXT.encode())
     assert (done.code, done.err) == (0, "")
     assert [int(n) for n in re.findall(r"^ +(\d+) %", done.out, re.M)] == [0, 25, 50, 75, 100]
     assert done.out.endswith("checkpoints are in run\n")
     for percent in (0, 25, 50, 75, 100):
-        assert checkpoint.read_metrics(tmp_path / "run" / str(percent))["percent"] == percent
-    assert checkpoint.read_config(tmp_path / "run" / "100").epochs == 8
+        assert checkpoint.open(tmp_path / "run" / str(percent), None).metrics().percent == percent
+    assert checkpoint.open(tmp_path / "run" / "100", None).config().epochs == 8
 
     exported = nanomoe("export", "run/100", "hf")
     assert (exported.code, exported.out, exported.err) == (0, "wrote hf\n", "")
@@ -58,7 +57,7 @@ def test_train_for_programs_is_a_line_of_json_for_each_event(nanomoe: Run) -> No
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
-def test_what_cannot_be_is_one_line_and_exit_code_2(
+def test_an_impossible_run_is_one_line_and_exit_code_2(
     nanomoe: Run, tmp_path: Path, arguments: list[str], said: str
 ) -> None:
     (tmp_path / "empty").mkdir()
@@ -74,7 +73,7 @@ def test_an_unknown_format_is_exit_code_2(nanomoe: Run, tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
-def test_a_run_that_diverges_is_exit_code_1_and_says_at_which_step(nanomoe: Run) -> None:
+def test_a_run_that_diverges_is_exit_code_1_with_the_step(nanomoe: Run) -> None:
     done = nanomoe(
         "train", "-", *TINY, "--set", "lr=10", "--set", "weight_decay=10", "--set", "eps=1e-30", stdin=b"ab" * 99
     )
@@ -82,7 +81,7 @@ def test_a_run_that_diverges_is_exit_code_1_and_says_at_which_step(nanomoe: Run)
     assert re.match(r"nanomoe: loss_not_finite: at step \d+ ", done.err)
 
 
-def test_ctrl_c_says_how_far_it_came_and_leaves_whole_checkpoints(
+def test_ctrl_c_prints_the_progress_and_leaves_complete_checkpoints(
     nanomoe: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written = checkpoint.write
@@ -96,7 +95,7 @@ def test_ctrl_c_says_how_far_it_came_and_leaves_whole_checkpoints(
     monkeypatch.setattr(checkpoint, "write", interrupt_after_writing)
     done = nanomoe("train", "-", *TINY, "--out", "run", stdin=TEXT.encode())
     assert done.code == 130
-    n_steps = checkpoint.read_metrics(tmp_path / "run" / "25")["step"]
+    n_steps = checkpoint.open(tmp_path / "run" / "25", None).metrics().step
     assert done.err == f"stopped at step {n_steps}; its checkpoints are in run\n"
 
 
@@ -121,6 +120,5 @@ def test_train_warns_of_what_a_job_warns_of(nanomoe: Run) -> None:
     events = [json.loads(line) for line in done.out.splitlines()]
     codes = {event["data"]["code"] for event in events if event["event"] == "warning"}
     assert codes >= {"settings_unused", "moe_settings_unused", "warmup_beyond_end", "tokenizer_far_from_text"}
-    request = SubmitRequest(text=text, config=config_of(None, [*TINY[1::2], *traps]))
-    found = assess(request, Settings(_env_file=None), None)
+    found = assess(text, config_of(None, [*TINY[1::2], *traps]), Settings(_env_file=None), None)
     assert codes == {warning.code for warning in found.warnings}

@@ -9,12 +9,15 @@ import pytest
 
 from service.cli.processes import Processes
 from service.database import migrate
-from service.database.database import MAX_SQLITE_PATH_BYTES, open_database
+from service.database.opening import open_database
+from service.database.sqlite import MAX_PATH_BYTES
 from service.errors import StartRefused
-from service.jobs import store
-from service.jobs.queue import NewJob, submit
+from service.jobs import reads
+from service.jobs.new_job import NewJob
+from service.jobs.queue import submit
 from service.settings import Settings, sqlite_url
 from service.storage import fsck
+from service.storage.installation import join_installation
 from tests.api import TEXT
 from tests.service.cli.conftest import Run
 
@@ -43,11 +46,11 @@ def test_the_database_lies_in_the_folder_of_that_very_name(name: str, tmp_path: 
         migrate.upgrade(db)
         assert [path.name for path in tmp_path.iterdir()] == [name]
         assert (settings.data_dir / "nanomoe.db").is_file()
-        store.join_installation(db, settings.data_dir, create=True)
-        seen = db.wait_for_change(30)
+        join_installation(db, settings.data_dir, create=True)
+        seen = db.changes.wait(30)
         with closing(open_database(settings)) as other:
             submit(other, NewJob(text=TEXT, config={}))
-        assert db.wait_for_change(30, since=seen) > seen
+        assert db.changes.wait(30, since=seen) > seen
 
         copied = tmp_path / name / "copy"
         copied.mkdir()
@@ -55,7 +58,7 @@ def test_the_database_lies_in_the_folder_of_that_very_name(name: str, tmp_path: 
         shutil.copy(settings.data_dir / "installation", copied)
         with closing(open_database(Settings(_env_file=None, data_dir=copied))) as copy:
             assert fsck.check(copy, copied).is_clean
-            assert len(store.list_jobs(copy)) == 1
+            assert len(reads.list_jobs(copy)) == 1
 
 
 def test_a_job_is_trained_backed_up_and_checked_in_such_a_folder(
@@ -92,11 +95,11 @@ def test_a_folder_of_an_earlier_version_keeps_its_database(name: str, earlier: s
         migrate.upgrade(db)
         # A new folder beside another's database is none of its folders.
         assert Settings(_env_file=None, data_dir=data).database_url == sqlite_url(data / "nanomoe.db")
-        store.join_installation(db, data, create=True)
+        join_installation(db, data, create=True)
         submit(db, NewJob(text=TEXT, config={}))
     with closing(open_database(Settings(_env_file=None, data_dir=data))) as db:
-        assert len(store.list_jobs(db)) == 1
-        assert store.join_installation(db, data)
+        assert len(reads.list_jobs(db)) == 1
+        assert join_installation(db, data)
 
 
 def test_a_backup_may_have_a_name_that_is_not_utf_8(tmp_path: Path) -> None:
@@ -111,10 +114,10 @@ def test_a_path_that_sqlite_cannot_open_is_refused_with_the_reason(tmp_path: Pat
         left = n_bytes - len(f"{tmp_path}//nanomoe.db")
         return tmp_path / "/".join(["d" * 99] * (left // 100) + ["e" * (left % 100)])
 
-    with closing(open_database(Settings(_env_file=None, data_dir=folder_of(MAX_SQLITE_PATH_BYTES)))) as db:
+    with closing(open_database(Settings(_env_file=None, data_dir=folder_of(MAX_PATH_BYTES)))) as db:
         migrate.upgrade(db)
     with pytest.raises(StartRefused, match="no path of more than 504 bytes"):
-        open_database(Settings(_env_file=None, data_dir=folder_of(MAX_SQLITE_PATH_BYTES + 1)))
+        open_database(Settings(_env_file=None, data_dir=folder_of(MAX_PATH_BYTES + 1)))
 
 
 @pytest.mark.parametrize(

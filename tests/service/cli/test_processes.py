@@ -72,7 +72,7 @@ def line_of(process: subprocess.Popen[str]) -> str:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
-def test_serve_ends_both_children_when_it_is_told_to_end(tmp_path: Path, number: signal.Signals) -> None:
+def test_serve_stops_both_children_at_a_signal(tmp_path: Path, number: signal.Signals) -> None:
     with command(tmp_path, "serve", "--json") as serve:
         url = json.loads(line_of(serve))["url"]
         children = psutil.Process(serve.pid).children(recursive=True)
@@ -101,7 +101,7 @@ def test_children_of_a_killed_serve_do_not_live_on(tmp_path: Path) -> None:
         assert ended(children)
 
 
-def test_serve_says_which_child_ended_by_itself_and_ends_the_other(tmp_path: Path) -> None:
+def test_serve_names_the_child_that_exited_and_stops_the_other(tmp_path: Path) -> None:
     with command(tmp_path, "serve") as serve:
         url = re.fullmatch(r"nanomoe is at (\S+), its data in .*\n", line_of(serve))
         assert url is not None
@@ -126,7 +126,7 @@ def test_an_api_that_does_not_start_is_an_error_with_its_reason(tmp_path: Path) 
         processes.start_api()
 
 
-def test_ctrl_c_while_watching_leaves_the_job_and_says_how_to_come_back(tmp_path: Path, api: Api) -> None:
+def test_ctrl_c_while_watching_keeps_the_job_running_and_prints_how_to_resume(tmp_path: Path, api: Api) -> None:
     job_id = api.submit()["id"]
     with command(tmp_path, "watch", job_id, "--url", api.url) as watch:
         while line_of(watch) != "queued\n":
@@ -171,7 +171,7 @@ def test_a_terminal_of_80_columns_gets_a_bar_and_no_longer_line(tmp_path: Path, 
     assert max(len(part) for part in parts if "nanomoe watch" not in part) <= 80
 
 
-def test_the_whole_way_on_the_command_line(tmp_path: Path, nanomoe: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_submit_to_generate_on_the_command_line(tmp_path: Path, nanomoe: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Submit, watch, generate and export, with a worker that really trains."""
     settings = [part for name, value in TINY.items() for part in ("--set", f"{name}={json.dumps(value)}")]
     short = ("--set", "max_new_tokens=5", "--set", "temperature=0")

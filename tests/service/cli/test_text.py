@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from rich.text import Text
 
-from service.cli import text
+from service.cli import checkpoint_text, job_text, text
 from service.http import schemas
 
 
@@ -53,7 +53,7 @@ def test_a_row_has_its_header_s_columns_whatever_the_figures() -> None:
         '{"percent": 100, "step": 999999, "epoch": 1, "created_at": "2026-01-01T00:00:00Z", "loss": 709.1234,'
         ' "perplexity": 1e300, "bits_per_byte": 1023.1, "accuracy": 1, "tok_per_sec": 9999999}'
     )
-    header, row = text.quarter_header().plain, text.quarter_row(figures).plain
+    header, row = checkpoint_text.quarter_header().plain, checkpoint_text.quarter_row(figures).plain
     assert len(header) == len(row) <= 80
     assert row.split() == ["100", "%", "999,999", "709.1234", "1e+300", "100.0", "%", "1,023.100", "9,999,999"]
 
@@ -73,7 +73,7 @@ def test_wrong_tokens_of_a_reconstruction_are_red() -> None:
         ' {"target": "o", "predicted": "a", "loss": 3}]}'
     )
     checkpoint = schemas.CheckpointMetrics.model_construct(reconstruction=reconstruction, continuation=None, moe=None)
-    (line,) = text.quarter_texts(checkpoint, Console(width=80))
+    (line,) = checkpoint_text.quarter_texts(checkpoint, Console(width=80))
     coloured = {line.plain[span.start : span.end]: str(span.style) for span in line.spans}
     assert coloured["gat"] == text.GOOD
     assert coloured["a"] == text.WRONG
@@ -84,7 +84,7 @@ def test_a_continuation_shows_where_its_prefix_ends_however_long_that_is(n_lines
     for prefix, shown in (("Era uma vez", "continues Era uma vez│ um gato"), ("ab" * 200, "ababab│ um gato")):
         continuation = schemas.Continuation(prompt=prefix, text=" um gato")
         checkpoint = schemas.CheckpointMetrics.model_construct(reconstruction=None, continuation=continuation, moe=None)
-        (line,) = text.quarter_texts(checkpoint, Console(width=80), n_lines)
+        (line,) = checkpoint_text.quarter_texts(checkpoint, Console(width=80), n_lines)
         assert line.plain.endswith(shown)
         assert line.plain.count("\n") < n_lines
 
@@ -93,7 +93,7 @@ def test_a_mixture_shows_how_evenly_it_routes() -> None:
     mean = schemas.MixtureFigures(load_cv=0.31234, max_violation=0.5, dropped_fraction=0.0)
     moe = schemas.MixtureMetrics(layers=[], mean=mean, max=mean)
     checkpoint = schemas.CheckpointMetrics.model_construct(reconstruction=None, continuation=None, moe=moe)
-    (line,) = text.quarter_texts(checkpoint, Console(width=80))
+    (line,) = checkpoint_text.quarter_texts(checkpoint, Console(width=80))
     assert line.plain == "       experts load_cv 0.312, max_violation 0.500, dropped 0.0 %, churn –"
 
 
@@ -112,26 +112,26 @@ def job(**fields: object) -> schemas.JobView:
         (1000, None, "1,000 ahead"),
     ],
 )
-def test_a_job_that_waits_tells_its_place_and_when_it_may_start(
+def test_a_queued_job_shows_its_queue_position_and_estimated_start(
     position: int | None, seconds: float | None, told: str
 ) -> None:
     start = None if seconds is None else datetime.now(UTC) + timedelta(seconds=seconds)
-    assert text.place_in_line(job(queue_position=position, estimated_start_at=start)) == told
+    assert job_text.queue_text(job(queue_position=position, estimated_start_at=start)) == told
 
 
-def test_a_job_that_runs_has_no_place() -> None:
-    assert text.place_in_line(job(status="running", queue_position=None, estimated_start_at=None)) == ""
+def test_a_running_job_has_no_queue_position() -> None:
+    assert job_text.queue_text(job(status="running", queue_position=None, estimated_start_at=None)) == ""
 
 
 def test_a_warning_is_broken_where_a_terminal_ends_and_one_line_in_a_pipe() -> None:
-    terminal = text.warning_line("code", "word " * 30, Console(width=40, force_terminal=True)).plain.split("\n")
+    terminal = job_text.warning_line("code", "word " * 30, Console(width=40, force_terminal=True)).plain.split("\n")
     assert len(terminal) > 3
     assert all(len(line) <= 40 for line in terminal)
     assert all(line.startswith("  w") for line in terminal[1:])
-    assert "\n" not in text.warning_line("code", "word " * 30, Console(width=40)).plain
+    assert "\n" not in job_text.warning_line("code", "word " * 30, Console(width=40)).plain
 
 
-def test_what_is_waited_for_is_said_in_a_terminal_only(
+def test_the_current_activity_is_shown_in_a_terminal_only(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for seen, quiet in ((False, False), (True, True)):
@@ -160,8 +160,8 @@ def test_a_hint_names_the_command_as_it_was_called(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_curve_falls_as_the_loss_does() -> None:
-    assert text.curve([8, 4, 2, None, 1]) == "█▄▂ ▁"
-    assert text.curve([1, 1]) == "▁▁"
-    assert text.curve([None]) == ""
+    assert checkpoint_text.curve([8, 4, 2, None, 1]) == "█▄▂ ▁"
+    assert checkpoint_text.curve([1, 1]) == "▁▁"
+    assert checkpoint_text.curve([None]) == ""
     steps = schemas.StepSeries(step=[1, 2], train_loss=[9.0, 1.0], lr=[0, 0], grad_norm=[0, 0])
-    assert text.loss_curve(steps, Console(width=80)).plain == "    train loss 9.000 █▁ 1.000"
+    assert checkpoint_text.loss_curve(steps, Console(width=80)).plain == "    train loss 9.000 █▁ 1.000"

@@ -74,7 +74,7 @@ def _run(python: Path, script: str, **environment: str) -> str:
     return done.stdout
 
 
-def test_it_carries_the_modules_that_the_client_loads_and_no_other(wheel: zipfile.ZipFile) -> None:
+def test_the_wheel_holds_the_modules_that_the_client_loads_and_no_other(wheel: zipfile.ZipFile) -> None:
     script = (
         "import sys, service.client.asynchronous\n"
         "print(*(m.__file__ for n, m in sys.modules.items() if n.partition('.')[0] in ('nanomoe', 'service')))"
@@ -84,7 +84,7 @@ def test_it_carries_the_modules_that_the_client_loads_and_no_other(wheel: zipfil
     assert {name for name in wheel.namelist() if ".dist-info/" not in name} == expected
 
 
-def test_it_asks_for_versions_that_nanomoe_asks_for(wheel: zipfile.ZipFile) -> None:
+def test_the_wheel_requires_the_versions_that_nanomoe_requires(wheel: zipfile.ZipFile) -> None:
     own = {str(requirement) for requirement in _requirements(wheel)}
     assert own <= {line.split(";")[0].strip() for line in metadata.requires("nanomoe") or []} | {
         *re.findall(r'^    "([^";]+)', (ROOT / "pyproject.toml").read_text("utf-8"), re.MULTILINE)
@@ -95,7 +95,7 @@ def test_it_asks_for_versions_that_nanomoe_asks_for(wheel: zipfile.ZipFile) -> N
     assert f"\nVersion: {version[1]}\n" in wheel.read(name).decode()
 
 
-def test_alone_it_talks_to_a_service(python: Path, api: Api) -> None:
+def test_the_client_alone_works_with_a_service(python: Path, api: Api) -> None:
     job_id = api.finished(name="feita")
     script = f"""
 import asyncio, sys

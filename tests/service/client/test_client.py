@@ -140,7 +140,7 @@ def test_a_handle_has_every_field_of_its_job() -> None:
             assert getattr(handle, name) == getattr(handle.view, name), name
 
 
-def test_a_client_that_is_told_nothing_looks_where_the_environment_points(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_address_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NANOMOE_URL", raising=False)
     assert Client().base_url == "http://127.0.0.1:8000"
     monkeypatch.setenv("NANOMOE_URL", "http://nanomoe.test/")
@@ -148,7 +148,7 @@ def test_a_client_that_is_told_nothing_looks_where_the_environment_points(monkey
     assert Client("http://127.0.0.1:9").base_url == "http://127.0.0.1:9"
 
 
-def test_nobody_there_is_an_error_with_the_address_and_how_to_set_another() -> None:
+def test_no_answer_is_an_error_with_the_address_and_how_to_set_another() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
@@ -194,20 +194,20 @@ def test_what_must_not_be_repeated_is_not(using: Any) -> None:
     assert len(script.requests) == 1
 
 
-def test_a_request_that_never_left_is_repeated_whatever_it_is(using: Any) -> None:
+def test_a_request_that_was_never_sent_is_repeated_even_if_not_idempotent(using: Any) -> None:
     script = Script(httpx.ConnectError("refused"), httpx.Response(204))
     assert using(script, lambda client: of_job(client).delete()) is None
     assert len(script.requests) == 2
 
 
-def test_patience_ends(using: Any) -> None:
+def test_retries_end_after_the_configured_number(using: Any) -> None:
     script = Script(*[httpx.ConnectError("refused")] * 4)
     with pytest.raises(Unreachable, match="nothing answers"):
         using(script, lambda client: client.health())
     assert script.answers == []
 
 
-def test_later_means_later_and_not_never(using: Any) -> None:
+def test_retry_after_is_respected(using: Any) -> None:
     script = Script(problem(503, "database_unavailable", {"Retry-After": "0"}), httpx.Response(204))
     using(script, lambda client: of_job(client).delete())
     assert len(script.requests) == 2
@@ -237,7 +237,7 @@ def test_a_fault_of_the_service_is_not_repeated(using: Any) -> None:
         (409, Conflict),
     ],
 )
-def test_a_problem_is_raised_as_its_kind_with_all_it_says(using: Any, status: int, kind: type[Problem]) -> None:
+def test_a_problem_is_raised_as_its_class_with_all_fields(using: Any, status: int, kind: type[Problem]) -> None:
     with pytest.raises(kind) as caught:
         using(Script(problem(status, "some_code")), lambda client: client.job(JOB_ID))
     error = caught.value
@@ -250,18 +250,18 @@ def test_a_problem_is_raised_as_its_kind_with_all_it_says(using: Any, status: in
     [(200, "<html>"), (404, "<html>"), (200, "{}"), (302, "")],
     ids=["html", "html 404", "another object", "redirect"],
 )
-def test_another_program_at_the_address_is_noticed(using: Any, status: int, body: str) -> None:
+def test_an_answer_of_another_program_is_an_error(using: Any, status: int, body: str) -> None:
     with pytest.raises(UnexpectedAnswer, match=r"http://nanomoe\.test"):
         using(Script(httpx.Response(status, text=body)), lambda client: client.job(JOB_ID))
 
 
 @pytest.mark.parametrize("url", ["nanomoe", "ftp://nanomoe.test", "http://", "http://a\nb", "127.0.0.1:8000"])
-def test_an_address_that_is_none_is_refused_at_once(url: str) -> None:
+def test_a_malformed_address_is_refused_at_once(url: str) -> None:
     with pytest.raises(ValueError, match="is not an address"):
         Client(url)
 
 
-def test_nobody_at_the_address_is_said_with_the_address() -> None:
+def test_an_unreachable_address_is_in_the_error() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
@@ -276,7 +276,7 @@ def test_a_key_is_sent_with_every_request() -> None:
     assert script.requests[0].headers["Authorization"] == "Bearer secret"
 
 
-def test_an_id_cannot_leave_its_place_in_the_path(using: Any) -> None:
+def test_an_id_cannot_escape_its_path_segment(using: Any) -> None:
     script = Script(problem(404, "job_not_found"))
     with pytest.raises(NotFound):
         using(script, lambda client: client.job("../../workers?a=b"))
@@ -345,7 +345,7 @@ def told(events: list[JobEvent]) -> list[tuple[str, str | None]]:
     return [(event.kind, event.id) for event in events]
 
 
-def test_events_are_taken_up_where_the_connection_broke(using: Any) -> None:
+def test_events_resume_where_the_connection_broke(using: Any) -> None:
     script = Script(
         httpx.Response(200, stream=Stream(RUNNING, STEP, WARNING[:20], breaks=True)),
         httpx.ConnectError("restarting"),
@@ -360,13 +360,13 @@ def test_events_are_taken_up_where_the_connection_broke(using: Any) -> None:
     assert [request.headers.get("Last-Event-ID") for request in script.requests] == [None, "1", "1", "1", "2"]
 
 
-def test_events_can_be_asked_for_from_a_place(using: Any) -> None:
+def test_events_can_be_requested_after_an_id(using: Any) -> None:
     script = Script(httpx.Response(200, stream=Stream(SUCCEEDED)))
     assert told(using(script, lambda client: of_job(client).events("2"))) == [("status", "3")]
     assert script.requests[0].headers["Last-Event-ID"] == "2"
 
 
-def test_nothing_more_ends_the_events(using: Any) -> None:
+def test_204_ends_the_events(using: Any) -> None:
     assert using(Script(httpx.Response(204)), lambda client: of_job(client).events("3")) == []
 
 
@@ -381,7 +381,7 @@ def test_an_event_that_cannot_be_read_is_an_error(using: Any) -> None:
         using(script, lambda client: of_job(client).events())
 
 
-def test_wait_tells_each_event_and_returns_the_job_as_it_ended(using: Any) -> None:
+def test_wait_calls_back_with_each_event_and_returns_the_ended_job(using: Any) -> None:
     seen: list[str] = []
     script = Script(httpx.Response(200, stream=Stream(RUNNING, SUCCEEDED)), httpx.Response(200, json=job("succeeded")))
     ended = using(script, lambda client: of_job(client).wait(on_event=lambda event: seen.append(event.data.status)))
@@ -424,7 +424,7 @@ def test_a_continuation_comes_in_pieces(using: Any) -> None:
     assert json.loads(script.requests[1].content) == wanted
 
 
-def test_a_continuation_that_fails_half_way_says_why(using: Any) -> None:
+def test_a_continuation_that_fails_half_way_raises_its_problem(using: Any) -> None:
     failure = {"type": "about:blank", "title": "No", "status": 503, "detail": "died", "code": "engine_died"}
     script = Script(httpx.Response(200, stream=Stream(piece(0, "ga"), sent(None, "error", failure))))
     with pytest.raises(Unavailable) as caught:
@@ -432,7 +432,7 @@ def test_a_continuation_that_fails_half_way_says_why(using: Any) -> None:
     assert caught.value.code == "engine_died"
 
 
-def test_a_continuation_that_breaks_off_is_neither_repeated_nor_taken_for_whole(using: Any) -> None:
+def test_a_continuation_that_breaks_off_is_an_error_and_not_repeated(using: Any) -> None:
     for stream in (Stream(piece(0, "ga"), END), Stream(piece(0, "ga"), breaks=True)):
         script = Script(httpx.Response(200, stream=stream))
         with pytest.raises(Unreachable):
@@ -474,7 +474,7 @@ def test_a_download_that_breaks_starts_again(using: Any, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("received", [b"weightz", b"weight"], ids=["a wrong byte", "a missing byte"])
-def test_wrong_bytes_never_take_the_file_s_place(using: Any, tmp_path: Path, received: bytes) -> None:
+def test_wrong_bytes_never_replace_the_file(using: Any, tmp_path: Path, received: bytes) -> None:
     there = tmp_path / "w"
     there.write_bytes(b"older")
     script = Script(checkpoint("model.safetensors"), httpx.Response(200, content=received))
@@ -485,6 +485,6 @@ def test_wrong_bytes_never_take_the_file_s_place(using: Any, tmp_path: Path, rec
 
 
 @pytest.mark.parametrize("name", ["../evil", "/etc/passwd", "..", "a\\b", ""])
-def test_a_file_s_name_cannot_leave_the_folder(using: Any, tmp_path: Path, name: str) -> None:
+def test_a_file_s_name_cannot_escape_the_folder(using: Any, tmp_path: Path, name: str) -> None:
     with pytest.raises(UnexpectedAnswer, match="lists a file named"):
         using(Script(checkpoint(name)), lambda client: of_job(client).download_checkpoint(50, tmp_path / "new"))

@@ -84,7 +84,7 @@ def proxy(no_proxies: None) -> Iterator[RecordingProxy]:
 
 @pytest.mark.parametrize("variable", ["HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"])
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
-def test_loopback_is_reached_past_every_proxy(
+def test_loopback_is_reached_without_a_proxy(
     health: Ask, host: str, variable: str, api: Api, proxy: RecordingProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(variable, f"http://{proxy.address}")
@@ -111,7 +111,7 @@ def test_another_host_is_reached_through_the_proxy(
 
 
 @pytest.mark.parametrize("exception", ["nanomoe.test", ".test", "*", "else.test, nanomoe.test:8000"])
-def test_no_proxy_makes_an_exception(
+def test_no_proxy_excludes_a_host(
     health: Ask, exception: str, proxy: RecordingProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HTTP_PROXY", f"http://{proxy.address}")
@@ -174,12 +174,12 @@ def test_a_proxy_for_https_does_not_matter_to_http(
         ("", False),
     ],
 )
-def test_this_machine_is_known_by_its_names(host: str, expected: bool) -> None:
+def test_names_of_loopback_are_recognised(host: str, expected: bool) -> None:
     assert is_loopback(host) is expected
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "x.localhost", "127.1", "[::1]", "0.0.0.0", "[::]"])  # noqa: S104
-def test_no_notation_of_this_machine_meets_a_proxy(
+def test_no_notation_of_loopback_uses_a_proxy(
     health: Ask, host: str, proxy: RecordingProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HTTP_PROXY", proxy.address)

@@ -9,7 +9,7 @@ from nanomoe import __version__
 from nanomoe.config import ConfigWarning
 from service.client import AsyncClient, Client, Conflict, Invalid, JobEvent, NotFound
 from service.http.schemas import CheckpointMetrics, JobView, StatusEvent
-from service.jobs import queue
+from service.jobs import queue, recording
 from tests.api import TEXT, Api
 
 TINY = {"tokenizer": "bytes", "epochs": 3}
@@ -101,7 +101,7 @@ def test_what_was_measured_and_recorded_comes_back(api: Api, tmp_path: Path) -> 
         assert not (tmp_path / "nothing.bin").exists()
 
 
-def test_the_service_tells_of_itself(api: Api) -> None:
+def test_workers_health_and_readiness_are_answered(api: Api) -> None:
     with Client(api.url) as client:
         assert client.health().version == __version__
         assert client.readiness().database == "sqlite"
@@ -111,12 +111,12 @@ def test_the_service_tells_of_itself(api: Api) -> None:
 def run_job(api: Api, job_id: str) -> None:
     """What a worker does with a short job."""
     claim = api.claim(job_id)
-    queue.record_prepared(
+    recording.record_prepared(
         api.db, claim, execution={}, n_tokens=9, total_steps=3, model={"n_params": 1, "n_active_params": 1}
     )
     api.record_checkpoint(claim, 0, 0)
     api.record_steps(claim, 1, 3)
-    queue.record_event(api.db, claim, "warning", {"code": "dead_expert", "message": "expert 3"})
+    recording.record_event(api.db, claim, "warning", {"code": "dead_expert", "message": "expert 3"})
     api.record_checkpoint(claim, 100, 3)
     queue.finish(api.db, claim, "succeeded")
 

@@ -8,13 +8,15 @@ import sqlalchemy as sa
 
 from service.database import change_notification
 from service.database.change_notification import Changes
-from service.database.database import Database, open_database
-from service.jobs import queue, store
-from service.jobs.queue import NewJob
-from service.jobs.tables import EPOCH
+from service.database.database import Database
+from service.database.opening import open_database
+from service.database.utc_time import EPOCH
+from service.jobs import queue, reads
+from service.jobs.new_job import NewJob
+from service.jobs.tables import Installation
 from service.settings import Settings
 from tests.databases import ONLY_POSTGRESQL
-from tests.races import PATIENCE, Races
+from tests.races import TIMEOUT_SECONDS, Races
 
 
 @pytest.fixture
@@ -32,7 +34,7 @@ def submit(db: Database) -> None:
 def settled(db: Database) -> int:
     """The number of changes once nothing more is on its way: what `submit` did before was seen."""
     seen = db.changes.number
-    while (now := db.wait_for_change(0.15, seen)) != seen:
+    while (now := db.changes.wait(0.15, seen)) != seen:
         seen = now
     return seen
 
@@ -40,42 +42,42 @@ def settled(db: Database) -> int:
 def test_a_commit_of_another_process_wakes_who_waits(db: Database, other: Database) -> None:
     seen = settled(db)
     submit(other)
-    assert db.wait_for_change(PATIENCE, seen) > seen
+    assert db.changes.wait(TIMEOUT_SECONDS, seen) > seen
 
 
 def test_a_commit_of_ones_own_wakes_too(db: Database) -> None:
     seen = settled(db)
     submit(db)
-    assert db.wait_for_change(PATIENCE, seen) > seen
+    assert db.changes.wait(TIMEOUT_SECONDS, seen) > seen
 
 
 def test_a_change_between_looking_and_waiting_is_not_missed(db: Database, other: Database) -> None:
     seen = settled(db)
     submit(other)
-    db.changes.wait(PATIENCE, seen)  # another waiter of this process was told
-    assert db.wait_for_change(PATIENCE, seen) > seen
+    db.changes.wait(TIMEOUT_SECONDS, seen)  # another waiter of this process was told
+    assert db.changes.wait(TIMEOUT_SECONDS, seen) > seen
 
 
 def test_without_a_change_the_wait_ends(db: Database) -> None:
     seen = settled(db)
-    store.count_jobs(db)
-    assert db.wait_for_change(0.05, seen) == seen
+    reads.count_jobs(db)
+    assert db.changes.wait(0.05, seen) == seen
 
 
 def test_what_is_rolled_back_wakes_nobody(db: Database, other: Database) -> None:
     seen = settled(db)
     with pytest.raises(sa.exc.IntegrityError), other.write() as session:
-        session.execute(sa.insert(store.Installation), [{"id": "a", "created_at": EPOCH}] * 2)
-    assert db.wait_for_change(0.1, seen) == seen
+        session.execute(sa.insert(Installation), [{"id": "a", "created_at": EPOCH}] * 2)
+    assert db.changes.wait(0.1, seen) == seen
 
 
 def test_word_comes_after_the_commit_not_before(db: Database, races: Races) -> None:
     seen = settled(db)
     held = races.hold(submit, db)
-    assert db.wait_for_change(0.1, seen) == seen
+    assert db.changes.wait(0.1, seen) == seen
     held.let_go()
-    assert db.wait_for_change(PATIENCE, seen) > seen
-    assert store.count_jobs(db)["queued"] == 1
+    assert db.changes.wait(TIMEOUT_SECONDS, seen) > seen
+    assert reads.count_jobs(db)["queued"] == 1
 
 
 def test_a_subscriber_is_called_until_it_leaves(db: Database) -> None:
@@ -83,13 +85,13 @@ def test_a_subscriber_is_called_until_it_leaves(db: Database) -> None:
     called = threading.Event()
     leave = db.changes.subscribe(called.set)
     submit(db)
-    assert called.wait(PATIENCE)
+    assert called.wait(TIMEOUT_SECONDS)
     leave()
     leave()
     called.clear()
     seen = settled(db)
     submit(db)
-    assert db.wait_for_change(PATIENCE, seen) > seen
+    assert db.changes.wait(TIMEOUT_SECONDS, seen) > seen
     assert not called.is_set()
 
 
@@ -97,9 +99,9 @@ def test_closing_wakes_who_waits(db: Database) -> None:
     settled(db)
     closing = threading.Timer(0.05, db.changes.close)
     closing.start()
-    db.wait_for_change(PATIENCE)
+    db.changes.wait(TIMEOUT_SECONDS)
     closing.join()
-    assert db.wait_for_change(PATIENCE) == db.changes.number
+    assert db.changes.wait(TIMEOUT_SECONDS) == db.changes.number
 
 
 @ONLY_POSTGRESQL
@@ -109,10 +111,10 @@ def test_a_listener_that_was_cut_off_listens_again(db: Database, monkeypatch: py
     with db.read() as session:
         cut = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE 'LISTEN%' AND datname = :name"
         assert session.scalars(sa.text(cut), {"name": db.engine.url.database}).all() == [True]
-    assert db.wait_for_change(PATIENCE, seen) > seen  # the gap counts as a change
+    assert db.changes.wait(TIMEOUT_SECONDS, seen) > seen  # the gap counts as a change
     seen = settled(db)
     submit(db)
-    assert db.wait_for_change(PATIENCE, seen) > seen
+    assert db.changes.wait(TIMEOUT_SECONDS, seen) > seen
 
 
 def test_a_source_that_fails_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +130,7 @@ def test_a_source_that_fails_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> 
         stop.wait()
 
     watching = Changes(source)
-    while watching.wait(PATIENCE) < 3:
+    while watching.wait(TIMEOUT_SECONDS) < 3:
         pass
     assert asked == 3
     watching.close()

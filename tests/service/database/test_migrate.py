@@ -13,11 +13,14 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
 from service.database import migrate
-from service.database.database import REVISION, Database, open_database
+from service.database.database import Database
+from service.database.opening import open_database
+from service.database.schema import REVISION, Row
+from service.database.utc_time import EPOCH
 from service.errors import SchemaMismatch, StartRefused
-from service.jobs import queue, store
-from service.jobs.queue import NewJob
-from service.jobs.tables import EPOCH, Row
+from service.jobs import queue, reads
+from service.jobs.new_job import NewJob
+from service.jobs.workers import WorkerIdentity
 from service.settings import Settings
 from tests.databases import ONLY_SQLITE
 from tests.races import at_once
@@ -100,7 +103,7 @@ def test_migrating_again_changes_nothing(db: Database) -> None:
     before = schema(db)
     migrate.upgrade(db)
     assert schema(db) == before
-    assert store.count_jobs(db)["queued"] == 1
+    assert reads.count_jobs(db)["queued"] == 1
 
 
 def test_two_processes_that_migrate_at_once_take_turns(empty: Database) -> None:
@@ -149,7 +152,7 @@ def test_a_table_that_is_rebuilt_keeps_its_children(db: Database) -> None:
     migrate.upgrade(db, "0003")
     assert db.revision() == "0003"
     assert {**schema(db), "jobs": None} == {**before, "jobs": None}
-    assert len(store.events_after(db, job.id, 0)) == 1
+    assert len(reads.events_after(db, job.id, 0)) == 1
     if db.is_sqlite:
         with db.read() as session:
             assert session.execute(sa.text("PRAGMA foreign_keys")).scalar_one() == 1
@@ -163,7 +166,7 @@ def test_with_foreign_keys_on_a_rebuilt_table_would_lose_its_children(
     job, _ = queue.submit(db, NewJob(text="a b", config={}))
     monkeypatch.setattr(migrate, "_pragma", lambda connection, pragma: None)
     migrate.upgrade(db, "0003")
-    assert store.events_after(db, job.id, 0) == []
+    assert reads.events_after(db, job.id, 0) == []
 
 
 @pytest.mark.usefixtures("next_schema")
@@ -215,7 +218,7 @@ def test_jobs_get_their_numbers_in_the_order_of_their_ids_and_new_ones_go_on(old
     for job_id in "cab":
         insert_as_0001(old, job_id)
     migrate.upgrade(old)
-    assert [(job.id, job.seq) for job in store.list_jobs(old)] == [("c", 3), ("b", 2), ("a", 1)]
+    assert [(job.id, job.seq) for job in reads.list_jobs(old)] == [("c", 3), ("b", 2), ("a", 1)]
     assert queue.submit(old, NewJob(text="a b", config={}))[0].seq == 4
 
 
@@ -226,12 +229,12 @@ def test_only_a_date_that_was_asked_for_is_kept(old: Database) -> None:
     insert_as_0001(old, "by a clock ahead", created_at=120, run_at=120)
     insert_as_0001(old, "after a crash", run_at=-5, started_at=-9, status="succeeded", finished_at=-1)
     migrate.upgrade(old)
-    dated = {job.id: job.run_at for job in store.list_jobs(old) if job.run_at is not None}
+    dated = {job.id: job.run_at for job in reads.list_jobs(old) if job.run_at is not None}
     assert dated.keys() == {"asked", "asked and passed"}
     assert dated["asked"] - old.time() > timedelta(minutes=59)
-    assert {job.id for job in store.list_jobs(old) if job.waits_since is not None} == set()
+    assert {job.id for job in reads.list_jobs(old) if job.waits_since is not None} == set()
     claimed = []
-    while (found := queue.claim(old, store.WorkerIdentity(), 60)) is not None:
+    while (found := queue.claim(old, WorkerIdentity(), 60)) is not None:
         claimed.append(found.job_id)
     assert claimed == ["asked and passed", "by a clock ahead", "not asked"]
 
@@ -241,11 +244,11 @@ def test_a_job_that_waits_after_a_crash_waits_on(old: Database) -> None:
     insert_as_0001(old, "waited", run_at=-1, started_at=-9)
     insert_as_0001(old, "by a clock ahead", run_at=120, started_at=-9)
     migrate.upgrade(old)
-    waits = {job.id: job.waits_seconds for job in store.list_jobs(old)}
+    waits = {job.id: job.waits_seconds for job in reads.list_jobs(old)}
     assert waits["waits"] == pytest.approx(480, abs=60)
     assert (waits["waited"], waits["by a clock ahead"]) == (None, 900)
-    assert {job.run_at for job in store.list_jobs(old)} == {None}
-    found = queue.claim(old, store.WorkerIdentity(), 60)
+    assert {job.run_at for job in reads.list_jobs(old)} == {None}
+    found = queue.claim(old, WorkerIdentity(), 60)
     assert found is not None
     assert found.job_id == "waited"
-    assert queue.claim(old, store.WorkerIdentity(), 60) is None
+    assert queue.claim(old, WorkerIdentity(), 60) is None

@@ -6,12 +6,13 @@ from typing import Any
 import sqlalchemy as sa
 
 from service.database.database import Database
+from service.database.schema import table
 from service.database.wakeups import Wakeups
-from service.jobs.tables import Text, table
+from service.jobs.tables import Text
 from tests.databases import EITHER
 
 pytestmark = EITHER
-PATIENCE = 20
+TIMEOUT_SECONDS = 20
 
 
 def change(db: Database) -> None:
@@ -22,7 +23,7 @@ def change(db: Database) -> None:
 
 def run(coroutine: Any) -> None:
     async def bounded() -> None:
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(TIMEOUT_SECONDS):
             await coroutine
 
     asyncio.run(bounded())
@@ -33,7 +34,7 @@ def test_a_change_between_the_look_and_the_wait_is_not_missed(db: Database) -> N
         wakeups = Wakeups(db)
         noticed = wakeups.next()
         await asyncio.to_thread(change, db)
-        await wakeups.wait(noticed, 2 * PATIENCE)
+        await wakeups.wait(noticed, 2 * TIMEOUT_SECONDS)
         assert noticed.is_set()
         wakeups.close()
 
@@ -43,7 +44,7 @@ def test_a_change_between_the_look_and_the_wait_is_not_missed(db: Database) -> N
 def test_everybody_who_waits_is_woken(db: Database) -> None:
     async def scenario() -> None:
         wakeups = Wakeups(db)
-        waiting = [asyncio.create_task(wakeups.wait(wakeups.next(), 2 * PATIENCE)) for _ in range(100)]
+        waiting = [asyncio.create_task(wakeups.wait(wakeups.next(), 2 * TIMEOUT_SECONDS)) for _ in range(100)]
         await asyncio.to_thread(change, db)
         await asyncio.gather(*waiting)
         wakeups.close()
@@ -69,11 +70,11 @@ def test_a_wait_ends_with_its_time(db: Database) -> None:
 def test_closing_lets_everybody_go(db: Database) -> None:
     async def scenario() -> None:
         wakeups = Wakeups(db)
-        waiting = [asyncio.create_task(wakeups.wait(wakeups.next(), 2 * PATIENCE)) for _ in range(3)]
+        waiting = [asyncio.create_task(wakeups.wait(wakeups.next(), 2 * TIMEOUT_SECONDS)) for _ in range(3)]
         await asyncio.sleep(0)
         wakeups.close()
         await asyncio.gather(*waiting)
-        await wakeups.wait(wakeups.next(), 2 * PATIENCE)
+        await wakeups.wait(wakeups.next(), 2 * TIMEOUT_SECONDS)
         assert wakeups.closed
         wakeups.close()
 

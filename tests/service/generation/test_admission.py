@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from nanomoe.generate import Request, generate_reference
-from nanomoe.sampling import Sampling
+from nanomoe.config import SamplingConfig
+from nanomoe.generation.engine import Request, generate_reference
 from service.errors import Invalid, ServiceError, TooManyRequests, Unavailable
 from service.generation.admission import EngineResult, Generation, Summary
 from service.generation.messages import Chunk
@@ -121,7 +121,7 @@ def test_a_request_is_answered_with_its_text_and_its_timing(
     run: Run, generation: Generation, tiny: TinyCheckpoint
 ) -> None:
     result: EngineResult = run(generation.generate(tiny.request("Olá", 40, n=2)))
-    reference = Request(tiny.tokenizer.encode("Olá"), 40, Sampling(0))
+    reference = Request(tiny.tokenizer.encode("Olá"), 40, SamplingConfig(temperature=0))
     expected = generate_reference(tiny.weights, tiny.config, reference)
     assert [choice.tokens for choice in result.choices] == [tuple(expected)] * 2
     assert {choice.text for choice in result.choices} == {tiny.tokenizer.decode(expected)}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from nanomoe import kernels
+from nanomoe.generation.kernels import compiling
 from service.generation import compiled_loops
 
 ROOT = Path(__file__).parents[3]
@@ -30,17 +30,17 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 def test_the_mark_tells_whether_all_loops_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("numba.config.CACHE_DIR", str(tmp_path / "kept"))
-    assert not kernels.are_compiled()
-    kernels.mark_compiled()
-    assert kernels.are_compiled()
+    assert not compiling.are_compiled()
+    compiling.mark_compiled()
+    assert compiling.are_compiled()
     monkeypatch.setattr("numba.__version__", "another")
-    assert not kernels.are_compiled()
+    assert not compiling.are_compiled()
 
 
 def test_a_compiler_that_fails_is_told_of_and_loops_are_not_used(
     started: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels, "are_compiled", lambda: False)
+    monkeypatch.setattr(compiling, "are_compiled", lambda: False)
     with capture_logs() as logged:
         assert not compiled_loops.prepare()
     assert [command[1:] for command in started] == [["-m", "service.generation.compiled_loops", str(os.getpid())]]
@@ -52,8 +52,8 @@ def test_a_compiler_that_fails_is_told_of_and_loops_are_not_used(
 def test_what_was_compiled_once_is_loaded_without_a_compiler(
     started: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels, "are_compiled", lambda: True)
-    monkeypatch.setattr("nanomoe.kernels.loading.load_all", lambda: 0.1)
+    monkeypatch.setattr(compiling, "are_compiled", lambda: True)
+    monkeypatch.setattr("nanomoe.generation.kernels.loading.load_all", lambda: 0.1)
     assert compiled_loops.prepare()
     assert started == []
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from structlog.testing import capture_logs
 
-from nanomoe.generate import Request, generate_reference
-from nanomoe.sampling import Sampling
+from nanomoe.config import SamplingConfig
+from nanomoe.generation.engine import Request, generate_reference
 from nanomoe.tokenizer import load_tokenizer
 from service.generation.engine import LEAST_SHARE, Pace, Server
 from service.generation.examiner import Examiner
@@ -92,7 +92,9 @@ def tiny(tmp_path: Path) -> TinyCheckpoint:
     return write_tiny_checkpoint(tmp_path / "tiny")
 
 
-def _reference(tiny: TinyCheckpoint, prompt: str, max_new_tokens: int, sampling: Sampling, **fields: int) -> list[int]:
+def _reference(
+    tiny: TinyCheckpoint, prompt: str, max_new_tokens: int, sampling: SamplingConfig, **fields: int
+) -> list[int]:
     request = Request(tiny.tokenizer.encode(prompt), max_new_tokens, sampling, **fields)
     return generate_reference(tiny.weights, tiny.config, request)
 
@@ -102,7 +104,7 @@ def test_a_request_is_answered_with_its_text(tiny: TinyCheckpoint, stream: bool)
     driver = Driver()
     request_id = driver.ask(tiny.request("Era uma vez", 40), stream=stream)
     driver.finish(request_id)
-    expected = _reference(tiny, "Era uma vez", 40, Sampling(0))
+    expected = _reference(tiny, "Era uma vez", 40, SamplingConfig(temperature=0))
     begun, *chunks, done = driver.said[request_id]
     assert isinstance(begun, Begun)
     assert [token for chunk in driver.chunks(request_id) for token in chunk.tokens] == expected
@@ -122,7 +124,7 @@ def test_a_checkpoint_is_read_with_the_tokenizer_in_its_files_whatever_its_name_
     driver = Driver()
     request_id = driver.ask(made.request("Era uma vez", 8))
     driver.finish(request_id)
-    expected = _reference(made, "Era uma vez", 8, Sampling(0))
+    expected = _reference(made, "Era uma vez", 8, SamplingConfig(temperature=0))
     (chunk,) = driver.chunks(request_id)
     assert (list(chunk.tokens), chunk.text) == (expected, earlier.decode(expected))
 
@@ -140,13 +142,13 @@ def test_every_choice_of_a_request_is_a_text_of_its_own(tiny: TinyCheckpoint) ->
     driver = Driver()
     request_id = driver.ask(tiny.request(n=3, temperature=1.0, seed=7))
     driver.finish(request_id)
-    expected = {i: _reference(tiny, "Era uma vez", 8, Sampling(1.0), seed=7, index=i) for i in range(3)}
+    expected = {i: _reference(tiny, "Era uma vez", 8, SamplingConfig(), seed=7, index=i) for i in range(3)}
     assert {chunk.index: list(chunk.tokens) for chunk in driver.chunks(request_id)} == expected
     assert len({tuple(tokens) for tokens in expected.values()}) == 3
 
 
 def test_a_stop_string_across_tokens_ends_a_text_and_frees_its_slot(tiny: TinyCheckpoint) -> None:
-    text = tiny.tokenizer.decode(_reference(tiny, "Era", 30, Sampling(1.0), seed=1))
+    text = tiny.tokenizer.decode(_reference(tiny, "Era", 30, SamplingConfig(), seed=1))
     stop = text[9:12]
     driver = Driver()
     request_id = driver.ask(tiny.request("Era", 30, temperature=1.0, seed=1, stop=(stop,)), stream=True)
@@ -417,7 +419,7 @@ def test_what_begins_before_the_loops_are_ready_is_answered_without_them_and_wha
     }  # fmt: skip
     for request_id, prompt, n in ((early, "Era", 30), (long, "Olá", 300), (late, "Era", 30)):
         tokens = [token for chunk in driver.chunks(request_id) for token in chunk.tokens]
-        assert tokens == _reference(tiny, prompt, n, Sampling(0))
+        assert tokens == _reference(tiny, prompt, n, SamplingConfig(temperature=0))
     assert driver.server._superseded == []
     assert driver.server.n_sequences == 0
 

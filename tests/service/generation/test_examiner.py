@@ -15,16 +15,16 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The folders whose bytes were verified, by name."""
-    verified: list[str] = []
-    verify = checkpoint.verify
+    """The folders that were opened, by name."""
+    opened: list[str] = []
+    open_folder = checkpoint.open
 
-    def listed(folder: Path, manifest_sha256: str) -> checkpoint.Manifest:
-        verified.append(folder.name)
-        return verify(folder, manifest_sha256)
+    def listed(folder: Path, manifest_sha256: str | None) -> checkpoint.OpenCheckpoint:
+        opened.append(folder.name)
+        return open_folder(folder, manifest_sha256)
 
-    monkeypatch.setattr(checkpoint, "verify", listed)
-    return verified
+    monkeypatch.setattr(checkpoint, "open", listed)
+    return opened
 
 
 def ask(examiner: Examiner, tiny: TinyCheckpoint) -> object:

@@ -9,8 +9,8 @@ from structlog.testing import capture_logs
 from service.database.database import Database
 from service.generation.admission import Generation
 from service.http.context import open_context
-from service.jobs import store
-from service.jobs.queue import Rescuer
+from service.jobs.rescuer import Rescuer
+from service.jobs.workers import WorkerIdentity, has_training, worker_started
 from service.settings import Settings
 from tests.databases import ONLY_SQLITE
 from tests.queued import submit
@@ -64,7 +64,6 @@ def test_the_engine_is_started_with_the_first_sign_of_training(
 ) -> None:
     preloads: list[Generation] = []
     preloaded, looked = threading.Event(), threading.Event()
-    has_training = store.has_training
 
     async def preload(generation: Generation) -> None:
         preloads.append(generation)
@@ -82,11 +81,11 @@ def test_the_engine_is_started_with_the_first_sign_of_training(
             if sign == "a job waits":
                 await asyncio.to_thread(submit, context.database)
             elif sign == "a worker lives":
-                await asyncio.to_thread(store.worker_started, context.database, store.WorkerIdentity(name="test"))
+                await asyncio.to_thread(worker_started, context.database, WorkerIdentity(name="test"))
             if sign != "neither":
                 assert await asyncio.to_thread(preloaded.wait, 30)
 
     monkeypatch.setattr(Generation, "preload", preload)
-    monkeypatch.setattr(store, "has_training", look)
+    monkeypatch.setattr("service.http.context.has_training", look)
     asyncio.run(open_and_train())
     assert len(preloads) == (sign != "neither")

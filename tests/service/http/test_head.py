@@ -17,7 +17,7 @@ CHANGING = {"date", "content-length"}
 """`/metrics` counts requests, so that its length changes."""
 
 
-def test_it_answers_what_get_answers_without_the_content(api: Api, tmp_path: Path) -> None:
+def test_head_answers_as_get_without_the_content(api: Api, tmp_path: Path) -> None:
     claim = api.claim(api.submit()["id"])
     api.record_checkpoint(claim, 100, 500, tiny_files(tmp_path / "tiny"))
     queue.finish(api.db, claim, "succeeded")
@@ -34,7 +34,7 @@ def test_it_answers_what_get_answers_without_the_content(api: Api, tmp_path: Pat
             assert head.headers["content-length"] == get.headers["content-length"], path
 
 
-def test_a_stream_that_never_ends_has_a_head(api: Api) -> None:
+def test_head_of_an_endless_stream_ends(api: Api) -> None:
     job_id = api.submit()["id"]
     answer = api.http.head(f"/jobs/{job_id}/events")
     assert answer.status_code == 200
@@ -44,7 +44,7 @@ def test_a_stream_that_never_ends_has_a_head(api: Api) -> None:
     assert api.http.get("/healthz").json()["status"] == "ok"
 
 
-def test_the_work_behind_the_content_is_cancelled() -> None:
+def test_head_cancels_the_work_for_the_content() -> None:
     ended: SimpleQueue[str] = SimpleQueue()
     sent: list[Message] = []
 

@@ -24,7 +24,7 @@ def _patterns(value: Any) -> Iterator[str]:
             yield from _patterns(inner)
 
 
-def test_every_pattern_of_a_request_has_words() -> None:
+def test_every_pattern_of_a_request_has_an_error_message() -> None:
     document = create_app(Settings(_env_file=None)).openapi()
     requests = [operation for path in document["paths"].values() for operation in path.values()]
     # A path's parts are judged by hand: what does not fit there is not found.
@@ -47,7 +47,7 @@ def test_every_pattern_of_a_request_has_words() -> None:
         (InitFrom, {"job_id": "x"}),
     ],
 )
-def test_an_error_says_it_in_words(kind: type, given: dict[str, Any]) -> None:
+def test_an_error_about_a_pattern_shows_its_message(kind: type, given: dict[str, Any]) -> None:
     with pytest.raises(ValidationError) as refused:
         TypeAdapter(kind).validate_python(given)
     (error,) = refused.value.errors()

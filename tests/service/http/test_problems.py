@@ -69,7 +69,7 @@ def _told(path: str, answer: httpx.Response) -> tuple[list[list[str | int]], lis
     return [fault["loc"] for fault in faults], [problem["detail"], *(fault["msg"] for fault in faults)]
 
 
-def test_no_bad_body_is_answered_in_the_validators_words(api: Api) -> None:
+def test_no_error_shows_pydantics_terms(api: Api) -> None:
     n_refused = 0
     for method, path, body in _bodies(api):
         answer = api.http.request(method, path, json=body, params={"dry_run": True} if path == "/jobs" else None)
@@ -115,7 +115,7 @@ class Either(BaseModel):
         ({"k": "a"}, ["value", "k"], "Input should be a valid integer"),
     ],
 )
-def test_of_several_types_the_one_that_was_meant_is_told(value: Any, place: list[str | int], message: str) -> None:
+def test_an_error_in_a_union_names_the_member_that_was_meant(value: Any, place: list[str | int], message: str) -> None:
     body = {"value": value}
     with pytest.raises(ValidationError) as raised:
         Either.model_validate(body)

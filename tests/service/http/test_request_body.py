@@ -49,7 +49,7 @@ def of(request: dict[str, Any], path: str) -> tuple[bytes, str]:
     return json.dumps(body, ensure_ascii=False).encode(), job_id
 
 
-def test_each_route_with_a_body_is_tried_here(api: Api, requests: Requests) -> None:
+def test_every_route_with_a_body_is_covered(api: Api, requests: Requests) -> None:
     paths = api.http.get("/openapi.json").json()["paths"]
     assert set(requests) == {
         (method, path)
@@ -60,7 +60,7 @@ def test_each_route_with_a_body_is_tried_here(api: Api, requests: Requests) -> N
 
 
 @pytest.mark.parametrize("coding", ["gzip", "deflate", "br", "x-unknown", "identity, gzip"])
-def test_a_compressed_body_is_415_everywhere(api: Api, requests: Requests, coding: str) -> None:
+def test_a_compressed_body_is_415_at_every_route(api: Api, requests: Requests, coding: str) -> None:
     squeeze = {"gzip": gzip.compress, "deflate": zlib.compress}.get(coding, bytes)
     for (method, path), request in requests.items():
         body, job_id = of(request, path)
@@ -77,7 +77,7 @@ def test_a_compressed_form_is_415(api: Api) -> None:
 
 
 @pytest.mark.parametrize("charset", ["latin-1", "iso-8859-1", "utf-16", '"utf-16le"', "windows-1252"])
-def test_json_in_another_charset_is_415_everywhere(api: Api, requests: Requests, charset: str) -> None:
+def test_json_in_another_charset_is_415_at_every_route(api: Api, requests: Requests, charset: str) -> None:
     for (method, path), request in requests.items():
         body, job_id = of(request, path)
         told = send(api, method, path, body, job_id, content_type=f"application/json; charset={charset}")
@@ -86,7 +86,7 @@ def test_json_in_another_charset_is_415_everywhere(api: Api, requests: Requests,
 
 @pytest.mark.parametrize("content_type", ["application/json; charset=UTF-8", 'application/json;charset="utf8"'])
 @pytest.mark.parametrize("mark", [b"", MARK])
-def test_json_in_utf8_is_read_everywhere_with_a_mark_and_without(
+def test_json_in_utf8_is_accepted_with_and_without_a_byte_order_mark(
     api: Api, requests: Requests, content_type: str, mark: bytes
 ) -> None:
     for (method, path), request in requests.items():
@@ -95,28 +95,28 @@ def test_json_in_utf8_is_read_everywhere_with_a_mark_and_without(
         assert told in [(200, None), (201, None), (404, "job_not_found"), (404, "model_not_found")], path
 
 
-def test_a_mark_that_comes_byte_by_byte_is_a_mark(api: Api) -> None:
+def test_a_byte_order_mark_that_arrives_byte_by_byte_is_dropped(api: Api) -> None:
     body = MARK + json.dumps({"text": TEXT}).encode()
     pieces = (body[place : place + 1] for place in range(len(body)))
     assert api.http.post("/jobs", content=pieces, headers=JSON).status_code == 201
 
 
 @pytest.mark.parametrize("codec", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
-def test_json_in_utf16_is_read_nowhere(api: Api, requests: Requests, codec: str) -> None:
+def test_json_in_utf16_is_refused_at_every_route(api: Api, requests: Requests, codec: str) -> None:
     for (method, path), request in requests.items():
         body, job_id = of(request, path)
         assert send(api, method, path, body.decode().encode(codec), job_id) == (400, "invalid_body"), path
 
 
 @pytest.mark.parametrize("body", [MARK, MARK * 2 + b"{}", b" " + MARK + b"{}", b"\0", b"\xff\xfe"])
-def test_a_mark_alone_is_no_json(api: Api, requests: Requests, body: bytes) -> None:
+def test_a_byte_order_mark_alone_is_no_json(api: Api, requests: Requests, body: bytes) -> None:
     for (method, path), request in requests.items():
         _, job_id = of(request, path)
         status, code = send(api, method, path, body, job_id)
         assert (status, code) in [(400, "invalid_body"), (422, "invalid_request")], path
 
 
-def test_a_mark_is_no_part_of_a_text_or_a_part(api: Api) -> None:
+def test_a_byte_order_mark_is_no_part_of_a_text_or_of_a_form_part(api: Api) -> None:
     plain = api.http.post("/jobs", json={"text": TEXT, "name": "gato", "config": {"epochs": 3}}).json()
     mark, marked_text = MARK.decode(), MARK + TEXT.encode()
     by_json = api.http.post("/jobs", json={"text": mark + TEXT, "name": "gato", "config": {"epochs": 3}})
@@ -150,10 +150,10 @@ def test_a_field_is_read_as_the_same_text_as_a_file(api: Api) -> None:
     assert answer.json()["errors"][0]["loc"] == ["body", "não"]
 
 
-def test_a_mark_alone_is_no_text(api: Api) -> None:
+def test_a_byte_order_mark_alone_is_no_text(api: Api) -> None:
     answer = api.http.post("/jobs", json={"text": MARK.decode()})
     assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request")
 
 
-def test_a_scored_text_has_no_mark_either() -> None:
+def test_a_byte_order_mark_is_no_part_of_a_scored_text() -> None:
     assert ScoreRequest(job_id=NOBODY, text=MARK.decode() + TEXT).text == TEXT

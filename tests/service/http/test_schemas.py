@@ -50,7 +50,7 @@ def read(model: type[BaseModel], name: str, value: str, *, as_json: bool) -> Any
     return getattr(asked, name)
 
 
-def test_there_are_integers_in_all_of_them() -> None:
+def test_every_schema_has_integer_fields() -> None:
     assert len(FIELDS) > 25
     assert {model for model, _, _ in FIELDS} == set(REQUIRED) - {JobPatch}
 
@@ -65,7 +65,7 @@ def test_a_whole_number_is_an_integer_however_it_is_written(as_json: bool) -> No
 
 @pytest.mark.parametrize("as_json", [True, False])
 @pytest.mark.parametrize("wrong", ["{}.5", '"{}"', '"{}.0"', "1e30", "-1e30", "true", "false", "1e999", "NaN", "[{}]"])
-def test_nothing_else_is(wrong: str, as_json: bool) -> None:
+def test_a_value_of_another_type_is_no_integer(wrong: str, as_json: bool) -> None:
     taken = []
     for model, name, value in FIELDS:
         with contextlib.suppress(ValidationError):
@@ -74,7 +74,7 @@ def test_nothing_else_is(wrong: str, as_json: bool) -> None:
 
 
 @pytest.mark.parametrize("model", REQUIRED)
-def test_bounds_are_in_the_schema_in_its_own_words(model: type[BaseModel]) -> None:
+def test_bounds_are_in_the_json_schema(model: type[BaseModel]) -> None:
     assert not {"ge", "gt", "le", "lt"} & set(_keys(model.model_json_schema()))
 
 

@@ -3,9 +3,9 @@
 import pytest
 
 from service.database.database import Database
-from service.jobs import queue
+from service.jobs import queue, recording
 from service.jobs.addressing import list_models
-from service.jobs.store import WorkerIdentity
+from service.jobs.workers import WorkerIdentity
 from tests.queued import CHECKPOINT, running
 
 
@@ -17,6 +17,6 @@ def test_models_are_listed_by_the_order_of_their_jobs_whatever_the_ids(
     for _ in range(2):
         held = running(db, worker)
         for percent in (0, 25):
-            queue.record_checkpoint(db, held, percent=percent, **CHECKPOINT)
+            recording.record_checkpoint(db, held, percent=percent, **CHECKPOINT)
     listed = [found.model_id for found in list_models(db)]
     assert listed == [f"{letter * 32}@{percent}" for letter in "ab" for percent in (25, 0)]

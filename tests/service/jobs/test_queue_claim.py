@@ -11,9 +11,9 @@ import sqlalchemy as sa
 
 from service.database.database import Database
 from service.errors import SchemaMismatch
-from service.jobs import queue, store
-from service.jobs.queue import Claim
-from service.jobs.store import WorkerIdentity
+from service.jobs import queue, reads
+from service.jobs.lease import Claim
+from service.jobs.workers import WorkerIdentity, worker_seen
 from tests.databases import ONLY_POSTGRESQL, Clock
 from tests.queued import LEASE, claim, copy_job, statuses, submit
 from tests.races import Races, at_once
@@ -98,10 +98,10 @@ def test_the_last_job_is_claimed_by_one_of_two(db: Database, worker: WorkerIdent
     other = races.start(queue.claim, db, worker, LEASE)
     assert claim_id(held.let_go()) == job.id
     assert other.result() is None
-    assert store.get_job(db, job.id).fence == 1
+    assert reads.get_job(db, job.id).fence == 1
 
 
-@ONLY_POSTGRESQL  # SQLite has one writer: see the deferred transaction in test_database.py
+@ONLY_POSTGRESQL  # SQLite has one writer: see the deferred transaction in test_sqlite.py
 def test_without_the_row_lock_and_the_status_check_two_workers_claim_one_job(
     db: Database, worker: WorkerIdentity, races: Races
 ) -> None:
@@ -118,7 +118,7 @@ def test_without_the_row_lock_and_the_status_check_two_workers_claim_one_job(
     held = races.hold(queue.claim, db, worker, LEASE)
     other = races.start(queue.claim, db, worker, LEASE)
     assert claim_id(held.let_go()) == claim_id(other.result()) == job.id
-    assert store.get_job(db, job.id).attempt == 2
+    assert reads.get_job(db, job.id).attempt == 2
 
 
 def test_eight_workers_claim_every_job_once(db: Database, worker: WorkerIdentity) -> None:
@@ -142,7 +142,7 @@ def test_a_worker_of_another_schema_claims_nothing(db: Database, worker: WorkerI
     with pytest.raises(SchemaMismatch) as refused:
         queue.claim(db, worker, LEASE)
     assert "9999" in refused.value.detail
-    assert store.get_job(db, job.id).status == "queued"
+    assert reads.get_job(db, job.id).status == "queued"
 
 
 def test_a_migration_between_the_look_and_the_claim_is_noticed(
@@ -160,11 +160,11 @@ def test_a_migration_between_the_look_and_the_claim_is_noticed(
 
     monkeypatch.setattr(db, "write", write_after_a_migration)
     assert queue.claim(db, worker, LEASE) is None
-    assert store.get_job(db, job.id).status == "queued"
+    assert reads.get_job(db, job.id).status == "queued"
 
 
 def test_an_idle_claim_takes_no_write_lock(db: Database, worker: WorkerIdentity, races: Races) -> None:
-    held = races.hold(store.worker_seen, db, worker.id)
+    held = races.hold(worker_seen, db, worker.id)
     assert queue.claim(db, worker, LEASE) is None
     held.let_go()
 

@@ -21,11 +21,14 @@ from hypothesis.stateful import (
 )
 
 from service.database.database import Database
+from service.database.schema import table
 from service.errors import Conflict, LeaseLost
-from service.jobs import queue, store
-from service.jobs.queue import Claim, NewJob
-from service.jobs.store import TERMINAL, Job, Text, Worker, WorkerIdentity
-from service.jobs.tables import table
+from service.jobs import queue, reads, recording
+from service.jobs.lease import Claim
+from service.jobs.new_job import NewJob
+from service.jobs.statuses import TERMINAL
+from service.jobs.tables import Job, Text, Worker
+from service.jobs.workers import WorkerIdentity, worker_seen, worker_started
 from tests.databases import Clock
 
 LEASE = 60.0
@@ -41,22 +44,22 @@ MAY_BECOME = {
 
 def out_of_memory(db: Database, claim: Claim) -> Job:
     decided = {"execution": {"micro_batch": 4}, "model": {"n_params": 1, "n_active_params": 1}}
-    queue.record_prepared(db, claim, n_tokens=9, total_steps=4, **decided)
-    return queue.release_smaller(db, claim, micro_batch=2, reason="memory ran out", warnings=[{"code": "w"}])
+    recording.record_prepared(db, claim, n_tokens=9, total_steps=4, **decided)
+    return queue.release_out_of_memory(db, claim, micro_batch=2, reason="memory ran out", warnings=[{"code": "w"}])
 
 
 OWNERS_WRITES: dict[str, Any] = {
-    "heartbeat": lambda db, claim: queue.heartbeat(db, claim, {"step": 1}),
-    "steps": lambda db, claim: queue.record_steps(
+    "heartbeat": lambda db, claim: recording.heartbeat(db, claim, {"step": 1}),
+    "steps": lambda db, claim: recording.record_steps(
         db, claim, {"step": [1], "train_loss": [float(claim.fence)], "lr": [0.1], "grad_norm": [1.0]}
     ),
-    "checkpoint": lambda db, claim: queue.record_checkpoint(
+    "checkpoint": lambda db, claim: recording.record_checkpoint(
         db, claim, percent=0, step=0, epoch=0, folder=f"f{claim.fence}", manifest_sha256="m", files=[], metrics={}
     ),
-    "snapshot": lambda db, claim: queue.record_snapshot(
+    "snapshot": lambda db, claim: recording.record_snapshot(
         db, claim, step=1, folder=f"f{claim.fence}", manifest_sha256="m"
     ),
-    "rewind": lambda db, claim: queue.rewind(db, claim, 0),
+    "rewind": lambda db, claim: recording.rewind(db, claim, 0),
     "succeed": lambda db, claim: queue.finish(db, claim, "succeeded"),
     "fail": lambda db, claim: queue.finish(db, claim, "failed", error={"code": "e", "message": "m"}),
     "drain": lambda db, claim: queue.release(db, claim),
@@ -85,7 +88,7 @@ class Histories(RuleBasedStateMachine):
     def begin(self) -> None:
         self.workers = [WorkerIdentity(name=str(number)) for number in range(2)]
         for worker in self.workers:
-            store.worker_started(self.db, worker)
+            worker_started(self.db, worker)
 
     @rule(target=jobs, priority=st.integers(0, 1), seconds=st.none() | st.sampled_from([-20, 20, 500]))
     def submit(self, priority: int, seconds: float | None) -> str:
@@ -115,7 +118,7 @@ class Histories(RuleBasedStateMachine):
             OWNERS_WRITES[write](self.db, claim)
         except LeaseLost:
             assert not owns
-            assert store.get_job(self.db, claim.job_id) == row
+            assert reads.get_job(self.db, claim.job_id) == row
             assert self.recorded(claim.job_id) == recorded
         else:
             assert owns
@@ -127,11 +130,11 @@ class Histories(RuleBasedStateMachine):
             ask(self.db, job_id)
         except Conflict:
             assert row.status in TERMINAL
-            assert store.get_job(self.db, job_id) == row
+            assert reads.get_job(self.db, job_id) == row
 
     @rule(number=st.integers(0, 1))
     def worker_is_seen(self, number: int) -> None:
-        store.worker_seen(self.db, self.workers[number].id)
+        worker_seen(self.db, self.workers[number].id)
 
     @rule()
     def rescue(self) -> None:
@@ -147,7 +150,7 @@ class Histories(RuleBasedStateMachine):
 
     @invariant()
     def promises_hold(self) -> None:
-        found = {job.id: job for job in store.list_jobs(self.db, limit=100)}
+        found = {job.id: job for job in reads.list_jobs(self.db, limit=100)}
         assert list(found) == self.submitted[::-1]
         for job_id, before in self.before.items():
             job = found[job_id]
@@ -163,8 +166,8 @@ class Histories(RuleBasedStateMachine):
             assert (job.fence > before.fence) == (job.status == "running" != before.status)
             assert self.ended.get(job_id, 0) <= 1
             self.before[job_id] = job
-            assert job.status not in TERMINAL or store.find_snapshot(self.db, job_id) is None
-            events = store.events_after(self.db, job_id, 0)
+            assert job.status not in TERMINAL or reads.find_snapshot(self.db, job_id) is None
+            events = reads.events_after(self.db, job_id, 0)
             assert [event.seq for event in events] == list(range(1, job.event_seq + 1))
             assert [event.data["status"] for event in events if event.kind == "status"][-1] == job.status
 
@@ -180,8 +183,8 @@ class Histories(RuleBasedStateMachine):
         return now - job.waits_since >= timedelta(seconds=job.waits_seconds)
 
     def recorded(self, job_id: str) -> Any:
-        snapshot = store.find_snapshot(self.db, job_id)
-        return store.series(self.db, job_id), store.list_checkpoints(self.db, job_id), snapshot
+        snapshot = reads.find_snapshot(self.db, job_id)
+        return reads.series(self.db, job_id), reads.list_checkpoints(self.db, job_id), snapshot
 
     def teardown(self) -> None:
         with self.db.write() as session:

@@ -3,21 +3,21 @@
 from datetime import datetime, timedelta
 
 from service.database.database import Database
-from service.jobs import queue, store
-from service.jobs.queue import Claim
-from service.jobs.queue_position import MAX_POSITION, Place, find_place
-from service.jobs.store import WorkerIdentity
+from service.jobs import queue, recording
+from service.jobs.lease import Claim
+from service.jobs.queue_position import MAX_POSITION, QueuePosition, find_queue_position
+from service.jobs.workers import WorkerIdentity, worker_seen, worker_started
 from tests.databases import Clock
 from tests.queued import claim, copy_job, running, submit
 
 
 def position(db: Database, job_id: str) -> int | None:
-    place = find_place(db, job_id)
+    place = find_queue_position(db, job_id)
     return place and place.position
 
 
 def estimate(db: Database, job_id: str) -> datetime | None:
-    place = find_place(db, job_id)
+    place = find_queue_position(db, job_id)
     return place and place.estimated_start_at
 
 
@@ -41,7 +41,7 @@ def test_the_start_is_estimated_for_as_many_as_there_are_slots(db: Database, clo
     worker = WorkerIdentity(slots=2)
     first, second, third, fourth, fifth = (submit(db).id for _ in range(5))
     assert estimate(db, first) is None  # no worker is there
-    store.worker_started(db, worker)
+    worker_started(db, worker)
     assert estimate(db, first) == clock.now
     assert estimate(db, third) is None  # nobody knows how long the first two take
 
@@ -49,7 +49,7 @@ def test_the_start_is_estimated_for_as_many_as_there_are_slots(db: Database, clo
     assert estimate(db, third) is None  # nor does one that runs say so yet
     for held, eta in zip(claims, (90.0, 30.0), strict=True):
         assert held is not None
-        queue.heartbeat(db, held, {"eta_seconds": eta})
+        recording.heartbeat(db, held, {"eta_seconds": eta})
     assert estimate(db, third) == clock.now + timedelta(seconds=30)
     assert estimate(db, fourth) == clock.now + timedelta(seconds=90)
     assert estimate(db, fifth) is None
@@ -60,7 +60,7 @@ def test_the_start_is_estimated_for_as_many_as_there_are_slots(db: Database, clo
 
 
 def test_a_worker_with_long_leases_beats_rarely_and_counts_meanwhile(db: Database, clock: Clock) -> None:
-    store.worker_started(db, WorkerIdentity(lease_seconds=600))
+    worker_started(db, WorkerIdentity(lease_seconds=600))
     job = submit(db)
     clock.advance(599)
     assert estimate(db, job.id) == clock.now
@@ -75,8 +75,8 @@ def test_a_clock_that_was_ahead_delays_no_estimate(db: Database, clock: Clock, w
     clock.advance(7200)
     job = submit(db)
     clock.advance(-7200)
-    store.worker_seen(db, worker.id)
-    assert find_place(db, job.id) == Place(0, clock.now)
+    worker_seen(db, worker.id)
+    assert find_queue_position(db, job.id) == QueuePosition(0, clock.now)
 
 
 def test_a_job_that_waits_stands_ahead_of_none_that_can_start_now(
@@ -85,7 +85,7 @@ def test_a_job_that_waits_stands_ahead_of_none_that_can_start_now(
     crashed = queue.release(db, running(db, worker), crash="signal 11")
     dated = submit(db, run_at=clock.now + timedelta(seconds=60), priority=9)
     ready = submit(db)
-    assert find_place(db, ready.id) == Place(0, clock.now)
+    assert find_queue_position(db, ready.id) == QueuePosition(0, clock.now)
     # When it has waited 15 s, whoever is ready goes in its order: the crashed one came first.
     assert position(db, crashed.id) == 0
     assert position(db, dated.id) == 0
@@ -94,7 +94,7 @@ def test_a_job_that_waits_stands_ahead_of_none_that_can_start_now(
     queue.request_cancel(db, crashed.id)
     assert estimate(db, dated.id) == clock.now + timedelta(seconds=60)
     clock.advance(60)
-    store.worker_seen(db, worker.id)
+    worker_seen(db, worker.id)
     late = submit(db, priority=1)
     assert [position(db, job.id) for job in (dated, late)] == [0, 1]
 
@@ -113,7 +113,7 @@ MODEL = {"n_tokens": 1000, "n_active_params": 1_000_000, "config": {
 
 
 def train(db: Database, held: Claim, *, step: int, seconds_left: float) -> None:
-    queue.heartbeat(db, held, {"step": step, "eta_seconds": seconds_left})
+    recording.heartbeat(db, held, {"step": step, "eta_seconds": seconds_left})
 
 
 def test_those_that_go_first_are_taken_to_train_as_fast_as_one_like_them_that_runs(
@@ -123,14 +123,14 @@ def test_those_that_go_first_are_taken_to_train_as_fast_as_one_like_them_that_ru
     same = submit(db, total_steps=400, **MODEL)
     twice = submit(db, total_steps=100, **MODEL | {"n_active_params": 2_000_000})
     last = submit(db, total_steps=10, **MODEL)
-    places = [find_place(db, job.id) for job in (same, twice, last)]
+    places = [find_queue_position(db, job.id) for job in (same, twice, last)]
     starts = [50, 50 + 400 * 0.5, 50 + 400 * 0.5 + 100 * 0.5 * 2]
-    assert places == [Place(n, clock.now + timedelta(seconds=start)) for n, start in enumerate(starts)]
+    assert places == [QueuePosition(n, clock.now + timedelta(seconds=start)) for n, start in enumerate(starts)]
 
 
 def test_two_slots_share_the_line(db: Database, clock: Clock) -> None:
     worker = WorkerIdentity(slots=2)
-    store.worker_started(db, worker)
+    worker_started(db, worker)
     for seconds in (50, 80):
         train(db, running(db, worker, total_steps=200, **MODEL), step=100, seconds_left=seconds)
     jobs = [submit(db, total_steps=200, **MODEL) for _ in range(3)]
@@ -145,20 +145,20 @@ def test_of_a_job_unlike_all_that_run_nobody_can_say_how_long_it_takes(
     unlike = submit(db, total_steps=100, **MODEL | {"n_active_params": 1_000})
     last = submit(db, total_steps=100, **MODEL)
     assert estimate(db, unlike.id) == clock.now + timedelta(seconds=50)
-    assert find_place(db, last.id) == Place(1, None)
+    assert find_queue_position(db, last.id) == QueuePosition(1, None)
 
 
 def test_a_job_that_was_interrupted_is_taken_to_need_what_it_said_last(
     db: Database, clock: Clock, worker: WorkerIdentity
 ) -> None:
     held = running(db, worker)
-    queue.heartbeat(db, held, {"step": 10, "eta_seconds": 30})
+    recording.heartbeat(db, held, {"step": 10, "eta_seconds": 30})
     queue.release(db, held)
     assert estimate(db, submit(db).id) == clock.now + timedelta(seconds=30)
 
 
 def test_a_job_that_no_worker_has_the_memory_for_starts_never_and_holds_up_nobody(db: Database, clock: Clock) -> None:
-    store.worker_started(db, WorkerIdentity(devices=[{"device": "cpu", "name": "cpu", "memory_bytes": 1000}]))
+    worker_started(db, WorkerIdentity(devices=[{"device": "cpu", "name": "cpu", "memory_bytes": 1000}]))
     large, small = submit(db, training_bytes=2000), submit(db, training_bytes=500)
     assert estimate(db, large.id) is None
     assert estimate(db, small.id) == clock.now

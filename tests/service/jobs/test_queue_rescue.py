@@ -5,10 +5,11 @@ from sqlmodel import Session
 
 from service.database.database import Database
 from service.errors import LeaseLost
-from service.jobs import queue, store
-from service.jobs.queue import Claim
-from service.jobs.store import Job, WorkerIdentity
-from service.jobs.tables import Checkpoint
+from service.jobs import queue, reads, recording
+from service.jobs.lease import Claim
+from service.jobs.rescuer import Rescuer
+from service.jobs.tables import Checkpoint, Job
+from service.jobs.workers import WorkerIdentity, is_alive, list_workers, worker_seen, worker_stopped
 from tests.databases import Clock
 from tests.queued import CHECKPOINT, LEASE, claim, running, submit
 from tests.races import Races, at_once
@@ -18,7 +19,7 @@ def test_a_lease_that_holds_is_not_rescued(db: Database, clock: Clock, worker: W
     held = running(db, worker)
     clock.advance(LEASE)
     assert queue.rescue(db) == []
-    queue.heartbeat(db, held)
+    recording.heartbeat(db, held)
 
 
 def test_a_job_whose_worker_is_gone_waits_and_counts_a_crash(
@@ -43,7 +44,7 @@ def test_a_lease_lost_by_a_worker_that_lives_counts_no_crash(
 ) -> None:
     held = running(db, worker)
     clock.advance(LEASE + 1)
-    store.worker_seen(db, worker.id)
+    worker_seen(db, worker.id)
     (job,) = queue.rescue(db)
     assert (job.status, job.crashes, job.waits_since, job.seq) == ("queued", 0, None, held.job.seq)
 
@@ -51,8 +52,8 @@ def test_a_lease_lost_by_a_worker_that_lives_counts_no_crash(
 def test_a_worker_that_said_goodbye_is_gone(db: Database, clock: Clock, worker: WorkerIdentity) -> None:
     running(db, worker)
     clock.advance(LEASE + 1)
-    store.worker_seen(db, worker.id)
-    store.worker_stopped(db, worker.id)
+    worker_seen(db, worker.id)
+    worker_stopped(db, worker.id)
     assert [job.crashes for job in queue.rescue(db)] == [1]
 
 
@@ -74,7 +75,7 @@ def test_four_rescuers_at_once_move_a_job_once(db: Database, clock: Clock, worke
     moved = [job.id for jobs in at_once([lambda: queue.rescue(db)] * 4) for job in jobs]
     assert len(moved) == 10
     assert set(moved) == expected
-    assert {store.get_job(db, job_id).crashes for job_id in expected} == {1}
+    assert {reads.get_job(db, job_id).crashes for job_id in expected} == {1}
 
 
 def test_a_rescuer_passes_over_what_another_is_rescuing(
@@ -86,7 +87,7 @@ def test_a_rescuer_passes_over_what_another_is_rescuing(
     second = races.start(queue.rescue, db)
     assert [job.id for job in first.let_go()] == [held.job_id]
     assert second.result() == []
-    assert store.get_job(db, held.job_id).crashes == 1
+    assert reads.get_job(db, held.job_id).crashes == 1
 
 
 def test_a_heartbeat_that_comes_after_the_rescue_is_lost(
@@ -95,7 +96,7 @@ def test_a_heartbeat_that_comes_after_the_rescue_is_lost(
     held = running(db, worker)
     clock.advance(LEASE + 1)
     rescue = races.hold(queue.rescue, db)
-    heartbeat = races.start(queue.heartbeat, db, held)
+    heartbeat = races.start(recording.heartbeat, db, held)
     assert len(rescue.let_go()) == 1
     with pytest.raises(LeaseLost):
         heartbeat.result()
@@ -106,11 +107,11 @@ def test_a_heartbeat_that_comes_before_the_rescue_keeps_the_job(
 ) -> None:
     held = running(db, worker)
     clock.advance(LEASE + 1)
-    heartbeat = races.hold(queue.heartbeat, db, held)
+    heartbeat = races.hold(recording.heartbeat, db, held)
     rescue = races.start(queue.rescue, db)
     heartbeat.let_go()
     assert rescue.result() == []
-    assert store.get_job(db, held.job_id).status == "running"
+    assert reads.get_job(db, held.job_id).status == "running"
 
 
 def test_a_poison_job_is_given_up_after_three_crashes(db: Database, clock: Clock, worker: WorkerIdentity) -> None:
@@ -149,7 +150,7 @@ def test_without_telling_a_new_checkpoint_from_one_written_again_a_poison_job_go
     for attempt in range(1, 2 * queue.MAX_CRASHES):
         held = claim(db, worker)
         assert held.job.attempt == attempt
-        queue.record_checkpoint(db, held, percent=0, **CHECKPOINT)
+        recording.record_checkpoint(db, held, percent=0, **CHECKPOINT)
         assert queue.release(db, held, crash="signal 9").status == "queued"
         clock.advance(queue.MAX_BACKOFF.total_seconds())
 
@@ -175,7 +176,7 @@ def test_a_new_checkpoint_forgets_crashes_and_one_written_again_does_not(
 
     def crash(percent: int) -> Job:
         held = claim(db, worker)
-        queue.record_checkpoint(db, held, percent=percent, **CHECKPOINT)
+        recording.record_checkpoint(db, held, percent=percent, **CHECKPOINT)
         job = queue.release(db, held, crash="signal 11")
         clock.advance(queue.MAX_BACKOFF.total_seconds())
         return job
@@ -217,13 +218,13 @@ def test_a_worker_last_seen_by_a_clock_that_was_ahead_is_neither_alive_nor_gone(
 ) -> None:
     clock.advance(7200)
     running(db, worker)
-    store.worker_seen(db, worker.id)
+    worker_seen(db, worker.id)
     clock.advance(-7200)
-    row = store.list_workers(db)[0][0]
-    assert not store.is_alive(row, clock.now)
+    row = list_workers(db)[0][0]
+    assert not is_alive(row, clock.now)
     assert [job.crashes for job in queue.rescue(db)] == [0]
-    store.worker_seen(db, worker.id)
-    assert store.is_alive(store.list_workers(db)[0][0], clock.now)
+    worker_seen(db, worker.id)
+    assert is_alive(list_workers(db)[0][0], clock.now)
 
 
 def test_a_lease_too_far_ahead_has_passed(db: Database, clock: Clock, worker: WorkerIdentity) -> None:
@@ -246,21 +247,21 @@ def test_leases_of_different_lengths_are_told_apart(db: Database, clock: Clock, 
 
 def test_a_rescuer_that_slept_skips_a_round(db: Database, clock: Clock, worker: WorkerIdentity) -> None:
     """A laptop was closed: the leases look past, but their owners are about to go on."""
-    rescuer = queue.Rescuer(db, 15)
+    rescuer = Rescuer(db, 15)
     held = running(db, worker)
     assert rescuer.round() == []
     clock.advance(3600)
     assert rescuer.round() == []
-    queue.heartbeat(db, held)
+    recording.heartbeat(db, held)
     clock.advance(15)
     assert rescuer.round() == []
-    assert store.get_job(db, held.job_id).status == "running"
+    assert reads.get_job(db, held.job_id).status == "running"
 
 
 def test_a_rescuer_that_slept_still_rescues_who_does_not_come_back(
     db: Database, clock: Clock, worker: WorkerIdentity
 ) -> None:
-    rescuer = queue.Rescuer(db, 15)
+    rescuer = Rescuer(db, 15)
     held = running(db, worker)
     rescuer.round()
     clock.advance(3600)
@@ -272,12 +273,12 @@ def test_a_rescuer_that_slept_still_rescues_who_does_not_come_back(
 def test_a_rescuer_skips_a_round_when_the_clock_was_set_back(
     db: Database, clock: Clock, worker: WorkerIdentity
 ) -> None:
-    rescuer = queue.Rescuer(db, 15)
+    rescuer = Rescuer(db, 15)
     held = running(db, worker)
     rescuer.round()
     clock.advance(-3600)
     assert rescuer.round() == []
-    queue.heartbeat(db, held)
+    recording.heartbeat(db, held)
     clock.advance(15)
     assert rescuer.round() == []
 
@@ -285,14 +286,14 @@ def test_a_rescuer_skips_a_round_when_the_clock_was_set_back(
 def live_through_a_jump(db: Database, clock: Clock, worker: WorkerIdentity, jump: float, phase: int) -> Claim:
     """A minute of a job whose owner keeps it alive, of which two rescuers see a jump of the clock after `phase`."""
     held = running(db, worker)
-    rescuers = [queue.Rescuer(db, 15), queue.Rescuer(db, 15)]
+    rescuers = [Rescuer(db, 15), Rescuer(db, 15)]
     for second in range(60):
         if second == 20 + phase:
             clock.advance(jump)
         if second % 10 == 0:
             try:
-                queue.heartbeat(db, held)
-                store.worker_seen(db, worker.id)
+                recording.heartbeat(db, held)
+                worker_seen(db, worker.id)
             except LeaseLost:
                 break
         for offset, rescuer in enumerate(rescuers):
@@ -308,7 +309,7 @@ def test_a_clock_that_jumps_takes_no_job_from_an_owner_who_lives(
 ) -> None:
     for phase in (1, 8):
         held = live_through_a_jump(db, clock, worker, jump, phase)
-        job = store.get_job(db, held.job_id)
+        job = reads.get_job(db, held.job_id)
         assert (job.status, job.fence, job.crashes) == ("running", 1, 0), f"after {phase} s"
         queue.finish(db, held, "succeeded")
 
@@ -317,7 +318,7 @@ def test_a_clock_that_jumps_takes_no_job_from_an_owner_who_lives(
 def test_without_the_skipped_round_a_clock_that_jumps_takes_a_job_from_its_owner(
     db: Database, clock: Clock, worker: WorkerIdentity, monkeypatch: pytest.MonkeyPatch, jump: float
 ) -> None:
-    monkeypatch.setattr(queue.Rescuer, "round", lambda self: queue.rescue(db))
-    job = store.get_job(db, live_through_a_jump(db, clock, worker, jump, 1).job_id)
+    monkeypatch.setattr(Rescuer, "round", lambda self: queue.rescue(db))
+    job = reads.get_job(db, live_through_a_jump(db, clock, worker, jump, 1).job_id)
     assert (job.status, job.fence) == ("queued", 1)
     assert job.crashes == (jump > 0)  # a worker that was last seen an hour ago looks gone, too

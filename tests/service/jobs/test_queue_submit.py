@@ -9,9 +9,9 @@ from sqlalchemy.exc import IntegrityError
 
 from service.database.database import Database
 from service.errors import Conflict, Invalid, NotFound, TooManyRequests
-from service.jobs import queue, store
-from service.jobs.queue import NewJob
-from service.jobs.store import WorkerIdentity
+from service.jobs import queue, reads, recording
+from service.jobs.new_job import NewJob
+from service.jobs.workers import WorkerIdentity
 from tests.databases import ONLY_POSTGRESQL
 from tests.queued import CHECKPOINT, STEPS, claim, everything, running, statuses, submit
 from tests.races import Races, at_once
@@ -21,14 +21,14 @@ def test_a_submitted_job_waits_with_all_that_was_said_of_it(db: Database) -> Non
     job = submit(
         db, "São João\0!", name="festa", tags={"curso": "pln"}, n_tokens=3, warnings=[{"code": "a"}], priority=2
     )
-    found = store.get_job(db, job.id)
+    found = reads.get_job(db, job.id)
     assert (found.status, found.name, found.tags, found.n_tokens, found.priority) == (
         "queued", "festa", {"curso": "pln"}, 3, 2,
     )  # fmt: skip
     assert found.config == {"epochs": 1}
     assert found.warnings == [{"code": "a"}]
     assert found.text_n_bytes == len("São João\0!".encode())
-    assert store.get_text(db, found.text_sha256).decode() == "São João\0!"
+    assert reads.get_text(db, found.text_sha256).decode() == "São João\0!"
     assert statuses(db, job.id) == ["queued"]
 
 
@@ -38,7 +38,7 @@ def test_a_key_that_is_sent_twice_makes_one_job(db: Database) -> None:
     again, created_again = queue.submit(db, new)
     assert (created, created_again) == (True, False)
     assert again.id == first.id
-    assert store.count_jobs(db)["queued"] == 1
+    assert reads.count_jobs(db)["queued"] == 1
 
 
 @pytest.mark.parametrize("change", [{"text": "c d"}, {"config": {"lr": 1e-3}}, {"name": "n"}, {"tags": {"a": "b"}}])
@@ -48,7 +48,7 @@ def test_a_key_is_refused_for_another_request(db: Database, change: dict[str, An
     with pytest.raises(Invalid) as refused:
         queue.submit(db, replace(new, **change))
     assert refused.value.code == "idempotency_key_reused"
-    assert store.count_jobs(db)["queued"] == 1
+    assert reads.count_jobs(db)["queued"] == 1
 
 
 def test_each_owner_has_keys_of_its_own(db: Database) -> None:
@@ -64,7 +64,7 @@ def test_fifty_submits_at_once_with_one_key_make_one_job(db: Database) -> None:
     answers = at_once([lambda: queue.submit(db, new)] * 50)
     assert len({job.id for job, _ in answers}) == 1
     assert sum(created for _, created in answers) == 1
-    assert store.count_jobs(db)["queued"] == 1
+    assert reads.count_jobs(db)["queued"] == 1
 
 
 def test_a_submit_waits_for_the_commit_of_another_with_its_key(db: Database, races: Races) -> None:
@@ -86,7 +86,7 @@ def test_without_the_unique_index_one_key_makes_two_jobs(db: Database, races: Ra
     held.let_go()
     _, created = other.result()
     assert created
-    assert store.count_jobs(db)["queued"] == 2
+    assert reads.count_jobs(db)["queued"] == 2
 
 
 def test_jobs_are_numbered_in_the_order_of_their_commits(db: Database, races: Races) -> None:
@@ -104,7 +104,7 @@ def test_with_a_sequence_instead_of_the_counters_row_a_later_commit_gets_a_lower
     monkeypatch.setattr(queue, "_next_seq", lambda session: session.scalar(sa.text("SELECT nextval('without_lock')")))
     first = races.hold(submit, db, text="one")
     second = submit(db, text="another")
-    assert [job.id for job in store.list_jobs(db)] == [second.id]  # a page, and its cursor, without the first
+    assert [job.id for job in reads.list_jobs(db)] == [second.id]  # a page, and its cursor, without the first
     assert first.let_go().seq < second.seq
 
 
@@ -128,7 +128,7 @@ def test_a_full_queue_takes_no_more(db: Database) -> None:
 def test_a_parent_must_exist(db: Database) -> None:
     with pytest.raises(NotFound):
         submit(db, parent_id="0" * 32, parent_percent=100)
-    assert store.count_jobs(db)["queued"] == 0
+    assert reads.count_jobs(db)["queued"] == 0
 
 
 def test_one_text_is_stored_once(db: Database) -> None:
@@ -141,15 +141,15 @@ def test_a_deleted_job_takes_everything_but_a_shared_text(db: Database, worker: 
     untouched = everything(db)
     first, second = running(db, worker), running(db, worker)
     for held in (first, second):
-        queue.record_steps(db, held, STEPS)
-        queue.record_checkpoint(db, held, percent=0, **CHECKPOINT)
-        queue.record_snapshot(db, held, step=1, folder="s", manifest_sha256="m")
+        recording.record_steps(db, held, STEPS)
+        recording.record_checkpoint(db, held, percent=0, **CHECKPOINT)
+        recording.record_snapshot(db, held, step=1, folder="s", manifest_sha256="m")
         queue.finish(db, held, "succeeded")
     queue.delete(db, first.job_id)
     with pytest.raises(NotFound):
-        store.get_job(db, first.job_id)
-    assert store.series(db, second.job_id)["step"] == [1, 2]
-    assert store.get_text(db, second.job.text_sha256)
+        reads.get_job(db, first.job_id)
+    assert reads.series(db, second.job_id)["step"] == [1, 2]
+    assert reads.get_text(db, second.job.text_sha256)
     queue.delete(db, second.job_id)
     kept = {"counters": everything(db)["counters"]}  # no number is given twice
     assert everything(db) == untouched | kept
@@ -167,7 +167,7 @@ def test_a_job_that_has_not_ended_is_not_deleted(db: Database, worker: WorkerIde
     with pytest.raises(Conflict) as refused:
         queue.delete(db, job.id)
     assert refused.value.code == "job_not_finished"
-    assert store.get_job(db, job.id).status == status
+    assert reads.get_job(db, job.id).status == status
 
 
 def test_a_job_that_others_started_from_is_not_deleted(db: Database, worker: WorkerIdentity) -> None:
@@ -189,7 +189,7 @@ def test_a_delete_that_meets_a_submit_of_the_same_text_keeps_the_text(db: Databa
     deleting = races.start(queue.delete, db, job.id)
     other = submitting.let_go()
     deleting.result()
-    assert store.get_text(db, other.text_sha256)
+    assert reads.get_text(db, other.text_sha256)
 
 
 def test_a_submit_that_meets_a_delete_of_the_same_text_stores_it_anew(db: Database, races: Races) -> None:
@@ -198,7 +198,7 @@ def test_a_submit_that_meets_a_delete_of_the_same_text_stores_it_anew(db: Databa
     deleting = races.hold(queue.delete, db, job.id)
     submitting = races.start(submit, db)
     deleting.let_go()
-    assert store.get_text(db, submitting.result().text_sha256)
+    assert reads.get_text(db, submitting.result().text_sha256)
 
 
 @ONLY_POSTGRESQL  # SQLite has one writer

@@ -11,11 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from service.database.database import Database
-from service.jobs import queue, series, store
-from service.jobs.queue import NewJob
+from service.database.schema import table
+from service.jobs import queue, reads, series
+from service.jobs.new_job import NewJob
 from service.jobs.series import BLOCK_SIZES, MIN_POINTS, Columns
-from service.jobs.store import SERIES, Step, StepBlock
-from service.jobs.tables import table
+from service.jobs.tables import SERIES, Step, StepBlock
 
 steps, blocks = table(Step), table(StepBlock)
 
@@ -52,7 +52,7 @@ def batch(first: int, losses: list[float | None]) -> Columns:
 
 
 def all_rows(db: Database, job_id: str) -> list[Any]:
-    return store.steps_after(db, job_id, -1, 10_000_000)
+    return reads.steps_after(db, job_id, -1, 10_000_000)
 
 
 def stored_blocks(db: Database, job_id: str) -> dict[tuple[int, int], Any]:
@@ -78,7 +78,7 @@ def extremes_of(rows: list[Any]) -> dict[str, list[Any]]:
 def test_a_short_series_is_given_whole(db: Database, job_id: str) -> None:
     write(db, job_id, {"step": [1, 2], "train_loss": [9.0, 8.5], "lr": [1e-4, 2e-4], "grad_norm": [1.0, None]})
     write(db, job_id, batch(3, [7.0]))
-    assert store.series(db, job_id, 10) == {
+    assert reads.series(db, job_id, 10) == {
         "step": [1, 2, 3],
         "train_loss": [9.0, 8.5, 7.0],
         "lr": [1e-4, 2e-4, 1e-4 * 3],
@@ -87,14 +87,14 @@ def test_a_short_series_is_given_whole(db: Database, job_id: str) -> None:
 
 
 def test_a_job_without_steps_has_empty_columns(db: Database, job_id: str) -> None:
-    assert store.series(db, job_id) == {"step": [], "train_loss": [], "lr": [], "grad_norm": []}
+    assert reads.series(db, job_id) == {"step": [], "train_loss": [], "lr": [], "grad_norm": []}
     write(db, job_id, batch(1, []))
     assert stored_blocks(db, job_id) == {}
 
 
 def test_what_is_not_finite_becomes_null(db: Database, job_id: str) -> None:
     write(db, job_id, batch(1, [math.nan, math.inf, -math.inf, 1.0]))
-    found = store.series(db, job_id)
+    found = reads.series(db, job_id)
     assert found["train_loss"] == [None, None, None, 1.0]
     assert stored_blocks(db, job_id)[256, 0]["train_loss"] == [1.0, 4, 1.0, 4]
 
@@ -102,12 +102,12 @@ def test_what_is_not_finite_becomes_null(db: Database, job_id: str) -> None:
 def test_a_batch_that_is_sent_twice_is_written_once(db: Database, job_id: str) -> None:
     for _ in range(2):
         write(db, job_id, batch(1, [3.0, 1.0, 2.0]))
-    assert store.series(db, job_id)["train_loss"] == [3.0, 1.0, 2.0]
+    assert reads.series(db, job_id)["train_loss"] == [3.0, 1.0, 2.0]
 
 
 def test_too_few_points_are_refused(db: Database, job_id: str) -> None:
     with pytest.raises(ValueError, match=str(MIN_POINTS)):
-        store.series(db, job_id, MIN_POINTS - 1)
+        reads.series(db, job_id, MIN_POINTS - 1)
 
 
 def test_jobs_do_not_mix(db: Database, job_id: str) -> None:
@@ -115,8 +115,8 @@ def test_jobs_do_not_mix(db: Database, job_id: str) -> None:
     write(db, job_id, batch(1, [1.0] * 300))
     write(db, other, batch(1, [2.0] * 300))
     rewind(db, other, 0)
-    assert store.series(db, other)["step"] == []
-    assert len(store.series(db, job_id)["step"]) == 300
+    assert reads.series(db, other)["step"] == []
+    assert len(reads.series(db, job_id)["step"]) == 300
     assert set(stored_blocks(db, job_id)) == {(256, 0), (256, 1), (65_536, 0)}
 
 
@@ -124,7 +124,7 @@ def test_a_spike_survives_thinning_wherever_it_is(db: Database, job_id: str) -> 
     losses: list[float | None] = [5.0 + 0.001 * math.sin(step) for step in range(20_000)]
     losses[7], losses[12_345], losses[19_998] = 99.0, -99.0, 98.0
     write(db, job_id, batch(1, losses))
-    found = store.series(db, job_id, 50)
+    found = reads.series(db, job_id, 50)
     assert len(found["step"]) <= 50
     assert {99.0, -99.0, 98.0} <= set(found["train_loss"])
     assert (found["step"][0], found["step"][-1]) == (1, 20_000)
@@ -133,7 +133,7 @@ def test_a_spike_survives_thinning_wherever_it_is(db: Database, job_id: str) -> 
 
 def test_thinning_fills_up_with_evenly_spaced_steps(db: Database, job_id: str) -> None:
     write(db, job_id, batch(1, [5.0] * 5_000))
-    found = store.series(db, job_id, 1_000)["step"]
+    found = reads.series(db, job_id, 1_000)["step"]
     assert 900 < len(found) <= 1_000
     assert max(after - before for before, after in pairwise(found)) <= 10
 
@@ -169,7 +169,7 @@ def test_blocks_are_what_the_steps_say_after_any_writes_and_rewinds(
                 expected[size, block] = found
     # A block in which every figure is null may be there, empty, or not.
     assert {key: found for key, found in stored_blocks(db, job_id).items() if found} == expected
-    thinned = store.series(db, job_id, points)
+    thinned = reads.series(db, job_id, points)
     assert len(thinned["step"]) <= points
     for name, (low, _, high, _) in extremes_of(rows).items():
         kept = [value for value in thinned[name] if value is not None]
@@ -221,7 +221,7 @@ def long_job(db: Database, job_id: str) -> str:
 def test_a_thousand_points_of_a_million_steps_visit_five_thousand_rows(db: Database, long_job: str) -> None:
     with db.read() as session:
         assert 1_000 < visits(db, session, lambda: series.read_series(session, long_job, 1_000)) <= 5_000
-    found = store.series(db, long_job, 1_000)
+    found = reads.series(db, long_job, 1_000)
     assert 900 < len(found["step"]) <= 1_000
     assert (max(found["train_loss"]), min(found["train_loss"])) == (9e9, -9e9)
     assert (found["step"][0], found["step"][-1]) == (1, MILLION)

@@ -1,4 +1,4 @@
-"""What a request comes to, before there is a row."""
+"""What a submitted text and config will need, before there is a row."""
 
 import hashlib
 from dataclasses import replace
@@ -11,7 +11,6 @@ from nanomoe.config import JobConfig
 from nanomoe.model import size
 from nanomoe.tokenizer import Tokenizer, load_tokenizer
 from service.errors import Invalid, TooLarge
-from service.http.schemas import SubmitRequest
 from service.jobs.submission import TOKENISED_AT_ONCE_BYTES, Assessment, Parent, assess
 from service.settings import Settings
 from tests.nanomoe.sample_tokenizers import other_meaning
@@ -22,13 +21,13 @@ TEXT = "O gato dorme. O rato não."
 def assessed(text: str = TEXT, parent: Parent | None = None, limits: dict[str, Any] | None = None,
              **config: Any) -> Assessment:  # fmt: skip
     settings = Settings(_env_file=None, data_dir=Path("unused"), **limits or {})
-    return assess(SubmitRequest(text=text, config=JobConfig(**config)), settings, parent)
+    return assess(text, JobConfig(**config), settings, parent)
 
 
 def test_the_figures_are_those_of_the_arithmetic() -> None:
     found = assessed(block_size=5)
     n_tokens = len(load_tokenizer("ptbr-8k").encode(TEXT))
-    config = found.request.config
+    config = found.config
     assert found.n_tokens == n_tokens
     assert found.n_bytes == len(TEXT.encode())
     assert found.plan is not None
@@ -40,13 +39,13 @@ def test_the_figures_are_those_of_the_arithmetic() -> None:
 def test_a_trained_tokenizer_counts_with_the_entries_it_has() -> None:
     found = assessed(tokenizer="train:1000")
     assert found.sizes.n_params is not None
-    assert found.sizes.n_params < size.n_params(found.request.config, 1000)
+    assert found.sizes.n_params < size.n_params(found.config, 1000)
 
 
 def test_a_limit_is_judged_by_the_entries_that_a_trained_tokenizer_has() -> None:
     found = assessed(tokenizer="train:65536", limits={"max_params": 1_000_000})
     assert found.sizes.n_params is not None
-    assert found.sizes.n_params < 1_000_000 < size.n_params(found.request.config, 65_536)
+    assert found.sizes.n_params < 1_000_000 < size.n_params(found.config, 65_536)
     with pytest.raises(Invalid) as refused:
         assessed(tokenizer="train:65536", limits={"max_params": found.sizes.n_params - 1})
     assert f"{found.sizes.n_params:,} parameters" in refused.value.detail
@@ -55,7 +54,7 @@ def test_a_limit_is_judged_by_the_entries_that_a_trained_tokenizer_has() -> None
 def test_the_size_of_a_tokenizer_that_is_trained_later_is_not_promised() -> None:
     found = assessed("ab " * TOKENISED_AT_ONCE_BYTES, tokenizer="train:1000")
     assert (found.sizes.n_params, found.sizes.n_active_params, found.sizes.flops_per_token) == (None, None, None)
-    at_most = size.training_bytes(found.request.config, 1000, found.n_bytes)
+    at_most = size.training_bytes(found.config, 1000, found.n_bytes)
     assert found.sizes.training_bytes == at_most
     with pytest.raises(Invalid):
         assessed("ab " * TOKENISED_AT_ONCE_BYTES, tokenizer="train:1000", limits={"max_training_bytes": at_most - 1})
@@ -65,7 +64,7 @@ def test_a_long_text_is_measured_by_its_bytes() -> None:
     text = "ab " * TOKENISED_AT_ONCE_BYTES
     found = assessed(text, tokenizer="bytes")
     assert (found.n_tokens, found.plan) == (None, None)
-    assert found.sizes.training_bytes == size.training_bytes(found.request.config, 256, len(text))
+    assert found.sizes.training_bytes == size.training_bytes(found.config, 256, len(text))
 
 
 def test_a_size_that_is_absurd_is_refused_before_a_tokenizer_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,18 +9,21 @@ import sqlalchemy as sa
 
 from nanomoe import checkpoint
 from service.database.database import Database
+from service.database.schema import table
 from service.errors import SchemaMismatch
-from service.jobs import queue, store
-from service.jobs.tables import Checkpoint, table
+from service.jobs import queue
+from service.jobs.tables import Checkpoint
 from service.settings import Settings
 from service.storage.fsck import check
+from service.storage.installation import join_installation
+from service.storage.job_folders import checkpoint_folder, job_folder
 from tests.databases import ONLY_SQLITE
-from tests.service.recorded_files import FILES, job_with_files, snapshot
+from tests.service.recorded_files import FILES, job_with_files, snapshot, snapshot_folder
 
 
 @pytest.fixture
 def data(db: Database, settings: Settings) -> Path:
-    store.join_installation(db, settings.data_dir, create=True)
+    join_installation(db, settings.data_dir, create=True)
     return settings.data_dir
 
 
@@ -58,7 +61,7 @@ def forget_a_file_in_the_row(folder: Path, db: Database) -> None:
 )
 def test_each_harm_to_a_checkpoint_is_named(db: Database, data: Path, harm: Any, kind: str, said: str) -> None:
     claim = job_with_files(db, data)
-    folder = store.checkpoint_folder(claim.job_id, claim.fence, 25)
+    folder = checkpoint_folder(claim.job_id, claim.fence, 25)
     harm(data / folder, db)
     (fault,) = check(db, data).faults
     assert (fault.kind, fault.job_id, fault.percent, fault.folder) == (kind, claim.job_id, 25, folder)
@@ -69,7 +72,7 @@ def test_each_harm_to_a_checkpoint_is_named(db: Database, data: Path, harm: Any,
 @ONLY_SQLITE
 def test_a_damaged_snapshot_is_named_by_its_step(db: Database, data: Path) -> None:
     claim = job_with_files(db, data)
-    (data / store.snapshot_folder(claim.job_id, claim.fence, 9) / "resume.json").write_bytes(b"[]")
+    (data / snapshot_folder(claim.job_id, claim.fence, 9) / "resume.json").write_bytes(b"[]")
     (fault,) = check(db, data).faults
     assert (fault.kind, fault.percent) == ("damaged", None)
     assert fault.message.startswith("the snapshot of step 9: ")
@@ -86,10 +89,10 @@ def test_a_snapshot_replaced_and_a_job_deleted_meanwhile_are_no_faults(
     def happens_before(folder: Path, sha256: str) -> checkpoint.Manifest:
         monkeypatch.setattr(checkpoint, "verify", verify)
         snapshot(db, data, claim, 12)
-        shutil.rmtree(data / store.snapshot_folder(claim.job_id, claim.fence, 9))
+        shutil.rmtree(data / snapshot_folder(claim.job_id, claim.fence, 9))
         queue.finish(db, other, "succeeded")
         queue.delete(db, other.job_id)
-        shutil.rmtree(data / store.job_folder(other.job_id))
+        shutil.rmtree(data / job_folder(other.job_id))
         return verify(folder, sha256)
 
     monkeypatch.setattr(checkpoint, "verify", happens_before)
@@ -101,10 +104,10 @@ def test_a_snapshot_replaced_and_a_job_deleted_meanwhile_are_no_faults(
 def test_folders_without_a_row_are_listed_and_no_fault(db: Database, data: Path) -> None:
     claim = job_with_files(db, data)
     queue.release(db, claim)
-    checkpoint.write(data / store.checkpoint_folder(claim.job_id, claim.fence, 50), FILES)
+    checkpoint.write(data / checkpoint_folder(claim.job_id, claim.fence, 50), FILES)
     report = check(db, data)
     assert report.is_clean
-    assert report.orphans == [store.checkpoint_folder(claim.job_id, claim.fence, 50)]
+    assert report.orphans == [checkpoint_folder(claim.job_id, claim.fence, 50)]
 
 
 def test_the_data_folder_of_another_database_is_said_and_nothing_else(db: Database, data: Path, tmp_path: Path) -> None:
@@ -128,7 +131,7 @@ def test_a_row_without_its_parent_is_a_fault_of_the_database(db: Database, data:
         connection.exec_driver_sql("BEGIN")
     (fault,) = check(db, data).faults
     assert fault.kind == "database"
-    assert "snapshots refers to nothing in jobs" in fault.message
+    assert "snapshots refers to no row of jobs" in fault.message
     assert claim.job_id
 
 

@@ -8,12 +8,15 @@ import pytest
 
 from nanomoe import checkpoint
 from service.database.database import Database
-from service.jobs import queue, store
-from service.jobs.queue import Claim, NewJob
-from service.jobs.store import WorkerIdentity
+from service.jobs import queue, recording
+from service.jobs.lease import Claim
+from service.jobs.new_job import NewJob
+from service.jobs.workers import WorkerIdentity
 from service.settings import Settings
+from service.storage.job_folders import checkpoint_folder, job_folder
 from service.storage.orphans import find_orphans, sweep_orphans
 from tests.databases import ONLY_SQLITE
+from tests.service.recorded_files import snapshot_folder
 
 DAY = 86_400
 
@@ -44,9 +47,9 @@ def age(path: Path, seconds: float = DAY + 60) -> None:
 
 
 def record(db: Database, data: Path, claim: Claim, percent: int) -> str:
-    folder = store.checkpoint_folder(claim.job_id, claim.fence, percent)
+    folder = checkpoint_folder(claim.job_id, claim.fence, percent)
     sha256 = write(data, folder)
-    queue.record_checkpoint(
+    recording.record_checkpoint(
         db, claim, percent=percent, step=percent, epoch=percent, folder=folder, manifest_sha256=sha256,
         files=[], metrics={},
     )  # fmt: skip
@@ -56,8 +59,8 @@ def record(db: Database, data: Path, claim: Claim, percent: int) -> str:
 def test_only_what_has_no_row_and_no_living_claim_is_swept(db: Database, data: Path) -> None:
     claim = claimed(db)
     kept = record(db, data, claim, 0)
-    snapshot = store.snapshot_folder(claim.job_id, claim.fence, 7)
-    queue.record_snapshot(db, claim, step=7, folder=snapshot, manifest_sha256=write(data, snapshot))
+    snapshot = snapshot_folder(claim.job_id, claim.fence, 7)
+    recording.record_snapshot(db, claim, step=7, folder=snapshot, manifest_sha256=write(data, snapshot))
     left = [f"jobs/{claim.job_id}/f1-25", f"jobs/{claim.job_id}/f1-25.tmp", f"jobs/{claim.job_id}/f1-s9"]
     for folder in left:
         write(data, folder)
@@ -106,8 +109,8 @@ def test_all_files_of_a_deleted_job_are_swept_and_nothing_else(db: Database, dat
 def record_free_folder(db: Database, data: Path) -> str:
     """The folder of a job that waits, and has no files yet."""
     job, _ = queue.submit(db, NewJob(text="c d", config={}))
-    (data / store.job_folder(job.id)).mkdir(parents=True)
-    return store.job_folder(job.id)
+    (data / job_folder(job.id)).mkdir(parents=True)
+    return job_folder(job.id)
 
 
 @ONLY_SQLITE
@@ -130,14 +133,14 @@ def test_a_row_that_is_written_while_we_look_saves_its_folder(
 ) -> None:
     # The commit falls between the look at the disk and the look at the rows: the order of the two is what counts.
     claim = claimed(db)
-    folder = store.checkpoint_folder(claim.job_id, claim.fence, 50)
+    folder = checkpoint_folder(claim.job_id, claim.fence, 50)
     sha256 = write(data, folder)
-    age(data / store.job_folder(claim.job_id))
+    age(data / job_folder(claim.job_id))
     read = db.read
 
     def commit_then_read() -> object:
         monkeypatch.setattr(db, "read", read)
-        queue.record_checkpoint(
+        recording.record_checkpoint(
             db, claim, percent=50, step=1, epoch=1, folder=folder, manifest_sha256=sha256, files=[], metrics={}
         )
         queue.finish(db, claim, "succeeded")

@@ -2,13 +2,14 @@
 
 import numpy as np
 
-from nanomoe.training.steps.loops.compiling import Array, Floats, Keys, compiled, compiled_exactly
+from nanomoe.compiling import Array, Floats
+from nanomoe.training.steps.loops.compiling import Keys, compiled, compiled_in_any_order
 from nanomoe.training.steps.loops.elements import get, kept, put
 
 _ZERO = np.float32(0)
 
 
-@compiled
+@compiled_in_any_order
 def norm_backward(
     T: int, d_out_NC: Array, factor_N: Floats, x_NC: Floats, mean_N: Floats, scale_N: Floats, weight_C: Floats,
     d_weight_C: Floats, d_bias_C: Floats, d_x_NC: Floats,
@@ -43,7 +44,7 @@ def norm_backward(
                 d_branch_bias_C[c] += d_branch
 
 
-@compiled_exactly
+@compiled
 def gelu_backward(d_NF: Array, slope_NF: Array, d_bias_F: Floats) -> None:
     """Through GELU, in place, and through the bias before it."""
     N, F = d_NF.shape
@@ -54,7 +55,7 @@ def gelu_backward(d_NF: Array, slope_NF: Array, d_bias_F: Floats) -> None:
             d_bias_F[f] += d_u
 
 
-@compiled
+@compiled_in_any_order
 def attend_backward(
     H: int, factor: np.float32, d_dropped: Array, weights: Floats, keys_BP2: Keys, cut: np.uint32, scale: np.float32,
     d_scores: Array, dropped: Array,
@@ -79,7 +80,7 @@ def attend_backward(
                 put(d_scores, row, past, weights[row, past] * (d_weights[past] - along) * factor)
 
 
-@compiled_exactly
+@compiled
 def join_heads(B: int, H: int, d_queries: Array, d_keys: Array, d_values: Array, d_qkv: Array, d_bias: Floats) -> None:
     """From the gradients of queries, keys and values (B * H * T, D) to that of (N, 3C), and through its bias."""
     N, D = d_qkv.shape[0], d_queries.shape[1]
@@ -97,7 +98,7 @@ def join_heads(B: int, H: int, d_queries: Array, d_keys: Array, d_values: Array,
                 d_bias[c] += get(d_qkv, row, c)
 
 
-@compiled_exactly
+@compiled
 def embed_backward(tokens_BT: Array, d_NC: Floats, d_wte_VC: Array, d_wpe_TC: Floats) -> None:
     """Onto the gradients of the tokens' rows, and of the positions'."""
     B, T = tokens_BT.shape

@@ -7,8 +7,9 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
+from nanomoe.compiling import Array
 from nanomoe.model.dropout import FIRST_FACTOR, ROW_SHIFT, SECOND_FACTOR
-from nanomoe.training.steps.loops.compiling import Array, compiled_exactly
+from nanomoe.training.steps.loops.compiling import compiled
 
 _ONE = np.float32(1)
 _HALF = np.float32(0.5)
@@ -25,14 +26,14 @@ _FIRST = np.uint32(FIRST_FACTOR)
 _SECOND = np.uint32(SECOND_FACTOR)
 
 
-@compiled_exactly
+@compiled
 def widened(bits: np.uint16) -> np.float32:
     """The float32 of a bfloat16's bits."""
     number: np.float32 = np.uint32(np.uint32(bits) << _SIXTEEN).view(np.float32)
     return number
 
 
-@compiled_exactly
+@compiled
 def narrowed(number: np.float32) -> np.uint16:
     """The bits of the nearest bfloat16, ties to even, as torch rounds."""
     bits = np.float32(number).view(np.uint32)
@@ -76,7 +77,7 @@ _SIGN_SHIFT = np.int32(31)
 _ALL_BUT_SIGN = np.int32(0x7FFFFFFF)
 
 
-@compiled_exactly
+@compiled
 def ordered(x: np.float32) -> np.int32:
     """An integer that is larger where `x` is larger, and larger than all for NaN: what lets the largest number of a row
     be found in vectors."""
@@ -84,7 +85,7 @@ def ordered(x: np.float32) -> np.int32:
     return np.int32(bits ^ (np.int32(bits >> _SIGN_SHIFT) & _ALL_BUT_SIGN))
 
 
-@compiled_exactly
+@compiled
 def unordered(key: np.int32) -> np.float32:
     """The number that `ordered` made this integer of."""
     number: np.float32 = np.int32(key ^ (np.int32(key >> _SIGN_SHIFT) & _ALL_BUT_SIGN)).view(np.float32)
@@ -103,7 +104,7 @@ _E2, _E3, _E4, _E5, _E6, _E7 = map(
 )
 
 
-@compiled_exactly
+@compiled
 def exp(x: np.float32) -> np.float32:
     """e to the x in float32, to 1e-7 of it; x below -87 counts as -87, above 88 as 88. NaN stays NaN."""
     x = _LEAST if x < _LEAST else x
@@ -126,7 +127,7 @@ _B0, _B2, _B4, _B6, _B8 = map(np.float32, (
 ))  # fmt: skip
 
 
-@compiled_exactly
+@compiled
 def normal_cdf(u: np.float32) -> np.float32:
     """The standard normal distribution function, (1 + erf(u / sqrt(2))) / 2."""
     x = u * _SQRT_HALF
@@ -138,13 +139,13 @@ def normal_cdf(u: np.float32) -> np.float32:
     return np.float32(_HALF + _HALF * x * above / below)
 
 
-@compiled_exactly
+@compiled
 def normal_density(u: np.float32) -> np.float32:
     """The density of the standard normal distribution."""
     return np.float32(_DENSITY * exp(-_HALF * u * u))
 
 
-@compiled_exactly
+@compiled
 def kept(low: np.uint32, high: np.uint32, row: int, column: int, cut: np.uint32, scale: np.float32) -> np.float32:
     """The dropout mask's element of a plane whose key has these words: 0 where dropped, else `scale`."""
     x = np.uint32(low + np.uint32((np.uint32(row) << _ROW_SHIFT) + (np.uint32(column) >> _BIT_0)))

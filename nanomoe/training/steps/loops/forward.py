@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from nanomoe.training.steps.loops.compiling import Array, Floats, Keys, compiled, compiled_exactly
+from nanomoe.compiling import Array, Floats
+from nanomoe.training.steps.loops.compiling import Keys, compiled, compiled_in_any_order
 from nanomoe.training.steps.loops.elements import exp, get, kept, normal_cdf, normal_density, ordered, put, unordered
 
 _ONE = np.float32(1)
@@ -10,7 +11,7 @@ _ZERO = np.float32(0)
 _EPSILON = np.float32(1e-5)
 
 
-@compiled_exactly
+@compiled
 def _largest(row: int, x: Array, end: int) -> np.float32:
     """The largest of a row's first numbers; NaN if it is among them."""
     largest = ordered(get(x, row, 0))
@@ -19,7 +20,7 @@ def _largest(row: int, x: Array, end: int) -> np.float32:
     return unordered(largest)
 
 
-@compiled
+@compiled_in_any_order
 def _norm_row(
     row: int, x_NC: Floats, weight_C: Floats, bias_C: Floats, out_NC: Array, mean_N: Floats, scale_N: Floats
 ) -> None:
@@ -40,7 +41,7 @@ def _norm_row(
     scale_N[row] = scale
 
 
-@compiled
+@compiled_in_any_order
 def embed(
     tokens_BT: Array, wte_VC: Floats, wpe_TC: Floats, keys_BP2: Keys, cut: np.uint32, scale: np.float32, x_NC: Floats,
     weight_C: Floats, bias_C: Floats, out_NC: Array, mean_N: Floats, scale_N: Floats,
@@ -56,7 +57,7 @@ def embed(
             _norm_row(row, x_NC, weight_C, bias_C, out_NC, mean_N, scale_N)
 
 
-@compiled
+@compiled_in_any_order
 def add_branch(
     T: int, x_NC: Floats, branch_NC: Array, branch_bias_C: Floats, keys_BP2: Keys, cut: np.uint32, scale: np.float32,
     sum_NC: Floats, weight_C: Floats, bias_C: Floats, out_NC: Array, mean_N: Floats, scale_N: Floats,
@@ -73,7 +74,7 @@ def add_branch(
             _norm_row(row, sum_NC, weight_C, bias_C, out_NC, mean_N, scale_N)
 
 
-@compiled_exactly
+@compiled
 def split_heads(B: int, H: int, qkv: Array, bias: Floats, queries: Array, keys: Array, values: Array) -> None:
     """From (N, 3C), a bias added, to queries, keys and values (B * H * T, D)."""
     N, D = qkv.shape[0], queries.shape[1]
@@ -88,7 +89,7 @@ def split_heads(B: int, H: int, qkv: Array, bias: Floats, queries: Array, keys: 
                     put(values, row, d, get(qkv, source, 2 * C + first + d) + bias[2 * C + first + d])
 
 
-@compiled_exactly
+@compiled
 def to_heads(B: int, H: int, x_NC: Array, heads: Array) -> None:
     """From (N, C) to (B * H * T, D)."""
     N, D = x_NC.shape[0], heads.shape[1]
@@ -100,7 +101,7 @@ def to_heads(B: int, H: int, x_NC: Array, heads: Array) -> None:
                     heads[(b * H + h) * T + t, d] = x_NC[b * T + t, h * D + d]
 
 
-@compiled_exactly
+@compiled
 def from_heads(B: int, H: int, heads: Array, x_NC: Array) -> None:
     """From (B * H * T, D) to (N, C)."""
     N, D = x_NC.shape[0], heads.shape[1]
@@ -112,7 +113,7 @@ def from_heads(B: int, H: int, heads: Array, x_NC: Array) -> None:
                     x_NC[b * T + t, h * D + d] = heads[(b * H + h) * T + t, d]
 
 
-@compiled
+@compiled_in_any_order
 def attend(
     H: int, factor: np.float32, scores: Array, keys_BP2: Keys, cut: np.uint32, scale: np.float32, weights: Floats,
     dropped: Array,
@@ -138,7 +139,7 @@ def attend(
                 put(dropped, row, past, weights[row, past] * kept(low, high, t, past, cut, scale))
 
 
-@compiled_exactly
+@compiled
 def gelu(u_NF: Array, bias_F: Floats, out_NF: Array, slope_NF: Array) -> None:
     """GELU of u plus a bias, and its derivative there."""
     N, F = u_NF.shape
@@ -157,7 +158,7 @@ def gelu(u_NF: Array, bias_F: Floats, out_NF: Array, slope_NF: Array) -> None:
             put(slope_NF, row, f, slope_F[f])
 
 
-@compiled
+@compiled_in_any_order
 def cross_entropy(
     logits_NV: Array, targets_N: Array, share: np.float32, x_NC: Array, share_N: Floats, scaled_NC: Array
 ) -> float:

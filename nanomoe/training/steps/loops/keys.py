@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from nanomoe.training.steps.loops.compiling import Array, Keys, compiled_exactly
+from nanomoe.compiling import Array
+from nanomoe.training.steps.loops.compiling import Keys, compiled
 
 _STREAM = np.uint64(0x9E3779B97F4A7C15)
 _FIRST = np.uint64(0xBF58476D1CE4E5B9)
@@ -11,7 +12,7 @@ _30, _27, _31, _32 = np.uint64(30), np.uint64(27), np.uint64(31), np.uint64(32)
 _LOW = np.uint64(0xFFFFFFFF)
 
 
-@compiled_exactly
+@compiled
 def _mixed(state: np.uint64, key: np.uint64) -> np.uint64:
     """One step of splitmix64."""
     state = np.uint64(state + key + _STREAM)
@@ -20,7 +21,7 @@ def _mixed(state: np.uint64, key: np.uint64) -> np.uint64:
     return np.uint64(state ^ (state >> _31))
 
 
-@compiled_exactly
+@compiled
 def plane_keys(seed: np.uint64, step: np.uint64, windows: Array, keys: Keys) -> None:
     """Fill in low and high words: (layers and the embedding first, sites, windows, planes, 2)."""
     layers, sites, B, planes, _ = keys.shape

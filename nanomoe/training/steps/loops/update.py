@@ -4,7 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nanomoe.training.steps.loops.compiling import Array, Floats, compiled, compiled_exactly
+from nanomoe.compiling import Array, Floats
+from nanomoe.training.steps.loops.compiling import compiled, compiled_in_any_order
 from nanomoe.training.steps.loops.elements import get, put
 
 _ONE = np.float32(1)
@@ -27,7 +28,7 @@ class Rates(NamedTuple):
     eps: np.float32
 
 
-@compiled
+@compiled_in_any_order
 def adamw(rates: Rates, gradient: Array, weights: Floats, exp_avg: Floats, exp_avg_sq: Floats, copy: Array) -> float:
     """Change the weights and the moments, and their copy where that has any row; the sum of the squared gradient before
     clipping."""
@@ -54,7 +55,7 @@ def adamw(rates: Rates, gradient: Array, weights: Floats, exp_avg: Floats, exp_a
     return squares
 
 
-@compiled
+@compiled_in_any_order
 def sum_of_squares(x: Array) -> float:
     """The sum of the squares, by rows in float32, of all in float64."""
     total = 0.0
@@ -67,7 +68,7 @@ def sum_of_squares(x: Array) -> float:
     return total
 
 
-@compiled_exactly
+@compiled
 def accumulate(part: Array, total: Floats) -> None:
     """total += part."""
     for row in range(total.shape[0]):

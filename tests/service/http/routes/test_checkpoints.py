@@ -6,7 +6,7 @@ from email import message_from_bytes
 
 import pytest
 
-from service.jobs import store
+from service.jobs import reads
 from tests.api import Api
 
 WEIGHTS = bytes(range(256)) * 4
@@ -53,7 +53,7 @@ def test_a_bad_page_is_refused(api: Api, finished: str, params: dict[str, str]) 
     assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request")
 
 
-def test_a_file_comes_whole_and_with_its_digest(api: Api, finished: str) -> None:
+def test_a_file_is_sent_completely_and_with_its_digest(api: Api, finished: str) -> None:
     answer = api.http.get(f"{finished}/checkpoints/100/files/model.safetensors")
     assert answer.status_code == 200
     assert answer.content == WEIGHTS
@@ -129,7 +129,7 @@ def kept(request: pytest.FixtureRequest, api: Api, finished: str) -> str:
     return f"{finished}/{request.param}"
 
 
-def test_what_a_client_holds_is_not_sent_again(api: Api, kept: str) -> None:
+def test_content_that_a_client_has_is_not_sent_again(api: Api, kept: str) -> None:
     whole = api.http.get(kept)
     etag = whole.headers["etag"]
     for held in (etag, f"W/{etag}", f'"other", {etag}', f'"other",W/{etag}', "*"):
@@ -225,9 +225,9 @@ def test_only_a_recorded_name_is_a_file(api: Api, finished: str, name: str) -> N
     assert answer.json()["code"] in {"file_not_found", "not_found"}
 
 
-def test_a_file_that_is_gone_or_has_another_size_is_told(api: Api) -> None:
+def test_a_missing_file_or_one_of_another_size_is_a_conflict(api: Api) -> None:
     job_id = api.finished()
-    folder = api.context.settings.data_dir / store.get_checkpoint(api.db, job_id, 100).folder
+    folder = api.context.settings.data_dir / reads.get_checkpoint(api.db, job_id, 100).folder
     (folder / "model.safetensors").write_bytes(WEIGHTS[:-1])
     (folder / "config.json").unlink()
     for name in ("model.safetensors", "config.json"):

@@ -12,8 +12,10 @@ import httpx
 import pytest
 import sqlalchemy as sa
 
-from service.jobs import queue, store
-from service.jobs.tables import EPOCH, Event, Job, table
+from service.database.schema import table
+from service.database.utc_time import EPOCH
+from service.jobs import queue, reads, recording
+from service.jobs.tables import Event, Job
 from tests.api import Api, Serve
 
 
@@ -70,7 +72,7 @@ def test_events_come_as_they_happen_and_end_with_the_job(api: Api) -> None:
         (*_, (_, number, checkpoint)) = stream.until("checkpoint")
         assert number == "3"
         assert (checkpoint["percent"], checkpoint["loss"], checkpoint["reconstruction"]["tokens"]) == (25, 2.0, None)
-        queue.record_event(api.db, claim, "warning", {"code": "dead_expert", "message": "expert 3 of layer 1"})
+        recording.record_event(api.db, claim, "warning", {"code": "dead_expert", "message": "expert 3 of layer 1"})
         assert stream.until("warning")[-1] == (
             "warning",
             "4",
@@ -82,7 +84,7 @@ def test_events_come_as_they_happen_and_end_with_the_job(api: Api) -> None:
     assert last[2]["error"] == {"code": "loss_not_finite", "message": "at step 8"}
 
 
-def test_whoever_comes_back_misses_nothing_that_is_stored(api: Api) -> None:
+def test_a_client_that_reconnects_gets_every_stored_event(api: Api) -> None:
     job_id = api.finished()
     with listening(api, job_id) as stream:
         everything = [event for event in stream if event[1] is not None]
@@ -93,7 +95,7 @@ def test_whoever_comes_back_misses_nothing_that_is_stored(api: Api) -> None:
             assert list(stream) == everything[place:]
 
 
-def test_after_the_last_event_there_is_nothing(api: Api) -> None:
+def test_a_stream_after_the_last_event_is_answered_204(api: Api) -> None:
     job_id = api.finished()
     with listening(api, job_id) as stream:
         *_, (_, last, _) = stream
@@ -106,20 +108,20 @@ def test_no_step_follows_the_last_status_of_a_job_that_ends_between_two_reads(
     api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     claim = api.running()
-    events_after = store.events_after
+    events_after = reads.events_after
 
     def end_then_read(*arguments: Any) -> list[Event]:
-        monkeypatch.setattr(store, "events_after", events_after)
+        monkeypatch.setattr(reads, "events_after", events_after)
         queue.finish(api.db, claim, "succeeded")
         return events_after(*arguments)
 
-    monkeypatch.setattr(store, "events_after", end_then_read)
+    monkeypatch.setattr(reads, "events_after", end_then_read)
     with listening(api, claim.job_id) as stream:
         *_, (kind, _, data) = stream
     assert (kind, data["status"]) == ("status", "succeeded")
 
 
-def test_a_silent_stream_shows_that_it_is_alive(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_idle_stream_sends_keep_alive_comments(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("service.http.routes.events.KEEPALIVE_SECONDS", 0)
     job_id = api.submit()["id"]
     with api.http.stream("GET", f"/jobs/{job_id}/events") as answer:
@@ -131,7 +133,7 @@ def test_a_silent_stream_shows_that_it_is_alive(api: Api, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("last", ["x", "-1", "1.5", "9" * 30, "٣"])
-def test_an_id_that_is_none_of_ours_is_refused(api: Api, last: str) -> None:
+def test_a_malformed_event_id_is_refused(api: Api, last: str) -> None:
     answer = api.http.get(f"/jobs/{api.submit()['id']}/events", headers=[(b"Last-Event-ID", last.encode())])
     assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request")
 
@@ -150,7 +152,7 @@ def test_more_events_than_are_read_at_once_come_in_order(api: Api) -> None:
         assert [data["message"] for kind, _, data in stream if kind == "warning"] == messages
 
 
-def test_many_listeners_hold_no_thread(serve: Serve) -> None:
+def test_many_open_streams_hold_no_thread(serve: Serve) -> None:
     api = serve()
     job_id = api.submit()["id"]
     n_listeners = 60  # more than there are threads for routes

@@ -76,9 +76,7 @@ def test_a_text_is_scored_as_the_model_scores_it(api: Api, job_id: str, model: G
         ("zz", None),
     ],
 )
-def test_the_longest_copied_span_is_told_in_whole_characters(
-    api: Api, job_id: str, text: str, span: str | None
-) -> None:
+def test_the_longest_copied_span_has_complete_characters(api: Api, job_id: str, text: str, span: str | None) -> None:
     copied = api.http.post("/score", json={"job_id": job_id, "text": text}).json()["copied"]
     if span is None:
         assert copied is None
@@ -129,7 +127,7 @@ def test_a_prompt_too_long_for_its_attention_is_routed_without(api: Api, tmp_pat
     assert len(answer["routing"][0]["balance_bias"]) == wide.config.n_experts
 
 
-def test_what_cannot_be_examined_is_told(api: Api, job_id: str, tmp_path: Path) -> None:
+def test_a_request_that_cannot_be_evaluated_is_refused_with_its_code(api: Api, job_id: str, tmp_path: Path) -> None:
     one = api.http.post("/score", json={"job_id": job_id, "text": "a"})
     assert (one.status_code, one.json()["code"]) == (422, "text_too_short")
     wide = recorded(api, write_tiny_checkpoint(tmp_path / "wide", block_size=1024, n_head=2))
@@ -138,7 +136,7 @@ def test_what_cannot_be_examined_is_told(api: Api, job_id: str, tmp_path: Path) 
     assert "2,002,000" in large.json()["detail"]
 
 
-def test_a_damaged_checkpoint_is_told(api: Api, job_id: str, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_a_conflict(api: Api, job_id: str, tmp_path: Path) -> None:
     claim = api.claim(api.submit()["id"])
     api.record_checkpoint(claim, 0, 0, {"config.json": b"{}", "model.safetensors": b"no weights"})
     answer = api.http.post("/inspect", json={"job_id": claim.job_id, "prompt": "a"})
@@ -149,7 +147,7 @@ def test_a_damaged_checkpoint_is_told(api: Api, job_id: str, tmp_path: Path) -> 
     assert (answer.status_code, answer.json()["code"]) == (409, "checkpoint_damaged")
 
 
-def test_the_newest_checkpoint_that_is_whole_stands_in_for_a_damaged_one(api: Api, tmp_path: Path) -> None:
+def test_latest_is_the_newest_undamaged_checkpoint(api: Api, tmp_path: Path) -> None:
     claim = api.claim(api.submit()["id"])
     for percent in (0, 25):
         tiny = write_tiny_checkpoint(tmp_path / f"{percent}", seed=7 + percent)
@@ -162,7 +160,7 @@ def test_the_newest_checkpoint_that_is_whole_stands_in_for_a_damaged_one(api: Ap
         assert (named.status_code, named.json()["code"]) == (409, "checkpoint_damaged")
 
 
-def test_both_clients_ask_the_same(api: Api, job_id: str) -> None:
+def test_both_clients_send_the_same_requests(api: Api, job_id: str) -> None:
     async def ask() -> tuple[Any, Any]:
         async with AsyncClient(api.url) as client:
             job = await client.job(job_id)

@@ -12,7 +12,7 @@ from structlog.testing import capture_logs
 
 from nanomoe import checkpoint
 from service.generation.messages import Cancel, Generate, Start, ToEngine
-from service.jobs import queue, store
+from service.jobs import queue, reads
 from tests.api import Api, Serve
 from tests.service.tiny_checkpoint import write_tiny_checkpoint
 
@@ -38,7 +38,7 @@ def job_id(api: Api, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def damage(api: Api, job_id: str, percent: int) -> None:
     """Turn one bit of a checkpoint's weights."""
-    folder = api.context.settings.data_dir / store.get_checkpoint(api.db, job_id, percent).folder
+    folder = api.context.settings.data_dir / reads.get_checkpoint(api.db, job_id, percent).folder
     weights = bytearray((folder / checkpoint.WEIGHTS).read_bytes())
     weights[-1] ^= 1
     (folder / checkpoint.WEIGHTS).write_bytes(weights)
@@ -73,7 +73,7 @@ def test_a_prompt_is_continued(api: Api, job_id: str) -> None:
     assert generate(api, job_id=job_id, checkpoint=25, max_new_tokens=5, temperature=0).json()["checkpoint"] == 25
 
 
-def test_a_seed_gives_the_same_text_again_and_is_told(api: Api, job_id: str) -> None:
+def test_a_seed_gives_the_same_text_again_and_is_in_the_response(api: Api, job_id: str) -> None:
     first = generate(api, job_id=job_id, n=3, logprobs=True).json()
     again = generate(api, job_id=job_id, n=3, logprobs=True, seed=first["seed"]).json()
     assert again["choices"] == first["choices"]
@@ -173,7 +173,7 @@ def test_a_job_without_a_checkpoint_is_a_conflict(api: Api) -> None:
         assert (answer.status_code, answer.json()["code"]) == (409, "no_checkpoint_yet")
 
 
-def test_a_damaged_checkpoint_is_told(api: Api, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_a_conflict(api: Api, tmp_path: Path) -> None:
     claim = api.claim(api.submit()["id"])
     for percent in (0, 25):
         api.record_checkpoint(claim, percent, percent, tiny_files(tmp_path / str(percent), seed=7 + percent))
@@ -185,9 +185,7 @@ def test_a_damaged_checkpoint_is_told(api: Api, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_the_newest_checkpoint_that_is_whole_stands_in_for_a_damaged_one(
-    api: Api, tmp_path: Path, stream: bool
-) -> None:
+def test_latest_is_the_newest_undamaged_checkpoint(api: Api, tmp_path: Path, stream: bool) -> None:
     claim = api.claim(api.submit()["id"])
     for percent in (0, 25, 50):
         # Other models than in the other tests: what is loaded already is not read again.
@@ -205,7 +203,7 @@ def test_the_newest_checkpoint_that_is_whole_stands_in_for_a_damaged_one(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_frees_its_slot(
+def test_a_client_that_disconnects_frees_its_slot(
     api: Api, job_id: str, stream: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     request = {"job_id": job_id, "prompt": "Era", "max_new_tokens": 4096, "stream": stream}

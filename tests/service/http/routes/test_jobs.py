@@ -17,7 +17,11 @@ from structlog.testing import capture_logs
 from nanomoe.config import JobConfig
 from nanomoe.model import size
 from nanomoe.tokenizer import load_tokenizer
-from service.jobs import queue, queue_position, store
+from service.jobs import queue, queue_position, reads
+from service.jobs.labels import relabel
+from service.jobs.new_job import NewJob
+from service.jobs.workers import worker_started
+from service.storage.job_folders import job_folder
 from tests.api import TEXT, Api, Serve, serving
 
 NOBODY = "0" * 32
@@ -33,7 +37,7 @@ def code(answer: Any) -> str:
 
 
 def n_jobs(api: Api) -> int:
-    return sum(store.count_jobs(api.db).values())
+    return sum(reads.count_jobs(api.db).values())
 
 
 def test_a_text_alone_is_the_reference_run(api: Api) -> None:
@@ -181,13 +185,13 @@ def test_another_kind_of_body_is_refused(api: Api) -> None:
     assert (answer.status_code, code(answer)) == (415, "unsupported_media_type")
 
 
-def test_what_was_sent_is_not_repeated_at_length(api: Api) -> None:
+def test_an_error_does_not_repeat_long_input(api: Api) -> None:
     answer = api.http.post("/jobs", json={"text": "ab", "config": {"x" * 100_000: 1}, "y" * 100_000: [1] * 1000})
     assert code(answer) == "invalid_request"
     assert len(answer.content) < 3000
 
 
-def test_every_fault_is_named_with_its_place(api: Api) -> None:
+def test_every_fault_is_named_with_its_location(api: Api) -> None:
     answer = api.http.post("/jobs", json={"text": "ab", "config": {"lr": -1, "nope": 1}})
     assert [error["loc"] for error in answer.json()["errors"]] == [["body", "config", "lr"], ["body", "config", "nope"]]
 
@@ -330,13 +334,13 @@ def test_a_bad_filter_is_refused(api: Api, params: dict[str, Any]) -> None:
     "job_id", [NOBODY, "x", "%00", "%ff", "..%2f..%2fetc", "A" * 32, "0" * 33, "a" * 5000, "%F0%9F%90%88", " " * 3]
 )
 @pytest.mark.parametrize("rest", ["", "/text", "/metrics", "/metrics.csv", "/events", "/checkpoints/latest"])
-def test_an_id_that_nobody_has_is_not_found(api: Api, job_id: str, rest: str) -> None:
+def test_an_unknown_id_is_not_found(api: Api, job_id: str, rest: str) -> None:
     answer = api.http.get(f"/jobs/{job_id}{rest}")
     assert answer.status_code == 404
     assert code(answer) in {"job_not_found", "not_found"}
 
 
-def test_the_place_in_the_queue_is_told(serve: Serve) -> None:
+def test_a_queued_job_has_its_queue_position(serve: Serve) -> None:
     api = serve()
     first, second = api.submit(), api.submit()
     assert api.http.get(f"/jobs/{first['id']}").json()["queue_position"] == 0
@@ -377,27 +381,27 @@ def test_a_wait_ends_when_its_time_is_over(api: Api) -> None:
     assert answer.elapsed >= timedelta(seconds=0.2)
 
 
-def test_a_wait_finds_the_place_in_the_line_once(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wait_queries_the_queue_position_once(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     job_id, other = api.submit()["id"], api.submit()["id"]
     places, looks = 0, threading.Semaphore(0)
-    find_place, get_job = queue_position.find_place, store.get_job
+    find_queue_position, get_job = queue_position.find_queue_position, reads.get_job
 
     def counted_place(*arguments: Any) -> Any:
         nonlocal places
         places += 1
-        return find_place(*arguments)
+        return find_queue_position(*arguments)
 
     def counted_look(*arguments: Any) -> Any:
         looks.release()
         return get_job(*arguments)
 
-    monkeypatch.setattr(queue_position, "find_place", counted_place)
-    monkeypatch.setattr(store, "get_job", counted_look)
+    monkeypatch.setattr(queue_position, "find_queue_position", counted_place)
+    monkeypatch.setattr(reads, "get_job", counted_look)
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(api.http.get, f"/jobs/{job_id}", params={"wait": 2, "seen": "queued"})
         for name in "abc":
             looks.acquire()
-            store.relabel(api.db, other, {"name": name})
+            relabel(api.db, other, {"name": name})
         assert waiting.result(15).json()["queue_position"] is not None
     assert places == 1
 
@@ -440,7 +444,7 @@ def test_the_text_comes_back_byte_for_byte(api: Api) -> None:
     assert answer.headers["content-type"] == "text/plain; charset=utf-8"
 
 
-def test_wishes_are_obeyed_and_may_be_repeated(api: Api) -> None:
+def test_cancel_pause_and_resume_take_effect_and_are_idempotent(api: Api) -> None:
     where = f"/jobs/{api.submit()['id']}"
     for wish, status in [("pause", "paused"), ("pause", "paused"), ("resume", "queued"), ("resume", "queued"),
                          ("cancel", "cancelled"), ("cancel", "cancelled")]:  # fmt: skip
@@ -448,7 +452,7 @@ def test_wishes_are_obeyed_and_may_be_repeated(api: Api) -> None:
         assert (answer.status_code, answer.json()["status"]) == (202, status)
 
 
-def test_a_wish_that_comes_too_late_is_a_conflict(api: Api) -> None:
+def test_a_request_to_stop_an_ended_job_is_a_conflict(api: Api) -> None:
     where = f"/jobs/{api.finished()}"
     for wish, expected in [("cancel", "not_cancellable"), ("pause", "not_pausable"), ("resume", "not_resumable")]:
         answer = api.http.post(f"{where}/{wish}")
@@ -458,7 +462,7 @@ def test_a_wish_that_comes_too_late_is_a_conflict(api: Api) -> None:
 def test_a_finished_job_is_deleted_with_its_files_and_its_text(api: Api) -> None:
     text = f"só meu {uuid4().hex}"
     job_id = api.finished(text=text)
-    folder = api.context.settings.data_dir / store.job_folder(job_id)
+    folder = api.context.settings.data_dir / job_folder(job_id)
     assert folder.is_dir()
     assert api.http.delete(f"/jobs/{job_id}").status_code == 204
     assert not folder.exists()
@@ -476,9 +480,9 @@ def test_a_job_that_is_not_finished_or_has_children_is_not_deleted(api: Api) -> 
     assert (answer.status_code, code(answer)) == (409, "has_dependents")
 
 
-def test_weights_that_do_not_fit_or_are_not_there_are_no_start(api: Api) -> None:
+def test_a_parent_that_is_missing_or_does_not_fit_is_refused(api: Api) -> None:
     parent, damaged = api.finished(), api.finished()
-    recorded = store.get_checkpoint(api.db, damaged, 100)
+    recorded = reads.get_checkpoint(api.db, damaged, 100)
     (api.context.settings.data_dir / recorded.folder / "tokenizer.json").write_bytes(b"{}")
     claim = api.running()
     api.record_checkpoint(claim, 100, 500, {"model.safetensors": b"weights"})
@@ -525,7 +529,7 @@ def test_a_row_of_an_earlier_version_says_no_more_that_a_dense_job_has_unused_se
     other = {"code": "dead_expert", "message": "expert 3"}
     warnings: dict[str, list[dict[str, str]]] = {}
     for name, config in {"default": {}, "changed": {"n_experts": 4}}.items():
-        new = queue.NewJob(
+        new = NewJob(
             text=TEXT, config=JobConfig.model_validate(config).model_dump(mode="json"), warnings=[false, other]
         )
         job, _ = queue.submit(api.db, new)
@@ -537,7 +541,7 @@ def test_a_row_of_an_earlier_version_says_no_more_that_a_dense_job_has_unused_se
     ]
 
 
-def test_a_job_can_wait_for_its_time(serve: Serve) -> None:
+def test_a_job_is_not_claimed_before_its_run_at(serve: Serve) -> None:
     api = serve()
     tomorrow = datetime.now(UTC) + timedelta(days=1)
     job = api.submit(run_at=tomorrow.isoformat())
@@ -545,7 +549,7 @@ def test_a_job_can_wait_for_its_time(serve: Serve) -> None:
     assert queue.claim(api.db, api.worker, 60) is None
 
 
-def test_both_databases_answer_alike(settings: Any) -> None:
+def test_both_databases_give_the_same_answers(settings: Any) -> None:
     with serving(settings.model_copy(update={"port": 0})) as api:
         tags = {"k": "v:w"}
         job_id = api.submit(text="nul \0 e gato", name="gato", tags=tags)["id"]
@@ -572,10 +576,10 @@ def test_a_folder_with_a_tokenizer_may_be_named_when_the_server_says_where(serve
     assert api.submit(config={"tokenizer": "meu"})["text"]["n_tokens"] == len(tokenizer.encode(TEXT))
 
 
-def test_a_queued_job_says_when_a_worker_will_be_free_for_it(serve: Serve) -> None:
+def test_a_queued_job_has_an_estimated_start(serve: Serve) -> None:
     api = serve()
     assert api.submit()["estimated_start_at"] is None  # there is no worker
-    store.worker_started(api.db, api.worker)
+    worker_started(api.db, api.worker)
     claim = api.running()
     assert api.http.get(f"/jobs/{claim.job_id}").json()["estimated_start_at"] is None
     waiting = api.submit(priority=1)  # before the first, which was paused
@@ -588,7 +592,7 @@ def test_a_queued_job_says_when_a_worker_will_be_free_for_it(serve: Serve) -> No
 @pytest.mark.parametrize(
     ("kind", "sent"), [("application/json", b'{"te'), ("multipart/form-data; boundary=x", b"--x\r\nCon")]
 )
-def test_a_client_that_leaves_while_it_sends_its_text_is_no_error(api: Api, kind: str, sent: bytes) -> None:
+def test_a_client_that_disconnects_during_its_upload_is_no_error(api: Api, kind: str, sent: bytes) -> None:
     heard = iter([{"type": "http.request", "body": sent, "more_body": True}, {"type": "http.disconnect"}])
     said: list[Any] = []
 

@@ -5,7 +5,8 @@ import io
 
 import pytest
 
-from service.jobs import queue, store
+from service.jobs import recording
+from service.jobs.tables import SERIES
 from tests.api import Api
 
 
@@ -36,7 +37,8 @@ def test_the_tokens_may_be_left_out(api: Api) -> None:
 def test_a_thinned_series_keeps_its_extremes(api: Api) -> None:
     claim = api.running()
     api.record_steps(claim, 4, 5000)
-    queue.record_steps(api.db, claim, {"step": [5001], "train_loss": [99.0], "lr": [1e-4], "grad_norm": [float("nan")]})
+    extreme = {"step": [5001], "train_loss": [99.0], "lr": [1e-4], "grad_norm": [float("nan")]}
+    recording.record_steps(api.db, claim, extreme)
     api.record_steps(claim, 5002, 6000)
     steps = api.http.get(f"/jobs/{claim.job_id}/metrics", params={"points": 50}).json()["steps"]
     assert len(steps["step"]) <= 50
@@ -46,22 +48,22 @@ def test_a_thinned_series_keeps_its_extremes(api: Api) -> None:
     assert steps["grad_norm"][spike] is None
 
 
-def test_the_csv_is_the_whole_series(api: Api) -> None:
+def test_the_csv_is_the_complete_series(api: Api) -> None:
     claim = api.running()
     api.record_steps(claim, 4, 25_000)
-    queue.record_steps(
+    recording.record_steps(
         api.db, claim, {"step": [25_001], "train_loss": [float("inf")], "lr": [1e-4], "grad_norm": [2.0]}
     )
     answer = api.http.get(f"/jobs/{claim.job_id}/metrics.csv")
     assert answer.headers["content-type"] == "text/csv; charset=utf-8"
     header, *rows = csv.reader(io.StringIO(answer.text))
-    assert header == ["step", *store.SERIES]
+    assert header == ["step", *SERIES]
     assert [int(row[0]) for row in rows] == list(range(1, 25_002))
     assert float(rows[6][1]) == 10 / 7
     assert rows[-1] == ["25001", "", "0.0001", "2.0"]
 
 
 @pytest.mark.parametrize("params", [{"points": 0}, {"points": 10**9}, {"points": "x"}, {"tokens": "x"}, {"point": 5}])
-def test_a_bad_question_is_refused(api: Api, params: dict[str, str]) -> None:
+def test_a_bad_query_is_refused(api: Api, params: dict[str, str]) -> None:
     answer = api.http.get(f"/jobs/{api.submit()['id']}/metrics", params=params)
     assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request")

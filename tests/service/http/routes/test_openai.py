@@ -155,7 +155,7 @@ def test_what_is_not_known_is_ignored_and_named(api: Api, client: OpenAI, job_id
     assert complete(api, model=job_id, best_of=2, stream=True).headers["x-ignored"] == "best_of"
 
 
-def test_openais_exceptions_tell_what_is_wrong(client: OpenAI, job_id: str) -> None:
+def test_openais_client_raises_the_matching_exceptions(client: OpenAI, job_id: str) -> None:
     for model in (NOBODY, f"{job_id}@50", f"{job_id}@51", "gpt-3.5-turbo-instruct"):
         with pytest.raises(openai.NotFoundError) as raised:
             client.completions.create(model=model, prompt="Era")
@@ -202,7 +202,7 @@ def test_every_error_under_v1_has_openais_shape(api: Api) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_job_is_the_newest_of_its_models_that_is_whole(api: Api, tmp_path: Path, stream: bool) -> None:
+def test_a_job_id_stands_for_its_newest_undamaged_checkpoint(api: Api, tmp_path: Path, stream: bool) -> None:
     claim = api.claim(api.submit()["id"])
     for percent in (0, 25):
         # Other models than in the other tests: what is loaded already is not read again.
@@ -283,7 +283,7 @@ def test_without_a_seed_equal_prompts_have_different_texts(client: OpenAI, job_i
     assert len({choice.text for choice in answer.choices}) > 1
 
 
-def test_more_prompts_than_there_are_places_are_served_in_turn(serve: Serve, tmp_path: Path) -> None:
+def test_more_prompts_than_can_run_at_once_are_served_in_turn(serve: Serve, tmp_path: Path) -> None:
     api = serve(engine_max_running=2, engine_max_waiting=0)
     claim = api.running()
     api.record_checkpoint(claim, 25, 25, tiny_files(tmp_path / "tiny"))
@@ -363,7 +363,7 @@ def test_with_max_tokens_0_nothing_is_added(client: OpenAI, job_id: str) -> None
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("echo", [False, True])
-def test_what_is_told_of_tokens_ends_where_a_stop_string_cut_the_text(
+def test_token_figures_end_where_a_stop_string_cut_the_text(
     client: OpenAI, job_id: str, stream: bool, echo: bool
 ) -> None:
     request: dict[str, Any] = {"model": job_id, "prompt": "Era", "max_tokens": 40, "seed": 2, "logprobs": 1}
@@ -423,14 +423,14 @@ def test_a_fault_in_a_list_is_named(api: Api, job_id: str, changes: dict[str, An
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/generate", "/inspect"])
-def test_an_empty_prompt_is_told_why_it_cannot_be_continued(api: Api, job_id: str, path: str) -> None:
+def test_an_empty_prompt_is_refused_with_its_own_code(api: Api, job_id: str, path: str) -> None:
     answer = api.http.post(path, json={"model" if path.startswith("/v1") else "job_id": job_id, "prompt": ""}).json()
     told = answer.get("error", answer)
     assert told["code"] == "empty_prompt"
     assert "no token that stands for the start of a text" in told.get("message", told.get("detail"))
 
 
-def test_stop_strings_that_are_wrong_are_told_in_words(api: Api, job_id: str) -> None:
+def test_invalid_stop_strings_are_refused_with_a_message(api: Api, job_id: str) -> None:
     def message(stop: Any) -> str:
         return str(complete(api, model=job_id, stop=stop).json()["error"]["message"])
 

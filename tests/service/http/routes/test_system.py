@@ -7,7 +7,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.http import instruments
-from service.jobs import queue, store
+from service.jobs import queue
+from service.jobs.workers import worker_started, worker_stopped
 from tests.api import Api, Serve
 from tests.databases import Clock
 from tests.service.http.routes.test_generate import generate, tiny_files
@@ -26,12 +27,12 @@ def scrape(api: Api) -> dict[str, float]:
     return found
 
 
-def test_the_tables_are_told_as_they_are(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metrics_of_the_database_match_its_tables(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(instruments, "_COUNT_SECONDS", 0.0)
     api = serve()
     before = scrape(api)
     assert before['nanomoe_jobs{status="queued"}'] == before["nanomoe_workers"] == before["nanomoe_queue_age_seconds"]
-    store.worker_started(api.db, api.worker)
+    worker_started(api.db, api.worker)
     api.running()
     api.submit()
     now = scrape(api)
@@ -42,11 +43,11 @@ def test_the_tables_are_told_as_they_are(serve: Serve, monkeypatch: pytest.Monke
     assert (now["nanomoe_workers"], now["nanomoe_worker_slots"]) == (1, 1)
     assert now["nanomoe_training_tokens_per_second"] == 100
     assert now["process_resident_memory_bytes"] > 0
-    store.worker_stopped(api.db, api.worker.id)
+    worker_stopped(api.db, api.worker.id)
     assert scrape(api)["nanomoe_workers"] == 0
 
 
-def test_the_age_of_a_job_that_a_clock_ahead_submitted_is_what_was_seen_of_it(
+def test_the_age_of_a_job_submitted_by_a_clock_ahead_counts_from_its_first_scrape(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(instruments, "_COUNT_SECONDS", -1.0)
@@ -87,7 +88,7 @@ def test_generation_is_counted(serve: Serve, tmp_path: Path) -> None:
     assert now["nanomoe_generation_cache_bytes"] > 0
 
 
-def test_a_generation_that_fails_is_counted_as_that(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_generation_is_counted_as_failed(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     api = serve()
     monkeypatch.setattr("sys.executable", "/bin/false")
     assert generate(api, job_id=api.running().job_id).status_code == 503

@@ -1,0 +1,275 @@
+"""An engine that continues many token sequences of one checkpoint at once.
+
+A sequence joins and leaves between steps; a step adds one token to every running sequence. While prompt and new tokens
+fit `block_size`, keys and values are cached. Beyond, the window slides as nanoGPT's does: the newest `block_size`
+tokens at positions from 0, and since every token's position changes, the window is computed anew for each token.
+
+A sequence's text depends on the weights, the prompt, the sampling and the seed alone, never on who else is being served
+or when it joined: how a step is computed (`decoder`) and how the next token is chosen (`output_layer`, `sampling`) both
+promise each sequence arithmetic of its own.
+
+Knows no tokenizer, no HTTP and no clock.
+"""
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanomoe.config import ModelConfig, SamplingConfig
+from nanomoe.generation import decoder, output_layer, sampling
+from nanomoe.generation.decoder import CompiledDecoder, Decoder, Span, TensorDecoder
+from nanomoe.generation.logprobs import LogProbs
+from nanomoe.generation.output_layer import CompiledOutputLayer, OutputLayer, TensorOutputLayer
+from nanomoe.generation.sampling import Candidates
+from nanomoe.model.gpt import GPT
+
+FEW_SEQUENCES = 4
+"""Fewer than these are computed by one thread: with two, a lone text is a tenth faster on a machine of its own, and
+half as fast beside a training (measured)."""
+
+
+def useful_threads(n_sequences: int, n_threads: int) -> int:
+    """How many of `n_threads` a step of so many sequences should use: few gain little from threads that wait for each
+    other where others use the machine."""
+    return 1 if n_sequences < FEW_SEQUENCES else n_threads
+
+
+@dataclass(frozen=True)
+class Request:
+    """A continuation to be made.
+
+    Raises:
+        ValueError: the prompt is empty or no token is asked for.
+    """
+
+    prompt: Sequence[int]
+    """Token ids, at least one. Only the newest `block_size` are seen."""
+
+    max_new_tokens: int
+    """Tokens to add, at least 1."""
+
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How each is chosen."""
+
+    seed: int = 0
+    """With `index`, decides what is drawn, 0 or more."""
+
+    index: int = 0
+    """Which of several continuations with the same seed."""
+
+    logprobs: int | None = None
+    """How many of the likeliest tokens to report beside the chosen one; None reports nothing."""
+
+    def __post_init__(self) -> None:
+        if not self.prompt:
+            raise ValueError("the prompt has no tokens")
+        if self.max_new_tokens < 1:
+            raise ValueError("max_new_tokens must be at least 1")
+
+
+@dataclass(eq=False)
+class Continuation:
+    """A request and what was added to it so far. Only the engine changes it."""
+
+    request: Request
+    tokens: list[int]
+    """The prompt and the new tokens."""
+
+    uniforms: np.random.Generator
+    """Where the numbers come from that are drawn by."""
+
+    new: list[int] = field(default_factory=list)
+    """The new tokens."""
+
+    logprobs: list[LogProbs] = field(default_factory=list)
+    """One for each new token, if asked for."""
+
+    window_slid: bool = False
+    """Whether some token was chosen without seeing the oldest ones."""
+
+    finished: bool = False
+    """Whether no token will be added: all were, or it was cancelled."""
+
+
+class Engine:
+    """Continues token sequences of one checkpoint."""
+
+    def __init__(
+        self,
+        weights: Mapping[str, Tensor],
+        config: ModelConfig,
+        *,
+        device: torch.device | str = "cpu",
+        max_running: int = 64,
+        cache_bytes: int = 2**30,
+        compiled: bool = False,
+    ) -> None:
+        """`weights`: parameters and buffers by nanoGPT's names, any float type. At most `max_running` sequences run at
+        the same time, fewer when their keys and values would not fit `cache_bytes`; the others wait their turn.
+        `compiled`: whether to use compiled loops, or on a GPU a captured graph, which pay from some hundred tokens on.
+
+        Raises:
+            ValueError: a weight is not finite.
+        """
+        for name, tensor in weights.items():
+            if not tensor.isfinite().all():
+                raise ValueError(f"{name} is not finite")
+        device = torch.device(device)
+        weights = {name: tensor.detach().to(device, torch.float32).contiguous() for name, tensor in weights.items()}
+        wte_VC = weights["transformer.wte.weight"]
+        self.config = config
+        self.vocab_size = len(wte_VC)
+        self._decoder: Decoder
+        self._output: OutputLayer
+        on_gpu = device.type == "cuda"
+        if on_gpu:
+            torch.backends.cuda.matmul.allow_tf32 = False  # some containers allow it; texts are float32's
+        if compiled and not on_gpu:
+            self._decoder, self._output = CompiledDecoder(weights, config), CompiledOutputLayer(wte_VC)
+            self.max_running = max(1, min(max_running, cache_bytes // self._decoder.row_bytes))
+        else:
+            self.max_running = max(1, min(max_running, cache_bytes // decoder.row_bytes(config)))
+            self._decoder = TensorDecoder(
+                weights, config, device, self.max_running, in_one_shape=on_gpu, graphed=on_gpu and compiled
+            )
+            self._output = TensorOutputLayer(wte_VC, self.max_running)
+        self._waiting: deque[Continuation] = deque()
+        self._rows: list[Continuation | None] = [None] * self.max_running
+        """The running sequences, by their rows of the decoder's cache."""
+
+    @property
+    def n_running(self) -> int:
+        """Sequences that get a token at each step."""
+        return sum(continuation is not None for continuation in self._rows)
+
+    @property
+    def n_waiting(self) -> int:
+        """Sequences that have not begun."""
+        return len(self._waiting)
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory of the weights and the cache."""
+        return self._decoder.n_bytes + self._output.n_bytes
+
+    @property
+    def numerics(self) -> str:
+        """How tokens are computed, in words."""
+        return f"{self._output.numerics}; {self._decoder.numerics}"
+
+    @property
+    def output_bytes_per_token(self) -> int:
+        """What is read of the output layer for one token, where a short list is enough."""
+        return self._output.bytes_per_token
+
+    def submit(self, request: Request) -> Continuation:
+        """Let a request join at one of the next steps.
+
+        Raises:
+            ValueError: a token of the prompt is not in the vocabulary.
+        """
+        if not all(0 <= token < self.vocab_size for token in request.prompt):
+            raise ValueError(f"the prompt has tokens outside of the vocabulary of {self.vocab_size}")
+        stream = sampling.uniform_stream(request.seed, request.index)
+        continuation = Continuation(request, list(request.prompt), stream)
+        self._waiting.append(continuation)
+        return continuation
+
+    def cancel(self, continuation: Continuation) -> None:
+        """Take a sequence out, whether it runs, waits or has finished; its row is free at once."""
+        continuation.finished = True
+        if continuation in self._waiting:
+            self._waiting.remove(continuation)
+        self._free_rows()
+
+    @torch.inference_mode()
+    def step(self) -> list[Continuation]:
+        """Add one token to every running sequence, after letting waiting ones join. Returns those that got one.
+
+        Raises:
+            ValueError: a hidden state or logit overflows float32.
+        """
+        for row, running in enumerate(self._rows):
+            if running is None and self._waiting:
+                self._rows[row] = self._waiting.popleft()
+        spans = [self._span(row, running) for row, running in enumerate(self._rows) if running is not None]
+        if not spans:
+            return []
+        grown = [continuation for continuation in self._rows if continuation is not None]
+        self._extend(grown, self._decoder.step(spans))
+        self._free_rows()
+        return grown
+
+    def run(self, requests: Sequence[Request]) -> list[Continuation]:
+        """All of these continuations, finished."""
+        continuations = [self.submit(request) for request in requests]
+        while not all(continuation.finished for continuation in continuations):
+            self.step()
+        return continuations
+
+    def _span(self, row: int, continuation: Continuation) -> Span:
+        """What has to be computed for a sequence's next token: its newest one; all, where none was computed before or
+        their positions change."""
+        tokens, block_size = continuation.tokens, self.config.block_size
+        if continuation.new and len(tokens) <= block_size:
+            return Span(row, len(tokens) - 1, tokens[-1:])
+        return Span(row, 0, tokens[-block_size:])
+
+    def _free_rows(self) -> None:
+        self._rows = [None if running is None or running.finished else running for running in self._rows]
+
+    def _extend(self, grown: Sequence[Continuation], hidden_NC: Tensor) -> None:
+        """Choose the next token of each sequence."""
+        requests = [continuation.request for continuation in grown]
+        counts = [
+            output_layer.candidates_needed(request.sampling, wants_logprobs=request.logprobs is not None)
+            for request in requests
+        ]
+        candidates: list[Candidates] = self._output.candidates(hidden_NC, counts)
+        for continuation, request, row in zip(grown, requests, candidates, strict=True):
+            token = sampling.choose(row, request.sampling, continuation.uniforms.random())
+            if request.logprobs is not None:
+                continuation.logprobs.append(sampling.log_probs(row.logits, token, request.logprobs))
+            continuation.window_slid |= len(continuation.tokens) > self.config.block_size
+            continuation.tokens.append(token)
+            continuation.new.append(token)
+            continuation.finished |= len(continuation.new) == request.max_new_tokens
+
+
+def continue_tokens(
+    model: GPT,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    seed: int,
+) -> list[int]:
+    """The new tokens that a model adds to one prompt, at its present weights."""
+    if max_new_tokens == 0:
+        return []
+    weights = model.state_dict()
+    engine = Engine(weights, model.config, device=weights["transformer.wte.weight"].device, max_running=1)
+    request = Request(prompt, max_new_tokens, SamplingConfig(temperature=temperature, top_k=top_k), seed)
+    return engine.run([request])[0].new
+
+
+@torch.no_grad()
+def generate_reference(weights: Mapping[str, Tensor], config: ModelConfig, request: Request) -> list[int]:
+    """The new tokens by nanoGPT's own loop: the whole window through the model for every token, in float32.
+
+    Slow; what `Engine` is compared with.
+    """
+    model = GPT(config, len(weights["transformer.wte.weight"])).eval()
+    model.load_state_dict(dict(weights))
+    uniforms = sampling.uniform_stream(request.seed, request.index)
+    tokens = list(request.prompt)
+    for _ in range(request.max_new_tokens):
+        window_BT = torch.tensor([tokens[-config.block_size :]])
+        logits_V = model(window_BT).logits_BTV[0, -1].numpy()
+        tokens.append(sampling.choose(Candidates(logits_V), request.sampling, uniforms.random()))
+    return tokens[len(request.prompt) :]

@@ -1,0 +1,42 @@
+"""Errors of SQLAlchemy and the drivers, raised as the service's own."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from sqlalchemy import exc
+
+from service.errors import DatabaseUnavailable, Invalid, StorageFull
+
+# SQLite's own numbers: busy, locked, readonly, ioerr, corrupt, cantopen, protocol, notadb.
+_SQLITE_OUT_OF_REACH = (5, 6, 8, 10, 11, 14, 15, 26)
+_SQLITE_FULL = 13
+_POSTGRESQL_FULL = "53100"
+
+
+@contextmanager
+def as_service_errors() -> Iterator[None]:
+    """Raise the database's errors within the block as a ServiceError: DatabaseUnavailable when it is out of reach,
+    StorageFull when its disk is full, Invalid for a value that it cannot hold."""
+    try:
+        yield
+    except exc.TimeoutError as error:
+        raise DatabaseUnavailable("all connections to the database are in use") from error
+    except exc.DataError as error:
+        raise Invalid("invalid_value", "a value does not fit the database (too large, or the character NUL)") from error
+    except exc.DBAPIError as error:
+        number = getattr(error.orig, "sqlite_errorcode", None)
+        if number is None:
+            is_full = getattr(error.orig, "sqlstate", None) == _POSTGRESQL_FULL
+            is_away = isinstance(error, exc.OperationalError) or error.connection_invalidated
+        else:
+            is_full = number & 0xFF == _SQLITE_FULL
+            is_away = number & 0xFF in _SQLITE_OUT_OF_REACH
+        if is_full:
+            raise StorageFull("the disk that holds the database is full") from error
+        if is_away:
+            raise DatabaseUnavailable(f"the database is out of reach: {error.orig}") from error
+        raise
+    except OverflowError as error:
+        raise Invalid("invalid_value", "a number does not fit the database") from error
+    except UnicodeEncodeError as error:
+        raise Invalid("invalid_text", "a text holds half of a surrogate pair, which is no character") from error

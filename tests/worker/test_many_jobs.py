@@ -1,0 +1,184 @@
+"""One trainer, many jobs: what is the same as in a new process, and what ends a trainer instead."""
+
+import os
+import signal
+import threading
+from typing import Any
+
+import psutil
+import pytest
+
+from nanomoe.config import JobConfig
+from service.jobs import queue
+from service.jobs.tables import Job
+from tests.databases import EITHER, ONLY_SQLITE
+from tests.faults.undisturbed import DENSE, MOE, TEXT, assert_undisturbed, hooked, train_undisturbed
+from tests.worker.workplace import QUICK, Workplace, ended_within, is_alive
+from worker.process_state import ProcessState
+
+
+def trainers(place: Workplace, *jobs: Job) -> list[psutil.Process]:
+    return [place.trainer(job) for job in jobs]
+
+
+@EITHER
+def test_a_trainer_trains_one_job_after_another(place: Workplace) -> None:
+    jobs = [place.submit() for _ in range(3)]
+    place.start_worker("succeed")
+    for job in jobs:
+        place.wait_for(job, "succeeded")
+    assert len({trainer.pid for trainer in trainers(place, *jobs)}) == 1
+    assert [place.job(job).fence for job in jobs] == [1, 1, 1]  # a fence alone does not tell them apart
+
+
+@ONLY_SQLITE
+def test_a_job_that_failed_takes_its_trainer_with_it(place: Workplace) -> None:
+    jobs = [place.submit() for _ in range(2)]
+    place.start_worker("fail")
+    for job in jobs:
+        place.wait_for(job, "failed")
+    first, second = (int((place.folder(job) / "pid.1").read_text()) for job in jobs)
+    assert first != second
+    assert not is_alive(first)
+
+
+def run_two_jobs_of_which_the_first_leaves_a_child(place: Workplace, *without: str) -> tuple[Job, Job, psutil.Process]:
+    first = place.submit()
+    place.start_worker("leave_a_child", without=without)
+    place.wait_for(first, "succeeded")
+    (child,) = map(int, (place.folder(first) / "children").read_text().split())
+    return first, place.submit(), psutil.Process(child)
+
+
+@ONLY_SQLITE
+def test_what_a_job_started_is_dead_before_the_job_has_ended(place: Workplace) -> None:
+    first, second, child = run_two_jobs_of_which_the_first_leaves_a_child(place)
+    assert not is_alive(child.pid)
+    place.wait_for(second, "succeeded")
+    assert place.trainer(second).pid != int((place.folder(first) / "pid.1").read_text())
+
+
+@ONLY_SQLITE
+def test_a_child_that_nobody_found_keeps_the_slot_locked(place: Workplace) -> None:
+    _, second, child = run_two_jobs_of_which_the_first_leaves_a_child(place, "the search for survivors")
+    with pytest.raises(AssertionError, match="in vain"):
+        place.wait_for(second, "running", "succeeded", timeout=10 * QUICK.retry)
+    assert is_alive(child.pid)
+    child.kill()
+    place.wait_for(second, "succeeded")
+
+
+@ONLY_SQLITE
+def test_without_both_proofs_a_job_would_share_its_device_with_what_another_left(place: Workplace) -> None:
+    _, second, child = run_two_jobs_of_which_the_first_leaves_a_child(
+        place, "the search for survivors", "the slot's lock"
+    )
+    place.wait_for(second, "succeeded")
+    assert is_alive(child.pid)
+    child.kill()
+
+
+@ONLY_SQLITE
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [("confuse_jobs", "violated the protocol"), ("idle_too_soon", "did not report how its job ended")],
+)
+def test_a_trainer_that_mixes_up_its_jobs_has_crashed(place: Workplace, script: str, reason: str) -> None:
+    job = place.submit()
+    place.start_worker(script, backoff_seconds=600)
+    crashed = place.wait_until(lambda: place.job(job).crashes and place.job(job))
+    assert reason in (crashed.status_reason or "")
+    assert not is_alive(_pid(place, job))
+    assert place.recorded_steps(job) == []
+
+
+def _pid(place: Workplace, job: Job) -> int:
+    return int((place.folder(job) / "pid.1").read_text())
+
+
+@ONLY_SQLITE
+def test_a_signal_from_outside_ends_an_idle_trainer_and_no_job_suffers(place: Workplace) -> None:
+    first = place.submit()
+    place.start_worker("succeed")
+    place.wait_for(first, "succeeded")
+    idle = place.trainer(first)
+    idle.send_signal(signal.SIGTERM)
+    assert ended_within(20, idle)
+    second = place.submit()
+    assert place.wait_for(second, "succeeded").crashes == 0
+    assert place.trainer(second).pid != idle.pid
+
+
+@ONLY_SQLITE
+def test_a_stop_that_came_too_late_for_one_job_does_not_stop_the_next(place: Workplace) -> None:
+    first = place.submit()
+    place.start_worker("work")
+    place.wait_for_step(first, 3)
+    queue.request_pause(place.db, first.id)
+    place.wait_for(first, "paused")
+    second = place.submit()
+    place.wait_for_step(second, 20)
+    assert place.trainer(second) == place.trainer(first)
+
+
+SMALL: dict[str, Any] = DENSE | {"epochs": 8}
+OTHER: dict[str, Any] = MOE | {"epochs": 4, "deterministic": True, "precision": "bfloat16"}
+FAILS: dict[str, Any] = SMALL | {"tokenizer": "no-such"}
+
+
+@ONLY_SQLITE
+def test_a_job_s_bytes_are_the_same_whether_it_is_a_trainer_s_first_or_a_later_one(place: Workplace) -> None:
+    expected, other = train_undisturbed(JobConfig(**SMALL)), train_undisturbed(JobConfig(**OTHER))
+    first, between, last = place.submit(TEXT, **SMALL), place.submit(TEXT, **OTHER), place.submit(TEXT, **SMALL)
+    failing, cancelled, again = place.submit(TEXT, **FAILS), place.submit(TEXT, **SMALL), place.submit(TEXT, **SMALL)
+    queue.request_cancel(place.db, cancelled.id)
+    place.start_worker(program=hooked({}))
+    for job in (first, between, last, again):
+        place.wait_for(job, "succeeded", "failed")
+    assert place.job(failing).error is not None
+    assert len({_pid(place, job) for job in (first, between, last, failing)}) == 1
+    assert _pid(place, again) != _pid(place, failing)
+    for job in (first, last, again):
+        assert_undisturbed(place, job, expected)
+    assert_undisturbed(place, between, other)
+
+
+def test_a_thread_that_still_runs_is_left() -> None:
+    state, end = ProcessState(), threading.Event()
+    thread = threading.Thread(target=end.wait, name="evaluation")
+    thread.start()
+    assert state.what_is_left() == "the thread evaluation still runs"
+    end.set()
+    assert state.what_is_left() is None
+
+
+def test_memory_that_is_not_given_back_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = ProcessState()
+    assert state.what_is_left() is None
+    held = bytearray(os.urandom(2**20) * 64)
+    monkeypatch.setattr("worker.process_state.MOST_GROWN_BYTES", 32 * 2**20)
+    assert "bytes more than when it was new" in (state.what_is_left() or "")
+    del held
+    assert state.what_is_left() is None
+
+
+def test_every_setting_of_the_process_is_put_back() -> None:
+    import torch
+
+    state = ProcessState()
+    n_threads, drawn = torch.get_num_threads(), []
+    for _ in range(2):
+        state.restore()
+        drawn.append(torch.rand(1).item())
+        assert torch.get_num_threads() == n_threads
+        assert torch.is_grad_enabled()
+        assert torch.get_default_dtype() == torch.float32
+        assert not torch.are_deterministic_algorithms_enabled()
+        assert "NANOMOE_LEFT_BY_A_JOB" not in os.environ
+        torch.set_num_threads(n_threads + 1)
+        torch.set_grad_enabled(False)
+        torch.set_default_dtype(torch.float64)
+        torch.use_deterministic_algorithms(True)
+        os.environ["NANOMOE_LEFT_BY_A_JOB"] = "1"
+    state.restore()
+    assert drawn[0] == drawn[1]

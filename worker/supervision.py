@@ -1,0 +1,88 @@
+"""The trainer's side of its supervision: it receives the supervisor's messages, and does not outlive the supervisor.
+
+Three safeguards detect that the supervisor is gone, each for what the others miss: the parent-death signal (Linux)
+comes even while a long C call holds the interpreter's lock; the end of the pipe is seen on every system and kills the
+whole process group; the deadline in every keep-alive covers a supervisor that is stopped, before another worker can
+claim its job. Imports no torch: it is active before the trainer imports it.
+"""
+
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from queue import SimpleQueue
+from typing import NoReturn
+
+from worker.protocol import KeepAlive, Start, Stop, StopReason, parse_to_trainer
+
+
+def end_group() -> NoReturn:
+    """Kill this process and all of its group."""
+    if os.getpgrp() == os.getpid():  # not when a trainer is run by hand, in the group of a shell
+        os.killpg(0, signal.SIGKILL)
+    os._exit(1)
+
+
+class Supervision:
+    """Reads the supervisor's messages from stdin, a socket, in a thread: starts, stop requests and keep-alives."""
+
+    def __init__(self, until: float) -> None:
+        """`until`: monotonic time at which this process kills itself if no keep-alive has come."""
+        # A copy that no child inherits, and an empty stdin for any other reader.
+        self._socket = socket.socket(fileno=os.dup(0))
+        with open(os.devnull, "rb") as nothing:  # noqa: PTH123 - a descriptor is wanted
+            os.dup2(nothing.fileno(), 0)
+        self._until = until
+        self._starts: SimpleQueue[tuple[Start, int] | None] = SimpleQueue()
+        self._descriptors: deque[int] = deque()
+        """Open files that came with bytes of a message that is not handled yet."""
+        self.stop: StopReason | None = None
+        """Why the job should end at the next step boundary."""
+        self.should_exit = False
+        """Whether this process should exit once its job has ended: someone other than its supervisor asked it to."""
+        threading.Thread(target=self._read, name="supervision", daemon=True).start()
+
+    def wait_for_start(self) -> tuple[Start, int] | None:
+        """The next job, and the descriptor of the slot's lock, to be closed when nothing of the job is left; None when
+        this process should exit."""
+        return self._starts.get()
+
+    def terminated(self) -> None:
+        """Handle SIGTERM, which the supervisor never sends: stop as for a drain, then exit."""
+        self.should_exit = True
+        self.stop = self.stop or "drain"
+        self._starts.put(None)  # for a trainer that waits
+
+    def _read(self) -> None:
+        rest = b""
+        try:
+            # Read the pipe before the clock: a process that was stopped (SIGSTOP) finds its keep-alives there.
+            while select.select([self._socket], [], [], max(0.0, self._until - time.monotonic()))[0]:
+                read, descriptors, _, _ = socket.recv_fds(self._socket, 1 << 16, 1)
+                self._descriptors += descriptors
+                if not read:
+                    break
+                *lines, rest = (rest + read).split(b"\n")
+                for line in lines:
+                    self._handle(line)
+            print("the supervisor is gone or sends no keep-alive: exiting", file=sys.stderr, flush=True)
+        except BaseException:  # a message that cannot be parsed or handled
+            traceback.print_exc()
+        finally:
+            end_group()
+
+    def _handle(self, line: bytes) -> None:
+        match parse_to_trainer(line):
+            case KeepAlive(until=until):
+                self._until = until
+            case Start() as start:
+                # A request to stop the job before is over; one to exit is not.
+                self.stop = "drain" if self.should_exit else None
+                self._starts.put((start, self._descriptors.popleft()))
+            case Stop(reason=reason):
+                self.stop = reason
