@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import uvicorn
 from fastapi import FastAPI
 
-from service import logs
+from nanomoe.logs import configure_logging
 from service.app import create_app
 from service.errors import ServiceError, StartRefused
 from service.settings import Settings, read_settings
@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
     try:
         settings = read_settings(**given)
-        logs.configure(settings.log_format)
+        configure_logging(settings.log_format)
         asyncio.run(serve(settings))
     except (StartRefused, ServiceError) as error:
         print(f"nanomoe does not start: {error}", file=sys.stderr)

@@ -12,8 +12,8 @@ from urllib.parse import quote, unquote
 from pydantic import AfterValidator, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from nanomoe.logs import LogFormat
 from service.errors import StartRefused
-from service.logs import LogFormat
 
 MIB = 1024**2
 GIB = 1024**3

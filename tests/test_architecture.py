@@ -8,18 +8,28 @@ import ast
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("nanomoe", "service", "worker")
-OPEN_TO_WORKER = ("jobs", "database", "storage", "settings", "errors", "logs")
+OPEN_TO_WORKER = ("jobs", "database", "storage", "settings", "errors")
 """The parts of `service` that a worker shares with the API."""
 
 NO_FASTAPI = ("jobs", "database", "storage", "settings", "errors")
 """The parts of `service` that know neither HTTP nor torch."""
+
+IN_ENGINE = tuple(
+    f"service.generation.{name}"
+    for name in (
+        "engine", "scheduler", "checkpoint_cache", "chunks", "text_stream", "tokens", "pacing", "examiner",
+        "compiled_loops",
+    )
+)  # fmt: skip
+"""What runs in the generation engine's process, which loads torch; the API imports none of it."""
 
 SERVICE_BELOW = {
     "service.database": ("jobs", "storage", "generation", "http", "client", "cli"),
@@ -84,9 +94,13 @@ def forbidden(module: str, name: str) -> bool:
         return True
     if _within(module, *(f"service.{part}" for part in NO_FASTAPI)):
         return _within(name, "torch", *WEB)
-    if _within(module, "service.generation", "service.cli"):
+    if _within(module, "service.cli"):
         return _within(name, *WEB)
-    return _within(name, "torch")
+    if _within(module, "service.generation") and _within(name, "service.http", *WEB):
+        return True
+    if _within(module, *IN_ENGINE):
+        return _within(name, *(f"service.{part}" for part in ("jobs", "database", "storage", "settings")))
+    return _within(name, "torch", *IN_ENGINE)
 
 
 def violations(source: str, module: str, is_package: bool = False) -> list[str]:
@@ -122,6 +136,11 @@ def test_a_package_imports_only_what_it_may(package: str) -> None:
         ("nanomoe.generation.engine", "from nanomoe.training import loop"),
         ("worker.attempt", "from service.http import problems"),
         ("service.generation.engine", "from fastapi import FastAPI"),
+        ("service.generation.admission", "import torch"),
+        ("service.generation.admission", "from service.generation.examiner import Examiner"),
+        ("service.generation.admission", "from service.http import schemas"),
+        ("service.generation.scheduler", "from service.jobs import reads"),
+        ("service.http.routes.generate", "from service.generation import scheduler"),
         ("service.database.migrations.env", "from service.jobs import tables"),
         ("service.jobs.submission", "from service.http.schemas import SubmitRequest"),
         ("service.jobs.addressing", "from service.storage.job_folders import job_folder"),
@@ -139,6 +158,9 @@ def test_the_check_sees_a_forbidden_import(module: str, source: str) -> None:
         ("worker.supervisor", "from service.jobs import queue, reads\nfrom service.errors import LeaseLost"),
         ("worker.trainer", "import torch"),
         ("service.generation.engine", "import torch\nfrom nanomoe.model.gpt import GPT"),
+        ("service.generation.engine", "from service.generation.scheduler import Scheduler"),
+        ("service.cli.examine", "from service.generation.examiner import LoadedModel"),
+        ("service.http.routes.generate", "from service.generation.admission import Generation"),
         ("service.http.routes.jobs", "from ..schemas import JobView\nfrom .parameters import Limit"),
         ("service.storage.orphans", "from service.jobs.tables import Job"),
         ("service.jobs.queue", "from service.database.database import Database"),
@@ -204,12 +226,14 @@ def _loaded_by(statement: str) -> set[str]:
     ("module", "never"),
     [
         ("nanomoe", {"torch", "pydantic"}),
+        ("nanomoe.logs, nanomoe.processes", {"torch", "pydantic"}),
         ("nanomoe.config", {"torch", "transformers"}),
         ("nanomoe.plan", {"torch", "transformers"}),
         ("nanomoe.model.size", {"torch", "transformers"}),
         ("nanomoe.evaluation.metrics", {"torch", "transformers"}),
         ("nanomoe.tokenizer", {"torch", "transformers"}),
         ("service.app", {"torch", "transformers", "worker"}),
+        ("service.generation.admission, service.generation.prompts", {"torch", "transformers", "fastapi"}),
         ("service.cli", {"torch", "transformers", "fastapi", "worker"}),
         ("service.client", {"torch", "transformers", "fastapi", "sqlalchemy", "worker"}),
         (
@@ -264,6 +288,34 @@ def test_no_drawer_is_named_utils() -> None:
 
 def _modules() -> dict[str, Path]:
     return {_module(path): path for package in PACKAGES for path in _sources(package)}
+
+
+def imports_of(module: str, path: Path, modules: Container[str]) -> set[str]:
+    """The modules of ours that a file imports."""
+    found = set()
+    for _, name in _imports(ast.parse(path.read_text("utf-8")), module, path.name == "__init__.py"):
+        found.add(name if name in modules else name.rpartition(".")[0])
+    return {name for name in found if name in modules}
+
+
+def circles(imports: Mapping[str, set[str]]) -> list[list[str]]:
+    """Modules that import each other, directly or through others."""
+    sorter = TopologicalSorter(imports)
+    try:
+        sorter.prepare()
+    except CycleError as error:
+        return [error.args[1]]
+    return []
+
+
+def test_no_modules_import_each_other() -> None:
+    modules = _modules()
+    assert circles({module: imports_of(module, path, modules) for module, path in modules.items()}) == []
+
+
+def test_the_check_sees_a_circle() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}})
+    assert circles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
 
 
 def same_names(source: str, module: str) -> list[str]:

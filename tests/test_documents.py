@@ -81,18 +81,29 @@ def places(text: str) -> list[str]:
     return re.findall(r"`((?:nanomoe|service|worker|tests|docs)/[\w./-]*(?::[\w.]+)?)`", text)
 
 
+def _names(node: ast.stmt) -> list[str]:
+    """What a statement defines: a class, a function, or variables."""
+    match node:
+        case ast.ClassDef(name=name) | ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name):
+            return [name]
+        case ast.Assign(targets=targets):
+            return [target.id for target in targets if isinstance(target, ast.Name)]
+        case ast.AnnAssign(target=ast.Name(id=name)):
+            return [name]
+    return []
+
+
 def is_there(place: str) -> bool:
-    """Whether the file or folder exists, and has a class, function or method of that name."""
+    """Whether the file or folder exists, and defines that class, function, method or variable."""
     path, _, name = place.partition(":")
     if not (ROOT / path).exists() or path.endswith("/") != (ROOT / path).is_dir():
         return False
     body: list[ast.stmt] = ast.parse((ROOT / path).read_text("utf-8")).body if name else []
     for part in name.split(".") if name else ():
-        named = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-        found = next((node for node in body if isinstance(node, named) and node.name == part), None)
+        found = next((node for node in body if part in _names(node)), None)
         if found is None:
             return False
-        body = found.body
+        body = getattr(found, "body", [])
     return True
 
 

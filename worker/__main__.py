@@ -6,13 +6,13 @@ import signal
 import sys
 from contextlib import closing
 
-from service import logs
+from nanomoe.logs import configure_logging
 from service.database.opening import open_database
 from service.errors import DatabaseUnavailable, StartRefused
 from service.jobs.workers import is_alive, list_workers
 from service.settings import Settings, read_settings
 from worker.devices import find_devices
-from worker.supervisor import Supervisor
+from worker.supervisor import TRAINER, Supervisor
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,12 +25,13 @@ def main(arguments: list[str] | None = None) -> int:
     slots, name, healthy = given.pop("slots", 1), given.pop("name", None), given.pop("healthy")
     try:
         settings = read_settings(**given)
-        logs.configure(settings.log_format)
+        configure_logging(settings.log_format)
         if healthy:
             return 0 if is_healthy(settings) else 1
+        trainer = (*TRAINER, "--log-format", settings.log_format)
         devices = find_devices(settings.device)
         with closing(open_database(settings)) as db:
-            supervisor = Supervisor(db, devices, settings, slots=slots, name=name)
+            supervisor = Supervisor(db, devices, settings, slots=slots, name=name, command=trainer)
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, supervisor.stop)
             return supervisor.run()

@@ -6,19 +6,20 @@ whole process group; the deadline in every keep-alive covers a supervisor that i
 claim its job. Imports no torch: it is active before the trainer imports it.
 """
 
+import logging
 import os
 import select
 import signal
 import socket
-import sys
 import threading
 import time
-import traceback
 from collections import deque
 from queue import SimpleQueue
 from typing import NoReturn
 
 from worker.protocol import KeepAlive, Start, Stop, StopReason, parse_to_trainer
+
+log = logging.getLogger(__name__)
 
 
 def end_group() -> NoReturn:
@@ -70,9 +71,9 @@ class Supervision:
                 *lines, rest = (rest + read).split(b"\n")
                 for line in lines:
                     self._handle(line)
-            print("the supervisor is gone or sends no keep-alive: exiting", file=sys.stderr, flush=True)
+            log.error("supervisor_lost")
         except BaseException:  # a message that cannot be parsed or handled
-            traceback.print_exc()
+            log.exception("supervisor_message_invalid")
         finally:
             end_group()
 

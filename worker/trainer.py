@@ -8,6 +8,7 @@ that is not certain, after a failure for example, the process exits, and the sup
 
 import argparse
 import faulthandler
+import logging
 import os
 import signal
 import sys
@@ -16,9 +17,10 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 from queue import Queue
-from typing import TYPE_CHECKING, Literal, NoReturn
+from typing import TYPE_CHECKING, Literal, NoReturn, get_args
 
 from nanomoe.config import JobConfig
+from nanomoe.logs import LogFormat, configure_logging
 from nanomoe.processes import die_with_parent
 from worker.protocol import (
     Assignment,
@@ -41,6 +43,8 @@ from worker.supervision import Supervision
 if TYPE_CHECKING:
     from nanomoe.tokenizer import Tokenizer
     from nanomoe.training.run import Recorded, Run, Snapshot, Weights
+
+log = logging.getLogger(__name__)
 
 
 class Channel:
@@ -264,6 +268,7 @@ def main() -> NoReturn:
     """Warm up, then train job after job until the process should exit."""
     options = _parser().parse_args()
     die_with_parent(options.parent)
+    configure_logging(options.log_format)
     channel = Channel()
     supervision = Supervision(options.until)
     faulthandler.enable()
@@ -296,7 +301,7 @@ def train_jobs(channel: Channel, supervision: Supervision) -> None:
         if done.outcome == "failed" or supervision.should_exit:
             return
         if (left := as_new.what_is_left()) is not None:
-            print(f"the trainer exits after its job: {left}", file=sys.stderr, flush=True)
+            log.warning("trainer_exits: %s", left)
             return
         # Closed, never unlocked: a child of the job that still lives keeps the slot locked.
         os.close(lock)
@@ -328,6 +333,7 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         help="monotonic time to exit at without a later keep-alive",
     )
+    parser.add_argument("--log-format", choices=get_args(LogFormat), default="console")
     return parser
 
 

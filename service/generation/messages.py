@@ -1,4 +1,4 @@
-"""What the API and its generation engine say to each other: one JSON object a line, over the engine's stdin and stdout.
+"""The messages between the API and its generation engine: one JSON object a line, over the engine's stdin and stdout.
 
 Times are the machine's monotonic clock, in seconds, which both processes share. Knows neither of them, and no torch.
 """
@@ -7,20 +7,19 @@ from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter
 
-from nanomoe.config import Strict
-from service.logs import LogFormat
-
-FinishReason = Literal["length", "stop"]
+from nanomoe.config import SamplingConfig, Strict
+from nanomoe.logs import LogFormat
+from service.generation.answers import FinishReason, LayerRoutingView, NextTokenView, PromptToken, TokenLogProb
 
 
 class EngineRequest(Strict):
-    """Continuations of one prompt from one recorded checkpoint. The API has checked the limits."""
+    """Continuations of one prompt from one recorded checkpoint, within the server's limits."""
 
     folder: str
     """Absolute path of the checkpoint."""
 
     manifest_sha256: str
-    """SHA-256 of the recorded manifest, which vouches for every byte."""
+    """SHA-256 of the recorded manifest, which holds the SHA-256 of every file."""
 
     prompt: str | tuple[int, ...]
     """The text to continue, or its token ids; not empty."""
@@ -28,20 +27,14 @@ class EngineRequest(Strict):
     max_new_tokens: int
     """Tokens of each continuation, at least 1."""
 
-    temperature: float = 1.0
-    """Divides the logits; 0 takes the likeliest token."""
-
-    top_k: int | None = None
-    """Sample among this many likeliest tokens; None among all."""
-
-    top_p: float | None = None
-    """Sample among the likeliest tokens that together hold this much probability; None among all."""
+    sampling: SamplingConfig = SamplingConfig()
+    """How each token is chosen."""
 
     seed: int = 0
     """The same seed gives the same texts."""
 
     n: int = 1
-    """Continuations."""
+    """Number of continuations."""
 
     stop: tuple[str, ...] = ()
     """A continuation ends before the first of these strings."""
@@ -50,32 +43,11 @@ class EngineRequest(Strict):
     """How many likeliest tokens to report beside each chosen one; 0 the chosen one alone, None nothing."""
 
 
-class TokenLogProb(Strict):
-    """A token and ln of its probability under the model's own softmax, at temperature 1."""
-
-    token: int
-    text: str
-    """What it stands for; U+FFFD where it is part of a character."""
-
-    utf8: str
-    """Its bytes, in hexadecimal."""
-
-    logprob: float
-
-
-class LogProbs(Strict):
-    """What was probable where a token was chosen."""
-
-    chosen: TokenLogProb
-    likeliest: tuple[TokenLogProb, ...]
-    """Best first."""
-
-
 # -- To the engine ----------------------------------------------------------------------------------------------------
 
 
 class Start(Strict):
-    """The first line."""
+    """The first line that an engine reads."""
 
     type: Literal["start"] = "start"
     parent: int
@@ -95,11 +67,11 @@ class Start(Strict):
 
 
 class Generate(Strict):
-    """A request."""
+    """A request to continue a prompt."""
 
     type: Literal["generate"] = "generate"
     id: int
-    """Chosen by the API, never used twice."""
+    """Id of the request, chosen by the API and never used twice."""
 
     stream: bool
     """Whether chunks are wanted while the text grows, or one for each continuation at its end."""
@@ -108,7 +80,7 @@ class Generate(Strict):
 
 
 class Score(Strict):
-    """How a checkpoint reads a text."""
+    """A question: the loss of each token of a text."""
 
     type: Literal["score"] = "score"
     id: int
@@ -120,7 +92,7 @@ class Score(Strict):
 
 
 class Inspect(Strict):
-    """What a checkpoint does with a prompt."""
+    """A question: the next tokens, attention and routing that a prompt leads to."""
 
     type: Literal["inspect"] = "inspect"
     id: int
@@ -134,7 +106,7 @@ class Inspect(Strict):
 
 
 class ReadPrompts(Strict):
-    """The tokens of prompts, and how likely each was to a checkpoint."""
+    """A question: the tokens of prompts, and the log-probability of each."""
 
     type: Literal["read_prompts"] = "read_prompts"
     id: int
@@ -150,7 +122,7 @@ class ReadPrompts(Strict):
 
 
 class Cancel(Strict):
-    """Nobody waits for a request any more. Nothing is answered."""
+    """The cancellation of a request. It is not answered."""
 
     type: Literal["cancel"] = "cancel"
     id: int
@@ -160,7 +132,7 @@ class Cancel(Strict):
 
 
 class Ready(Strict):
-    """The device is there, and requests will be answered."""
+    """The engine's first line: its device works, and it reads requests."""
 
     type: Literal["ready"] = "ready"
 
@@ -174,16 +146,31 @@ class Begun(Strict):
     """When its first step began."""
 
 
+class TokenBytesLogProb(TokenLogProb):
+    """A token, its bytes, and its log-probability."""
+
+    utf8: str
+    """Bytes of the token, in hexadecimal."""
+
+
+class LogProbs(Strict):
+    """The log-probability of a token, and the likeliest tokens in its place."""
+
+    chosen: TokenBytesLogProb
+    likeliest: tuple[TokenBytesLogProb, ...]
+    """The likeliest tokens, best first."""
+
+
 class Chunk(Strict):
     """What a continuation has gained since its last chunk."""
 
     type: Literal["chunk"] = "chunk"
     id: int
     index: int
-    """Which of the request's continuations, from 0."""
+    """Number of the continuation, from 0."""
 
     text: str
-    """Never cut inside a character, and nothing of a stop string."""
+    """New text, never cut inside a character, and nothing of a stop string."""
 
     tokens: tuple[int, ...]
     """The new tokens that begin in the text so far."""
@@ -196,7 +183,7 @@ class Chunk(Strict):
 
 
 class Done(Strict):
-    """The last line of a request."""
+    """The last message about a request that was generated."""
 
     type: Literal["done"] = "done"
     id: int
@@ -216,35 +203,24 @@ class Done(Strict):
     """Checkpoints that the engine keeps loaded."""
 
     cache_bytes: int
-    """Their bytes."""
-
-
-class ReadToken(Strict):
-    """A token of a text."""
-
-    token: int
-    text: str
-    """What it stands for; U+FFFD where it is part of a character."""
-
-    byte_offset: int
-    """Where it begins in the text, in bytes of UTF-8."""
+    """Bytes of the checkpoints that the engine keeps loaded."""
 
 
 class Scored(Strict):
-    """The last line of a `Score`."""
+    """The answer to a `Score`."""
 
     type: Literal["scored"] = "scored"
     id: int
-    tokens: tuple[ReadToken, ...]
+    tokens: list[PromptToken]
     losses: tuple[float | None, ...]
     """Loss of every token but the first, in nats; None for what is not finite."""
 
 
-class PromptToken(Strict):
+class PromptTokenLogProbs(Strict):
     """A token of a prompt."""
 
     utf8: str
-    """Its bytes, in hexadecimal."""
+    """Bytes of the token, in hexadecimal."""
 
     logprobs: LogProbs | None
     """What was probable in its place, if asked for; None for the first, which nothing predicts, and where that is not
@@ -252,68 +228,37 @@ class PromptToken(Strict):
 
 
 class PromptsRead(Strict):
-    """The last line of a `ReadPrompts`."""
+    """The answer to a `ReadPrompts`."""
 
     type: Literal["prompts_read"] = "prompts_read"
     id: int
-    prompts: tuple[tuple[PromptToken, ...], ...]
-    """The tokens of each."""
-
-
-class NextToken(Strict):
-    """A token that may come next."""
-
-    token: int
-    text: str
-    """What it stands for; U+FFFD where it is part of a character."""
-
-    probability: float
-
-
-class LayerRouting(Strict):
-    """How one mixture of experts routed each token that was read; a row of a table is one token."""
-
-    layer: int
-    logits: tuple[tuple[float, ...], ...]
-    """One number an expert."""
-
-    probabilities: tuple[tuple[float, ...], ...]
-    """One number an expert."""
-
-    chosen: tuple[tuple[int, ...], ...]
-    """The experts that the token was sent to, in gate order."""
-
-    gates: tuple[tuple[float, ...], ...]
-    """The weights of their outputs."""
-
-    balance_bias: tuple[float, ...] | None
-    """One number an expert, the same for all tokens; None where the config has none."""
-
-    n_shared_experts: int
+    prompts: tuple[tuple[PromptTokenLogProbs, ...], ...]
+    """The tokens of each prompt."""
 
 
 class Inspected(Strict):
-    """The last line of an `Inspect`."""
+    """The answer to an `Inspect`."""
 
     type: Literal["inspected"] = "inspected"
     id: int
     n_unread: int
     """Oldest tokens of the prompt that do not fit into the context."""
 
-    tokens: tuple[ReadToken, ...]
-    """Those that were read."""
+    tokens: list[PromptToken]
+    """The tokens that were read."""
 
-    likeliest: tuple[NextToken, ...]
-    """Best first."""
+    likeliest: list[NextTokenView]
+    """The likeliest tokens to follow, best first."""
 
-    attention: tuple[tuple[tuple[tuple[float, ...], ...], ...], ...]
+    attention: list[list[list[list[float]]]]
     """By layer, head and token: what the token takes from each token up to itself; empty where it was not wanted."""
 
-    routing: tuple[LayerRouting, ...]
+    routing: list[LayerRoutingView]
+    """How each mixture of experts routed the tokens that were read."""
 
 
 class Refused(Strict):
-    """The last line of a request that asks for what cannot be."""
+    """The last message about a request that this checkpoint cannot answer: the fault is the request's."""
 
     type: Literal["refused"] = "refused"
     id: int
@@ -326,7 +271,7 @@ class Refused(Strict):
 
 
 class Failed(Strict):
-    """The last line of a request that cannot be served."""
+    """The last message about a request that failed: the fault is the checkpoint's or the engine's."""
 
     type: Literal["failed"] = "failed"
     id: int
@@ -346,15 +291,15 @@ _from_engine: TypeAdapter[FromEngine] = TypeAdapter(Annotated[FromEngine, Field(
 
 
 def parse_to_engine(line: bytes) -> ToEngine:
-    """A line that the API wrote, after the first."""
+    """The message in a line that the API wrote, after the first."""
     return _to_engine.validate_json(line)
 
 
 def parse_from_engine(line: bytes) -> FromEngine:
-    """A line that the engine wrote."""
+    """The message in a line that the engine wrote."""
     return _from_engine.validate_json(line)
 
 
 def to_line(message: Strict) -> bytes:
-    """The line of a message."""
+    """A message as one line of JSON."""
     return message.model_dump_json().encode() + b"\n"

@@ -1,4 +1,4 @@
-"""Several prompts of one request: continued side by side, as many as there are places for, and answered as one.
+"""Several prompts of one request, generated at the same time as far as there is room, and answered as one.
 
 Knows no HTTP and no engine process.
 """
@@ -26,7 +26,7 @@ class Gain:
 
 @dataclass(frozen=True)
 class Count:
-    """The tokens of all prompts and of all continuations; the last of what is told of a request."""
+    """The tokens of all prompts and of all continuations; the last item of a stream."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -35,33 +35,35 @@ class Count:
 async def continue_all(
     generation: Generation, requests: Sequence[EngineRequest], *, at_once: int, in_chunks: bool
 ) -> AsyncGenerator[Gain | Count]:
-    """What the continuations of all prompts gain, as it comes; at last the count. Closing the generator cancels all.
+    """What the continuations of all prompts gain, as it comes, and at the end the count. Closing the generator cancels
+    all of them.
 
-    The first is admitted or turned away as a request of its own; `at_once` of them are in the engine at a time, and
-    each of the others asks for a place when one before it has ended: between them, others are served. One that fails
-    ends all. `in_chunks` and what is raised are as for `Generation.stream`; the place of a faulty prompt goes before
-    what lies inside of it.
+    The first prompt is admitted or refused as a request of its own; `at_once` of them are in the engine at a time, and
+    each of the others is sent when one before it has ended, so that other clients' requests are served in between. One
+    that fails ends all. `in_chunks` and the errors raised are those of `Generation.stream`; the location of an error
+    has the prompt's number before its place in the prompt.
     """
     waiting = deque(enumerate(requests))
-    told: asyncio.Queue[Gain | Summary | Exception] = asyncio.Queue()
+    items: asyncio.Queue[Gain | Summary | Exception] = asyncio.Queue()
 
-    async def take_turns() -> None:
+    async def generate_next() -> None:
         while waiting:
             n, request = waiting.popleft()
             try:
-                async with aclosing(generation.stream(request, in_chunks=in_chunks, follows=n > 0)) as items:
-                    async for item in items:
-                        told.put_nowait(Gain(n, item) if isinstance(item, Chunk) else item)
-            except Exception as error:  # whoever asked shall have it
+                stream = generation.stream(request, in_chunks=in_chunks, follows=n > 0)
+                async with aclosing(stream):
+                    async for item in stream:
+                        items.put_nowait(Gain(n, item) if isinstance(item, Chunk) else item)
+            except Exception as error:  # raised where the items are read
                 waiting.clear()
-                told.put_nowait(_within_prompt(error, n))
+                items.put_nowait(_within_prompt(error, n))
 
-    # They begin in this order: what is refused before it reaches the engine leaves nothing to the next.
-    tasks = [asyncio.create_task(take_turns()) for _ in range(min(at_once, len(requests)))]
+    # They begin in this order: where the first prompt is refused, the tasks behind it find none left.
+    tasks = [asyncio.create_task(generate_next()) for _ in range(min(at_once, len(requests)))]
     try:
         summaries: list[Summary] = []
         while len(summaries) < len(requests):
-            item = await told.get()
+            item = await items.get()
             if isinstance(item, Exception):
                 raise item
             if isinstance(item, Summary):
@@ -79,7 +81,7 @@ async def continue_all(
 
 
 def _within_prompt(error: Exception, n: int) -> Exception:
-    """The error, with the prompt's place in where its faults lie."""
+    """The error, with the prompt's number in the location of its faults."""
     if not isinstance(error, Invalid):
         return error
     prompt = ["body", "prompt"]

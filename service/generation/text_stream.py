@@ -1,7 +1,7 @@
-"""Tokens that come one after another, turned into text that may be sent at once.
+"""The text of tokens that come one after another, as far as it is certain.
 
-Two things are held back: a character until it is whole, and the end of a text that may begin a stop string. Knows no
-engine and no HTTP.
+Two things are held back: a character until all of its bytes have come, and the end of a text that may begin a stop
+string. Knows no engine and no HTTP.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,11 +20,11 @@ class TextStream:
         self._starts: list[int] = []
         """Where each token begins in the text, in characters."""
         self._n_characters = 0
-        """Characters that the tokens have made whole."""
+        """Characters that are complete."""
         self._n_certain = 0
-        """Characters of them that were returned."""
+        """Complete characters that were returned."""
         self.n_begun = 0
-        """Tokens that begin in the text that was returned: the others may never be part of it."""
+        """Tokens that begin in the text that was returned; the others may never be part of it."""
         self.stopped = False
         """Whether a stop string was found; what is pushed after it has no text."""
 
@@ -42,7 +42,7 @@ class TextStream:
         return self._certain(new)
 
     def finish(self) -> str:
-        """What was held back, now that nothing follows: a character whose end never came is U+FFFD."""
+        """What was held back, now that nothing follows; an incomplete character becomes U+FFFD."""
         text = self._certain(self._decoder.finish())
         if self.stopped:
             return text

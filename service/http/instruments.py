@@ -1,18 +1,19 @@
 """The service's Prometheus metrics. Knows no route.
 
 Each API has a registry of its own. Metrics of the database are queried at each scrape; those of generation are counted
-where it happens (`service.generation.admission`).
+where it happens (`service.generation.instruments`).
 """
 
 import time
 from collections.abc import Iterator
 from datetime import datetime
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client import ProcessCollector
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from service.database.database import Database
+from service.generation.instruments import GenerationInstruments
 from service.jobs import reads
 from service.jobs.queue_position import LongestWait, find_longest_wait
 from service.jobs.workers import is_alive, list_workers
@@ -22,34 +23,6 @@ _clock = time.monotonic
 
 _COUNT_SECONDS = 5.0
 """Seconds for which the counts of all jobs are cached: with a million jobs the query takes a second."""
-
-
-class GenerationInstruments:
-    """Counters and gauges of generation."""
-
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        self.tokens = Counter(
-            "nanomoe_generation_tokens", "Tokens read and generated.", ["kind"], registry=self.registry
-        )
-        self.requests = Counter(
-            "nanomoe_generation_requests", "Generation requests, by how they ended.", ["outcome"],
-            registry=self.registry,
-        )  # fmt: skip
-        self.first_token_seconds = Histogram(
-            "nanomoe_generation_first_token_seconds", "From a request's arrival to its first token.",
-            buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30), registry=self.registry,
-        )  # fmt: skip
-        for kind in ("prompt", "completion"):
-            self.tokens.labels(kind)
-        self.cached = Gauge(
-            "nanomoe_generation_cached_checkpoints", "Checkpoints that are kept loaded.", registry=self.registry
-        )
-        self.cache_bytes = Gauge(
-            "nanomoe_generation_cache_bytes", "Bytes of the checkpoints that are kept loaded.", registry=self.registry
-        )
-        self.waiting = Gauge("nanomoe_generation_waiting", "Requests that have not begun.", registry=self.registry)
-        self.running = Gauge("nanomoe_generation_running", "Requests that have begun.", registry=self.registry)
 
 
 class DatabaseCollector(Collector):

@@ -6,14 +6,14 @@ Knows no HTTP and no request.
 import codecs
 from collections.abc import Sequence
 
-from service.generation.messages import Chunk, LogProbs, PromptToken
+from service.generation.messages import Chunk, LogProbs, PromptTokenLogProbs
 from service.http import schemas
 
 
 class ChoiceWriter:
     """Converts the chunks of one continuation."""
 
-    def __init__(self, index: int, prompt: str = "", prompt_tokens: Sequence[PromptToken] = ()) -> None:
+    def __init__(self, index: int, prompt: str = "", prompt_tokens: Sequence[PromptTokenLogProbs] = ()) -> None:
         """`prompt`: echoed at the start of the text, empty for no echo; `prompt_tokens`: its tokens, where
         log-probabilities are requested."""
         self._index = index
@@ -54,7 +54,7 @@ class ChoiceWriter:
         return offset
 
 
-def text_of(tokens: Sequence[PromptToken]) -> str:
+def text_of(tokens: Sequence[PromptTokenLogProbs]) -> str:
     """The text of a prompt's tokens; U+FFFD where they split a character."""
     return b"".join(bytes.fromhex(token.utf8) for token in tokens).decode(errors="replace")
 

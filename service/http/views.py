@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any, cast
+from typing import Any
 
 from nanomoe.checkpoint import stopped_early
 from nanomoe.config import ConfigWarning, JobConfig
@@ -29,7 +29,7 @@ def job(row: Job, *, queue_position: int | None = None, estimated_start_at: date
         id=row.id,
         name=row.name,
         tags=row.tags,
-        status=cast(schemas.Status, row.status),
+        status=row.status,
         queue_position=queue_position,
         estimated_start_at=estimated_start_at,
         created_at=row.created_at,
@@ -127,7 +127,7 @@ def metrics(
     """The metrics of a job: checkpoints and step series."""
     return schemas.Metrics(
         job_id=row.id,
-        status=cast(schemas.Status, row.status),
+        status=row.status,
         checkpoints=[checkpoint_metrics(one, tokens=tokens) for one in checkpoints],
         steps=schemas.StepSeries.model_validate(steps),
     )
@@ -169,7 +169,7 @@ def worker(row: Worker, running: Sequence[Job]) -> schemas.WorkerView:
 def _logprobs(given: Sequence[LogProbs] | None) -> list[schemas.TokenLogProb] | None:
     if given is None:
         return None
-    return [schemas.TokenLogProb.model_validate(one.chosen.model_dump()) for one in given]
+    return [one.chosen for one in given]
 
 
 def generate_chunk(chunk: Chunk) -> schemas.GenerateChunk:
@@ -193,11 +193,7 @@ def generate_end(address: Address, seed: int, summary: Summary) -> schemas.Gener
             completion_tokens=summary.completion_tokens,
             total_tokens=summary.prompt_tokens + summary.completion_tokens,
         ),
-        timing=schemas.Timing(
-            queue_seconds=summary.timing.queue_seconds,
-            first_token_seconds=summary.timing.first_token_seconds,
-            tok_per_sec=summary.timing.tok_per_sec,
-        ),
+        timing=summary.timing,
         seed=seed,
         window_slid=summary.window_slid,
         numerics=summary.numerics,
@@ -245,5 +241,11 @@ def scored(address: Address, text: str, answer: Scored, copied: schemas.CopiedSp
 def inspected(address: Address, answer: Inspected) -> schemas.InspectResponse:
     """The answer to `POST /inspect`."""
     return schemas.InspectResponse(
-        job_id=address.job_id, checkpoint=address.percent, **answer.model_dump(exclude={"type", "id"})
+        job_id=address.job_id,
+        checkpoint=address.percent,
+        n_unread=answer.n_unread,
+        tokens=answer.tokens,
+        likeliest=answer.likeliest,
+        attention=answer.attention,
+        routing=answer.routing,
     )

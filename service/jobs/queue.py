@@ -31,7 +31,7 @@ from service.jobs.lease import Claim, renew_lease
 from service.jobs.new_job import NewJob
 from service.jobs.reads import load_job
 from service.jobs.recording import set_micro_batch
-from service.jobs.statuses import TERMINAL
+from service.jobs.statuses import TERMINAL, Status
 from service.jobs.tables import Counter, Job, Snapshot, Text, Worker
 from service.jobs.workers import WorkerIdentity, is_gone
 
@@ -451,7 +451,7 @@ def _end_attempt(
     return _end_running(db, session, job.id, "queued", crashes=crashes, status_reason=reason, **waits)
 
 
-def _end_running(db: Database, session: Session, job_id: str, status: str, **values: Any) -> Job:
+def _end_running(db: Database, session: Session, job_id: str, status: Status, **values: Any) -> Job:
     """From running to `status`. The caller has locked the row, and made sure that it is running."""
     statement = (
         sa.update(Job)

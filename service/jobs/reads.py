@@ -9,7 +9,7 @@ from service.database.database import Database
 from service.database.schema import table
 from service.errors import NotFound
 from service.jobs.series import read_series, read_steps_after
-from service.jobs.statuses import STATUSES
+from service.jobs.statuses import STATUSES, Status
 from service.jobs.tables import Checkpoint, Event, Job, Snapshot, Text
 
 
@@ -30,7 +30,7 @@ def load_job(session: Session, job_id: str) -> Job:
 def list_jobs(
     db: Database,
     *,
-    status: str | None = None,
+    status: Status | None = None,
     tag: tuple[str, str | None] | None = None,
     before: int | None = None,
     limit: int = 50,

@@ -18,13 +18,13 @@ from sqlalchemy import (
     LargeBinary,
     text,
 )
-from sqlmodel import Field
+from sqlmodel import AutoString, Field
 
 from nanomoe.config import PERCENTS
 from service.database.schema import Row
 from service.database.utc_time import UtcTime
 from service.jobs.ids import new_id
-from service.jobs.statuses import STATUSES, TERMINAL
+from service.jobs.statuses import STATUSES, TERMINAL, Status
 
 SERIES = ("train_loss", "lr", "grad_norm")
 """The columns of the step series, in the order of its CSV."""
@@ -91,7 +91,7 @@ class Job(Row, table=True):
 
     name: str | None = None
     tags: dict[str, str] = Field(default_factory=dict, sa_column=_json())
-    status: str = "queued"
+    status: Status = Field(default="queued", sa_type=AutoString)
     status_reason: str | None = None
     """Why the job is paused or waits, or succeeded before its last step."""
 

@@ -8,7 +8,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from nanomoe import checkpoint
-from nanomoe.config import JobConfig
+from nanomoe.config import JobConfig, SamplingConfig
 from nanomoe.model.gpt import GPT
 from nanomoe.tokenizer import Tokenizer, load_tokenizer
 from service.generation.messages import EngineRequest
@@ -25,14 +25,18 @@ class TinyCheckpoint:
     tokenizer: Tokenizer
 
     def request(self, prompt: str = "Era uma vez", max_new_tokens: int = 8, **fields: object) -> EngineRequest:
-        """A greedy request to continue a prompt from this checkpoint."""
+        """A request to continue a prompt from this checkpoint, greedy unless the `fields` of its sampling say
+        otherwise."""
+        sampling = {"temperature": 0.0} | {
+            name: fields.pop(name) for name in SamplingConfig.model_fields if name in fields
+        }
         return EngineRequest.model_validate(
             {
                 "folder": str(self.folder),
                 "manifest_sha256": self.manifest_sha256,
                 "prompt": prompt,
                 "max_new_tokens": max_new_tokens,
-                "temperature": 0.0,
+                "sampling": sampling,
                 **fields,
             }
         )

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nanomoe import checkpoint
-from service import logs
+from nanomoe.logs import configure_logging
 from service.database import engine_options
 from service.database.opening import open_database
 from service.jobs import queue
@@ -105,7 +105,7 @@ def run(spec: dict[str, Any]) -> None:
 def _run(spec: dict[str, Any]) -> int:
     if spec["log"] is not None:
         os.dup2(os.open(spec["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND), sys.stderr.fileno())
-    logs.configure("console")
+    configure_logging("console")
     settings = Settings(_env_file=None, **spec["settings"])
     engine_options.LOCK_TIMEOUT_SECONDS = spec["busy_seconds"]
     queue.MAX_CRASHES = spec["max_crashes"]

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(autouse=True)
 def _own_logging(monkeypatch: pytest.MonkeyPatch) -> None:
     """`main` runs in this process, whose logging and hooks are pytest's."""
-    monkeypatch.setattr("service.logs.configure", lambda form: None)
+    monkeypatch.setattr("worker.__main__.configure_logging", lambda form: None)
 
 
 def test_a_worker_for_a_missing_device_reports_it_and_exits(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,7 @@
 """Jobs: submit, list, read, rename, cancel, pause, resume, delete."""
 
 import asyncio
-from typing import Annotated, cast
+from typing import Annotated
 
 from anyio import to_thread
 from fastapi import APIRouter, Header, Query, Response
@@ -167,7 +167,7 @@ async def get_job(service: Service, job_id: JobId, query: Annotated[JobQuery, Qu
         change = service.wakeups.next()
         try:
             row = await to_thread.run_sync(reads.get_job, service.database, job_id)
-            seen = seen or cast(schemas.Status, row.status)
+            seen = seen or row.status
             if row.status != seen or row.status in TERMINAL or is_over():
                 # Only now: a queue position takes a query over the whole queue.
                 return await to_thread.run_sync(_with_queue_position, service, row)

@@ -15,7 +15,7 @@ from fastapi.sse import format_sse_event
 
 from service.errors import Invalid, NotFound, ServiceError
 from service.generation.admission import empty_prompt
-from service.generation.messages import Chunk, EngineRequest, PromptToken
+from service.generation.messages import Chunk, EngineRequest, PromptTokenLogProbs
 from service.generation.prompts import Count, Gain, continue_all
 from service.http import problems, schemas
 from service.http.context import Context
@@ -173,7 +173,7 @@ async def _begin(
 ) -> tuple["_Answer", AsyncGenerator[Gain | Count]]:
     """The answer of one checkpoint, with the prompts' own tokens where they are needed, and the chunks to come."""
     asked, folder = resolved.asked, str(service.settings.data_dir / address.folder)
-    read: Sequence[Sequence[PromptToken]] | None = None
+    read: Sequence[Sequence[PromptTokenLogProbs]] | None = None
     if resolved.is_read:
         logprobs = asked.logprobs if asked.echo else None
         read = await service.generation.read_prompts(folder, address.manifest_sha256, resolved.prompts, logprobs)
@@ -186,9 +186,7 @@ async def _begin(
             manifest_sha256=address.manifest_sha256,
             prompt=prompt if isinstance(prompt, str) else tuple(prompt),
             max_new_tokens=resolved.max_tokens,
-            temperature=1.0 if asked.temperature is None else asked.temperature,
-            top_k=asked.top_k,
-            top_p=asked.top_p,
+            sampling=asked,
             seed=seed,
             n=resolved.n,
             stop=asked.stops,
@@ -201,7 +199,7 @@ async def _begin(
 
 
 async def _empty_continuations(
-    resolved: _Resolved, read: Sequence[Sequence[PromptToken]]
+    resolved: _Resolved, read: Sequence[Sequence[PromptTokenLogProbs]]
 ) -> AsyncGenerator[Gain | Count]:
     """The chunks and usage of continuations without a token."""
     logprobs = None if resolved.asked.logprobs is None else ()
@@ -247,7 +245,9 @@ def chat() -> None:
 class _Answer:
     """Builds the response of a completion, complete or in chunks."""
 
-    def __init__(self, address: Address, resolved: _Resolved, read: Sequence[Sequence[PromptToken]] | None) -> None:
+    def __init__(
+        self, address: Address, resolved: _Resolved, read: Sequence[Sequence[PromptTokenLogProbs]] | None
+    ) -> None:
         """`read`: the prompts' own tokens, where they are needed."""
         self._n = resolved.n
         self._options = resolved.asked.stream_options

@@ -5,6 +5,7 @@ torch, no FastAPI and no database.
 """
 
 from nanomoe.config import Percent
+from service.generation.answers import LayerRoutingView, NextTokenView, PromptToken, Timing, TokenLogProb
 from service.http.schemas.base import (
     BYTE_ORDER_MARK,
     Listing,
@@ -34,9 +35,6 @@ from service.http.schemas.examination import (
     CopiedSpan,
     InspectRequest,
     InspectResponse,
-    LayerRoutingView,
-    NextTokenView,
-    PromptToken,
     ScoredToken,
     ScoreRequest,
     ScoreResponse,
@@ -47,8 +45,6 @@ from service.http.schemas.generation import (
     GenerateEnd,
     GenerateRequest,
     GenerateResponse,
-    Timing,
-    TokenLogProb,
     Usage,
 )
 from service.http.schemas.jobs import (

@@ -1,8 +1,10 @@
-"""Base classes of the responses: views, pages of lists, and errors."""
+"""What requests and responses share: the checkpoint that is meant, views, pages of lists, and errors."""
 
-from typing import Annotated, Generic, TypeVar
+from typing import Annotated, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from nanomoe.config import JOB_ID_PATTERN, Percent, Strict, Whole
 
 BYTE_ORDER_MARK = "\ufeff"
 
@@ -15,6 +17,16 @@ Text = Annotated[str, BeforeValidator(_without_mark)]
 """A text that may come from a file: a byte-order mark at its start is dropped."""
 
 T = TypeVar("T")
+
+
+class CheckpointRequest(Strict):
+    """The body of a request that is answered from one checkpoint."""
+
+    job_id: str = Field(pattern=JOB_ID_PATTERN)
+    """Id of the job whose checkpoint is used."""
+
+    checkpoint: Annotated[Percent, Whole] | Literal["latest"] = "latest"
+    """Percent of a recorded checkpoint, or the newest that is not damaged."""
 
 
 class View(BaseModel):

@@ -1,53 +1,28 @@
 """Evaluation of a checkpoint: the loss of a text, and attention and routing at a prompt."""
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 
-from nanomoe.config import JOB_ID_PATTERN, Percent, Strict, Whole
-from service.http.schemas.base import Text, View
+from service.generation.answers import LayerRoutingView, NextTokenView, PromptToken
+from service.http.schemas.base import CheckpointRequest, Text, View
 
 
-class ScoreRequest(Strict):
+class ScoreRequest(CheckpointRequest):
     """The body of `POST /score`."""
-
-    job_id: str = Field(pattern=JOB_ID_PATTERN)
-    """The job whose checkpoint reads the text."""
-
-    checkpoint: Annotated[Percent, Whole] | Literal["latest"] = "latest"
-    """Percent of a recorded checkpoint, or the newest that is not damaged."""
 
     text: Text = Field(min_length=1, max_length=65_536)
     """Any text of two tokens or more. A byte-order mark at its start is dropped, as in a training text."""
 
 
-class InspectRequest(Strict):
+class InspectRequest(CheckpointRequest):
     """The body of `POST /inspect`."""
-
-    job_id: str = Field(pattern=JOB_ID_PATTERN)
-    """The job whose checkpoint reads the prompt."""
-
-    checkpoint: Annotated[Percent, Whole] | Literal["latest"] = "latest"
-    """Percent of a recorded checkpoint, or the newest that is not damaged."""
 
     prompt: Annotated[str, Field(max_length=65_536, json_schema_extra={"minLength": 1})]
     """A text of one token or more; its newest `block_size` tokens are read, and nothing is generated."""
 
     attention: bool = True
     """Whether the response holds the attention weights, which are most of it."""
-
-
-class PromptToken(View):
-    """A token of a text."""
-
-    token: int
-    """Id of the token."""
-
-    text: str
-    """Text of the token; U+FFFD where it is part of a character."""
-
-    byte_offset: int
-    """Where the token begins in the text, in bytes of UTF-8."""
 
 
 class ScoredToken(PromptToken):
@@ -102,49 +77,6 @@ class ScoreResponse(View):
 
     copied: CopiedSpan | None
     """Longest span that the text shares with the training text, to tell memorised from learned; null for none."""
-
-
-class NextTokenView(View):
-    """A token that may follow the last one that was read."""
-
-    token: int
-    """Id of the token."""
-
-    text: str
-    """Text of the token; U+FFFD where it is part of a character."""
-
-    probability: float
-    """Probability of the token at temperature 1."""
-
-
-class LayerRoutingView(View):
-    """How a mixture of experts routed each token that was read.
-
-    Row t of every table belongs to `tokens[t]`, the token that was read and sent to experts; what these say of it goes
-    into the prediction of the token that follows.
-    """
-
-    layer: int
-    """Index of the block, from 0."""
-
-    logits: list[list[float]]
-    """The router's logits: one row a token, one number an expert."""
-
-    probabilities: list[list[float]]
-    """The logits as probabilities, by `router_score`: one row a token, one number an expert; a row sums to 1."""
-
-    chosen: list[list[int]]
-    """The k experts that each token was sent to, in gate order."""
-
-    gates: list[list[float]]
-    """The weights of the outputs of the chosen experts, in the same order."""
-
-    balance_bias: list[float] | None
-    """What is added to each expert's score for choosing only, the same for all tokens; null with
-    `router_bias_update_rate` 0."""
-
-    n_shared_experts: int
-    """Experts that see every token whatever the router says, with gate 1."""
 
 
 class InspectResponse(View):

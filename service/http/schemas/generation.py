@@ -1,11 +1,12 @@
 """Generation: the request, the plain response, and the events of a stream."""
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, StringConstraints
 
-from nanomoe.config import JOB_ID_PATTERN, Integer, Percent, Strict, Whole
-from service.http.schemas.base import View
+from nanomoe.config import Integer, SamplingConfig, Whole
+from service.generation.answers import FinishReason, Timing, TokenLogProb
+from service.http.schemas.base import CheckpointRequest, View
 
 TextPrompt = Annotated[str, Field(strict=True, max_length=1_000_000, json_schema_extra={"minLength": 1})]
 """A text to continue. An empty one is refused later, with the error code `empty_prompt`."""
@@ -16,29 +17,14 @@ MAX_STOP_STRINGS = 16
 """Most strings that may end a continuation."""
 
 
-class GenerateRequest(Strict):
+class GenerateRequest(SamplingConfig, CheckpointRequest):
     """The body of `POST /generate`."""
-
-    job_id: str = Field(pattern=JOB_ID_PATTERN)
-    """The job whose checkpoint continues the prompt."""
-
-    checkpoint: Annotated[Percent, Whole] | Literal["latest"] = "latest"
-    """Percent of a recorded checkpoint, or the newest that is not damaged."""
 
     prompt: TextPrompt
     """The text to continue."""
 
     max_new_tokens: Integer = Field(25, ge=1, le=65_536)
     """Tokens of each continuation, at most the server's limit."""
-
-    temperature: float = Field(1.0, ge=0, le=100)
-    """Divides the logits before sampling; 0 takes the likeliest token."""
-
-    top_k: Annotated[int, Field(ge=1, le=1_000_000), Whole] | None = None
-    """Sample among this many likeliest tokens; null among all."""
-
-    top_p: float | None = Field(None, gt=0, le=1)
-    """Sample among the likeliest tokens that together hold this much probability; null among all."""
 
     seed: Annotated[int, Field(ge=0, lt=2**63), Whole] | None = None
     """The same seed gives the same text, whoever else is being served; null draws one."""
@@ -56,19 +42,6 @@ class GenerateRequest(Strict):
     """Answer server-sent events instead of one JSON value."""
 
 
-class TokenLogProb(View):
-    """A token that was chosen, and how probable it was."""
-
-    token: int
-    """Id of the token in the vocabulary."""
-
-    text: str
-    """Text of the token; U+FFFD where it is part of a character."""
-
-    logprob: float
-    """ln of the token's probability under the model's own softmax, at temperature 1."""
-
-
 class Choice(View):
     """One continuation of the prompt."""
 
@@ -81,7 +54,7 @@ class Choice(View):
     tokens: list[int]
     """Token ids of the continuation, up to the last that begins before the text's end."""
 
-    finish_reason: Literal["length", "stop"]
+    finish_reason: FinishReason
     """Whether `max_new_tokens` or a stop string ended it."""
 
     logprobs: list[TokenLogProb] | None = None
@@ -99,19 +72,6 @@ class Usage(View):
 
     total_tokens: int
     """Tokens of the prompt and of the continuations together."""
-
-
-class Timing(View):
-    """Durations and speed of a generation."""
-
-    queue_seconds: float
-    """Seconds from the request's arrival to its first step in the engine."""
-
-    first_token_seconds: float
-    """Seconds from the request's arrival to its first token."""
-
-    tok_per_sec: float | None
-    """New tokens a second, over all continuations; null when there was nothing to time."""
 
 
 class GenerateEnd(View):
@@ -164,5 +124,5 @@ class GenerateChunk(View):
     logprobs: list[TokenLogProb] | None = None
     """Log-probability of each new token; null unless asked for."""
 
-    finish_reason: Literal["length", "stop"] | None
+    finish_reason: FinishReason | None
     """Whether `max_new_tokens` or a stop string ended the continuation; null until its last chunk."""

@@ -4,9 +4,10 @@ field."""
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Discriminator, Field, Tag
+from pydantic import ConfigDict, Discriminator, Field, Tag, field_validator
 
-from nanomoe.config import Strict, Whole
+from nanomoe.config import SamplingConfig, Strict, Whole
+from service.generation.answers import FinishReason
 from service.http.schemas.base import View
 from service.http.schemas.generation import MAX_STOP_STRINGS, StopString, TextPrompt
 
@@ -66,10 +67,20 @@ class StreamOptions(Strict):
     """Whether a last chunk without choices holds the usage."""
 
 
-class CompletionRequest(Strict):
-    """The body of `POST /v1/completions`. Fields that are not listed are ignored, and named in `X-Ignored`."""
+def _accept_null(schema: dict[str, Any]) -> None:
+    """Say in the JSON schema of a completion request that its temperature may be null."""
+    temperature = schema["properties"]["temperature"]
+    bounds = {name: temperature.pop(name) for name in ("type", "minimum", "maximum")}
+    temperature["anyOf"] = [bounds, {"type": "null"}]
 
-    model_config = ConfigDict(extra="allow")
+
+class CompletionRequest(SamplingConfig):
+    """The body of `POST /v1/completions`. Fields that are not listed are ignored, and named in `X-Ignored`.
+
+    `top_k` is not a field of OpenAI's; a `temperature` of null stands for 1.
+    """
+
+    model_config = ConfigDict(extra="allow", json_schema_extra=_accept_null)
 
     model: str = Field(min_length=1, max_length=100)
     """`JOB_ID@PERCENT`, or `JOB_ID` for its newest checkpoint."""
@@ -79,15 +90,6 @@ class CompletionRequest(Strict):
 
     max_tokens: Annotated[int, Field(ge=0, le=65_536), Whole] | None = None
     """Tokens of each continuation, at most the server's limit; null stands for 16, 0 adds nothing."""
-
-    temperature: float | None = Field(None, ge=0, le=100)
-    """Divides the logits before sampling; 0 takes the likeliest token; null stands for 1."""
-
-    top_p: float | None = Field(None, gt=0, le=1)
-    """Sample among the likeliest tokens that together hold this much probability; null among all."""
-
-    top_k: Annotated[int, Field(ge=1, le=1_000_000), Whole] | None = None
-    """Sample among this many likeliest tokens; null among all. Not a field of OpenAI's."""
 
     n: Annotated[int, Field(ge=1, le=128), Whole] | None = None
     """Continuations of each prompt; null stands for 1."""
@@ -110,6 +112,11 @@ class CompletionRequest(Strict):
 
     stream_options: StreamOptions | None = None
     """Options of a streamed response."""
+
+    @field_validator("temperature", mode="before")
+    @classmethod
+    def _default_temperature(cls, given: object) -> object:
+        return SamplingConfig().temperature if given is None else given
 
     @property
     def several(self) -> bool:
@@ -168,7 +175,7 @@ class CompletionChoice(View):
     logprobs: CompletionLogprobs | None
     """Log-probabilities of the tokens; null unless asked for."""
 
-    finish_reason: Literal["length", "stop"] | None
+    finish_reason: FinishReason | None
     """Whether `max_tokens` or a stop string ended it; in a stream null until then."""
 
 

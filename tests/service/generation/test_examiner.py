@@ -47,7 +47,7 @@ def test_the_model_asked_about_longest_ago_goes_first(tmp_path: Path, read: list
     examiner = Examiner(CPU, kept_bytes=2 * size)
     for tiny in (a, b, a, c):
         ask(examiner, tiny)
-    assert examiner.kept == [a.manifest_sha256, c.manifest_sha256]
+    assert list(examiner._kept) == [a.manifest_sha256, c.manifest_sha256]
     ask(examiner, b)
     assert read == ["a", "b", "c", "b"]
 
@@ -55,7 +55,7 @@ def test_the_model_asked_about_longest_ago_goes_first(tmp_path: Path, read: list
 def test_a_model_larger_than_all_that_is_kept_is_answered_from_and_dropped(tmp_path: Path) -> None:
     examiner = Examiner(CPU, kept_bytes=10)
     assert isinstance(ask(examiner, write_tiny_checkpoint(tmp_path / "a")), Scored)
-    assert examiner.kept == []
+    assert list(examiner._kept) == []
 
 
 def test_a_checkpoint_that_cannot_be_read_is_not_kept(tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ from typing import Any, cast
 import pytest
 
 from service.errors import Invalid, ServiceError, TooManyRequests, Unavailable
-from service.generation.admission import Generation, Summary, Timing
+from service.generation.admission import Generation, Summary
+from service.generation.answers import Timing
 from service.generation.messages import Chunk, EngineRequest
 from service.generation.prompts import Count, Gain, continue_all
 
@@ -41,7 +42,7 @@ class Scripted:
             yield Chunk(id=1, index=0, text=name, tokens=(1,), logprobs=None, finish_reason="length")
             await asyncio.sleep(0)  # the others' turn
             await self.may_end.wait()
-            yield Summary(2, 3, False, "", Timing(0, 0, None))
+            yield Summary(2, 3, False, "", Timing(queue_seconds=0, first_token_seconds=0, tok_per_sec=None))
         finally:
             self.running.remove(name)
 

@@ -13,7 +13,8 @@ from typing import Any
 import httpx
 import pytest
 
-from service.generation.admission import Summary, Timing
+from service.generation.admission import Summary
+from service.generation.answers import Timing
 from service.generation.messages import Chunk, EngineRequest
 from tests.api import Api
 

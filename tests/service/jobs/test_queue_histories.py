@@ -110,7 +110,7 @@ class Histories(RuleBasedStateMachine):
         return found
 
     @rule(claim=claims, write=st.sampled_from(sorted(OWNERS_WRITES)))
-    def owner_writes(self, claim: Claim, write: str) -> None:
+    def worker_writes(self, claim: Claim, write: str) -> None:
         row = self.before[claim.job_id]
         owns = row.status == "running" and row.fence == claim.fence
         recorded = self.recorded(claim.job_id)

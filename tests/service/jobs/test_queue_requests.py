@@ -42,7 +42,7 @@ def test_a_job_that_is_cancelled_while_it_waits_leaves_no_snapshot(
     assert reads.find_snapshot(db, held.job_id) is None
 
 
-def test_the_owner_of_a_running_job_is_asked_to_cancel(db: Database, worker: WorkerIdentity) -> None:
+def test_the_worker_of_a_running_job_is_asked_to_cancel(db: Database, worker: WorkerIdentity) -> None:
     held = running(db, worker)
     assert queue.request_cancel(db, held.job_id).status == "running"
     assert recording.heartbeat(db, held) == Intents(cancel=True, pause=False)
@@ -64,7 +64,7 @@ def test_a_waiting_job_is_paused_and_goes_on_in_its_old_place(db: Database, work
     assert statuses(db, first.id) == ["queued", "paused", "queued", "running"]
 
 
-def test_the_owner_of_a_running_job_is_asked_to_pause(db: Database, worker: WorkerIdentity) -> None:
+def test_the_worker_of_a_running_job_is_asked_to_pause(db: Database, worker: WorkerIdentity) -> None:
     held = running(db, worker)
     assert queue.request_pause(db, held.job_id).status == "running"
     assert recording.heartbeat(db, held) == Intents(cancel=False, pause=True)
@@ -81,7 +81,7 @@ def test_cancel_beats_pause(db: Database, worker: WorkerIdentity) -> None:
     assert queue.release(db, held).status == "cancelled"
 
 
-def test_a_resume_before_the_owner_has_paused_keeps_the_job_in_line(
+def test_a_resume_before_the_worker_has_paused_keeps_the_queue_position(
     db: Database, worker: WorkerIdentity, races: Races
 ) -> None:
     held = running(db, worker)
@@ -93,7 +93,7 @@ def test_a_resume_before_the_owner_has_paused_keeps_the_job_in_line(
     assert step_to_paused.result().status == "queued"
 
 
-def test_a_resume_after_the_owner_has_paused_puts_the_job_in_line(
+def test_a_resume_after_the_worker_has_paused_queues_the_job(
     db: Database, worker: WorkerIdentity, races: Races
 ) -> None:
     held = running(db, worker)
@@ -104,7 +104,7 @@ def test_a_resume_after_the_owner_has_paused_puts_the_job_in_line(
     assert resume.result().status == "queued"
 
 
-def test_a_cancel_that_meets_a_claim_reaches_the_new_owner(db: Database, worker: WorkerIdentity, races: Races) -> None:
+def test_a_cancel_that_meets_a_claim_reaches_the_new_worker(db: Database, worker: WorkerIdentity, races: Races) -> None:
     job = submit(db)
     claiming = races.hold(queue.claim, db, worker, LEASE)
     cancel = races.start(queue.request_cancel, db, job.id)

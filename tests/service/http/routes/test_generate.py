@@ -11,6 +11,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from nanomoe import checkpoint
+from service.generation import admission
 from service.generation.messages import Cancel, Generate, Start, ToEngine
 from service.jobs import queue, reads
 from tests.api import Api, Serve
@@ -82,6 +83,7 @@ def test_a_seed_gives_the_same_text_again_and_is_in_the_response(api: Api, job_i
     for choice in first["choices"]:
         assert [one["token"] for one in choice["logprobs"]] == choice["tokens"]
         assert all(one["logprob"] <= 0 for one in choice["logprobs"])
+        assert {key for one in choice["logprobs"] for key in one} == {"token", "text", "logprob"}
 
 
 def test_a_stream_adds_up_to_the_plain_answer(api: Api, job_id: str) -> None:
@@ -208,22 +210,22 @@ def test_a_client_that_disconnects_frees_its_slot(
 ) -> None:
     request = {"job_id": job_id, "prompt": "Era", "max_new_tokens": 4096, "stream": stream}
     generation = api.context.generation
-    told: SimpleQueue[ToEngine | Start] = SimpleQueue()
-    send = generation._send
+    sent: SimpleQueue[ToEngine | Start] = SimpleQueue()
+    send = admission.send
 
-    async def overheard(process: asyncio.subprocess.Process, message: ToEngine | Start) -> None:
+    async def recorded(process: asyncio.subprocess.Process, message: ToEngine | Start) -> None:
         await send(process, message)
-        told.put(message)
+        sent.put(message)
 
-    monkeypatch.setattr(generation, "_send", overheard)
+    monkeypatch.setattr(admission, "send", recorded)
 
     async def ask_and_leave() -> None:
         async with httpx.AsyncClient(base_url=api.url) as http:
             asking = asyncio.create_task(http.post("/generate", json=request))
-            begun = await asyncio.to_thread(told.get, timeout=20)
+            begun = await asyncio.to_thread(sent.get, timeout=20)
             assert isinstance(begun, Generate)
             asking.cancel()
-            assert await asyncio.to_thread(told.get, timeout=20) == Cancel(id=begun.id)
+            assert await asyncio.to_thread(sent.get, timeout=20) == Cancel(id=begun.id)
 
     asyncio.run(ask_and_leave())
     assert generation.n_running == generation.n_waiting == 0

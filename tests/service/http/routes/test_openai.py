@@ -229,7 +229,7 @@ def test_a_full_queue_is_a_rate_limit(serve: Serve, tmp_path: Path) -> None:
 def test_an_engine_that_dies_half_way_ends_the_stream_with_an_error(api: Api, client: OpenAI, job_id: str) -> None:
     stream = client.completions.create(model=job_id, prompt="Era", max_tokens=4000, stream=True)
     next(stream)
-    process = api.context.generation._process
+    process = api.context.generation._engine._process
     assert process is not None
     process.kill()
     with pytest.raises(openai.APIError, match="generation engine ended"):

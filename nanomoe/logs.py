@@ -13,8 +13,11 @@ import structlog
 
 LogFormat = Literal["console", "json"]
 
+_OURS = ("nanomoe", "service", "worker", "__main__")
+"""Loggers whose lines are written from level info on; those of other libraries from warning on."""
 
-def configure(form: LogFormat) -> None:
+
+def configure_logging(form: LogFormat) -> None:
     """Log to standard error from now on: for people, or as one JSON object a line, tracebacks as text in `exception`.
 
     Uncaught exceptions are logged too, in every thread.
@@ -44,10 +47,10 @@ def configure(form: LogFormat) -> None:
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *rendered],
         )
     )
-    logging.basicConfig(handlers=[handler], level=logging.INFO, force=True)
+    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+    for name in _OURS:
+        logging.getLogger(name).setLevel(logging.INFO)
     logging.captureWarnings(True)
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    logging.getLogger("alembic").setLevel(logging.WARNING)
     sys.excepthook = _log_uncaught
     threading.excepthook = _log_uncaught_in_thread
 
