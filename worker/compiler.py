@@ -10,7 +10,7 @@ import sys
 
 import structlog
 
-from service import logs
+from nanomoe.logs import LogFormat, configure_logging
 from nanomoe.processes import die_with_parent
 
 log = structlog.get_logger(__name__)
@@ -21,7 +21,7 @@ STEP_PATH_VARIABLE = "NANOMOE_STEP_PATH"
 _LOWEST_PRIORITY = 19
 
 
-def start_compiler(log_format: logs.LogFormat) -> subprocess.Popen[bytes]:
+def start_compiler(log_format: LogFormat) -> subprocess.Popen[bytes]:
     """Start the process that compiles every loop of training which has not been compiled for this processor.
 
     The calling thread must stay: the compiler is killed when it ends.
@@ -38,7 +38,7 @@ def main() -> None:
     """Be the compiler of the process whose id is the first argument; the second is the format of the log."""
     os.nice(_LOWEST_PRIORITY)
     die_with_parent(int(sys.argv[1]))
-    logs.configure("json" if sys.argv[2] == "json" else "console")
+    configure_logging("json" if sys.argv[2] == "json" else "console")
     from nanomoe.training.steps.loops.compiling import LOOPS
 
     if LOOPS.are_compiled():

@@ -106,7 +106,7 @@ def test_in_bfloat16_the_loss_ends_within_a_percent_of_float32s() -> None:
         precision: [event for event in train(start(config | {"precision": precision})) if isinstance(event, Recorded)]
         for precision in ("float32", "bfloat16")
     }
-    end, narrow = (losses[precision][-1].metrics["loss"] for precision in ("float32", "bfloat16"))
+    end, narrow = (losses[precision][-1].metrics.loss for precision in ("float32", "bfloat16"))
     assert end < 2.0
     assert narrow == pytest.approx(end, rel=1e-2)
 
