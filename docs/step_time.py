@@ -59,7 +59,7 @@ def measure(size: str, variant: str, turns: int, steps: int) -> None:
         config,
         tokens,
         tokenizer,
-        Execution.decide(config, "cpu", n_tokens=len(tokens)),
+        Execution.decide(config, "cpu", n_tokens=len(tokens), path="eager"),  # the mixture has no other
         device=torch.device("cpu"),
     )
     for _ in range(5):

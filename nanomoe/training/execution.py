@@ -17,7 +17,7 @@ from nanomoe.plan import n_windows
 from nanomoe.training.steps.choice import StepPath, choose_path, compiled_for
 
 _MOST_THREADS = torch.get_num_threads()
-"""As many as torch takes where no job before has said otherwise."""
+"""Threads that torch takes before a job has said otherwise: a process may train many."""
 
 NUMERICS = 1
 """The number of our own arithmetic: initial weights, dropout, steps, loops. Raised with every change of bits."""

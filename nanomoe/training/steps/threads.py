@@ -75,7 +75,7 @@ def _measure(config: JobConfig, vocab_size: int, n_rows: int, dtype: torch.dtype
 
 
 def _seconds(out_NF: Tensor, weight_FC: Tensor) -> float:
-    """Of the three products of a weight matrix: the layer's output, and the gradients of its input and its weights."""
+    """Seconds of a matrix's three products: a layer's output, and the gradients of its input and of its weights."""
     x_NC = torch.zeros(len(out_NF), weight_FC.shape[1], dtype=out_NF.dtype)
     began = time.perf_counter()
     torch.mm(x_NC, weight_FC.t(), out=out_NF)
