@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -79,6 +80,14 @@ def compiled_for() -> str:
 @functools.cache
 def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="loops")
+
+
+def start_threads() -> None:
+    """Start the threads of `in_parts`, which stay: a process that looks for what a job has left finds no new one."""
+    n_threads = os.cpu_count() or 1
+    together = threading.Barrier(n_threads)
+    for each in [_pool().submit(together.wait) for _ in range(n_threads)]:
+        each.result()
 
 
 def in_parts(loop: Callable[[int, int], T], bounds: Sequence[int]) -> list[T]:
