@@ -44,7 +44,7 @@ FOLDER_NAME = r"f(\d+)-s?\d+"
 """What `folder_name` and `snapshot_name` give; the group is the fence."""
 
 UNFINISHED = ".tmp"
-"""The end of a folder's name until it is whole."""
+"""Suffix of a folder's name until the folder is complete."""
 
 _PIECE_BYTES = 1 << 20
 """Read and hashed at once where a file is only verified: milliseconds of work, however large the file."""

@@ -52,7 +52,7 @@ class Strict(BaseModel):
 
 
 class ConfigWarning(Strict):
-    """A config that is legal but a trap: said in the job's answer, never an error."""
+    """A config that is legal but a trap: reported in the job's answer, never an error."""
 
     code: str
     """Stable, machine-readable name of the warning."""

@@ -140,7 +140,7 @@ class Tokenizer:
 
 
 class IncrementalDecoder:
-    """Turns ids that come one after another into text, holding back a character until it is whole.
+    """Turns ids that come one after another into text, holding back a character until it is complete.
 
     What `push` and `finish` return, joined, is `tokenizer.decode` of all ids.
     """

@@ -169,7 +169,7 @@ def _moe(
 
 @dataclass(frozen=True)
 class _Reading:
-    """What the model says of every target, in the text's order."""
+    """The model's losses, predictions and routing at every target, in the text's order."""
 
     losses: list[float]
     predicted: list[int]

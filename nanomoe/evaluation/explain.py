@@ -13,7 +13,7 @@ from nanomoe.config import Strict
 
 
 class ExpertScore(Strict):
-    """What the router says of one expert."""
+    """The router's scores of one expert for a token."""
 
     expert: int
     """Its index, from 0."""
@@ -47,7 +47,7 @@ class LayerExplanation(Strict):
     """Sum of the chosen gates: 1 where they are renormalised."""
 
     shared_experts: int
-    """Experts that see the token whatever the router says."""
+    """Number of shared experts, which get every token."""
 
     @classmethod
     def of_token(
@@ -61,7 +61,8 @@ class LayerExplanation(Strict):
         balance_bias: Sequence[float] | None,
         shared_experts: int,
     ) -> Self:
-        """From what the router said of the token: one number an expert, but `chosen` and `gates` one a choice."""
+        """Explain a token from the numbers of its router: one for each expert, in `chosen` and `gates` one for each
+        choice."""
         gate_of = dict(zip(chosen, gates, strict=True))
         scores = zip(logits, probabilities, balance_bias or [0.0] * len(logits), strict=True)
         return cls(

@@ -223,7 +223,8 @@ class MixtureLayer(MixtureFigures):
     """Mean probability that the router gives each expert."""
 
     loss_without: list[float] | None = None
-    """`loss` when that expert says nothing: a busy expert need not be an important one; null for many experts."""
+    """`loss` with the output of that expert removed: a busy expert need not be an important one; null for many
+    experts."""
 
     cards: list[list[CardToken]] | None = None
     """Tokens that each expert was given most often, the most frequent first."""

@@ -114,7 +114,7 @@ class Execution(Strict):
             torch.use_deterministic_algorithms(True)
 
     def differences(self, other: Self) -> list[str]:
-        """The fields in which `other` would compute otherwise, as `field: this -> other`."""
+        """The fields in which `other` computes something else, as `field: this -> other`."""
         words = {"expert_path_reason"}
         mine, theirs = self.model_dump(exclude=words), other.model_dump(exclude=words)
         return [f"{field}: {mine[field]} -> {theirs[field]}" for field in mine if mine[field] != theirs[field]]

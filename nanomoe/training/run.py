@@ -79,7 +79,7 @@ class _Progress:
     """What has been counted: all of a run's state beside weights and optimizer."""
 
     micro_batch: int
-    """Windows computed together: what the execution says, until memory runs out."""
+    """Windows computed together: that of the execution, until memory runs out."""
     step: int = 0
     train_loss: float | None = None
     """Loss of the last step, dropout on."""

@@ -19,7 +19,7 @@ from nanomoe import checkpoint
 from nanomoe.logs import configure_logging
 from service.database import engine_options
 from service.database.opening import open_database
-from service.jobs import queue
+from service.jobs import queue, recording
 from service.settings import Settings
 from worker import attempt
 from worker.devices import find_devices
@@ -82,15 +82,15 @@ def slow_down_the_disk(seconds: float) -> None:
 
 
 def die_at(write: str, number: int) -> None:
-    """Be killed instead of making the call with this number, from 1, of a write of the queue."""
-    really_write, calls = getattr(queue, write), itertools.count(1)
+    """Be killed instead of making the call with this number, from 1, of a write of `service.jobs.recording`."""
+    really_write, calls = getattr(recording, write), itertools.count(1)
 
     def write_or_die(*arguments: Any, **options: Any) -> Any:
         if next(calls) == number:
             os.kill(os.getpid(), signal.SIGKILL)
         return really_write(*arguments, **options)
 
-    setattr(queue, write, write_or_die)
+    setattr(recording, write, write_or_die)
 
 
 def run(spec: dict[str, Any]) -> None:

@@ -32,8 +32,7 @@ class CheckpointRequest(Strict):
 class View(BaseModel):
     """A frozen response. Fields that this version does not know are ignored."""
 
-    # Built at their first use: a command of the client needs few of them.
-    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True, defer_build=True)
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
 
 class Page(View, Generic[T]):

@@ -32,7 +32,7 @@ def test_a_text_is_scored_and_its_copied_span_shown(nanomoe: Run, api: Api, job_
     as_json = nanomoe("score", job_id, "-", "--url", api.url, "--json", stdin=TEXT.encode())
     assert as_json.json["copied"]["text"] == TEXT
     strange = nanomoe("score", job_id, "-", "--url", api.url, stdin="§§".encode())
-    assert "nothing of it stands in the training text" in strange.out
+    assert "no part of it occurs in the training text" in strange.out
     assert nanomoe("score", job_id, "-", "--url", api.url, stdin=b"a").err.startswith("nanomoe: text_too_short")
 
 
@@ -122,7 +122,7 @@ def test_what_cannot_be_explained_is_one_line_and_exit_code_2(
             f"nanomoe: {source} is dense, it has no router to explain: train one with --set use_moe=true\n"
         )
     write_tiny_checkpoint(tmp_path / "mixture", use_moe=True)
-    assert nanomoe("explain", "mixture", "").err == "nanomoe: mixture explains nothing: the prompt has no token\n"
+    assert nanomoe("explain", "mixture", "").err == "nanomoe: mixture cannot be explained: the prompt has no token\n"
     (tmp_path / "empty").mkdir()
     missing = "nanomoe: empty holds no checkpoint: model.safetensors is missing\n"
     assert nanomoe("explain", "empty", "a").err == missing

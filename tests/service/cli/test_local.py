@@ -49,10 +49,10 @@ def test_train_for_programs_is_a_line_of_json_for_each_event(nanomoe: Run) -> No
     ("arguments", "said"),
     [
         (["train", "-", "--set", f"init_from={'0' * 32}"], "init_from names a job of a service"),
-        (["train", "-", "--out", "."], ". is there already"),
+        (["train", "-", "--out", "."], ". exists already"),
         (["train", "-", "--set", "val_fraction=0.9", "--set", "tokenizer=bytes"], "text_too_short: "),
         (["train", "-", "--set", "tokenizer=nobody/nothing"], "hub_not_allowed: "),
-        (["export", "latest", "."], ". is there already"),
+        (["export", "latest", "."], ". exists already"),
         (["export", "empty", "new"], "empty holds no checkpoint: model.safetensors is missing"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),

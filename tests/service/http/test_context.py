@@ -53,7 +53,7 @@ def test_the_engine_is_stopped_however_the_rescuer_has_ended(
             await asyncio.sleep(0)
 
     monkeypatch.setattr(Generation, "stop", stop)
-    monkeypatch.setattr("service.http.context._rescue_now_and_then", end)
+    monkeypatch.setattr("service.http.context._rescue_periodically", end)
     asyncio.run(open_and_close())
     assert len(stopped) == 1
 

@@ -11,6 +11,7 @@ import torch
 from nanomoe.evaluation.attention import inspect
 from nanomoe.evaluation.score import losses_of_tokens
 from nanomoe.model.gpt import GPT
+from nanomoe.tokenizer import load_tokenizer
 from service.client import AsyncClient, Client
 from service.jobs import queue
 from tests.api import TEXT, Api
@@ -138,7 +139,8 @@ def test_a_request_that_cannot_be_evaluated_is_refused_with_its_code(api: Api, j
 
 def test_a_damaged_checkpoint_is_a_conflict(api: Api, job_id: str, tmp_path: Path) -> None:
     claim = api.claim(api.submit()["id"])
-    api.record_checkpoint(claim, 0, 0, {"config.json": b"{}", "model.safetensors": b"no weights"})
+    files = {**load_tokenizer("bytes").files(), "config.json": b"{}", "model.safetensors": b"no weights"}
+    api.record_checkpoint(claim, 0, 0, files)
     answer = api.http.post("/inspect", json={"job_id": claim.job_id, "prompt": "a"})
     assert (answer.status_code, answer.json()["code"]) == (503, "checkpoint_unreadable")
     for path in api.context.settings.data_dir.glob(f"jobs/{claim.job_id}/*/config.json"):
