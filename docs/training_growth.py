@@ -9,6 +9,7 @@ import json
 import math
 from pathlib import Path
 from typing import Any
+from xml.sax.saxutils import escape
 
 COLOURS = {"eager": "#888888", "fused": "#1f77b4", "fused bfloat16": "#d62728"}
 TITLES = {
@@ -22,6 +23,7 @@ PANEL, GAP, TOP, BOTTOM, LEFT = 190, 20, 40, 44, 52
 
 def picture(points: list[dict[str, Any]], machine: str) -> str:
     """An SVG with a panel for each axis, both scales logarithmic, the vertical one shared."""
+    machine = escape(machine)
     axes = list(dict.fromkeys(point["axis"] for point in points))
     ways = list(dict.fromkeys(point["way"] for point in points))
     micros = [1e6 * point["seconds_per_token"] for point in points]

@@ -20,7 +20,7 @@ BYTES_PER_PARAMETER = 28
 """AdamW in float32 reads a weight, its gradient and its two moments, and writes the weight and the moments."""
 
 _BYTES_IN_MEMORY = 16
-"""Bytes of a parameter that lie in memory: weight, gradient and two moments."""
+"""Bytes of memory per parameter: weight, gradient and two moments, in float32."""
 
 
 @dataclass(frozen=True)
