@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-from nanomoe.checkpoint import stopped_early
+from nanomoe.checkpoint import stopped_early_at
 from nanomoe.config import ConfigWarning, JobConfig
 from nanomoe.config_warnings import unused_moe_settings
 from nanomoe.evaluation.metrics import perplexity
@@ -69,7 +69,7 @@ def _stopped_early(row: Job) -> str | None:
     step, total_steps = row.progress.get("step"), row.total_steps
     if row.status != "succeeded" or step is None or total_steps is None or step >= total_steps:
         return None
-    return stopped_early(step, None)
+    return stopped_early_at(step)
 
 
 def job_page(rows: Sequence[Job], limit: int) -> schemas.Page[schemas.JobView]:
