@@ -52,10 +52,10 @@ _PIECE_BYTES = 1 << 20
 
 def stopped_early(metrics: CheckpointMetrics) -> str:
     """Why a training ended before its last step, in words."""
-    found = [] if metrics.perplexity is None else [f"perplexity {metrics.perplexity:,.3f}"]
+    figures = [] if metrics.perplexity is None else [f"perplexity {metrics.perplexity:,.3f}"]
     if metrics.best_val_loss is not None:
-        found.append(f"lowest val_loss {metrics.best_val_loss:,.4f} at step {metrics.best_val_step:,}")
-    return ": ".join([stopped_early_at(metrics.step), *filter(None, [", ".join(found)])])
+        figures.append(f"lowest val_loss {metrics.best_val_loss:,.4f} at step {metrics.best_val_step:,}")
+    return ": ".join([stopped_early_at(metrics.step), *([", ".join(figures)] if figures else [])])
 
 
 def stopped_early_at(step: int) -> str:

@@ -187,9 +187,8 @@ def _unused_on_the_text(config: JobConfig, plan: Plan) -> list[str]:
             )
     if config.eval_max_tokens is not None and config.eval_max_tokens >= max(plan.n_train_tokens, plan.n_val_tokens) - 1:
         found.append("eval_max_tokens (the text has no more targets)")
-    if config.stop_at_perplexity is not None:
-        if interval >= plan.total_steps:
-            found.append(f"stop_at_perplexity (looked at every {interval:,} steps, of {plan.total_steps:,} in all)")
+    if config.stop_at_perplexity is not None and interval >= plan.total_steps:
+        found.append(f"stop_at_perplexity (looked at every {interval:,} steps, of {plan.total_steps:,} in all)")
     if config.lr_schedule == "cosine" and plan.total_steps - 1 <= config.warmup_steps <= plan.total_steps:
         found.append("lr_schedule (no step is left after warmup_steps)")
     if plan.n_windows == 1 and _is_changed(config, "batch_size"):
