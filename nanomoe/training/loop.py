@@ -149,9 +149,8 @@ def _steps(run: Run, control: Control, first: "_FirstCheckpoint") -> Iterator[Ha
             yield from warnings
             if recorded.percent == 100:
                 return
-            yield run.snapshot()
             report.restart_clock()
-        elif control.snapshot_due():
+        if control.snapshot_due():
             yield from catch_up()
             yield run.snapshot(first.untrained)
 
