@@ -106,6 +106,18 @@ def test_router_noise_is_standard_normal_and_keyed_like_the_masks() -> None:
     assert torch.equal(drawn_by(windows=(7,)).noise(1, 100, 50)[0], many[7])
 
 
+@pytest.mark.gpu
+def test_masks_are_the_same_on_a_gpu_and_noise_is_but_for_rounding() -> None:
+    config = ModelConfig(dropout=0.3, n_head=HEADS)
+    here, there = (
+        Dropout(config, seed=5, step=8, windows=[2, 9], device=torch.device(device), dtype=torch.float32)
+        for device in ("cpu", "cuda")
+    )
+    for layer, site in ((EMBEDDING, Site.ATTENTION_OUTPUT), (0, Site.ATTENTION_WEIGHTS), (3, Site.MLP_OUTPUT)):
+        assert torch.equal(draw(there, layer, site).cpu(), draw(here, layer, site))
+    torch.testing.assert_close(there.noise(1, 50, 8).cpu(), here.noise(1, 50, 8), rtol=1e-6, atol=1e-6)
+
+
 def test_keys_of_neighbours_differ_in_half_of_their_bits() -> None:
     flips = [(mix(1, step) ^ mix(1, step + 1)).bit_count() for step in range(1000)]
     assert sum(flips) / len(flips) == pytest.approx(32, abs=1)
