@@ -177,12 +177,10 @@ def _steps(run: Run, control: Control, first: "_FirstCheckpoint") -> Iterator[Ha
                 progress.validation = validation  # whoever resumes evaluates anew
                 yield from stop(asked.reason)
                 return
-            if last is not None and last.percent == 100:
-                return
             if last is not None:
-                yield run.snapshot()
+                if last.percent == 100:
+                    return
                 report.restart_clock()
-                continue
         if control.snapshot_due():
             yield from catch_up()
             yield run.snapshot(first.untrained)
@@ -279,7 +277,7 @@ class _Report:
 
     def add(self, loss: Tensor, grad_norm: Tensor) -> None:
         self._figures.append((loss, grad_norm))
-        self._lr.append(self._run.optimizer.lr)
+        self._lr.append(self._run.step.lr)
         step = self._run.order.step(self._run.progress.step - 1)
         self._targets += self._run.windows.n_targets(step.windows)
 

@@ -96,7 +96,7 @@ def test_a_real_training_that_dies_late_in_a_commit_loses_nothing(
     half = len(expected.steps) // 2
     deaths = [f"{folder}/{point}" for folder in ("50", f"s{half}") for point in points]
     hooks = {fence: {"point": f"f{fence}-{death}"} for fence, death in enumerate(deaths, 1)}
-    place.start_worker(program=hooked(hooks), max_crashes=100, backoff_seconds=0.001)
+    place.start_worker(program=hooked(hooks), max_crashes=100, backoff_seconds=0.001, snapshot_seconds=1e-6)
     job = place.submit(TEXT, **DENSE)
     done = place.wait_for(job, "succeeded", "failed", timeout=250)
     assert (done.status, done.attempt) == ("succeeded", len(deaths) + 1)
@@ -116,7 +116,7 @@ def resumed_at(place: Workplace, job: Job) -> list[int]:
 def test_the_death_of_a_supervisor_between_files_and_row_loses_nothing(
     place: Workplace, write: str, number: int
 ) -> None:
-    worker = place.start_worker(program=hooked({}), timing=SHORT_LEASE, dies_at=(write, number))
+    worker = place.start_worker(program=hooked({}), timing=SHORT_LEASE, snapshot_seconds=1e-6, dies_at=(write, number))
     job = place.submit(TEXT, **DENSE)
     assert worker.wait(100) == -signal.SIGKILL
     place.start_worker(program=hooked({}))

@@ -85,7 +85,7 @@ def test_no_database_is_made_where_there_is_none(nanomoe: Run, tmp_path: Path, m
     for command in (["fsck"], ["backup", "copy.db"]):
         done = nanomoe(*command)
         assert (done.code, done.out) == (2, "")
-        assert done.err.startswith(f"nanomoe: there is no database {tmp_path}/empty/nanomoe.db: check NANOMOE_DATA_DIR")
+        assert done.err.startswith(f"nanomoe: there is no database {tmp_path}/empty/nanomoe.db; check NANOMOE_DATA_DIR")
     assert not (tmp_path / "empty").exists()
 
 

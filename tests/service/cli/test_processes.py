@@ -113,7 +113,7 @@ def test_serve_names_the_child_that_exited_and_stops_the_other(tmp_path: Path) -
         worker.kill()
         _, said = serve.communicate(timeout=60)
         assert serve.returncode == 1
-        assert "nanomoe: the worker ended by itself with exit code -9" in said
+        assert "nanomoe: the worker exited unexpectedly with exit code -9" in said
         assert ended(children)
 
 

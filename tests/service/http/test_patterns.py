@@ -34,7 +34,7 @@ def test_every_pattern_of_a_request_has_an_error_message() -> None:
     ]
     found = {*_patterns(asked), *_patterns(document["components"]["schemas"])}
     assert found >= {patterns.TAG, patterns.PRINTABLE, patterns.JOB_ID_PATTERN}
-    assert found - patterns._IN_WORDS.keys() == set()
+    assert found - patterns._MESSAGES.keys() == set()
 
 
 @pytest.mark.parametrize(
