@@ -73,7 +73,7 @@ def _evaluating(model: GPT) -> Iterator[None]:
 
 
 def _windows_per_batch(model: GPT, windows: Windows) -> int:
-    """As many as `BATCH_BYTES` hold, at least one: what a block computes of a token lies in memory at once."""
+    """The number of windows whose activations of one block `BATCH_BYTES` hold; at least one."""
     config = model.config
     hidden = max(4 * config.n_embd, (config.k + config.n_shared_experts) * config.expert_hidden * config.use_moe)
     token_bytes = 4 * (8 * config.n_embd + hidden)

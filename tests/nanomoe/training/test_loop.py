@@ -212,7 +212,7 @@ class StopAtCall(Undisturbed):
         return self.reason if self.left < 0 else None
 
 
-@pytest.mark.parametrize("config", [EARLY | {"epochs": 3}, MOE | {"epochs": 2}])
+@pytest.mark.parametrize("config", [EARLY | {"epochs": 4, "early_stopping_patience": 2}, MOE | {"epochs": 2}])
 def test_a_run_that_was_stopped_between_any_two_batches_of_an_evaluation_ends_with_the_same_bytes(
     config: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
