@@ -76,7 +76,7 @@ def stopped_early_line(checkpoint: schemas.CheckpointMetrics) -> Text:
     """The reason for a checkpoint at 100 % before the last step."""
     from nanomoe.checkpoint import stopped_early
 
-    return Text(stopped_early(checkpoint.step, checkpoint.perplexity), text.DIM)
+    return Text(stopped_early(checkpoint), text.DIM)
 
 
 def _balance(mean: schemas.MixtureFigures) -> Text:

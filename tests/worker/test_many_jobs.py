@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -121,18 +122,50 @@ def test_a_stop_that_came_too_late_for_one_job_does_not_stop_the_next(place: Wor
     assert place.trainer(second) == place.trainer(first)
 
 
+@ONLY_SQLITE
+@pytest.mark.parametrize("percent", [0, 50])
+def test_a_cancel_during_an_evaluation_ends_the_job_and_not_its_trainer(place: Workplace, percent: int) -> None:
+    """Percent 0 is evaluated in a thread beside the first steps, the others between two steps."""
+    job = place.submit(TEXT, **DENSE)
+    place.start_worker(program=hooked({1: {"evaluates": percent}}), timing=replace(QUICK, cancel_grace=20.0))
+    place.wait_until((place.folder(job) / "evaluating").exists)
+    queue.request_cancel(place.db, job.id)
+    place.wait_for(job, "cancelled")
+    following = place.submit()
+    place.wait_until((place.folder(following) / "pid.1").exists)
+    assert _pid(place, following) == _pid(place, job)
+
+
+@ONLY_SQLITE
+def test_a_job_that_was_paused_during_an_evaluation_ends_as_an_undisturbed_one(place: Workplace) -> None:
+    expected = train_undisturbed(JobConfig(**SMALL))
+    job = place.submit(TEXT, **SMALL)
+    place.start_worker(program=hooked({1: {"evaluates": 50}}), timing=replace(QUICK, stop_grace=20.0))
+    place.wait_until((place.folder(job) / "evaluating").exists)
+    queue.request_pause(place.db, job.id)
+    place.wait_for(job, "paused")
+    queue.resume(place.db, job.id)
+    place.wait_for(job, "succeeded")
+    assert place.job(job).crashes == 0
+    assert_undisturbed(place, job, expected)
+
+
 SMALL: dict[str, Any] = DENSE | {"epochs": 8}
 OTHER: dict[str, Any] = MOE | {"epochs": 4, "deterministic": True, "precision": "bfloat16"}
 FAILS: dict[str, Any] = SMALL | {"tokenizer": "no-such"}
 
 
 @ONLY_SQLITE
-def test_a_job_s_bytes_are_the_same_whether_it_is_a_trainer_s_first_or_a_later_one(place: Workplace) -> None:
+@pytest.mark.parametrize("path", ["eager", "fused"])
+def test_a_job_s_bytes_are_the_same_whether_it_is_a_trainer_s_first_or_a_later_one(
+    place: Workplace, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NANOMOE_STEP_PATH", path)
     expected, other = train_undisturbed(JobConfig(**SMALL)), train_undisturbed(JobConfig(**OTHER))
     first, between, last = place.submit(TEXT, **SMALL), place.submit(TEXT, **OTHER), place.submit(TEXT, **SMALL)
     failing, cancelled, again = place.submit(TEXT, **FAILS), place.submit(TEXT, **SMALL), place.submit(TEXT, **SMALL)
     queue.request_cancel(place.db, cancelled.id)
-    place.start_worker(program=hooked({}))
+    place.start_worker(program=hooked({}, path))
     for job in (first, between, last, again):
         place.wait_for(job, "succeeded", "failed")
     assert place.job(failing).error is not None
@@ -140,6 +173,7 @@ def test_a_job_s_bytes_are_the_same_whether_it_is_a_trainer_s_first_or_a_later_o
     assert _pid(place, again) != _pid(place, failing)
     for job in (first, last, again):
         assert_undisturbed(place, job, expected)
+        assert (place.job(job).execution or {})["path"] == path
     assert_undisturbed(place, between, other)
 
 
