@@ -13,6 +13,11 @@ _TURNS = 7
 _SECONDS = 0.05
 """Least duration of a try."""
 
+_MANY_TURNS = 15
+_SHORT_SECONDS = 0.003
+"""Number and least duration of tries where many small things are measured: beside other programs, one of many short
+tries is more often undisturbed than one of few long ones."""
+
 _CPU = torch.device("cpu")
 
 
@@ -27,14 +32,22 @@ def name(device: torch.device = _CPU) -> str:
     return f"{model}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
 
 
-def best_seconds(work: Callable[[], object], seconds: float = _SECONDS, device: torch.device = _CPU) -> float:
-    """The least time that one call of `work` has taken, in seconds: the mean of the fastest of several tries, each of
-    at least `seconds`."""
+def best_seconds(work: Callable[[], object]) -> float:
+    """The least time that one call of `work` has taken, in seconds: the mean of the fastest of several tries."""
+    return _best_seconds(work, _CPU, _TURNS, _SECONDS)
+
+
+def best_short_seconds(work: Callable[[], object], device: torch.device = _CPU) -> float:
+    """The same from many short tries; `work` may only have begun on a GPU when it returns."""
+    return _best_seconds(work, device, _MANY_TURNS, _SHORT_SECONDS)
+
+
+def _best_seconds(work: Callable[[], object], device: torch.device, turns: int, seconds: float) -> float:
     work()
     n_calls = 1
     while _time(work, n_calls, device) < seconds:
         n_calls *= 2
-    return min(_time(work, n_calls, device) for _ in range(_TURNS)) / n_calls
+    return min(_time(work, n_calls, device) for _ in range(turns)) / n_calls
 
 
 def _time(work: Callable[[], object], n_calls: int, device: torch.device) -> float:
@@ -68,7 +81,7 @@ def stream_bandwidth(n_bytes: int, device: torch.device = _CPU) -> float:
     """
     n = max(1, n_bytes // 12)
     one, other, total = torch.ones(n, device=device), torch.ones(n, device=device), torch.empty(n, device=device)
-    return 3 * total.nbytes / best_seconds(lambda: torch.add(one, other, out=total), device=device)
+    return 3 * total.nbytes / best_short_seconds(lambda: torch.add(one, other, out=total), device)
 
 
 def peak_flops_per_sec(dtype: torch.dtype, device: torch.device = _CPU) -> float:
@@ -76,4 +89,4 @@ def peak_flops_per_sec(dtype: torch.dtype, device: torch.device = _CPU) -> float
     n = 8192 if device.type == "cuda" else 1024
     one, other = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(one)
-    return 2 * n**3 / best_seconds(lambda: torch.mm(one, other, out=out), device=device)
+    return 2 * n**3 / best_short_seconds(lambda: torch.mm(one, other, out=out), device)

@@ -13,9 +13,6 @@ import torch
 from nanomoe.bench import machine
 from nanomoe.bench.training.shapes import Shape
 
-_TRY_SECONDS = 0.01
-"""Least duration of a try of one product: there are dozens."""
-
 BYTES_PER_PARAMETER = 28
 """AdamW in float32 reads a weight, its gradient and its two moments, and writes the weight and the moments."""
 
@@ -126,7 +123,7 @@ def _seconds(product: Product, dtype: torch.dtype, device: torch.device) -> floa
     for n_threads in {1, most} if device.type == "cpu" else {most}:
         torch.set_num_threads(n_threads)
         try:
-            best = machine.best_seconds(lambda: torch.matmul(left, right, out=out), _TRY_SECONDS, device)
+            best = machine.best_short_seconds(lambda: torch.matmul(left, right, out=out), device)
         finally:
             torch.set_num_threads(most)
         seconds.append(best)
