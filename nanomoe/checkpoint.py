@@ -50,7 +50,7 @@ _PIECE_BYTES = 1 << 20
 """Read and hashed at once where a file is only verified: milliseconds of work, however large the file."""
 
 
-def stopped_early(step: int, perplexity: float | None) -> str:
+def stopped_early_reason(step: int, perplexity: float | None) -> str:
     """Why a training ended before its last step, in words; None for a perplexity that is not known."""
     reached = "" if perplexity is None else f": perplexity {perplexity:,.3f}"
     return f"stopped early at step {step:,}{reached}"
