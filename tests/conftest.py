@@ -13,6 +13,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("NANOMOE_ENGINE_NICE", "0")
 # Most of the services that tests start are never asked to generate.
 os.environ.setdefault("NANOMOE_ENGINE_PRELOAD", "false")
+# Whether loops have been compiled on this machine decides nothing: a test of the fused step asks for it.
+os.environ.setdefault("NANOMOE_STEP_PATH", "eager")
 
 import pytest
 from hypothesis import settings

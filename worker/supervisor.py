@@ -6,6 +6,7 @@ of jobs whose worker is gone, and the removal of orphaned files. Never imports t
 """
 
 import importlib.metadata
+import os
 import platform
 import sys
 import threading
@@ -21,6 +22,7 @@ from service.jobs.workers import WorkerIdentity, worker_seen, worker_started, wo
 from service.settings import Settings
 from service.storage.installation import join_installation
 from service.storage.orphans import sweep_orphans
+from worker.compiler import STEP_PATH_VARIABLE, start_compiler
 from worker.devices import Device
 from worker.slot import Slot
 from worker.timing import Timing
@@ -52,6 +54,7 @@ class Supervisor:
         self._force_stop = threading.Event()
         self._stopped = threading.Event()
         self._signals = 0
+        self._trains_on_cpu = not all(device.is_gpu for device in devices)
         self._failed = False
         self.worker = WorkerIdentity(
             name=name or platform.node(),
@@ -94,6 +97,8 @@ class Supervisor:
         if not self._register():
             return 0
         log.info("worker_started", worker=self.worker.id, slots=[slot.name for slot in self._slots])
+        if self._trains_on_cpu and STEP_PATH_VARIABLE not in os.environ:
+            start_compiler(self._settings.log_format)
         unsubscribe = self._db.changes.subscribe(self._wake_slots)
         # Daemons: should this thread fail, the process ends, and every trainer with it, so that none is unsupervised.
         threads = [self._thread(slot.run, slot.name) for slot in self._slots]

@@ -312,6 +312,7 @@ def train_jobs(channel: Channel, supervision: Supervision) -> None:
 def _warm_up() -> None:
     """Import what a job needs, train a toy to its end, and a step at the default size: much of torch is loaded, and its
     kernels are chosen, by the first step of a kind only. Touches no GPU."""
+    from nanomoe.compiling import start_threads
     from nanomoe.tokenizer import BUNDLED, load_tokenizer
     from nanomoe.training.loop import train
     from nanomoe.training.run import prepare
@@ -323,6 +324,7 @@ def _warm_up() -> None:
     for _ in train(run_of(toy, "warm up")):
         pass
     run_of(JobConfig(tokenizer=BUNDLED), "Era uma vez " * 30).train_step()
+    start_threads()
 
 
 def _parser() -> argparse.ArgumentParser:

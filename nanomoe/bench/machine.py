@@ -1,7 +1,9 @@
 """What this machine can do at best: the limits that stand beside every measured figure."""
 
+import platform
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -11,21 +13,43 @@ _TURNS = 7
 _SECONDS = 0.05
 """Least duration of a try."""
 
+_CPU = torch.device("cpu")
 
-def best_seconds(work: Callable[[], object]) -> float:
-    """The least time that one call of `work` has taken, in seconds: the mean of the fastest of several tries."""
+
+def name(device: torch.device = _CPU) -> str:
+    """Model of the GPU, or of the processor as the operating system names it with its number of usable threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    listed = Path("/proc/cpuinfo")
+    lines = listed.read_text(encoding="utf-8").splitlines() if listed.exists() else []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    model = next(models, platform.processor() or platform.machine())
+    return f"{model}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def best_seconds(work: Callable[[], object], seconds: float = _SECONDS, device: torch.device = _CPU) -> float:
+    """The least time that one call of `work` has taken, in seconds: the mean of the fastest of several tries, each of
+    at least `seconds`."""
     work()
     n_calls = 1
-    while _time(work, n_calls) < _SECONDS:
+    while _time(work, n_calls, device) < seconds:
         n_calls *= 2
-    return min(_time(work, n_calls) for _ in range(_TURNS)) / n_calls
+    return min(_time(work, n_calls, device) for _ in range(_TURNS)) / n_calls
 
 
-def _time(work: Callable[[], object], n_calls: int) -> float:
+def _time(work: Callable[[], object], n_calls: int, device: torch.device) -> float:
+    synchronize(device)
     began = time.perf_counter()
     for _ in range(n_calls):
         work()
+    synchronize(device)
     return time.perf_counter() - began
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def read_bandwidth(n_bytes: int) -> float:
@@ -35,3 +59,21 @@ def read_bandwidth(n_bytes: int) -> float:
     """
     numbers = torch.ones(max(1, n_bytes // 4))
     return numbers.nbytes / best_seconds(numbers.sum)
+
+
+def stream_bandwidth(n_bytes: int, device: torch.device = _CPU) -> float:
+    """Bytes a second, read and written, of a sum of two arrays into a third that together have `n_bytes`.
+
+    By all threads; from a cache, where the arrays fit one.
+    """
+    n = max(1, n_bytes // 12)
+    one, other, total = torch.ones(n, device=device), torch.ones(n, device=device), torch.empty(n, device=device)
+    return 3 * total.nbytes / best_seconds(lambda: torch.add(one, other, out=total), device=device)
+
+
+def peak_flops_per_sec(dtype: torch.dtype, device: torch.device = _CPU) -> float:
+    """Floating-point operations a second of a product of square matrices that are large for the device."""
+    n = 8192 if device.type == "cuda" else 1024
+    one, other = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(one)
+    return 2 * n**3 / best_seconds(lambda: torch.mm(one, other, out=out), device=device)

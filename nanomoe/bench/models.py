@@ -37,7 +37,7 @@ def trained(name: str, tokenizer: Tokenizer) -> GPT:
     """One of `MODELS` after 60 steps on the bundled paragraph, as far as those who use it soon are; the same weights at
     every call on one machine."""
     config = MODELS[name].model_copy(update={"lr": _LR})
-    run = prepare(config, paragraph(), tokenizer).run
+    run = prepare(config, paragraph(), tokenizer, path="eager").run
     for _ in range(_STEPS):
         run.train_step()
     return run.model.eval()

@@ -1,74 +1,172 @@
-"""Dropout whose masks are a pure function of (seed, step, window, layer).
+"""Dropout whose masks are a pure function of (seed, step, window, layer, site, head, row, column).
 
-A resumed run needs no saved random state, a window's mask is the same in whatever micro-batch it travels, and the
-bits do not depend on the number of threads. `torch.bernoulli` draws one element at a time; here one 64-bit draw gives
-four elements, each kept when its 16 bits reach a threshold.
+A resumed run needs no saved random state, a window's mask is the same in whatever micro-batch it travels, and a text
+that grows by a token changes no number of another. A plane, the rows and columns of one head or of one expert's
+output, has a 64-bit key, computed on the host by splitmix64. An element is a hash of its coordinates under that key:
+
+    x = low word of the key + (row << 15 | column >> 1)
+    x ^= x >> 16;  x *= 0x21f0aaad;  x ^= high word of the key
+    x ^= x >> 15;  x *= 0x735a2d97;  x ^= x >> 15
+
+in 32-bit unsigned arithmetic: the finaliser with two multiplications that Wellons' hash-prospector found to have the
+least bias (https://github.com/skeeto/hash-prospector, issue 19), applied to a counter, with half of the key between its
+rounds, so that two planes are not one sequence read from two places. A hash gives two draws of 16 bits: an even column
+takes the low one. Loops that are compiled compute the same where they use it (`nanomoe.training.steps.loops`).
 """
 
+import functools
+import math
 from collections.abc import Sequence
-from math import prod
+from enum import IntEnum
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from nanomoe.config import ModelConfig
+
 _MASK64 = (1 << 64) - 1
+_STREAM = 0x9E3779B97F4A7C15
 EMBEDDING = -1
-"""The `layer` of the masks after the embedding."""
+"""The `layer` of the mask after the embedding."""
+
+FIRST_FACTOR = 0x21F0AAAD
+"""The hash's first multiplier."""
+
+SECOND_FACTOR = 0x735A2D97
+"""The hash's second multiplier."""
+
+ROW_SHIFT = 15
+"""Bits of the counter that hold half a column's index: columns and rows are fewer than 65,536 each."""
+
+
+class Site(IntEnum):
+    """Where in a layer numbers are drawn."""
+
+    ATTENTION_WEIGHTS = 0
+    """A plane a head: rows are queries, columns keys."""
+    ATTENTION_OUTPUT = 1
+    """One plane: rows are tokens, columns channels. Also the site of the mask after the embedding."""
+    MLP_OUTPUT = 2
+    """One plane, or with a mixture of experts one for each of a token's choices, then for each shared expert."""
+    ROUTER_NOISE = 3
+    """One plane: rows are tokens, columns experts."""
 
 
 def mix(*keys: int) -> int:
     """A 64-bit key from several integers, by splitmix64 (Steele, Lea, Flood 2014): neighbouring keys share nothing."""
     state = 0
     for key in keys:
-        state = (state + key + 0x9E3779B97F4A7C15) & _MASK64
+        state = (state + key + _STREAM) & _MASK64
         state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK64
         state ^= state >> 31
     return state
 
 
-class LayerMasks:
-    """The masks of one layer, cut in the order asked for from one draw per window."""
+def _mixed(state: npt.NDArray[np.uint64], key: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """One more key for every state of an array, as `mix` takes them."""
+    state = state + key + np.uint64(_STREAM)
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return state ^ (state >> np.uint64(31))
 
-    def __init__(self, bits_BN: Tensor, threshold: int, scale: float, dtype: torch.dtype) -> None:
-        self._bits_BN = bits_BN
-        self._threshold = threshold
-        self._scale = scale
-        self._dtype = dtype
-        self._used = 0
 
-    def take(self, *shape: int) -> Tensor:
-        """The next mask (B, *shape): 0 where dropped, 1 / (1 - p) where kept."""
-        n = prod(shape)
-        bits_BN = self._bits_BN[:, self._used : self._used + n]
-        assert bits_BN.shape[1] == n, "a layer took more masks than it had asked for"
-        self._used += n
-        return (bits_BN >= self._threshold).to(self._dtype).mul_(self._scale).view(-1, *shape)
+def n_planes(config: ModelConfig) -> int:
+    """The most planes that a site of this model has."""
+    slots = config.k + config.n_shared_experts if config.use_moe else 1
+    return max(config.n_head, slots)
+
+
+def plane_keys(config: ModelConfig, step: int, windows: Sequence[int], seed: int) -> npt.NDArray[np.uint64]:
+    """The key of every plane, `mix(seed, step, window, layer + 1, site, plane)`: (n_layer + 1, sites, windows, planes).
+
+    The first is the embedding's.
+    """
+    of_window = np.array([mix(seed, step, window) for window in windows], dtype=np.uint64)
+    layers, sites, planes = (np.arange(n, dtype=np.uint64) for n in (config.n_layer + 1, len(Site), n_planes(config)))
+    keys = _mixed(of_window, layers[:, None])
+    return _mixed(_mixed(keys[:, None], sites[:, None])[..., None], planes)
+
+
+def cut(p: float) -> int:
+    """The draws of 65,536 that drop an element, of a dropout of `p`."""
+    return round(p * 65_536)
+
+
+def scale(p: float) -> float:
+    """What a kept element is multiplied by, so that the mean stays."""
+    return 65_536 / (65_536 - cut(p))
 
 
 class Dropout:
     """The dropout of one micro-batch: which windows it holds, at which step."""
 
     def __init__(
-        self, p: float, *, seed: int, step: int, windows: Sequence[int], device: torch.device, dtype: torch.dtype
+        self,
+        config: ModelConfig,
+        *,
+        seed: int,
+        step: int,
+        windows: Sequence[int],
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
-        """`p` is rounded to a multiple of 1/65,536, and the kept activations are scaled by that rounded value."""
-        self._cut = round(p * 65_536)
-        self._keys = [mix(seed, step, window) for window in windows]
-        self._generator = torch.Generator(device)
-        self._device = device
+        """`config.dropout` is rounded to a multiple of 1/65,536, and the kept activations are scaled by that."""
+        self.p = config.dropout
         self._dtype = dtype
+        words = plane_keys(config, step, windows, seed).view(np.int32)
+        # One copy to the device for all layers and sites: (layers, sites, B, planes, 2), low word and high word.
+        self._words = torch.from_numpy(words.reshape(*words.shape[:-1], -1, 2)).to(device)
 
-    def layer(self, layer: int, n_elements: int) -> LayerMasks:
-        """Masks of `n_elements` elements a window in all, for one layer (`EMBEDDING` or a block's index)."""
-        bits = torch.empty((len(self._keys), -(-n_elements // 4)), dtype=torch.int64, device=self._device)
-        for row, key in zip(bits, self._keys, strict=True):
-            row.random_(-(2**63), None, generator=self._generator.manual_seed(mix(key, layer + 1)))
-        return LayerMasks(bits.view(torch.int16), self._cut - 32_768, 65_536 / (65_536 - self._cut), self._dtype)
+    def mask(self, layer: int, site: Site, n_planes: int, n_rows: int, n_columns: int) -> Tensor:
+        """The mask (B, planes, rows, columns) of a site: 0 where dropped, 1 / (1 - p) where kept."""
+        bits = self._hash(layer, site, n_planes, n_rows, -(-n_columns // 2)).view(torch.int16)[..., :n_columns]
+        return (bits >= cut(self.p) - 32_768).to(self._dtype).mul_(scale(self.p))
 
     def noise(self, layer: int, n_tokens: int, n_columns: int) -> Tensor:
-        """Standard normal noise (B, n_tokens, n_columns), for the router of one layer."""
-        noise = torch.empty((len(self._keys), n_tokens, n_columns), dtype=self._dtype, device=self._device)
-        for row, key in zip(noise, self._keys, strict=True):
-            row.normal_(generator=self._generator.manual_seed(mix(key, layer + 1, 1)))
-        return noise
+        """Standard normal noise (B, n_tokens, n_columns) for the router of one layer, by Box and Muller's formula."""
+        bits = self._hash(layer, Site.ROUTER_NOISE, 1, n_tokens, 2 * n_columns).view(-1, n_tokens, n_columns, 2)
+        # Two uniforms of 32 bits, neither 0; float64, so that devices differ in the last bit of a few numbers at most.
+        uniforms = (bits.double() + (2**31 + 0.5)) / 2**32
+        radius, angle = (-2 * uniforms[..., 0].log()).sqrt(), (2 * math.pi) * uniforms[..., 1]
+        return (radius * angle.cos()).to(self._dtype)
+
+    def _hash(self, layer: int, site: Site, n_planes: int, n_rows: int, n_words: int) -> Tensor:
+        """The hashes (B, planes, rows, words), int32: products of 32-bit integers wrap around on every device."""
+        low, high = self._words[layer + 1, site, :, :n_planes, None, None].unbind(-1)
+        x = _counters(n_rows, n_words, low.device) + low
+        x ^= (x >> 16) & 0xFFFF
+        x *= FIRST_FACTOR
+        x ^= high
+        x ^= (x >> 15) & 0x1FFFF
+        x *= SECOND_FACTOR
+        x ^= (x >> 15) & 0x1FFFF
+        return x
+
+
+@functools.lru_cache(maxsize=8)
+def _counters(n_rows: int, n_words: int, device: torch.device) -> Tensor:
+    rows, words = (torch.arange(n, dtype=torch.int32, device=device) for n in (n_rows, n_words))
+    return (rows[:, None] << ROW_SHIFT) + words
+
+
+class LayerDropout:
+    """The dropout of one layer."""
+
+    def __init__(self, dropout: Dropout, layer: int) -> None:
+        self._dropout = dropout
+        self._layer = layer
+
+    def weights(self, weights_BHTT: Tensor) -> Tensor:
+        """Attention weights, some of them dropped."""
+        return weights_BHTT * self._dropout.mask(self._layer, Site.ATTENTION_WEIGHTS, *weights_BHTT.shape[1:])
+
+    def output(self, site: Site, y_BTC: Tensor) -> Tensor:
+        """A residual branch's output, some of its channels dropped."""
+        return y_BTC * self._dropout.mask(self._layer, site, 1, *y_BTC.shape[1:])[:, 0]
+
+    def of_experts(self, n_tokens: int, n_slots: int, n_embd: int) -> Tensor:
+        """The mask (B, T, slots, C) of the outputs of a token's experts."""
+        return self._dropout.mask(self._layer, Site.MLP_OUTPUT, n_slots, n_tokens, n_embd).transpose(1, 2)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nanomoe.config import ModelConfig
-from nanomoe.model.dropout import EMBEDDING, Dropout, LayerMasks
+from nanomoe.model.dropout import EMBEDDING, Dropout, LayerDropout, Site
 from nanomoe.model.moe import MoE, Routing
 
 INIT_STD = 0.02
@@ -56,19 +56,19 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x_BTC: Tensor, masks: LayerMasks | None) -> Tensor:
+    def forward(self, x_BTC: Tensor, dropout: LayerDropout | None) -> Tensor:
         B, T, C = x_BTC.shape
         q, k, v = self.c_attn(x_BTC).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, D)
-        if masks is None:
+        if dropout is None:
             y_BHTD = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
             # The fused kernels draw their own masks, so dropout on the weights needs them written out.
             scores_BHTT = (q @ k.transpose(-2, -1)) * (1 / math.sqrt(q.shape[-1]))
             future_TT = torch.ones(T, T, dtype=torch.bool, device=x_BTC.device).triu_(1)
             weights_BHTT = scores_BHTT.masked_fill(future_TT, float("-inf")).softmax(-1)
-            y_BHTD = (weights_BHTT * masks.take(self.n_head, T, T)).to(v.dtype) @ v
+            y_BHTD = dropout.weights(weights_BHTT).to(v.dtype) @ v
         y_BTC: Tensor = self.c_proj(y_BHTD.transpose(1, 2).reshape(B, T, C))
-        return y_BTC if masks is None else y_BTC * masks.take(T, C)
+        return y_BTC if dropout is None else dropout.output(Site.ATTENTION_OUTPUT, y_BTC)
 
 
 class MLP(nn.Module):
@@ -79,9 +79,9 @@ class MLP(nn.Module):
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x_BTC: Tensor, masks: LayerMasks | None) -> Tensor:
+    def forward(self, x_BTC: Tensor, dropout: LayerDropout | None) -> Tensor:
         y_BTC: Tensor = self.c_proj(F.gelu(self.c_fc(x_BTC)))
-        return y_BTC if masks is None else y_BTC * masks.take(*y_BTC.shape[1:])
+        return y_BTC if dropout is None else dropout.output(Site.MLP_OUTPUT, y_BTC)
 
 
 class Block(nn.Module):
@@ -100,24 +100,16 @@ class Block(nn.Module):
         self, x_BTC: Tensor, dropout: Dropout | None, without_expert: int | None = None
     ) -> tuple[Tensor, Routing | None]:
         _, T, C = x_BTC.shape
-        masks = self._masks(dropout, T) if dropout is not None and self.config.dropout > 0 else None
-        x_BTC = x_BTC + self.attn(self.ln_1(x_BTC), masks)
+        own = LayerDropout(dropout, self.layer) if dropout is not None and self.config.dropout > 0 else None
+        x_BTC = x_BTC + self.attn(self.ln_1(x_BTC), own)
         if isinstance(self.mlp, MLP):
-            return x_BTC + self.mlp(self.ln_2(x_BTC), masks), None
+            return x_BTC + self.mlp(self.ln_2(x_BTC), own), None
         noise_TE = None
         if dropout is not None and self.config.router_noise:
             noise_TE = dropout.noise(self.layer, T, self.config.n_experts).flatten(0, 1)
-        keep = None if masks is None else masks.take(T, self._expert_rows, C)
+        keep = None if own is None else own.of_experts(T, self.config.k + self.config.n_shared_experts, C)
         y_BTC, routing = self.mlp(self.ln_2(x_BTC), keep=keep, noise_TE=noise_TE, without_expert=without_expert)
         return x_BTC + y_BTC, routing
-
-    @property
-    def _expert_rows(self) -> int:
-        return self.config.k + self.config.n_shared_experts
-
-    def _masks(self, dropout: Dropout, T: int) -> LayerMasks:
-        rows = 1 if isinstance(self.mlp, MLP) else self._expert_rows
-        return dropout.layer(self.layer, self.config.n_head * T * T + (1 + rows) * T * self.config.n_embd)
 
 
 class Transformer(nn.Module):
@@ -206,7 +198,7 @@ class GPT(nn.Module):
         wte, wpe = self.transformer.wte, self.transformer.wpe
         x_BTC = wte(tokens_BT) + wpe(torch.arange(T, device=tokens_BT.device))
         if dropout is not None and self.config.dropout > 0:
-            x_BTC = x_BTC * dropout.layer(EMBEDDING, T * self.config.n_embd).take(T, self.config.n_embd)
+            x_BTC = LayerDropout(dropout, EMBEDDING).output(Site.ATTENTION_OUTPUT, x_BTC)
         routings = {}
         for block in self.blocks:
             removed = without[1] if without is not None and without[0] == block.layer else None

@@ -14,6 +14,13 @@ from nanomoe.config import JobConfig, Strict
 from nanomoe.errors import NanomoeError
 from nanomoe.model.moe import ExpertPath, choose_expert_path
 from nanomoe.plan import n_windows
+from nanomoe.training.steps.choice import StepPath, choose_path, compiled_for
+
+_MOST_THREADS = torch.get_num_threads()
+"""Threads that torch takes before a job has said otherwise: a process may train many."""
+
+NUMERICS = 1
+"""The number of our own arithmetic: initial weights, dropout, steps, loops. Raised with every change of bits."""
 
 
 class DeviceUnavailable(NanomoeError, RuntimeError):
@@ -40,8 +47,17 @@ class Execution(Strict):
     instruction_set: str
     """What torch dispatches its CPU kernels to, for example AVX512."""
 
-    path: Literal["eager"]
-    """How a step is run: `eager`, operator by operator."""
+    path: StepPath
+    """How a step is done: `eager`, operator by operator, or `fused`, written out in compiled loops."""
+
+    path_reason: str | None = None
+    """Why this path, in words; it decides nothing."""
+
+    compiled_for: str | None = None
+    """Compiler and processor of the loops that the path has; null where it has none."""
+
+    numerics: int = 0
+    """Number of the program's own arithmetic, raised whenever the same seed gives other bits."""
 
     expert_path: ExpertPath | None
     """How experts are computed; null without a mixture of experts."""
@@ -59,10 +75,20 @@ class Execution(Strict):
     """The library that computed it."""
 
     @classmethod
-    def decide(cls, config: JobConfig, device: str, *, n_tokens: int) -> Self:
+    def decide(
+        cls,
+        config: JobConfig,
+        device: str,
+        *,
+        n_tokens: int,
+        vocab_size: int | None = None,
+        path: StepPath | None = None,
+    ) -> Self:
         """The execution of a job that starts now on `device` (`auto`, `cpu`, `cuda` or `cuda:N`).
 
-        `n_tokens` is the length of the text: with the batch size it decides how experts are computed.
+        `n_tokens` is the length of the text: with the batch size it decides how experts are computed. `path` is for
+        whoever compares ways of doing a step: it is taken where it covers the job. With `vocab_size`, a fused step has
+        the number of threads with which it is faster, measured where it is not known yet; else as many as torch uses.
 
         Raises:
             DeviceUnavailable: a GPU was asked for and there is none.
@@ -72,20 +98,29 @@ class Execution(Strict):
         precision = config.precision
         if precision == "auto":
             precision = "bfloat16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+        dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
         expert_path: ExpertPath | None = None
         reason: str | None = None
         if config.use_moe:
             windows = min(config.batch_size, n_windows(n_tokens, config.block_size))
             rows = windows * min(n_tokens, config.block_size)
-            dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
             expert_path, reason = choose_expert_path(config, rows, chosen, dtype)
+        chosen_path, path_reason = choose_path(config, chosen, path)
+        n_threads = _MOST_THREADS
+        if chosen_path == "fused" and vocab_size is not None:
+            from nanomoe.training.steps.threads import measured_threads
+
+            n_threads = measured_threads(config, vocab_size, n_tokens, dtype, _MOST_THREADS)
         return cls(
             device="cuda" if on_gpu else "cpu",
             device_name=torch.cuda.get_device_name(chosen) if on_gpu else "cpu",
             precision=precision,
-            n_threads=torch.get_num_threads(),
+            n_threads=n_threads,
             instruction_set=torch.backends.cpu.get_cpu_capability(),
-            path="eager",
+            path=chosen_path,
+            path_reason=path_reason,
+            compiled_for=compiled_for(chosen_path),
+            numerics=NUMERICS,
             expert_path=expert_path,
             expert_path_reason=reason,
             deterministic=config.deterministic or not on_gpu,
@@ -99,10 +134,15 @@ class Execution(Strict):
         return cls.model_validate({"micro_batch": config.batch_size} | dict(stored))
 
     def keeping(self, first: Self) -> Self:
-        """What was decided at the job's first start, as far as the machine that this was decided on can do it too."""
+        """What was decided at the job's first start, as far as the machine that this was decided on can do it too.
+
+        Where the loops of a fused step are not compiled yet, this attempt does without them.
+        """
         if first.device != self.device:
             return self.model_copy(update={"micro_batch": first.micro_batch})
-        kept = ("precision", "n_threads", "path", "expert_path", "expert_path_reason", "deterministic", "micro_batch")
+        kept = ["precision", "n_threads", "expert_path", "expert_path_reason", "deterministic", "micro_batch"]
+        if first.path == "eager":
+            kept += ["path", "path_reason", "compiled_for"]
         return self.model_copy(update={name: getattr(first, name) for name in kept})
 
     def apply(self) -> None:
@@ -115,7 +155,7 @@ class Execution(Strict):
 
     def differences(self, other: Self) -> list[str]:
         """The fields in which `other` computes something else, as `field: this -> other`."""
-        words = {"expert_path_reason"}
+        words = {"path_reason", "expert_path_reason"}
         mine, theirs = self.model_dump(exclude=words), other.model_dump(exclude=words)
         return [f"{field}: {mine[field]} -> {theirs[field]}" for field in mine if mine[field] != theirs[field]]
 

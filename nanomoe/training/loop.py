@@ -201,7 +201,7 @@ class _Report:
 
     def add(self, loss: Tensor, grad_norm: Tensor) -> None:
         self._figures.append((loss, grad_norm))
-        self._lr.append(self._run.optimizer.lr)
+        self._lr.append(self._run.step.lr)
         step = self._run.order.step(self._run.progress.step - 1)
         self._targets += self._run.windows.n_targets(step.windows)
 

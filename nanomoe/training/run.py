@@ -9,7 +9,6 @@ import gc
 import json
 from collections import defaultdict
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,13 +23,13 @@ from nanomoe.config_warnings import config_warnings
 from nanomoe.data import Order, Step, Windows
 from nanomoe.evaluation.evaluate import Choices, evaluate, evaluate_loss
 from nanomoe.evaluation.metrics import CheckpointMetrics, Position
-from nanomoe.model.dropout import Dropout
-from nanomoe.model.gpt import GPT, token_losses
+from nanomoe.model.gpt import GPT
 from nanomoe.model.upcycle import starting_weights
 from nanomoe.plan import OutOfMemory, Plan
 from nanomoe.tokenizer import Tokenizer
 from nanomoe.training.execution import Execution, find_device
-from nanomoe.training.optim import AdamW, learning_rate
+from nanomoe.training.optim import learning_rate
+from nanomoe.training.steps.choice import StepPath, build_step
 
 Weights = Mapping[str, Tensor]
 
@@ -117,7 +116,6 @@ class Run:
             Windows(text[self.plan.n_train_tokens :], config.block_size) if self.plan.n_val_tokens else None
         )
         self.order = Order(config, self.plan)
-        self.activations = torch.bfloat16 if execution.precision == "bfloat16" else torch.float32
         self.model = GPT.build(config, tokenizer.vocab_size, device)
         if resume is not None:
             self.model.load_state_dict(load_tensors(resume[checkpoint.WEIGHTS]))
@@ -127,7 +125,9 @@ class Run:
             self.model.init_weights(config.seed)
         for moe in self.model.moe_layers.values():
             moe.path = execution.expert_path
-        self.optimizer = AdamW(self.model, config)
+        activations = torch.bfloat16 if execution.precision == "bfloat16" else torch.float32
+        self.step = build_step(execution.path, self.model, self.windows, config, activations)
+        """The way in which an optimizer step is done."""
         self.warnings: list[Warned] = []
         """What the steps so far gave rise to; whoever reads them clears them."""
         self.progress = self._nothing_counted(execution.micro_batch)
@@ -144,15 +144,9 @@ class Run:
         """
         index = self.progress.step
         step = self.order.step(index)
-        self.optimizer.lr = learning_rate(self.config, index, self.plan.total_steps)
-        self.model.train()
+        self.step.lr = learning_rate(self.config, index, self.plan.total_steps)
         loss, counts, dropped = self._gradient(step)
-        grad_norm = torch.nn.utils.get_total_norm(
-            [p.grad for p in self.model.parameters() if p.grad is not None], foreach=True
-        )
-        if self.config.grad_clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.grad_clip, grad_norm)
-        self.optimizer.step()
+        grad_norm = self.step.update()
         for layer, moe in self.model.moe_layers.items():
             moe.update_balance_bias(counts[layer])
             self.progress.dropped[layer] += dropped[layer]
@@ -169,7 +163,7 @@ class Run:
             OutOfMemory: a micro-batch cannot be halved.
         """
         while True:
-            self.optimizer.zero_grad()
+            self.step.begin()
             n_targets = self.windows.n_targets(step.windows)
             loss = torch.zeros((), device=self.device)
             counts: dict[int, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.int64, device=self.device))
@@ -208,34 +202,11 @@ class Run:
         self, windows: list[int], n_targets: int, counts: dict[int, Tensor], dropped: dict[int, Tensor]
     ) -> Tensor:
         """Add one micro-batch's gradient and counts; its part of the loss of a step of `n_targets`."""
-        config = self.config
-        inputs_BT, targets_BT = self.windows.batch(windows)
-        dropout = Dropout(
-            config.dropout,
-            seed=config.seed,
-            step=self.progress.step,
-            windows=windows,
-            device=self.device,
-            dtype=self.activations,
-        )
-        with self._autocast():
-            logits_BTV, routings = self.model(inputs_BT, dropout=dropout)
-        loss = token_losses(logits_BTV, targets_BT).sum() / n_targets
-        objective = loss
-        share = self.windows.n_targets(windows) / n_targets
-        for layer, routing in routings.items():
-            balance = config.router_aux_loss_coef * routing.aux_loss + config.router_z_loss_coef * routing.z_loss
-            objective = objective + balance * share
-            counts[layer] = counts[layer] + routing.counts_E
-            dropped[layer] = dropped[layer] + routing.dropped
-        torch.autograd.backward(objective)
-        return loss.detach()
-
-    def _autocast(self) -> AbstractContextManager[object]:
-        if self.activations == torch.float32:
-            return nullcontext()
-        # Every weight is used once a step: a cache of cast weights would only hold memory.
-        return torch.autocast(self.device.type, dtype=self.activations, cache_enabled=False)
+        part = self.step.add(self.progress.step, windows, n_targets)
+        for layer, counts_E in part.counts.items():
+            counts[layer] = counts[layer] + counts_E
+            dropped[layer] = dropped[layer] + part.dropped[layer]
+        return part.loss
 
     def untrained_copy(self) -> "Run | None":
         """This run before its first step, to be evaluated while this one goes on; None where percent 0 was recorded
@@ -292,7 +263,7 @@ class Run:
         progress = self.progress
         tensors = {f"dropped.{layer}": n for layer, n in progress.dropped.items()}
         tensors |= {f"choices.{layer}": chosen for layer, chosen in progress.choices.items()}
-        tensors |= self.optimizer.tensors()
+        tensors |= self.step.tensors()
         state = {name: getattr(progress, name) for name in ("micro_batch", "step", "train_loss", "routed")}
         files = self._model_files() | {
             checkpoint.RESUME_TENSORS: save_tensors({name: t.cpu().contiguous() for name, t in tensors.items()}),
@@ -313,7 +284,7 @@ class Run:
         for layer, dropped in progress.dropped.items():
             dropped.copy_(tensors[f"dropped.{layer}"])
         progress.choices = {n: tensors[f"choices.{n}"] for n in self.config.moe_layers if f"choices.{n}" in tensors}
-        self.optimizer.load(tensors)
+        self.step.load(tensors)
         if checkpoint.RESUME_UNTRAINED in files:
             self._untrained = load_tensors(files[checkpoint.RESUME_UNTRAINED])
 
@@ -350,19 +321,28 @@ def prepare(
     recorded_execution: Mapping[str, Any] | None = None,
     parent: Weights | None = None,
     resume: Mapping[str, bytes] | None = None,
+    path: StepPath | None = None,
 ) -> Prepared:
     """Everything from a config and a text to a run on its device; this process then computes as was decided.
 
     `device` is `auto`, `cpu`, `cuda` or `cuda:N`. `recorded_execution`: what the job's first attempt decided, which is
     kept as far as this machine can. `parent`: weights to start from, those of another config where a dense model grows
-    into a mixture. `resume`: the files of a snapshot.
+    into a mixture. `resume`: the files of a snapshot. `path`: the way of doing a step where it covers the job, for
+    whoever compares them.
 
     Raises:
         DeviceUnavailable: a GPU was asked for and there is none.
         TextTooShort: fewer than 2 tokens are left to train on.
     """
     tokens = tokenizer.encode(text)
-    execution = Execution.decide(config, device, n_tokens=len(tokens))
+    is_first = recorded_execution is None
+    execution = Execution.decide(
+        config,
+        device,
+        n_tokens=len(tokens),
+        vocab_size=tokenizer.vocab_size if is_first else None,
+        path=path,
+    )
     differences: list[str] = []
     if recorded_execution is not None:
         first = Execution.recorded(recorded_execution, config)

@@ -57,6 +57,10 @@ class Processes:
         """Start a worker, which waits until the API has created the database."""
         self._start(name, "worker")
 
+    def runs(self, name: str) -> bool:
+        """Whether a child of that name was started and has not ended."""
+        return name in self._children and self._children[name].poll() is None
+
     def kill(self, name: str) -> None:
         """Kill a child with SIGKILL, and reap it."""
         self._children[name].kill()

@@ -4,6 +4,7 @@ worker, no queue and no interruption.
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -75,6 +76,7 @@ def assert_undisturbed(place: Workplace, job: Job, expected: Undisturbed) -> Non
     assert steps == expected.steps
 
 
-def hooked(hooks: dict[int, dict[str, Any]]) -> list[str]:
-    """The program of a real trainer with these hooks, by attempt."""
-    return [str(HERE / "hooked_trainer.py"), json.dumps(hooks)]
+def hooked(hooks: dict[int, dict[str, Any]], path: str | None = None) -> list[str]:
+    """The program of a real trainer with these hooks, by attempt. `path`: its way of doing a step, else that of all
+    tests."""
+    return [str(HERE / "hooked_trainer.py"), json.dumps(hooks | {"path": path or os.environ["NANOMOE_STEP_PATH"]})]

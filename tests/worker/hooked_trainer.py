@@ -1,6 +1,7 @@
 """The real trainer, which dies or fails at the points that a test names.
 
-`python hooked_trainer.py HOOKS --parent PID --until TIME`, HOOKS being JSON, `{ATTEMPT: HOOK}`. A point is one of the
+`python hooked_trainer.py HOOKS --parent PID --until TIME`, HOOKS being JSON, `{"path": PATH, ATTEMPT: HOOK}`: how steps
+are done, and a hook by attempt. A point is one of the
 commit of a folder, for example `f1-50/renamed`. A hook may have:
 
 `"line": N`, to be killed before its Nth line; with `"out of memory": true` as by the out-of-memory killer;
@@ -32,6 +33,7 @@ from worker.protocol import CheckpointWritten, Done, FromTrainer, Start
 from worker.supervision import Supervision
 
 hooks: dict[str, dict[str, Any]] = json.loads(sys.argv.pop(1))
+os.environ["NANOMOE_STEP_PATH"] = hooks.pop("path")  # type: ignore[assignment]
 hook: dict[str, Any] = {}
 n_sent = 0
 folder = ""

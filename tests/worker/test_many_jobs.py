@@ -127,12 +127,16 @@ FAILS: dict[str, Any] = SMALL | {"tokenizer": "no-such"}
 
 
 @ONLY_SQLITE
-def test_a_job_s_bytes_are_the_same_whether_it_is_a_trainer_s_first_or_a_later_one(place: Workplace) -> None:
+@pytest.mark.parametrize("path", ["eager", "fused"])
+def test_a_job_s_bytes_are_the_same_whether_it_is_a_trainer_s_first_or_a_later_one(
+    place: Workplace, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NANOMOE_STEP_PATH", path)
     expected, other = train_undisturbed(JobConfig(**SMALL)), train_undisturbed(JobConfig(**OTHER))
     first, between, last = place.submit(TEXT, **SMALL), place.submit(TEXT, **OTHER), place.submit(TEXT, **SMALL)
     failing, cancelled, again = place.submit(TEXT, **FAILS), place.submit(TEXT, **SMALL), place.submit(TEXT, **SMALL)
     queue.request_cancel(place.db, cancelled.id)
-    place.start_worker(program=hooked({}))
+    place.start_worker(program=hooked({}, path))
     for job in (first, between, last, again):
         place.wait_for(job, "succeeded", "failed")
     assert place.job(failing).error is not None
@@ -140,6 +144,7 @@ def test_a_job_s_bytes_are_the_same_whether_it_is_a_trainer_s_first_or_a_later_o
     assert _pid(place, again) != _pid(place, failing)
     for job in (first, last, again):
         assert_undisturbed(place, job, expected)
+        assert (place.job(job).execution or {})["path"] == path
     assert_undisturbed(place, between, other)
 
 

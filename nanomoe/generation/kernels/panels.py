@@ -16,7 +16,8 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from nanomoe.generation.kernels.compiling import HAS_WIDE_VECTORS, Array, compiled
+from nanomoe.compiling import Array
+from nanomoe.generation.kernels.compiling import HAS_WIDE_VECTORS, compiled
 
 LANES = 32
 """Outputs of a panel: two vectors of 16."""

@@ -21,7 +21,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from nanomoe.generation.kernels.compiling import HAS_INT8_PRODUCTS, Array, Floats, Ids, compiled, even_bounds, in_parts
+from nanomoe.compiling import Array, Floats, even_bounds, in_parts
+from nanomoe.generation.kernels.compiling import HAS_INT8_PRODUCTS, Ids, compiled
 from nanomoe.generation.kernels.panels import LANES, add_products, pack
 
 _LONGEST = 4096

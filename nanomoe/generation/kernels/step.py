@@ -23,8 +23,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from nanomoe.compiling import Floats, in_parts
 from nanomoe.config import ModelConfig
-from nanomoe.generation.kernels.compiling import Floats, compiled, compiled_in_any_order, in_parts
+from nanomoe.generation.kernels.compiling import compiled, compiled_in_any_order
 from nanomoe.generation.kernels.panels import LANES, add_products, pack, padded
 
 _TOGETHER = 16

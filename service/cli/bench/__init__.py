@@ -7,22 +7,23 @@ import typer
 
 from service.cli import text
 from service.cli.bench import tables
+from service.cli.bench.lists import names, numbers
+from service.cli.bench.train import train
 from service.cli.commands import Command
 from service.cli.output import Json, print_json
-from service.cli.usage_error import UsageError
 
 if TYPE_CHECKING:
     from nanomoe.bench.generation import Figures
     from service.cli.bench.served import Served
 
-_LARGEST = 1_000_000
-"""Largest number that an option's list may hold."""
+_MEASUREMENTS = ("traffic", "delays", "beside", "turnaround", "claims", "recovery")
 
 app = typer.Typer(
     name="bench",
     help="Benchmark this machine, beside other implementations of the same work.",
     no_args_is_help=True,
 )
+app.command(cls=Command)(train)
 
 
 @app.command(cls=Command)
@@ -43,15 +44,13 @@ def generate(
     from nanomoe.bench import generation
     from nanomoe.bench.models import MODELS
 
-    names = [name.strip() for name in models.split(",")]
-    if unknown := set(names) - set(MODELS):
-        raise UsageError(f"--models {', '.join(sorted(unknown))}: there are {', '.join(MODELS)}")
-    sizes, crowds = _numbers("--vocab", vocab), _numbers("--at-once", at_once)
+    chosen = names("--models", models, tuple(MODELS))
+    sizes, crowds = numbers("--vocab", vocab), numbers("--at-once", at_once)
     console = text.console(stderr=True)
     figures: list[Figures] = []
     served: list[Served] = []
     for size in sizes:
-        for name in names:
+        for name in chosen:
             with console.status("measuring") as status:
                 figures.append(
                     generation.measure(
@@ -76,12 +75,24 @@ def generate(
 
 @app.command(cls=Command)
 def jobs(
+    only: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME,...",
+            help="Measurements to make: traffic, delays, beside, turnaround, claims, recovery.",
+        ),
+    ] = ",".join(_MEASUREMENTS),
     queued: Annotated[
         str, typer.Option(metavar="N,...", help="Numbers of queued jobs for which claims are timed.")
     ] = "1,1000,1000000",
     seconds: Annotated[float, typer.Option(min=1, help="Seconds for which submissions are counted.")] = 10,
     settle: Annotated[float, typer.Option(min=0, help="Seconds in which a trainer warms up before a measurement.")] = 8,
     n_jobs: Annotated[int, typer.Option("--jobs", min=1, help="Number of jobs that are submitted and cancelled.")] = 5,
+    n_tiny: Annotated[int, typer.Option("--tiny", min=1, help="Number of tiny jobs that are counted.")] = 30,
+    job_steps: Annotated[
+        int | None, typer.Option(min=4, help="Optimizer steps of the reference job, in place of all of them.")
+    ] = None,
+    script: Annotated[bool, typer.Option(help="Also run the reference job's training as a plain script.")] = True,
     leases: Annotated[
         str, typer.Option(metavar="SECONDS,...", help="Lease lengths for which recovery from a killed worker is timed.")
     ] = "60",
@@ -91,51 +102,71 @@ def jobs(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Claims, submissions, and the times until a job starts, stops, and recovers from a killed worker."""
+    """Claims, submissions, and the times until a job starts, ends, stops, follows another, and recovers."""
     from service.cli.bench import lifecycle as measured
     from service.cli.bench.temporary_service import run_service
+    from service.cli.bench.turnaround import Turnaround
+    from service.cli.bench.turnaround import measure as measure_turnaround
 
-    lengths, lease_seconds = _numbers("--queued", queued), _numbers("--leases", leases)
+    wanted = names("--only", only, _MEASUREMENTS)
+    lengths, lease_seconds = numbers("--queued", queued), numbers("--leases", leases)
+    traffic: list[measured.Traffic] = []
+    delays: measured.Delays | None = None
+    disturbed: measured.Beside | None = None
+    turnaround: Turnaround | None = None
+    claims: list[measured.ClaimTime] = []
+    recoveries: list[measured.Recovery] = []
     with text.console(stderr=True).status("measuring") as status:
         with run_service(database_url) as service:
-            idle = measured.traffic(service, training=False, seconds=seconds)
-            service.processes.start_worker()
-            status.update("jobs on a worker")
-            delays = measured.delays(service, n_jobs, settle)
-            busy = measured.traffic(service, training=True, seconds=seconds)
-            status.update("training beside a stream")
-            disturbed = measured.beside(service, n_jobs, seconds)
-            service.processes.kill("worker")  # or it would claim what is timed
-            status.update("claims")
-            claims = list(measured.claim_times(service.database, lengths))
-        status.update("killing workers")
-        recoveries = [measured.recovery(lease, settle) for lease in lease_seconds]
+            if "traffic" in wanted:
+                traffic.append(measured.traffic(service, training=False, seconds=seconds))
+            if {"traffic", "delays", "beside", "turnaround"} & set(wanted):
+                service.processes.start_worker()
+            if "turnaround" in wanted:
+                status.update("jobs one after the other")
+                turnaround = measure_turnaround(
+                    service, n_jobs=n_jobs, n_tiny=n_tiny, settle=settle, steps=job_steps, script=script
+                )
+            if "delays" in wanted:
+                status.update("jobs on a worker")
+                delays = measured.delays(service, n_jobs, settle)
+            if "traffic" in wanted:
+                status.update("submissions beside a job")
+                traffic.append(measured.traffic(service, training=True, seconds=seconds))
+            if "beside" in wanted:
+                status.update("training beside a stream")
+                disturbed = measured.beside(service, n_jobs, seconds)
+            if "claims" in wanted:
+                status.update("claims")
+                if service.processes.runs("worker"):
+                    service.processes.kill("worker")  # or it would claim what is timed
+                claims = list(measured.claim_times(service.database, lengths))
+        if "recovery" in wanted:
+            status.update("killing workers")
+            recoveries = [measured.recovery(lease, settle) for lease in lease_seconds]
     if as_json:
         print_json(
             {
                 "claims": [asdict(one) for one in claims],
-                "traffic": [asdict(idle), asdict(busy)],
-                "delays": asdict(delays),
-                "beside": asdict(disturbed),
+                "traffic": [asdict(one) for one in traffic],
+                "delays": delays and asdict(delays),
+                "turnaround": turnaround and asdict(turnaround),
+                "beside": disturbed and asdict(disturbed),
                 "recoveries": [asdict(one) for one in recoveries],
             }
         )
         return
-    for table in (
-        tables.claims_table(claims),
-        tables.traffic_table([idle, busy]),
-        tables.delays_table(delays, recoveries),
-        tables.beside_table(disturbed),
-    ):
+    shown = []
+    if claims:
+        shown.append(tables.claims_table(claims))
+    if traffic:
+        shown.append(tables.traffic_table(traffic))
+    if delays or recoveries:
+        shown.append(tables.delays_table(delays, recoveries))
+    if turnaround:
+        shown.append(tables.turnaround_table(turnaround))
+    if disturbed:
+        shown.append(tables.beside_table(disturbed))
+    for table in shown:
         text.print_table(table)
         text.console().print()
-
-
-def _numbers(option: str, given: str) -> tuple[int, ...]:
-    try:
-        numbers = tuple(int(number) for number in given.split(","))
-    except ValueError:
-        raise UsageError(f"{option} {given!r} must look like 1,8,32") from None
-    if not all(0 < number <= _LARGEST for number in numbers):
-        raise UsageError(f"{option} {given!r}: numbers from 1 to {_LARGEST:,}")
-    return numbers

@@ -7,7 +7,7 @@ import concurrent.futures
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Event
@@ -15,6 +15,7 @@ from threading import Event
 import sqlalchemy as sa
 
 from nanomoe.config import JobConfig
+from service.cli.bench import rows
 from service.cli.bench.temporary_service import TemporaryService, run_service
 from service.client import Client, JobHandle
 from service.database.database import Database
@@ -23,11 +24,9 @@ from service.jobs import queue, reads
 from service.jobs.claim_order import QUEUED, jobs
 from service.jobs.ids import new_id
 from service.jobs.new_job import NewJob
-from service.jobs.tables import Counter, Job
+from service.jobs.tables import Counter
 from service.jobs.workers import WorkerIdentity, list_workers, worker_started
 
-_POLL_SECONDS = 0.002
-_TIMEOUT_SECONDS = 300.0
 _CLAIMS = 30
 _CLIENTS = 4
 _LONG = 100_000
@@ -186,9 +185,9 @@ def _in_training(service: TemporaryService, client: Client, *, wanted: bool) -> 
         yield
         return
     job = client.submit(_text(), JobConfig(epochs=_LONG), priority=100)
-    _wait(service, job, lambda row: row.progress.get("step", 0) > 0)
+    rows.wait(service, job, rows.has_trained)
     yield
-    _cancel(service, job)
+    rows.cancel(service, job)
 
 
 def delays(service: TemporaryService, n_jobs: int, settle: float) -> Delays:
@@ -199,20 +198,20 @@ def delays(service: TemporaryService, n_jobs: int, settle: float) -> Delays:
     running, first_step, cancelled, next_first_step = [], [], [], []
     with Client(service.url) as client:
         warm = client.submit(_text(), JobConfig(epochs=2))
-        _wait(service, warm, lambda row: row.status == "succeeded")
+        rows.wait(service, warm, lambda row: row.status == "succeeded")
         for _ in range(n_jobs):
             time.sleep(settle)
             began = time.monotonic()
             job = client.submit(_text(), JobConfig(epochs=_LONG))
-            running.append(_wait(service, job, lambda row: row.status == "running") - began)
-            first_step.append(_wait(service, job, lambda row: row.progress.get("step", 0) > 0) - began)
+            running.append(rows.wait(service, job, lambda row: row.status == "running") - began)
+            first_step.append(rows.wait(service, job, rows.has_trained) - began)
             behind = client.submit(_text(), JobConfig(epochs=_LONG))
             time.sleep(settle)
             began = time.monotonic()
             job.cancel()
-            cancelled.append(_wait(service, job, lambda row: row.status == "cancelled") - began)
-            next_first_step.append(_wait(service, behind, lambda row: row.progress.get("step", 0) > 0) - began)
-            _cancel(service, behind)
+            cancelled.append(rows.wait(service, job, lambda row: row.status == "cancelled") - began)
+            next_first_step.append(rows.wait(service, behind, rows.has_trained) - began)
+            rows.cancel(service, behind)
     return Delays(n_jobs, *(_median_and_max(each) for each in (running, first_step, cancelled, next_first_step)))
 
 
@@ -220,7 +219,7 @@ def beside(service: TemporaryService, turns: int, seconds: float) -> Beside:
     """Measure training without and with a concurrent stream, in turns of `seconds` each."""
     with Client(service.url) as client, Client(service.url) as reader:
         job = client.submit(_text(), JobConfig(epochs=_LONG))
-        _wait(service, job, lambda row: len(reads.list_checkpoints(service.database, row.id)) > 0)
+        rows.wait(service, job, lambda row: len(reads.list_checkpoints(service.database, row.id)) > 0)
         stream_from = reader.job(job.id)
         stream_from.generate("Era uma vez", max_new_tokens=1)  # the engine starts, and loads the checkpoint
         rates = []
@@ -232,7 +231,7 @@ def beside(service: TemporaryService, turns: int, seconds: float) -> Beside:
                 rates.append((alone, _steps_per_sec(service, job, seconds)))
                 over.set()
                 streaming.result()
-        _cancel(service, job)
+        rows.cancel(service, job)
     alone, disturbed = (statistics.median(each) for each in zip(*rates, strict=True))
     return Beside(alone, disturbed, statistics.median(two / one for one, two in rates))
 
@@ -254,7 +253,7 @@ def _steps_per_sec(service: TemporaryService, job: JobHandle, seconds: float) ->
 def _next_batch(service: TemporaryService, job: JobHandle) -> tuple[float, int]:
     """Monotonic time at which the next batch of steps was recorded, and its last step."""
     before = reads.get_job(service.database, job.id).progress["step"]
-    at = _wait(service, job, lambda row: row.progress["step"] > before)
+    at = rows.wait(service, job, lambda row: row.progress["step"] > before)
     return at, reads.get_job(service.database, job.id).progress["step"]
 
 
@@ -263,37 +262,16 @@ def recovery(lease_seconds: float, settle: float) -> Recovery:
     with run_service(lease_seconds=lease_seconds, snapshot_seconds=1) as service, Client(service.url) as client:
         service.processes.start_worker("first worker")
         job = client.submit(_text(), JobConfig(epochs=_LONG))
-        _wait(service, job, lambda row: row.progress.get("step", 0) > 100)
+        rows.wait(service, job, lambda row: row.progress.get("step", 0) > 100)
         service.processes.start_worker("second worker")
-        _until(lambda: len(list_workers(service.database)) == 2, "the second worker did not start")
+        rows.until(lambda: len(list_workers(service.database)) == 2, "the second worker did not start")
         time.sleep(settle)
         began = time.monotonic()
         service.processes.kill("first worker")
         left_at = reads.get_job(service.database, job.id).progress["step"]
-        running = _wait(service, job, lambda row: row.status == "running" and row.attempt == 2) - began
-        new_step = _wait(service, job, lambda row: row.progress["step"] > left_at) - began
+        running = rows.wait(service, job, lambda row: row.status == "running" and row.attempt == 2) - began
+        new_step = rows.wait(service, job, lambda row: row.progress["step"] > left_at) - began
     return Recovery(service.database.engine.dialect.name, lease_seconds, running, new_step)
-
-
-def _cancel(service: TemporaryService, job: JobHandle) -> None:
-    job.cancel()
-    _wait(service, job, lambda row: row.status == "cancelled")
-
-
-def _wait(service: TemporaryService, job: JobHandle, until: Callable[[Job], bool]) -> float:
-    """The monotonic time at which the condition first held for the job's row."""
-    return _until(
-        lambda: until(reads.get_job(service.database, job.id)), f"job {job.id} did not reach the expected state"
-    )
-
-
-def _until(holds: Callable[[], bool], otherwise: str) -> float:
-    """The monotonic time at which the condition first held. Raises AssertionError after a time-out."""
-    deadline = time.monotonic() + _TIMEOUT_SECONDS
-    while not holds():
-        assert time.monotonic() < deadline, otherwise
-        time.sleep(_POLL_SECONDS)
-    return time.monotonic()
 
 
 def _text() -> str:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from nanomoe.bench.generation import Figures
     from service.cli.bench.lifecycle import Beside, ClaimTime, Delays, Recovery, Traffic
     from service.cli.bench.served import Served
+    from service.cli.bench.turnaround import Turnaround
 
 
 def generation_table(figures: Iterable["Figures"]) -> Table:
@@ -91,21 +92,47 @@ def traffic_table(traffic: Iterable["Traffic"]) -> Table:
     return table
 
 
-def delays_table(delays: "Delays", recoveries: Iterable["Recovery"]) -> Table:
+def delays_table(delays: "Delays | None", recoveries: Iterable["Recovery"]) -> Table:
     """What a user waits for."""
     table = text.new_table("from", "to", ">median", ">largest")
-    rows = {
-        ("submit, idle warm worker", "running"): delays.submit_to_running,
-        ("submit, idle warm worker", "first training step"): delays.submit_to_first_step,
-        ("cancel", "cancelled, no process left"): delays.cancel_to_cancelled,
-        ("cancel", "first step of the next job"): delays.cancel_to_next_first_step,
-    }
+    rows = (
+        {}
+        if delays is None
+        else {
+            ("submit, idle warm worker", "running"): delays.submit_to_running,
+            ("submit, idle warm worker", "first training step"): delays.submit_to_first_step,
+            ("cancel", "cancelled, no process left"): delays.cancel_to_cancelled,
+            ("cancel", "first step of the next job"): delays.cancel_to_next_first_step,
+        }
+    )
     for (since, until), (median, largest) in rows.items():
         table.add_row(since, until, _ms(median), _ms(largest))
     for one in recoveries:
         since = f"worker killed, lease {one.lease_seconds:g} s, {one.database}"
         table.add_row(since, "running again", f"{one.kill_to_running:.1f} s", "")
         table.add_row(since, "first new step", f"{one.kill_to_new_step:.1f} s", "")
+    return table
+
+
+def turnaround_table(one: "Turnaround") -> Table:
+    """Jobs one after the other through one worker, and the reference job beside a plain script."""
+    table = text.new_table("from", "to", ">median", ">largest")
+    rows = {
+        ("submit, reference job", "first training step"): one.submit_to_first_step,
+        (f"submit, reference job, {one.reference_steps} steps", f"succeeded, loss {one.job_loss:.4f}"): (
+            one.submit_to_succeeded
+        ),
+        ("one job succeeded", "first step of the next, reference shape"): one.end_to_next_first_step,
+        ("one job succeeded", "first step of the next, tiny jobs"): one.tiny_end_to_next_first_step,
+        ("one job cancelled", "first step of the next, reference shape"): one.cancelled_to_next_first_step,
+    }
+    if one.script_seconds is not None:
+        rows["plain script started", f"ended, loss {one.script_loss:.4f}"] = one.script_seconds
+    for (since, until), (median, largest) in rows.items():
+        table.add_row(since, until, _ms(median), _ms(largest))
+    if one.times_as_fast_as_script is not None:
+        table.add_row("reference job", "times as fast as the script", f"{one.times_as_fast_as_script:.2f}", "")
+    table.add_row(f"{one.n_tiny} tiny jobs, one worker", "jobs a minute", f"{one.tiny_per_minute:.0f}", "")
     return table
 
 

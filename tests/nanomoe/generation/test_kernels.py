@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nanomoe.compiling import LoopPackage
 from nanomoe.generation.decoder import CompiledDecoder, Span, TensorDecoder
 from nanomoe.generation.kernels import compiling, panels, short_list
 from nanomoe.generation.output_layer import CompiledOutputLayer
@@ -160,16 +161,20 @@ def test_the_folder_of_what_is_compiled_depends_on_every_file_of_the_loops(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
-    before = compiling._kept_in()
+    before = compiling.LOOPS.folder.name
     for path in Path(compiling.__file__).parent.glob("*.py"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    monkeypatch.setattr(compiling, "_HERE", tmp_path)
-    assert compiling._kept_in() == before
+
+    def folder() -> str:
+        return LoopPackage(tmp_path).folder.name
+
+    assert folder() == before
     for path in sorted(tmp_path.glob("*.py")):
         source = path.read_bytes()
         path.write_bytes(source + b"\n")
-        assert compiling._kept_in() != before
+        assert folder() != before
         path.write_bytes(source)
+    assert folder() == before
 
 
 def test_all_is_as_right_on_a_processor_with_avx2_alone() -> None:

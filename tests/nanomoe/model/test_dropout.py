@@ -2,33 +2,86 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanomoe.model.dropout import EMBEDDING, Dropout, mix
+from nanomoe.config import ModelConfig
+from nanomoe.model.dropout import EMBEDDING, Dropout, Site, mix, plane_keys
+
+CPU = torch.device("cpu")
+HEADS = 4
 
 
-def draw(p: float = 0.2, seed: int = 1, step: int = 0, windows: tuple[int, ...] = (0,), layer: int = 0) -> Tensor:
-    dropout = Dropout(p, seed=seed, step=step, windows=windows, device=torch.device("cpu"), dtype=torch.float32)
-    return dropout.layer(layer, 6400).take(64, 100)
+def drawn_by(
+    p: float = 0.2, seed: int = 1, step: int = 0, windows: tuple[int, ...] = (0,), n_layer: int = 4
+) -> Dropout:
+    config = ModelConfig(dropout=p, n_head=HEADS, n_layer=n_layer)
+    return Dropout(config, seed=seed, step=step, windows=windows, device=CPU, dtype=torch.float32)
+
+
+def draw(dropout: Dropout, layer: int = 0, site: Site = Site.ATTENTION_WEIGHTS) -> Tensor:
+    return dropout.mask(layer, site, HEADS, 64, 101)
+
+
+def test_an_element_is_the_documented_hash_of_its_coordinates() -> None:
+    """In Python's integers, of any length: products of 32-bit integers wrap around, in a tensor's last elements too."""
+    seed, step, window, layer = 7, 3, 11, 2
+    mask = drawn_by(0.3, seed, step, (5, window)).mask(layer, Site.MLP_OUTPUT, HEADS, 9, 37)
+
+    def kept(plane: int, row: int, column: int) -> bool:
+        key = mix(seed, step, window, layer + 1, Site.MLP_OUTPUT, plane)
+        x = (key + (row << 15 | column >> 1)) % 2**32
+        x ^= x >> 16
+        x = x * 0x21F0AAAD % 2**32 ^ key >> 32
+        x ^= x >> 15
+        x = x * 0x735A2D97 % 2**32
+        x ^= x >> 15
+        draw = (x >> 16 if column % 2 else x) % 2**16
+        signed = draw - 2**16 if draw >= 2**15 else draw
+        return signed + 2**15 >= round(0.3 * 2**16)
+
+    expected = [[[kept(plane, row, column) for column in range(37)] for row in range(9)] for plane in range(HEADS)]
+    assert ((mask[1] > 0) == torch.tensor(expected)).all()
 
 
 def test_a_mask_keeps_its_share_and_scales_it_so_that_the_mean_stays() -> None:
-    mask = draw(windows=tuple(range(50)))
-    kept = (mask > 0).double().mean().item()
-    assert kept == pytest.approx(0.8, abs=0.005)
-    assert mask.unique().tolist() == pytest.approx([0, 1 / (1 - round(0.2 * 65536) / 65536)], rel=1e-6)
+    for p in (0.1, 0.2, 0.5):
+        mask = draw(drawn_by(p, windows=tuple(range(40))))
+        deviation = (p * (1 - p) / mask.numel()) ** 0.5
+        assert (mask > 0).double().mean().item() == pytest.approx(1 - p, abs=4 * deviation)
+        assert mask.unique().tolist() == pytest.approx([0, 1 / (1 - round(p * 65536) / 65536)], rel=1e-6)
 
 
-def test_the_bits_of_neighbouring_elements_are_independent() -> None:
-    kept = (draw(p=0.5, windows=tuple(range(100))) > 0).double().flatten() - 0.5
-    for lag in (1, 2, 3, 4, 64):
-        assert abs((kept[:-lag] * kept[lag:]).mean().item()) < 4 * 0.25 / len(kept) ** 0.5
+@pytest.mark.parametrize(
+    "lag", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 2), (0, 0, 64), (0, 1, 1), (0, 16, 0), (1, 1, 1)]
+)
+def test_elements_whose_coordinates_differ_are_independent(lag: tuple[int, int, int]) -> None:
+    kept = (draw(drawn_by(0.5, windows=tuple(range(40)))) > 0).double() - 0.5
+    plane, row, column = lag
+    one = kept[:, plane:, row:, column:]
+    other = kept[:, : HEADS - plane, : 64 - row, : 101 - column]
+    assert abs((one * other).mean().item()) < 4 * 0.25 / one.numel() ** 0.5
 
 
-def test_a_mask_depends_on_nothing_but_seed_step_window_and_layer() -> None:
-    alone, together = draw(windows=(3,)), draw(windows=(1, 3, 2))
-    assert torch.equal(alone[0], together[1])
-    others = [draw(windows=(4,)), draw(windows=(3,), step=1), draw(windows=(3,), seed=2), draw(windows=(3,), layer=1)]
-    assert not any(torch.equal(alone, other) for other in others)
-    assert not torch.equal(alone, draw(windows=(3,), layer=EMBEDDING))
+@pytest.mark.parametrize("differs", ["seed", "step", "windows", "layer", "site"])
+def test_masks_of_another_seed_step_window_layer_or_site_are_independent(differs: str) -> None:
+    def mask(n: int) -> Tensor:
+        keys = {"seed": 1, "step": 0, "windows": 0} | ({differs: n} if differs not in ("layer", "site") else {})
+        dropout = drawn_by(0.5, keys["seed"], keys["step"], (keys["windows"],), n_layer=30)
+        return draw(dropout, n if differs == "layer" else 0, Site(n if differs == "site" else 0))
+
+    kept = torch.stack([(mask(n) > 0).double() - 0.5 for n in range(3 if differs == "site" else 30)])
+    products = kept[1:] * kept[:-1]
+    assert abs(products.mean().item()) < 4 * 0.25 / products.numel() ** 0.5
+
+
+def test_a_window_has_the_same_mask_in_whatever_batch_it_travels() -> None:
+    alone, together = drawn_by(windows=(3,)), drawn_by(windows=(1, 3, 2))
+    assert torch.equal(draw(alone)[0], draw(together)[1])
+    assert torch.equal(draw(alone, EMBEDDING)[0], draw(together, EMBEDDING)[1])
+
+
+def test_a_longer_text_or_more_channels_change_no_element_of_the_shorter() -> None:
+    dropout = drawn_by()
+    small, large = dropout.mask(0, Site(0), 2, 10, 13), dropout.mask(0, Site(0), 4, 30, 40)
+    assert torch.equal(small, large[:, :2, :10, :13])
 
 
 def test_a_mask_is_the_same_for_any_number_of_threads() -> None:
@@ -37,31 +90,30 @@ def test_a_mask_is_the_same_for_any_number_of_threads() -> None:
         masks = []
         for n_threads in (1, 2):
             torch.set_num_threads(n_threads)
-            masks.append(draw(windows=tuple(range(8))))
+            masks.append(draw(drawn_by(windows=tuple(range(8)))))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(*masks)
 
 
-def test_masks_of_one_layer_are_cut_from_one_draw_without_overlap() -> None:
-    dropout = Dropout(0.5, seed=1, step=0, windows=(0, 1), device=torch.device("cpu"), dtype=torch.float32)
-    whole = dropout.layer(0, 24).take(24)
-    parts = dropout.layer(0, 24)
-    assert torch.equal(torch.cat([parts.take(2, 4).flatten(1), parts.take(16)], dim=1), whole)
-
-
 def test_router_noise_is_standard_normal_and_keyed_like_the_masks() -> None:
-    def noise(windows: tuple[int, ...]) -> Tensor:
-        dropout = Dropout(0.0, seed=1, step=5, windows=windows, device=torch.device("cpu"), dtype=torch.float32)
-        return dropout.noise(1, 100, 50)
-
-    many = noise(tuple(range(20)))
+    many = drawn_by(windows=tuple(range(20))).noise(1, 100, 50)
+    assert many.shape == (20, 100, 50)
     assert many.mean().item() == pytest.approx(0, abs=0.02)
     assert many.std().item() == pytest.approx(1, abs=0.02)
-    assert torch.equal(noise((7,))[0], many[7])
+    assert (many.abs() > 2).double().mean().item() == pytest.approx(0.0455, abs=0.003)
+    assert (many[..., 1:] * many[..., :-1]).mean().item() == pytest.approx(0, abs=0.02)
+    assert torch.equal(drawn_by(windows=(7,)).noise(1, 100, 50)[0], many[7])
 
 
 def test_keys_of_neighbours_differ_in_half_of_their_bits() -> None:
     flips = [(mix(1, step) ^ mix(1, step + 1)).bit_count() for step in range(1000)]
     assert sum(flips) / len(flips) == pytest.approx(32, abs=1)
     assert mix(1, 2) != mix(2, 1)
+
+
+def test_the_keys_of_all_planes_at_once_are_those_of_one_after_another() -> None:
+    config = ModelConfig(n_layer=2, n_head=4)
+    keys = plane_keys(config, 5, [3, 9], 2**62 + 1)
+    assert keys.shape == (3, len(Site), 2, 4)
+    assert keys[2, 1, 1, 3] == mix(2**62 + 1, 5, 9, 2, 1, 3)

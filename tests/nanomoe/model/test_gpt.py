@@ -2,11 +2,12 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from nanomoe.config import JobConfig
 from nanomoe.export import gpt2_model, gpt2_weights
-from nanomoe.model.dropout import Dropout
+from nanomoe.model.dropout import EMBEDDING, Dropout, Site
 from nanomoe.model.gpt import GPT, token_losses
 from nanomoe.model.size import n_active_params, n_params
 from nanomoe.training.optim import AdamW
@@ -121,7 +122,7 @@ def test_attention_with_written_out_weights_equals_the_fused_one() -> None:
     config = JobConfig.model_validate(SMALL | {"dropout": 1e-9, "use_moe": True})
     model = built(config).double()
     tokens = torch.randint(VOCAB, (3, 24))
-    dropout = Dropout(1e-9, seed=1, step=0, windows=[0, 1, 2], device=torch.device("cpu"), dtype=torch.float64)
+    dropout = Dropout(config, seed=1, step=0, windows=[0, 1, 2], device=torch.device("cpu"), dtype=torch.float64)
     torch.testing.assert_close(
         model(tokens, dropout=dropout).logits_BTV, model(tokens).logits_BTV, rtol=1e-10, atol=1e-12
     )
@@ -132,15 +133,18 @@ def test_dropout_touches_the_embedding_the_attention_and_both_branches() -> None
     taken: list[tuple[int, ...]] = []
 
     class Watching(Dropout):
-        def layer(self, layer: int, n_elements: int):  # type: ignore[no-untyped-def]
-            masks = super().layer(layer, n_elements)
-            take = masks.take
-            masks.take = lambda *shape: taken.append(shape) or take(*shape)  # type: ignore[method-assign,func-returns-value]
-            return masks
+        def mask(self, layer: int, site: Site, n_planes: int, n_rows: int, n_columns: int) -> Tensor:
+            taken.append((layer, site, n_planes, n_rows, n_columns))
+            return super().mask(layer, site, n_planes, n_rows, n_columns)
 
-    dropout = Watching(0.5, seed=1, step=0, windows=[0], device=torch.device("cpu"), dtype=torch.float32)
+    dropout = Watching(config, seed=1, step=0, windows=[0], device=torch.device("cpu"), dtype=torch.float32)
     built(config)(torch.zeros(1, 8, dtype=torch.long), dropout=dropout)
-    assert taken == [(8, 16), (2, 8, 8), (8, 16), (8, 16)]
+    assert taken == [
+        (EMBEDDING, Site.ATTENTION_OUTPUT, 1, 8, 16),
+        (0, Site.ATTENTION_WEIGHTS, 2, 8, 8),
+        (0, Site.ATTENTION_OUTPUT, 1, 8, 16),
+        (0, Site.MLP_OUTPUT, 1, 8, 16),
+    ]
 
 
 def test_the_same_seed_is_the_same_model_and_another_seed_another() -> None:

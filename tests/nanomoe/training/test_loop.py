@@ -112,7 +112,9 @@ def test_a_step_equals_the_plain_formula() -> None:
     run, plain = start(config), start(config)
     order = plain.order.step(0)
     inputs, targets = plain.windows.batch(order.windows)
-    dropout = Dropout(0.2, seed=42, step=0, windows=order.windows, device=torch.device("cpu"), dtype=torch.float32)
+    dropout = Dropout(
+        plain.config, seed=42, step=0, windows=order.windows, device=torch.device("cpu"), dtype=torch.float32
+    )
     loss = token_losses(plain.model(inputs, dropout=dropout).logits_BTV, targets).sum() / (targets != -1).sum()
     loss.backward()
     gradients = {name: p.grad.clone() for name, p in plain.model.named_parameters() if p.grad is not None}

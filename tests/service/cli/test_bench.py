@@ -1,9 +1,14 @@
 """`nanomoe bench`: what it measures through a service of its own."""
 
+from dataclasses import replace
+
 import pytest
 
-from service.cli.bench import lifecycle, tables
+from nanomoe.bench.training.shapes import Shape
+from nanomoe.config import JobConfig
+from service.cli.bench import lifecycle, rows, tables
 from service.cli.bench.temporary_service import run_service
+from service.cli.bench.turnaround import Turnaround
 from tests.service.cli.conftest import Run
 
 
@@ -23,15 +28,72 @@ def test_generation_is_measured_through_http_too(nanomoe: Run, monkeypatch: pyte
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--models", "sparse"], "there are dense, mixture"),
-        (["--at-once", "many"], "must look like 1,8,32"),
-        (["--at-once", "2000000"], "numbers from 1 to 1,000,000"),
+        (["generate", "--models", "sparse"], "there are dense, mixture"),
+        (["generate", "--at-once", "many"], "must look like 1,8,32"),
+        (["generate", "--at-once", "2000000"], "numbers from 1 to 1,000,000"),
+        (["jobs", "--only", "lunch"], "there are traffic, delays, beside, turnaround, claims, recovery"),
+        (["train", "--only", "all"], "there are steps, evaluation, growth"),
+        (["train", "--shapes", "large"], "there are reference, reference-50k, small, gpt2"),
+        (["train", "--device", "abacus"], "--device abacus"),
+        (["train", "--device", "cuda:77"], "CUDA devices"),
     ],
 )
 def test_an_invalid_measurement_is_a_usage_error(nanomoe: Run, options: list[str], said: str) -> None:
-    result = nanomoe("bench", "generate", *options)
+    result = nanomoe("bench", *options)
     assert result.code == 2
     assert said in result.err
+
+
+def test_training_is_measured_in_all_its_parts(nanomoe: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = Shape("tiny", JobConfig(block_size=8, n_layer=2, n_head=2, n_embd=16, batch_size=2), 256, 2, 8)
+    monkeypatch.setattr("nanomoe.bench.training.shapes.SHAPES", {"tiny": tiny})
+    monkeypatch.setattr("nanomoe.bench.training.growth.TOKENS", 16)
+    axes = {"layers": {1: {"n_layer": 1, "n_embd": 8, "block_size": 8}}}
+    monkeypatch.setattr("nanomoe.bench.training.growth.AXES", axes)
+    options = ["--turns", "1", "--steps", "2", "--dropout", "0", "--texts", "100", "--job-steps", "4"]
+    given = ["bench", "train", "--only", "steps,evaluation,growth", *options]
+    result = nanomoe(*given, "--json")
+    assert result.code == 0, result.err
+    figures = result.json
+    assert [one["shape"] for one in figures["steps"]] == ["tiny", "tiny-mixture"]
+    losses = {one["who"]: one["loss"] for one in figures["steps"][0]["measured"]}
+    assert losses["transformers"] == pytest.approx(losses["eager"], rel=1e-5)
+    assert figures["evaluation"][0]["n_trained_tokens"] == 4 * 99
+    assert {point["axis"] for point in figures["growth"]} == {"layers"}
+    assert "nanoGPT: no --nanogpt FOLDER was given" in figures["not_measured"]
+    assert (
+        "tiny-mixture, transformers: no class of transformers computes this mixture of experts"
+        in (figures["not_measured"])
+    )
+    shown = nanomoe(*given).out
+    for said in ("loop over experts", "x transformers", "of dense", "GFLOP/s", "not training", "µs per token"):
+        assert said in shown
+
+
+def test_jobs_follow_one_another_through_one_worker(nanomoe: Run) -> None:
+    options = ["--jobs", "1", "--tiny", "1", "--settle", "0", "--job-steps", "4"]
+    result = nanomoe("bench", "jobs", "--only", "turnaround", *options, "--json")
+    assert result.code == 0, result.err
+    measured = result.json["turnaround"]
+    assert (measured["reference_steps"], measured["n_jobs"], measured["n_tiny"]) == (4, 1, 1)
+    assert measured["script_loss"] == pytest.approx(measured["job_loss"], rel=0.01)
+    assert 0 < measured["submit_to_first_step"][0] <= measured["submit_to_succeeded"][0]
+    script, job = measured["script_seconds"][0], measured["submit_to_succeeded"][0]
+    assert measured["times_as_fast_as_script"] == pytest.approx(script / job)
+    assert measured["tiny_per_minute"] > 0
+    for name in ("end_to_next_first_step", "tiny_end_to_next_first_step", "cancelled_to_next_first_step"):
+        assert 0 <= measured[name][0] <= measured[name][1]
+    assert result.json["delays"] is None
+    assert result.json["claims"] == result.json["traffic"] == result.json["recoveries"] == []
+
+
+def test_a_turnaround_is_shown_with_the_script_and_without() -> None:
+    pair = (1.0, 2.0)
+    alone = Turnaround(1, 500, pair, pair, None, None, 3.5, None, pair, pair, pair, 20, 300.0)
+    assert list(tables.turnaround_table(alone).columns[2].cells)[-1] == "300"
+    beside = replace(alone, script_seconds=pair, times_as_fast_as_script=5.0, script_loss=3.6)
+    assert "ended, loss 3.6000" in list(tables.turnaround_table(beside).columns[1].cells)
+    assert len(tables.turnaround_table(beside).rows) == len(tables.turnaround_table(alone).rows) + 2
 
 
 def test_a_claim_is_timed_with_the_given_number_of_queued_jobs() -> None:
@@ -54,8 +116,8 @@ def test_submissions_are_counted_and_cancelled() -> None:
 
 
 def test_a_second_worker_that_does_not_start_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lifecycle, "_GIVE_UP_SECONDS", 0.1)
-    monkeypatch.setattr(lifecycle, "_wait", lambda *_: 0.0)
+    monkeypatch.setattr(rows, "_TIMEOUT_SECONDS", 0.1)
+    monkeypatch.setattr(rows, "wait", lambda *_: 0.0)
     monkeypatch.setattr("service.cli.processes.Processes.start_worker", lambda *_: None)
     with pytest.raises(AssertionError, match="the second worker did not start"):
         lifecycle.recovery(lease_seconds=3, settle=0)

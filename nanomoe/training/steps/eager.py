@@ -1,0 +1,74 @@
+"""An optimizer step operator by operator, its gradients by autograd: every model, every device, and the reference."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from nanomoe.config import JobConfig
+from nanomoe.data import Windows
+from nanomoe.model.dropout import Dropout
+from nanomoe.model.gpt import GPT, token_losses
+from nanomoe.training.optim import AdamW
+from nanomoe.training.steps.step import Part, TrainingStep
+
+
+class EagerStep(TrainingStep):
+    """The step as its formulas say it."""
+
+    def __init__(self, model: GPT, windows: Windows, config: JobConfig, activations: torch.dtype) -> None:
+        """`activations`: type of activations and matrix products."""
+        self._model = model
+        self._windows = windows
+        self._config = config
+        self._activations = activations
+        self._device = next(model.parameters()).device
+        self._optimizer = AdamW(model, config)
+        self.lr = config.lr
+
+    def begin(self) -> None:
+        self._optimizer.zero_grad()
+
+    def add(self, index: int, windows: Sequence[int], n_targets: int) -> Part:
+        config = self._config
+        inputs_BT, targets_BT = self._windows.batch(list(windows))
+        dropout = Dropout(
+            config, seed=config.seed, step=index, windows=windows, device=self._device, dtype=self._activations
+        )
+        self._model.train()
+        with self._autocast():
+            logits_BTV, routings = self._model(inputs_BT, dropout=dropout)
+        loss = token_losses(logits_BTV, targets_BT).sum() / n_targets
+        objective = loss
+        share = self._windows.n_targets(list(windows)) / n_targets
+        for routing in routings.values():
+            balance = config.router_aux_loss_coef * routing.aux_loss + config.router_z_loss_coef * routing.z_loss
+            objective = objective + balance * share
+        torch.autograd.backward(objective)
+        return Part(
+            loss.detach(),
+            {layer: routing.counts_E for layer, routing in routings.items()},
+            {layer: routing.dropped for layer, routing in routings.items()},
+        )
+
+    def update(self) -> Tensor:
+        gradients = [p.grad for p in self._model.parameters() if p.grad is not None]
+        grad_norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+        if self._config.grad_clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(self._model.parameters(), self._config.grad_clip, grad_norm)
+        self._optimizer.lr = self.lr
+        self._optimizer.step()
+        return grad_norm
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self._optimizer.tensors()
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        self._optimizer.load(tensors)
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        if self._activations == torch.float32:
+            return nullcontext()
+        # Every weight is used once a step: a cache of cast weights would only hold memory.
+        return torch.autocast(self._device.type, dtype=self._activations, cache_enabled=False)

@@ -1,0 +1,53 @@
+"""What every way of doing an optimizer step offers to a run."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Part(NamedTuple):
+    """What one micro-batch contributes to an optimizer step, beside its gradient. Nothing of it has been read yet."""
+
+    loss: Tensor
+    """Sum of the micro-batch's cross-entropies over the number of targets of the whole step, 0-dim."""
+    counts: dict[int, Tensor]
+    """{MoE layer: assignments to each expert, before dropping}."""
+    dropped: dict[int, Tensor]
+    """{MoE layer: assignments beyond the capacity}, 0-dim."""
+
+
+class TrainingStep(ABC):
+    """One way of doing an optimizer step: gradients of its micro-batches, then the update of the weights."""
+
+    lr: float
+    """Learning rate of the next update."""
+
+    @abstractmethod
+    def begin(self) -> None:
+        """Forget all gradients."""
+
+    @abstractmethod
+    def add(self, index: int, windows: Sequence[int], n_targets: int) -> Part:
+        """Add the gradient of a micro-batch of step `index` (from 0), which has `n_targets` targets in all.
+
+        Raises:
+            RuntimeError: memory ran out; `begin` starts over.
+        """
+
+    @abstractmethod
+    def update(self) -> Tensor:
+        """Clip the gradient if the config says so and change the weights; the gradient's norm before, 0-dim."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """The optimizer's state for a snapshot: `step.NAME`, `exp_avg.NAME` and `exp_avg_sq.NAME` of each parameter."""
+
+    @abstractmethod
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the state over from a snapshot, which may hold other tensors too.
+
+        Raises:
+            KeyError: the state of a parameter is missing.
+        """
