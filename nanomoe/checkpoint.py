@@ -50,10 +50,17 @@ _PIECE_BYTES = 1 << 20
 """Read and hashed at once where a file is only verified: milliseconds of work, however large the file."""
 
 
-def stopped_early_reason(step: int, perplexity: float | None) -> str:
-    """Why a training ended before its last step, in words; None for a perplexity that is not known."""
-    reached = "" if perplexity is None else f": perplexity {perplexity:,.3f}"
-    return f"stopped early at step {step:,}{reached}"
+def stopped_early_reason(metrics: CheckpointMetrics) -> str:
+    """Why a training ended before its last step, in words."""
+    figures = [] if metrics.perplexity is None else [f"perplexity {metrics.perplexity:,.3f}"]
+    if metrics.best_val_loss is not None:
+        figures.append(f"lowest val_loss {metrics.best_val_loss:,.4f} at step {metrics.best_val_step:,}")
+    return ": ".join([stopped_early_at(metrics.step), *([", ".join(figures)] if figures else [])])
+
+
+def stopped_early_at(step: int) -> str:
+    """That a training ended before its last step, in words, for whoever does not know why."""
+    return f"stopped early at step {step:,}"
 
 
 class CheckpointDamaged(NanomoeError):

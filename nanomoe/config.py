@@ -232,8 +232,20 @@ class TrainConfig(Strict):
     stop_at_perplexity: float | None = Field(None, gt=1, le=1e9)
     """End early, at percent 100, once the training text's evaluation perplexity is at most this; null never does."""
 
+    early_stopping_patience: Annotated[int, Field(ge=1, le=1_000_000), Whole] | None = None
+    """End early, at percent 100, once `val_loss` has not improved in this many consecutive evaluations; null never
+    does. Needs `val_fraction` above 0."""
+
+    early_stopping_min_delta: float = Field(0.0, ge=0, le=100)
+    """Nats per token by which `val_loss` must fall below its lowest value so far to count as an improvement."""
+
     eval_interval: Annotated[int, Field(ge=1, le=1_000_000_000), Whole] | None = None
-    """Steps between the evaluations that `stop_at_perplexity` looks at; null is one epoch."""
+    """Steps between the evaluations that `stop_at_perplexity` and `early_stopping_patience` look at; null is one
+    epoch."""
+
+    eval_max_tokens: Annotated[int, Field(ge=256, le=1_000_000_000), Whole] | None = None
+    """Most targets that an evaluation measures, in windows spread evenly over a longer text, the same at every
+    checkpoint; at least one window. Null is 3 % of the tokens that the job trains on, between 8,192 and 65,536."""
 
     deterministic: bool = False
     """Promise equal bytes for equal runs on a GPU too, at some speed; a CPU always keeps that promise."""
@@ -246,6 +258,12 @@ class TrainConfig(Strict):
     def _schedule_fits(self) -> Self:
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr ({self.min_lr:g}) must be at most lr ({self.lr:g})")
+        return self
+
+    @model_validator(mode="after")
+    def _early_stopping_has_a_loss(self) -> Self:
+        if self.early_stopping_patience is not None and self.val_fraction == 0:
+            raise ValueError("early_stopping_patience needs val_fraction above 0: it looks at val_loss")
         return self
 
 

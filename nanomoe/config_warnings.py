@@ -156,8 +156,14 @@ def _unused(config: JobConfig, plan: Plan | None) -> list[str]:
     found = []
     if config.min_lr > 0 and config.lr_schedule == "constant":
         found.append("min_lr (lr_schedule is constant)")
-    if config.eval_interval is not None and config.stop_at_perplexity is None:
-        found.append("eval_interval (stop_at_perplexity is null)")
+    if (
+        config.eval_interval is not None
+        and config.stop_at_perplexity is None
+        and config.early_stopping_patience is None
+    ):
+        found.append("eval_interval (stop_at_perplexity and early_stopping_patience are null)")
+    if config.early_stopping_min_delta > 0 and config.early_stopping_patience is None:
+        found.append("early_stopping_min_delta (early_stopping_patience is null)")
     if config.use_moe and config.upcycle_noise > 0 and config.init_from is None:
         found.append("upcycle_noise (init_from is null: no expert is a copy)")
     if config.top_k == 1 and config.temperature > 0 and _is_changed(config, "temperature"):
@@ -171,10 +177,18 @@ def _unused(config: JobConfig, plan: Plan | None) -> list[str]:
 
 def _unused_on_the_text(config: JobConfig, plan: Plan) -> list[str]:
     found = []
-    if config.stop_at_perplexity is not None:
-        interval = config.eval_interval or plan.steps_per_epoch
-        if interval >= plan.total_steps:
-            found.append(f"stop_at_perplexity (looked at every {interval:,} steps, of {plan.total_steps:,} in all)")
+    interval = config.eval_interval or plan.steps_per_epoch
+    if config.early_stopping_patience is not None:
+        n_evaluations = (plan.total_steps - 1) // interval
+        if n_evaluations <= config.early_stopping_patience:
+            found.append(
+                f"early_stopping_patience ({n_evaluations:,} evaluations before the end, every {interval:,} steps of "
+                f"{plan.total_steps:,}: the first always improves)"
+            )
+    if config.eval_max_tokens is not None and config.eval_max_tokens >= max(plan.n_train_tokens, plan.n_val_tokens) - 1:
+        found.append("eval_max_tokens (the text has no more targets)")
+    if config.stop_at_perplexity is not None and interval >= plan.total_steps:
+        found.append(f"stop_at_perplexity (looked at every {interval:,} steps, of {plan.total_steps:,} in all)")
     if config.lr_schedule == "cosine" and plan.total_steps - 1 <= config.warmup_steps <= plan.total_steps:
         found.append("lr_schedule (no step is left after warmup_steps)")
     if plan.n_windows == 1 and _is_changed(config, "batch_size"):

@@ -34,6 +34,11 @@ class Windows:
         self._offsets_T = torch.arange(self.length, device=tokens_N.device)
 
     @property
+    def device(self) -> torch.device:
+        """The device that batches are on."""
+        return self._tokens.device
+
+    @property
     def tokens(self) -> list[int]:
         """The text's token ids."""
         ids: list[int] = self._tokens[:-1].tolist()
@@ -58,6 +63,11 @@ class Windows:
     def n_targets(self, windows: list[int]) -> int:
         """Targets of these windows that are not ignored."""
         return sum(min(self.length, self._n_tokens - 1 - w * self.length) for w in windows)
+
+    @property
+    def n_targets_in_all(self) -> int:
+        """Targets of the text: all tokens but the first."""
+        return self._n_tokens - 1
 
     def batches(self, per_batch: int) -> Iterator[list[int]]:
         """All windows in the text's order, `per_batch` at a time."""

@@ -22,6 +22,14 @@ class OutOfMemory(NanomoeError, RuntimeError):
     code = "out_of_memory"
 
 
+EVALUATED_SHARE = 0.03
+"""Targets of an evaluation per target trained on, by default. A target that is evaluated costs a third of one that is
+trained on, so that five evaluations cost a twentieth of the training."""
+
+LEAST_EVALUATED, MOST_EVALUATED = 8192, 65_536
+"""Bounds of the targets of an evaluation, by default."""
+
+
 def n_windows(n_tokens: int, block_size: int) -> int:
     """Windows that cover a text: one if it fits the context, else ceil((N - 1) / B)."""
     return 1 if n_tokens <= block_size else -(-(n_tokens - 1) // block_size)
@@ -84,6 +92,21 @@ class Plan:
         """{step: percent} of the checkpoints, after ceil(percent * total / 100) steps; where two fall on one step, the
         higher percent."""
         return {-(-percent * self.total_steps // 100): percent for percent in PERCENTS}
+
+    def n_trained_targets(self, config: JobConfig) -> int:
+        """Targets that the job trains on, each as often as it is."""
+        epochs, steps = divmod(self.total_steps, self.steps_per_epoch)
+        per_step = config.batch_size * config.gradient_accumulation_steps * config.block_size
+        in_epoch = self.n_train_tokens - 1
+        return epochs * in_epoch + min(steps * per_step, in_epoch)
+
+    def eval_max_tokens(self, config: JobConfig) -> int:
+        """Most targets that an evaluation measures, of the training text and of the held-out one: the config's
+        `eval_max_tokens`, or its default for this text."""
+        if config.eval_max_tokens is not None:
+            return config.eval_max_tokens
+        share = round(EVALUATED_SHARE * self.n_trained_targets(config))
+        return min(max(share, LEAST_EVALUATED), MOST_EVALUATED)
 
     def epoch_of(self, step: int) -> int:
         """Epochs completed or under way after `step` steps; 0 before the first."""

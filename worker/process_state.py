@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 JOIN_SECONDS = 0.5
-"""How long the threads of a job that has ended are waited for. The evaluation of a cancelled job's first checkpoint can
-take minutes; a new process takes seconds."""
+"""How long the threads of a job that has ended are waited for. The evaluation of a cancelled job's first checkpoint
+ends before its next batch, within a fraction of a second for a small model; a new process takes seconds."""
 
 MOST_GROWN_BYTES = 512 * 2**20
 """Resident memory that a process may have gained since it was new: what allocators keep, and no more. Assumed."""

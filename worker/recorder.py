@@ -170,7 +170,7 @@ class Recorder:
             )
         )
         if metrics.stopped_early:
-            self.stopped_early_reason = checkpoint.stopped_early_reason(metrics.step, metrics.perplexity)
+            self.stopped_early_reason = checkpoint.stopped_early_reason(metrics)
 
     def _replace_snapshot(self, message: SnapshotWritten) -> None:
         """Record a snapshot in place of the previous one, whose files are then removed."""

@@ -4,20 +4,17 @@ Whoever loads the weights can recompute every metric. Knows no optimizer, no fil
 """
 
 import math
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from nanomoe.config import JobConfig
 from nanomoe.data import IGNORE, Windows
+from nanomoe.evaluation.evaluated_text import EvaluatedText, RaiseIfStopped, go_on
 from nanomoe.evaluation.metrics import (
-    Baselines,
     CheckpointMetrics,
     Continuation,
     MixtureMetrics,
@@ -34,14 +31,21 @@ from nanomoe.tokenizer import Tokenizer
 MAX_RECONSTRUCTED = 2048
 """Targets that a reconstruction holds."""
 
-LOGITS_BYTES = 64 * 2**20
-"""Logits held at once; a longer text is evaluated in several batches."""
+BATCH_BYTES = {"cpu": 16 * 2**20, "cuda": 256 * 2**20}
+"""Activations of a block that are held at once, by the kind of device: windows are evaluated together as long as these
+fit. On a CPU a larger batch is no faster, 43,000 tokens a second and core at 768 tokens of 128 channels, 41,000 at
+2,048 and at 8,192 (measured), and a stop is noticed between two batches. The bound on a GPU is assumed."""
+
+LOGITS_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
+"""Logits that are held at once, by the kind of device. On a CPU larger blocks are slower: of tokens with 8,192 logits
+26,000 a second and core in blocks of 1 and of 4 MB, 19,000 in 16 MB, 15,000 in 64 MB (measured). The bound on a GPU is
+assumed."""
 
 Choices = dict[int, Tensor]
-"""{layer: (targets, K) int16}: the experts of each token that has a target, in the text's order.
+"""{layer: (targets, K) int16}: the experts of each token whose successor is a target that is read, in the text's order.
 
-Row i is the routing of token i, after which token i + 1 is predicted: what `routing.safetensors` holds, and `churn`
-compares."""
+Row i is the routing of the token at `EvaluatedText.positions()[i]`, which is i where the whole text is read: what
+`routing.safetensors` holds, and `churn` compares."""
 
 
 @dataclass(frozen=True)
@@ -68,42 +72,58 @@ def _evaluating(model: GPT) -> Iterator[None]:
         model.train(was_training)
 
 
-def _batches(model: GPT, windows: Windows) -> Iterator[list[int]]:
-    return windows.batches(max(1, LOGITS_BYTES // (4 * windows.length * model.vocab_size)))
+def _windows_per_batch(model: GPT, windows: Windows) -> int:
+    """As many as `BATCH_BYTES` hold, at least one: what a block computes of a token lies in memory at once."""
+    config = model.config
+    hidden = max(4 * config.n_embd, (config.k + config.n_shared_experts) * config.expert_hidden * config.use_moe)
+    token_bytes = 4 * (8 * config.n_embd + hidden)
+    return max(1, BATCH_BYTES[windows.device.type] // (token_bytes * windows.length))
+
+
+def _logits_in_blocks(model: GPT, hidden_BTC: Tensor, targets_BT: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits (N, V) and targets (N,) of as many tokens at a time as `LOGITS_BYTES` hold, at least one."""
+    at_once = max(1, LOGITS_BYTES[hidden_BTC.device.type] // (4 * model.vocab_size))
+    hidden, targets = hidden_BTC.flatten(0, 1).split(at_once), targets_BT.flatten().split(at_once)
+    for hidden_NC, targets_N in zip(hidden, targets, strict=True):
+        yield model.logits(hidden_NC), targets_N
+
+
+def _losses(model: GPT, hidden_BTC: Tensor, targets_BT: Tensor) -> Tensor:
+    """The loss (B, T) of each target, 0 where it is ignored."""
+    blocks = _logits_in_blocks(model, hidden_BTC, targets_BT)
+    losses = [token_losses(logits_NV[None], targets_N[None])[0] for logits_NV, targets_N in blocks]
+    return torch.cat(losses).view_as(targets_BT)
+
+
+def _losses_and_predictions(model: GPT, hidden_BTC: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """`_losses`, and the likeliest token (B, T) in place of each target."""
+    losses: list[Tensor] = []
+    predicted: list[Tensor] = []
+    for logits_NV, targets_N in _logits_in_blocks(model, hidden_BTC, targets_BT):
+        losses.append(token_losses(logits_NV[None], targets_N[None])[0])
+        predicted.append(logits_NV.argmax(-1))
+    return torch.cat(losses).view_as(targets_BT), torch.cat(predicted).view_as(targets_BT)
 
 
 @torch.no_grad()
-def evaluate_loss(model: GPT, windows: Windows) -> float:
-    """Mean cross-entropy of the targets, nats per token."""
-    total, n = 0.0, 0
+def evaluate_loss(model: GPT, text: EvaluatedText, raise_if_stopped: RaiseIfStopped = go_on) -> float:
+    """Mean cross-entropy of the targets that are read of `text`, nats per token. `raise_if_stopped` is called before
+    every batch."""
+    windows = text.all_windows
+    total = 0.0
     with _evaluating(model):
-        for batch in _batches(model, windows):
+        for batch in text.batches(_windows_per_batch(model, windows)):
+            raise_if_stopped()
             inputs_BT, targets_BT = windows.batch(batch)
-            total += token_losses(model(inputs_BT).logits_BTV, targets_BT).double().sum().item()
-            n += windows.n_targets(batch)
-    return total / n
-
-
-def entropy_baselines(tokens: list[int], vocab_size: int) -> Baselines:
-    """What simpler predictors would reach on this text's targets, nats per token.
-
-    `uniform` knows nothing: ln V. `unigram` knows how often each token is a target: the entropy H(x). `bigram` knows
-    that for each preceding token: the conditional entropy H(x_t | x_{t-1}).
-    """
-
-    def entropy(counts: Counter[Any]) -> float:
-        n = counts.total()
-        return -sum(c / n * math.log(c / n) for c in counts.values())
-
-    unigram = entropy(Counter(tokens[1:]))
-    bigram = entropy(Counter(pairwise(tokens))) - entropy(Counter(tokens[:-1]))
-    return Baselines(uniform=math.log(vocab_size), unigram=max(0.0, unigram), bigram=max(0.0, bigram))
+            hidden_BTC, _ = model.hidden(inputs_BT)
+            total += _losses(model, hidden_BTC, targets_BT).double().sum().item()
+    return total / text.n_targets
 
 
 def evaluate(
     model: GPT,
-    windows: Windows,
-    val_windows: Windows | None,
+    text: EvaluatedText,
+    val_text: EvaluatedText | None,
     tokenizer: Tokenizer,
     config: JobConfig,
     *,
@@ -111,16 +131,21 @@ def evaluate(
     previous_choices: Choices,
     train_loss: float | None,
     train_dropped: dict[int, float],
+    raise_if_stopped: RaiseIfStopped = go_on,
 ) -> Evaluation:
     """All metrics of the model as it stands, at `position` of its training.
+
+    `text` is the training text, `val_text` the one held out. `raise_if_stopped` is called between two batches.
 
     `previous_choices`: those of the checkpoint before, empty at percent 0. `train_dropped`: per MoE layer, the share
     of assignments that the training steps since then dropped.
     """
     with _evaluating(model):
-        read = _read_text(model, windows)
+        windows = text.all_windows
+        read = _read(model, windows, text.windows, raise_if_stopped)
         tokens = windows.tokens
-        targets = tokens[1:]
+        inputs = text.positions().tolist()
+        targets = [tokens[i + 1] for i in inputs]
         loss = sum(read.losses) / len(targets)
         n_bytes = sum(len(tokenizer.token_bytes(target)) for target in targets)
         metrics = CheckpointMetrics(
@@ -130,11 +155,27 @@ def evaluate(
             bits_per_byte=sum(read.losses) / math.log(2) / n_bytes,
             train_loss=train_loss,
             accuracy=sum(p == t for p, t in zip(read.predicted, targets, strict=True)) / len(targets),
-            val_loss=evaluate_loss(model, val_windows) if val_windows is not None else None,
-            baselines=entropy_baselines(tokens, tokenizer.vocab_size),
-            reconstruction=_reconstruction(tokens, read, tokenizer),
-            continuation=_continuation(model, tokens, tokenizer, config),
-            moe=_moe(model, windows, read, tokenizer, config, previous_choices, train_dropped),
+            val_loss=evaluate_loss(model, val_text, raise_if_stopped) if val_text is not None else None,
+            baselines=text.baselines(tokenizer.vocab_size, raise_if_stopped),
+            eval_targets=len(targets),
+            loss_stderr=text.standard_error(read.losses),
+            reconstruction=_reconstruction(
+                tokens,
+                read if text.is_whole else _read(model, windows, _first_windows(windows), raise_if_stopped),
+                tokenizer,
+            ),
+            continuation=_continuation(model, tokens, tokenizer, config, raise_if_stopped),
+            moe=_moe(
+                model,
+                windows,
+                read,
+                [tokens[i] for i in inputs],
+                tokenizer,
+                config,
+                previous_choices,
+                train_dropped,
+                raise_if_stopped,
+            ),
         )
     return Evaluation(metrics, {layer: r.chosen_TK.to("cpu", torch.int16) for layer, r in read.routing.items()})
 
@@ -143,15 +184,16 @@ def _moe(
     model: GPT,
     windows: Windows,
     read: "_Reading",
+    inputs: list[int],
     tokenizer: Tokenizer,
     config: JobConfig,
     previous_choices: Choices,
     train_dropped: dict[int, float],
+    raise_if_stopped: RaiseIfStopped,
 ) -> MixtureMetrics | None:
-    """How the experts share the work; None for a dense model."""
+    """How the experts share the work on the tokens `inputs`, whose routing `read` has; None for a dense model."""
     if not read.routing:
         return None
-    inputs = windows.tokens[:-1]
     return moe_metrics(
         read.routing,
         config,
@@ -159,7 +201,7 @@ def _moe(
         previous_choices=previous_choices,
         train_dropped=train_dropped,
         router_grad_norms=_router_grad_norms(model, windows),
-        losses_without=_losses_without(model, windows, config),
+        losses_without=_losses_without(model, windows, config, raise_if_stopped),
         cards={
             layer: expert_cards(routing.chosen_TK, inputs, config.n_experts, tokenizer)
             for layer, routing in read.routing.items()
@@ -169,7 +211,7 @@ def _moe(
 
 @dataclass(frozen=True)
 class _Reading:
-    """The model's losses, predictions and routing at every target, in the text's order."""
+    """The model's losses, predictions and routing at every target of some windows, in the text's order."""
 
     losses: list[float]
     predicted: list[int]
@@ -178,23 +220,32 @@ class _Reading:
 
 
 @torch.no_grad()
-def _read_text(model: GPT, windows: Windows) -> _Reading:
+def _read(model: GPT, windows: Windows, chosen: list[int], raise_if_stopped: RaiseIfStopped) -> _Reading:
+    """Read the windows `chosen`, ascending."""
+    per_batch = _windows_per_batch(model, windows)
     losses: list[float] = []
     predicted: list[int] = []
     parts: dict[int, list[LayerRouting]] = {layer: [] for layer in model.moe_layers}
-    for batch in _batches(model, windows):
-        inputs_BT, targets_BT = windows.batch(batch)
-        logits_BTV, routings = model(inputs_BT)
+    for first in range(0, len(chosen), per_batch):
+        raise_if_stopped()
+        inputs_BT, targets_BT = windows.batch(chosen[first : first + per_batch])
+        hidden_BTC, routings = model.hidden(inputs_BT)
+        losses_BT, predicted_BT = _losses_and_predictions(model, hidden_BTC, targets_BT)
         real_BT = targets_BT != IGNORE
-        losses += token_losses(logits_BTV, targets_BT)[real_BT].tolist()
-        predicted += logits_BTV.argmax(-1)[real_BT].tolist()
+        losses += losses_BT[real_BT].tolist()
+        predicted += predicted_BT[real_BT].tolist()
         for layer, routing in routings.items():
             parts[layer].append(LayerRouting.of(routing, real_BT.flatten()))
     return _Reading(losses, predicted, {layer: LayerRouting.join(rows) for layer, rows in parts.items()})
 
 
+def _first_windows(windows: Windows) -> list[int]:
+    """The windows that hold the targets of a reconstruction."""
+    return list(range(min(windows.count, -(-MAX_RECONSTRUCTED // windows.length))))
+
+
 def _reconstruction(tokens: list[int], read: _Reading, tokenizer: Tokenizer) -> Reconstruction:
-    """The model's prediction in place of every target: the first `MAX_RECONSTRUCTED` of them.
+    """The model's prediction in place of every target: the first `MAX_RECONSTRUCTED` of them, which `read` begins with.
 
     Position i holds the token that was seen and routed there, `input`, and what was predicted after it: `experts` are
     those of `input`, `target` is the token that follows it.
@@ -220,7 +271,9 @@ def _reconstruction(tokens: list[int], read: _Reading, tokenizer: Tokenizer) -> 
     return Reconstruction(text=text, tokens=entries, truncated=shown < len(tokens) - 1)
 
 
-def _continuation(model: GPT, tokens: list[int], tokenizer: Tokenizer, config: JobConfig) -> Continuation:
+def _continuation(
+    model: GPT, tokens: list[int], tokenizer: Tokenizer, config: JobConfig, raise_if_stopped: RaiseIfStopped
+) -> Continuation:
     """What the model adds to the text's first tokens."""
     prompt = tokens[: config.cont_prefix_tokens]
     added = continue_tokens(
@@ -230,6 +283,7 @@ def _continuation(model: GPT, tokens: list[int], tokenizer: Tokenizer, config: J
         temperature=config.temperature,
         top_k=config.top_k,
         seed=config.seed,
+        before_token=raise_if_stopped,
     )
     return Continuation(prompt=tokenizer.decode(prompt), text=tokenizer.decode(added))
 
@@ -248,7 +302,9 @@ MAX_LOSSES_WITHOUT = 64
 
 
 @torch.no_grad()
-def _losses_without(model: GPT, windows: Windows, config: JobConfig) -> dict[int, list[float]] | None:
+def _losses_without(
+    model: GPT, windows: Windows, config: JobConfig, raise_if_stopped: RaiseIfStopped
+) -> dict[int, list[float]] | None:
     """{layer: loss with expert e's output removed, for each e}, on at most 2,048 tokens; None for too many experts."""
     if len(model.moe_layers) * config.n_experts > MAX_LOSSES_WITHOUT:
         return None
@@ -257,7 +313,8 @@ def _losses_without(model: GPT, windows: Windows, config: JobConfig) -> dict[int
     n_targets = windows.n_targets(batch)
 
     def loss(layer: int, expert: int) -> float:
-        logits_BTV = model(inputs_BT, without=(layer, expert)).logits_BTV
-        return token_losses(logits_BTV, targets_BT).double().sum().item() / n_targets
+        raise_if_stopped()
+        hidden_BTC, _ = model.hidden(inputs_BT, without=(layer, expert))
+        return _losses(model, hidden_BTC, targets_BT).double().sum().item() / n_targets
 
     return {layer: [loss(layer, expert) for expert in range(config.n_experts)] for layer in model.moe_layers}

@@ -118,8 +118,8 @@ class Losses(Position):
     """How well a checkpoint predicts the training text."""
 
     loss: float
-    """Cross-entropy in nats per token of these weights on the training text: dropout off, float32, no auxiliary loss
-    mixed in. Whoever loads the weights can compute it again."""
+    """Cross-entropy in nats per token of these weights on the training text, of a long one on `eval_targets` of its
+    tokens: dropout off, float32, no auxiliary loss mixed in. Whoever loads the weights can compute it again."""
 
     perplexity: float | None
     """exp(`loss`): as uncertain as a choice among so many equally likely tokens; null where that is too large for a
@@ -143,11 +143,27 @@ class CheckpointFigures(Losses):
     """Loss of the tokens held out; null when `val_fraction` is 0."""
 
     baselines: Baselines | None = None
-    """Losses of simpler predictors on the same text, to compare `loss` with: ln V (`uniform`), and the entropies of the
-    text's own `unigram` and `bigram` counts."""
+    """Losses of simpler predictors on all of the training text, to compare `loss` with: ln V (`uniform`), and the
+    entropies of the text's own `unigram` and `bigram` counts."""
+
+    eval_targets: int | None = None
+    """Targets that `loss` and the other figures were measured on: all of the training text, or `eval_max_tokens` of
+    them in windows spread evenly over it, the same at every checkpoint. Null in checkpoints of earlier versions, which
+    measured all."""
+
+    loss_stderr: float | None = None
+    """Standard error of `loss` as an estimate of the whole training text's loss, from the means of the windows that
+    were measured; 0 where all of the text was, null where a single window of several was."""
+
+    best_val_loss: float | None = None
+    """Lowest `val_loss` among the evaluations that `early_stopping_patience` has looked at so far; null where there
+    were none."""
+
+    best_val_step: int | None = None
+    """Optimizer steps before the evaluation that gave `best_val_loss`."""
 
     stopped_early: bool = False
-    """Whether `stop_at_perplexity` ended training here, before its last step."""
+    """Whether `stop_at_perplexity` or `early_stopping_patience` ended training here, before its last step."""
 
 
 class MixtureFigures(Measured):
@@ -273,7 +289,8 @@ class CheckpointMetrics(CheckpointFigures):
 
 _FIRST_IN_FILE = (
     "percent", "step", "epoch", "loss", "perplexity", "bits_per_byte", "train_loss", "accuracy", "val_loss",
-    "baselines", "reconstruction", "continuation", "moe",
+    "baselines", "eval_targets", "loss_stderr", "best_val_loss", "best_val_step", "reconstruction",
+    "continuation", "moe",
 )  # fmt: skip
 _FIRST_OF_A_LAYER = ("layer", "load", "importance", "loss_without")
 

@@ -12,7 +12,7 @@ Knows no tokenizer, no HTTP and no clock.
 """
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -248,14 +248,20 @@ def continue_tokens(
     temperature: float,
     top_k: int | None,
     seed: int,
+    before_token: Callable[[], None] = lambda: None,
 ) -> list[int]:
-    """The new tokens that a model adds to one prompt, at its present weights."""
+    """The new tokens that a model adds to one prompt, at its present weights. `before_token` is called before each; it
+    may raise."""
     if max_new_tokens == 0:
         return []
     weights = model.state_dict()
     engine = Engine(weights, model.config, device=weights["transformer.wte.weight"].device, max_running=1)
     request = Request(prompt, max_new_tokens, SamplingConfig(temperature=temperature, top_k=top_k), seed)
-    return engine.run([request])[0].new
+    continuation = engine.submit(request)
+    while not continuation.finished:
+        before_token()
+        engine.step()
+    return continuation.new
 
 
 @torch.no_grad()

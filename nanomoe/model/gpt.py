@@ -193,6 +193,17 @@ class GPT(nn.Module):
 
         `dropout` None is the evaluation. `without` = (layer, expert) removes that expert's output.
         """
+        hidden_BTC, routings = self.hidden(tokens_BT, dropout=dropout, without=without)
+        return ModelOutput(self.logits(hidden_BTC), routings)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (..., V) of the next token after hidden states (..., C)."""
+        return F.linear(hidden, self.transformer.wte.weight)
+
+    def hidden(
+        self, tokens_BT: Tensor, *, dropout: Dropout | None = None, without: tuple[int, int] | None = None
+    ) -> tuple[Tensor, dict[int, Routing]]:
+        """Hidden states (B, T, C) that `logits` reads, and the routing of each MoE layer; arguments as of `forward`."""
         _, T = tokens_BT.shape
         assert self.config.block_size >= T, f"{T} tokens do not fit block_size {self.config.block_size}"
         wte, wpe = self.transformer.wte, self.transformer.wpe
@@ -205,7 +216,8 @@ class GPT(nn.Module):
             x_BTC, routing = block(x_BTC, dropout, removed)
             if routing is not None:
                 routings[block.layer] = routing
-        return ModelOutput(F.linear(self.transformer.ln_f(x_BTC), wte.weight), routings)
+        hidden_BTC: Tensor = self.transformer.ln_f(x_BTC)
+        return hidden_BTC, routings
 
 
 def token_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:

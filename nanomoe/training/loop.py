@@ -5,9 +5,12 @@ while the caller holds what was yielded.
 """
 
 import math
+import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Iterator
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -15,6 +18,7 @@ import torch
 from torch import Tensor
 
 from nanomoe.errors import NanomoeError
+from nanomoe.evaluation.evaluated_text import RaiseIfStopped
 from nanomoe.plan import OutOfMemory
 from nanomoe.training.run import Recorded, Run, Snapshot, Warned
 
@@ -36,6 +40,9 @@ __all__ = [
 
 REPORT_SECONDS = 0.25
 """Step figures are gathered this long before they are yielded: reading them waits for the device."""
+
+STOP_SECONDS = 0.05
+"""Time between two looks for a stop while the first checkpoint is waited for."""
 
 StopReason = Literal["cancel", "pause", "drain"]
 
@@ -75,7 +82,8 @@ Happened = Steps | Recorded | Snapshot | Warned | Stopped
 
 
 class Control(Protocol):
-    """What the caller wants, asked between steps."""
+    """What the caller wants, asked between steps and between the batches of an evaluation, always in the thread that
+    runs the loop."""
 
     def stop(self) -> StopReason | None:
         """Why training should stop now, or None."""
@@ -101,58 +109,108 @@ def train(run: Run, control: Control | None = None) -> Iterator[Happened]:
         LossNotFinite: at the step where it was seen.
         OutOfMemory: a step does not fit, however it is cut.
     """
+    control = control or Undisturbed()
     first = _FirstCheckpoint(run)
     try:
-        yield from _steps(run, control or Undisturbed(), first)
+        yield from _steps(run, control, first)
     except (LossNotFinite, OutOfMemory):
-        yield from first.collect()
+        with suppress(_StopAsked):
+            yield from first.collect(_raiser(control))
         raise
+    finally:
+        first.abandon()
+
+
+class _StopAsked(Exception):
+    """A stop was asked for in the middle of an evaluation, which ends without a result."""
+
+    def __init__(self, reason: StopReason) -> None:
+        super().__init__(reason)
+        self.reason: StopReason = reason
+
+
+def _raiser(control: Control) -> RaiseIfStopped:
+    """Raises `_StopAsked` when the caller wants a stop."""
+
+    def raise_if_stopped() -> None:
+        reason = control.stop()
+        if reason is not None:
+            raise _StopAsked(reason)
+
+    return raise_if_stopped
 
 
 def _steps(run: Run, control: Control, first: "_FirstCheckpoint") -> Iterator[Happened]:
-    quarters, total_steps = run.plan.quarters, run.plan.total_steps
-    stop_at = run.config.stop_at_perplexity
-    eval_interval = run.config.eval_interval or run.plan.steps_per_epoch
+    progress, quarters = run.progress, run.plan.quarters
     report = _Report(run)
 
     def catch_up() -> Iterator[Happened]:
         """All that waits for nothing: the first checkpoint of a long text would hold up a stop until it is too late."""
         if first.ready:
-            yield from first.collect()
+            yield from first.collect(_raiser(control))
         yield from report.flush()
 
-    while run.progress.step < total_steps:
+    def stop(reason: StopReason) -> Iterator[Happened]:
+        yield from catch_up()
+        if reason != "cancel" and progress.step > 0:
+            yield run.snapshot(first.untrained)
+        yield Stopped(reason, progress.step)
+
+    while progress.step < run.plan.total_steps or progress.evaluation_is_due:
         reason = control.stop()
         if reason is not None:
-            yield from catch_up()
-            if reason != "cancel" and run.progress.step > 0:
-                yield run.snapshot(first.untrained)
-            yield Stopped(reason, run.progress.step)
+            yield from stop(reason)
             return
-        report.add(*run.train_step())
-        step = run.progress.step
-        yield from run.warnings
-        run.warnings.clear()
-        if report.due():
-            yield from catch_up()
-            first.begin()
-        is_good = stop_at is not None and step % eval_interval == 0 and math.exp(run.evaluate_loss()) <= stop_at
-        if is_good or step in quarters:
-            yield from first.collect()
-            yield from report.flush()
-            recorded, warnings = run.record(
-                100 if is_good else quarters[step],
-                stopped_early=is_good and step < total_steps,
-                tok_per_sec=report.speed_since_checkpoint(),
-            )
-            yield recorded
-            yield from warnings
-            if recorded.percent == 100:
+        if not progress.evaluation_is_due:
+            report.add(*run.train_step())
+            yield from run.warnings
+            run.warnings.clear()
+            if report.due():
+                yield from catch_up()
+                first.begin()
+            progress.evaluation_is_due = progress.step in quarters or run.may_end
+        if progress.evaluation_is_due:
+            validation = progress.validation
+            try:
+                last = yield from _evaluate(run, _raiser(control), first, report)
+            except _StopAsked as asked:
+                progress.validation = validation  # whoever resumes evaluates anew
+                yield from stop(asked.reason)
                 return
-            report.restart_clock()
+            if last is not None:
+                if last.percent == 100:
+                    return
+                report.restart_clock()
         if control.snapshot_due():
             yield from catch_up()
             yield run.snapshot(first.untrained)
+
+
+def _evaluate(
+    run: Run, raise_if_stopped: RaiseIfStopped, first: "_FirstCheckpoint", report: "_Report"
+) -> Generator[Happened, None, Recorded | None]:
+    """Make the evaluations that are due after this step; the checkpoint, if one was recorded.
+
+    Raises:
+        _StopAsked: before anything is recorded.
+    """
+    step, quarters = run.progress.step, run.plan.quarters
+    ends = run.may_end and run.has_reached_its_end(raise_if_stopped)
+    if not ends and step not in quarters:
+        run.progress.evaluation_is_due = False
+        return None
+    yield from first.collect(raise_if_stopped)
+    yield from report.flush()
+    recorded, warnings = run.record(
+        100 if ends else quarters[step],
+        stopped_early=ends and step < run.plan.total_steps,
+        tok_per_sec=report.speed_since_checkpoint(),
+        raise_if_stopped=raise_if_stopped,
+    )
+    run.progress.evaluation_is_due = False
+    yield recorded
+    yield from warnings
+    return recorded
 
 
 class _FirstCheckpoint:
@@ -163,12 +221,20 @@ class _FirstCheckpoint:
         self.untrained = run.untrained_copy()
         """The copy, until the checkpoint is yielded."""
         self._future: Future[tuple[Recorded, list[Warned]]] | None = None
+        self._abandoned = threading.Event()
 
     def begin(self) -> None:
         """Start the thread, unless that was done: after the first step, so that this one has the machine for itself."""
         if self.untrained is not None and self._future is None:
-            pool = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),))
-            self._future = pool.submit(self.untrained.record, 0, stopped_early=False, tok_per_sec=None)
+            # One thread, whatever the steps have: with as many, both would wait for each other at every operation.
+            pool = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
+            self._future = pool.submit(
+                self.untrained.record,
+                0,
+                stopped_early=False,
+                tok_per_sec=None,
+                raise_if_stopped=self._raise_if_abandoned,
+            )
             pool.shutdown(wait=False)
 
     @property
@@ -176,10 +242,20 @@ class _FirstCheckpoint:
         """Whether `collect` would not wait."""
         return self._future is not None and self._future.done()
 
-    def collect(self) -> Iterator[Recorded | Warned]:
+    def abandon(self) -> None:
+        """Let the thread end before its next batch: nobody will collect the checkpoint."""
+        self._abandoned.set()
+
+    def _raise_if_abandoned(self) -> None:
+        if self._abandoned.is_set():
+            raise CancelledError
+
+    def collect(self, raise_if_stopped: RaiseIfStopped) -> Iterator[Recorded | Warned]:
         """Yield the checkpoint, once; its choices are what the next one's churn is measured against."""
         self.begin()
         if self.untrained is not None and self._future is not None:
+            while wait_for([self._future], STOP_SECONDS).not_done:
+                raise_if_stopped()
             recorded, warnings = self._future.result()
             self._run.progress.choices = self.untrained.progress.choices
             self.untrained = self._future = None

@@ -9,7 +9,7 @@ import gc
 import json
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -22,11 +22,13 @@ from nanomoe.config import ConfigWarning, JobConfig
 from nanomoe.config_warnings import config_warnings
 from nanomoe.data import Order, Step, Windows
 from nanomoe.evaluation.evaluate import Choices, evaluate, evaluate_loss
-from nanomoe.evaluation.metrics import CheckpointMetrics, Position
+from nanomoe.evaluation.evaluated_text import EvaluatedText, RaiseIfStopped, go_on
+from nanomoe.evaluation.metrics import CheckpointMetrics, Position, perplexity
 from nanomoe.model.gpt import GPT
 from nanomoe.model.upcycle import starting_weights
 from nanomoe.plan import OutOfMemory, Plan
 from nanomoe.tokenizer import Tokenizer
+from nanomoe.training.early_stopping import ValidationHistory
 from nanomoe.training.execution import Execution, find_device
 from nanomoe.training.optim import learning_rate
 from nanomoe.training.steps.choice import StepPath, build_step
@@ -88,6 +90,10 @@ class _Progress:
     """{layer: how many of the routed assignments it dropped}: 0-dim int64 on the device."""
     choices: Choices = field(default_factory=dict)
     """Each token's experts at the last checkpoint."""
+    validation: ValidationHistory = field(default_factory=ValidationHistory)
+    """What early stopping has seen."""
+    evaluation_is_due: bool = False
+    """Whether the evaluations after this step were not made yet: a stop may come between a step and them."""
 
 
 class Run:
@@ -115,6 +121,11 @@ class Run:
         self.val_windows = (
             Windows(text[self.plan.n_train_tokens :], config.block_size) if self.plan.n_val_tokens else None
         )
+        max_targets = self.plan.eval_max_tokens(config)
+        self.text = EvaluatedText(self.windows, max_targets)
+        """What evaluations read of the training text."""
+        self.val_text = None if self.val_windows is None else EvaluatedText(self.val_windows, max_targets)
+        """What evaluations read of the held-out text."""
         self.order = Order(config, self.plan)
         self.model = GPT.build(config, tokenizer.vocab_size, device)
         if resume is not None:
@@ -225,30 +236,67 @@ class Run:
         zero = torch.zeros((), dtype=torch.int64, device=self.device)
         return _Progress(micro_batch, dropped={layer: zero.clone() for layer in self.config.moe_layers})
 
-    def evaluate_loss(self) -> float:
-        """The loss of the training text: dropout off, float32, nats per token."""
-        return evaluate_loss(self.model, self.windows)
+    @property
+    def may_end(self) -> bool:
+        """Whether the evaluation after this step may end training early."""
+        config, step = self.config, self.progress.step
+        if config.stop_at_perplexity is None and config.early_stopping_patience is None:
+            return False
+        return step % (config.eval_interval or self.plan.steps_per_epoch) == 0
 
-    def record(self, percent: int, *, stopped_early: bool, tok_per_sec: float | None) -> tuple[Recorded, list[Warned]]:
-        """Evaluate, and gather the checkpoint's files and the warnings that its metrics give rise to."""
+    def has_reached_its_end(self, raise_if_stopped: RaiseIfStopped = go_on) -> bool:
+        """Evaluate what may end training early, and whether it does."""
+        config, progress = self.config, self.progress
+        is_good = False
+        if config.stop_at_perplexity is not None:
+            reached = perplexity(evaluate_loss(self.model, self.text, raise_if_stopped))
+            is_good = reached is not None and reached <= config.stop_at_perplexity
+        if config.early_stopping_patience is None:
+            return is_good
+        assert self.val_text is not None, "the config has a val_fraction"
+        val_loss = evaluate_loss(self.model, self.val_text, raise_if_stopped)
+        progress.validation = progress.validation.after(
+            val_loss, progress.step, min_delta=config.early_stopping_min_delta
+        )
+        return is_good or progress.validation.without_improvement >= config.early_stopping_patience
+
+    def record(
+        self,
+        percent: int,
+        *,
+        stopped_early: bool,
+        tok_per_sec: float | None,
+        raise_if_stopped: RaiseIfStopped = go_on,
+    ) -> tuple[Recorded, list[Warned]]:
+        """Evaluate, and gather the checkpoint's files and the warnings that its metrics give rise to.
+
+        `raise_if_stopped` is called between two batches; where it raises, nothing has changed.
+        """
         progress = self.progress
         evaluation = evaluate(
             self.model,
-            self.windows,
-            self.val_windows,
+            self.text,
+            self.val_text,
             self.tokenizer,
             self.config,
             position=Position(percent=percent, step=progress.step, epoch=self.plan.epoch_of(progress.step)),
             previous_choices=progress.choices,
             train_loss=progress.train_loss,
             train_dropped={layer: int(n) / max(1, progress.routed) for layer, n in progress.dropped.items()},
+            raise_if_stopped=raise_if_stopped,
         )
         metrics = evaluation.metrics
+        if progress.validation.best_val_loss is not None:
+            best = {name: getattr(progress.validation, name) for name in ("best_val_loss", "best_val_step")}
+            metrics = metrics.model_copy(update=best)
         if stopped_early:
             metrics = metrics.model_copy(update={"stopped_early": True})
         files = self._model_files() | {checkpoint.METRICS: checkpoint.to_json(metrics.to_file())}
         if evaluation.choices:
-            files[checkpoint.ROUTING] = save_tensors({f"layer.{n}": c for n, c in evaluation.choices.items()})
+            routing = {f"layer.{n}": c for n, c in evaluation.choices.items()}
+            if not self.text.is_whole:
+                routing["positions"] = self.text.positions()
+            files[checkpoint.ROUTING] = save_tensors(routing)
         progress.choices = evaluation.choices
         progress.routed = 0
         for dropped in progress.dropped.values():
@@ -264,7 +312,8 @@ class Run:
         tensors = {f"dropped.{layer}": n for layer, n in progress.dropped.items()}
         tensors |= {f"choices.{layer}": chosen for layer, chosen in progress.choices.items()}
         tensors |= self.step.tensors()
-        state = {name: getattr(progress, name) for name in ("micro_batch", "step", "train_loss", "routed")}
+        counted = ("micro_batch", "step", "train_loss", "routed", "evaluation_is_due")
+        state = {name: getattr(progress, name) for name in counted} | {"validation": asdict(progress.validation)}
         files = self._model_files() | {
             checkpoint.RESUME_TENSORS: save_tensors({name: t.cpu().contiguous() for name, t in tensors.items()}),
             checkpoint.RESUME_STATE: checkpoint.to_json(state),
@@ -279,11 +328,16 @@ class Run:
         progress = self.progress
         # An attempt that went on from here may have run out of memory since.
         state["micro_batch"] = min(state["micro_batch"], progress.micro_batch)
+        state["validation"] = ValidationHistory(**state.get("validation", {}))
         for name, value in state.items():
             setattr(progress, name, value)
         for layer, dropped in progress.dropped.items():
             dropped.copy_(tensors[f"dropped.{layer}"])
-        progress.choices = {n: tensors[f"choices.{n}"] for n in self.config.moe_layers if f"choices.{n}" in tensors}
+        choices = {n: tensors[f"choices.{n}"] for n in self.config.moe_layers if f"choices.{n}" in tensors}
+        if not self.text.is_whole:  # earlier versions read the whole of every text
+            positions, n_all = self.text.positions(), self.windows.n_targets_in_all
+            choices = {n: chosen[positions] if len(chosen) == n_all else chosen for n, chosen in choices.items()}
+        progress.choices = choices
         self.step.load(tensors)
         if checkpoint.RESUME_UNTRAINED in files:
             self._untrained = load_tensors(files[checkpoint.RESUME_UNTRAINED])

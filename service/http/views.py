@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-from nanomoe.checkpoint import stopped_early_reason
+from nanomoe.checkpoint import stopped_early_at
 from nanomoe.config import ConfigWarning, JobConfig
 from nanomoe.config_warnings import unused_moe_settings
 from nanomoe.evaluation.metrics import perplexity
@@ -69,7 +69,7 @@ def _stopped_early_reason(row: Job) -> str | None:
     step, total_steps = row.progress.get("step"), row.total_steps
     if row.status != "succeeded" or step is None or total_steps is None or step >= total_steps:
         return None
-    return stopped_early_reason(step, None)
+    return stopped_early_at(step)
 
 
 def job_page(rows: Sequence[Job], limit: int) -> schemas.Page[schemas.JobView]:
@@ -100,22 +100,33 @@ def estimate(found: Assessment) -> schemas.Estimate:
     )
 
 
-def checkpoint_metrics(row: Checkpoint, *, tokens: bool = True) -> schemas.CheckpointMetrics:
-    """A checkpoint as `GET /jobs/{id}/metrics` answers it."""
+def best_percent(rows: Sequence[Checkpoint]) -> int | None:
+    """The percent of the first checkpoint with the lowest validation loss; None where none has one."""
+    losses = {row.percent: row.metrics.get("val_loss") for row in rows}
+    measured = {percent: loss for percent, loss in losses.items() if loss is not None}
+    return min(measured, key=lambda percent: (measured[percent], percent), default=None)
+
+
+def _is_best(row: Checkpoint, best: int | None) -> dict[str, bool]:
+    return {} if row.metrics.get("val_loss") is None or best is None else {"best": row.percent == best}
+
+
+def checkpoint_metrics(row: Checkpoint, *, best: int | None = None, tokens: bool = True) -> schemas.CheckpointMetrics:
+    """A checkpoint as `GET /jobs/{id}/metrics` answers it. `best`: `best_percent` of its job, where it is known."""
     metrics = dict(row.metrics)
     if not tokens and (reconstruction := metrics.get("reconstruction")) is not None:
         metrics["reconstruction"] = reconstruction | {"tokens": None}
-    return schemas.CheckpointMetrics.model_validate(metrics | _identity(row))
+    return schemas.CheckpointMetrics.model_validate(metrics | _identity(row) | _is_best(row, best))
 
 
 _LARGE_PARTS = frozenset({"reconstruction", "continuation", "moe"})
 """Parts of a checkpoint's metrics that a list of checkpoints leaves out."""
 
 
-def checkpoint(row: Checkpoint) -> schemas.CheckpointView:
-    """A checkpoint as `GET /jobs/{id}/checkpoints` answers it."""
+def checkpoint(row: Checkpoint, *, best: int | None) -> schemas.CheckpointView:
+    """A checkpoint as `GET /jobs/{id}/checkpoints` answers it. `best`: `best_percent` of its job."""
     figures = {name: value for name, value in row.metrics.items() if name not in _LARGE_PARTS}
-    return schemas.CheckpointView.model_validate(figures | _identity(row) | {"files": row.files})
+    return schemas.CheckpointView.model_validate(figures | _identity(row) | _is_best(row, best) | {"files": row.files})
 
 
 def _identity(row: Checkpoint) -> dict[str, Any]:
@@ -129,7 +140,7 @@ def metrics(
     return schemas.Metrics(
         job_id=row.id,
         status=row.status,
-        checkpoints=[checkpoint_metrics(one, tokens=tokens) for one in checkpoints],
+        checkpoints=[checkpoint_metrics(one, best=best_percent(checkpoints), tokens=tokens) for one in checkpoints],
         steps=schemas.StepSeries.model_validate(steps),
     )
 

@@ -66,3 +66,48 @@ def test_a_plan_always_starts_at_0_and_ends_at_100_percent(
     assert list(quarters) == sorted(quarters)
     assert set(quarters.values()) <= set(PERCENTS)
     assert list(quarters.values()) == sorted(quarters.values())
+
+
+def eval_max_tokens(n_tokens: int, **config: object) -> int:
+    parsed = JobConfig.model_validate(config)
+    return Plan.of(parsed, n_tokens).eval_max_tokens(parsed)
+
+
+@pytest.mark.parametrize(
+    ("n_tokens", "config", "expected"),
+    [
+        (87, {}, 8192),  # 43,000 trained targets
+        (1_000_001, {"epochs": 1}, 30_000),
+        (1_000_001, {"epochs": 2}, 60_000),
+        (1_000_001, {"epochs": 3}, 65_536),
+        (1_000_001, {"max_steps": 400, "batch_size": 12, "block_size": 100}, 14_400),  # 3 % of 480,000
+        (1_000_001, {"epochs": 2, "max_steps": 834 + 10}, 30_360),  # an epoch has 834 steps, the last not full
+        (1_000_001, {"epochs": 1, "val_fraction": 0.5}, 15_000),
+        (1_000_001, {"epochs": 1, "max_steps": 100}, 8192),
+        (1_000_001, {"epochs": 3, "eval_max_tokens": 256}, 256),
+        (1_000_001, {"epochs": 3, "eval_max_tokens": 1_000_000}, 1_000_000),
+    ],
+)
+def test_an_evaluation_measures_3_percent_of_what_is_trained_on_within_bounds_unless_the_config_says_otherwise(
+    n_tokens: int, config: dict[str, object], expected: int
+) -> None:
+    assert eval_max_tokens(n_tokens, **config) == expected
+
+
+@given(
+    st.integers(2, 5000), st.integers(1, 50), st.integers(1, 9), st.integers(1, 3), st.integers(1, 5),
+    st.none() | st.integers(1, 50),
+)  # fmt: skip
+def test_the_targets_trained_on_are_those_of_the_steps(
+    n_tokens: int, block: int, batch: int, accumulation: int, epochs: int, max_steps: int | None
+) -> None:
+    config = JobConfig(
+        block_size=block, batch_size=batch, gradient_accumulation_steps=accumulation, epochs=epochs,
+        max_steps=max_steps,
+    )  # fmt: skip
+    plan = Plan.of(config, n_tokens)
+    full = epochs if max_steps is None else plan.total_steps // plan.steps_per_epoch
+    at_least = full * (n_tokens - 1)
+    assert at_least <= plan.n_trained_targets(config) <= at_least + n_tokens - 1
+    if plan.total_steps % plan.steps_per_epoch == 0:
+        assert plan.n_trained_targets(config) == at_least

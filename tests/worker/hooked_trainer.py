@@ -9,7 +9,8 @@ commit of a folder, for example `f1-50/renamed`. A hook may have:
 `"full": POINT`, to find the disk full there, and `"limit": POINT`, to find that the kernel takes no file any more;
 `"hold": POINT`, to go on only when asked to stop, and `"wait": POINT`, when the file `go` is in the job's folder;
 `"reported first": NAME`, to report a folder, and to be killed, before it is written;
-`"fits": N`, to let torch find no memory for more than N windows at once.
+`"fits": N`, to let torch find no memory for more than N windows at once;
+`"evaluates": PERCENT`, to evaluate that checkpoint until asked to stop, when the file `evaluating` is in the folder.
 """
 
 import errno
@@ -20,6 +21,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,7 @@ job_folder = Path()
 supervised: list[Supervision] = []
 
 _run_job, _send, _write, _backward = trainer.run_job, trainer.Channel.send, checkpoint.write, Run._backward
+_record = Run.record
 
 
 def run_job(start: Start, channel: trainer.Channel, supervision: Supervision) -> Done:
@@ -60,6 +63,15 @@ def backward(self: Run, windows: list[int], *others: Any) -> Any:
     if len(windows) > hook["fits"]:
         raise torch.OutOfMemoryError("tried to allocate 2.00 GiB")
     return _backward(self, windows, *others)
+
+
+def record(self: Run, percent: int, *, raise_if_stopped: Callable[[], None], **options: Any) -> Any:
+    if percent == hook.get("evaluates"):
+        (job_folder / "evaluating").touch()
+        while True:
+            raise_if_stopped()
+            time.sleep(0.01)
+    return _record(self, percent, raise_if_stopped=raise_if_stopped, **options)
 
 
 def send(self: trainer.Channel, message: FromTrainer) -> None:
@@ -102,6 +114,7 @@ def reached(point: str) -> None:
 
 trainer._warm_up = lambda: None  # torch is imported by now, and a job of a test takes no longer than the warming
 trainer.run_job = run_job
+Run.record = record  # type: ignore[method-assign]
 trainer.Channel.send = send  # type: ignore[method-assign]
 checkpoint.write = write
 checkpoint.reached = reached

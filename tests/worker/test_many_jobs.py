@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -119,6 +120,34 @@ def test_a_stop_that_came_too_late_for_one_job_does_not_stop_the_next(place: Wor
     second = place.submit()
     place.wait_for_step(second, 20)
     assert place.trainer(second) == place.trainer(first)
+
+
+@ONLY_SQLITE
+@pytest.mark.parametrize("percent", [0, 50])
+def test_a_cancel_during_an_evaluation_ends_the_job_and_not_its_trainer(place: Workplace, percent: int) -> None:
+    """Percent 0 is evaluated in a thread beside the first steps, the others between two steps."""
+    job = place.submit(TEXT, **DENSE)
+    place.start_worker(program=hooked({1: {"evaluates": percent}}), timing=replace(QUICK, cancel_grace=20.0))
+    place.wait_until((place.folder(job) / "evaluating").exists)
+    queue.request_cancel(place.db, job.id)
+    place.wait_for(job, "cancelled")
+    following = place.submit()
+    place.wait_until((place.folder(following) / "pid.1").exists)
+    assert _pid(place, following) == _pid(place, job)
+
+
+@ONLY_SQLITE
+def test_a_job_that_was_paused_during_an_evaluation_ends_as_an_undisturbed_one(place: Workplace) -> None:
+    expected = train_undisturbed(JobConfig(**SMALL))
+    job = place.submit(TEXT, **SMALL)
+    place.start_worker(program=hooked({1: {"evaluates": 50}}), timing=replace(QUICK, stop_grace=20.0))
+    place.wait_until((place.folder(job) / "evaluating").exists)
+    queue.request_pause(place.db, job.id)
+    place.wait_for(job, "paused")
+    queue.resume(place.db, job.id)
+    place.wait_for(job, "succeeded")
+    assert place.job(job).crashes == 0
+    assert_undisturbed(place, job, expected)
 
 
 SMALL: dict[str, Any] = DENSE | {"epochs": 8}

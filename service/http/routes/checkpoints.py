@@ -35,7 +35,9 @@ class ReconstructionQuery(StrictQuery):
 )
 def list_checkpoints(service: Service, job_id: JobId) -> schemas.Listing[schemas.CheckpointView]:
     """The recorded checkpoints of a job, by percent."""
-    return schemas.Listing(data=[views.checkpoint(row) for row in reads.list_checkpoints(service.database, job_id)])
+    rows = reads.list_checkpoints(service.database, job_id)
+    best = views.best_percent(rows)
+    return schemas.Listing(data=[views.checkpoint(row, best=best) for row in rows])
 
 
 @router.get(
@@ -46,7 +48,8 @@ def list_checkpoints(service: Service, job_id: JobId) -> schemas.Listing[schemas
 )
 def get_checkpoint(service: Service, job_id: JobId, percent: CheckpointPath) -> schemas.CheckpointView:
     """One recorded checkpoint of a job, by percent or the newest."""
-    return views.checkpoint(reads.get_checkpoint(service.database, job_id, selected(percent)))
+    row = reads.get_checkpoint(service.database, job_id, selected(percent))
+    return views.checkpoint(row, best=views.best_percent(reads.list_checkpoints(service.database, job_id)))
 
 
 @router.get(

@@ -8,7 +8,15 @@ from torch.nn import functional as F
 
 from nanomoe.config import JobConfig
 from nanomoe.data import Windows
-from nanomoe.evaluation.evaluate import Evaluation, entropy_baselines, evaluate, evaluate_loss
+from nanomoe.evaluation.evaluate import (
+    BATCH_BYTES,
+    LOGITS_BYTES,
+    MAX_RECONSTRUCTED,
+    Evaluation,
+    evaluate,
+    evaluate_loss,
+)
+from nanomoe.evaluation.evaluated_text import EvaluatedText, entropy_baselines
 from nanomoe.evaluation.metrics import Position
 from nanomoe.model.gpt import GPT
 from nanomoe.tokenizer import load_tokenizer
@@ -24,10 +32,14 @@ def model_and_windows(config: JobConfig, text: str = TEXT) -> tuple[GPT, Windows
     return model, Windows(torch.tensor(BYTES.encode(text)), config.block_size)
 
 
-def evaluated(config: JobConfig, text: str = TEXT, **changes: Any) -> Evaluation:
+WHOLE = 1_000_000
+"""More targets than any text of these tests has."""
+
+
+def evaluated(config: JobConfig, text: str = TEXT, *, max_targets: int = WHOLE, **changes: Any) -> Evaluation:
     model, windows = model_and_windows(config, text)
     arguments: dict[str, Any] = {"position": START, "previous_choices": {}, "train_loss": None, "train_dropped": {}}
-    return evaluate(model, windows, None, BYTES, config, **arguments | changes)
+    return evaluate(model, EvaluatedText(windows, max_targets), None, BYTES, config, **arguments | changes)
 
 
 def small(**changes: Any) -> JobConfig:
@@ -46,7 +58,7 @@ def test_loss_accuracy_and_bits_per_byte_are_those_of_the_plain_formulas() -> No
     assert metrics.perplexity == pytest.approx(math.exp(loss), rel=1e-6)
     assert metrics.bits_per_byte == pytest.approx(loss / math.log(2), rel=1e-6)
     assert metrics.accuracy == pytest.approx((logits.argmax(-1) == tokens[1:]).double().mean().item())
-    assert evaluate_loss(model, windows) == pytest.approx(metrics.loss, rel=1e-9)
+    assert evaluate_loss(model, EvaluatedText(windows, WHOLE)) == pytest.approx(metrics.loss, rel=1e-9)
 
 
 def test_the_loss_of_a_long_text_does_not_depend_on_how_many_windows_are_held_at_once(
@@ -54,7 +66,8 @@ def test_the_loss_of_a_long_text_does_not_depend_on_how_many_windows_are_held_at
 ) -> None:
     config = small(block_size=8)
     together = evaluated(config, TEXT * 5).metrics
-    monkeypatch.setattr("nanomoe.evaluation.evaluate.LOGITS_BYTES", 1)
+    monkeypatch.setitem(BATCH_BYTES, "cpu", 1)
+    monkeypatch.setitem(LOGITS_BYTES, "cpu", 1)
     alone = evaluated(config, TEXT * 5).metrics
     assert alone.loss == pytest.approx(together.loss, rel=1e-6)
     assert len(alone.reconstruction.tokens) == len((TEXT * 5).encode()) - 1
@@ -97,8 +110,8 @@ def test_evaluation_leaves_the_model_in_the_mode_it_was_in_and_without_gradients
     model, windows = model_and_windows(small(use_moe=True))
     model.train()
     evaluate(
-        model, windows, None, BYTES, small(use_moe=True), position=START, previous_choices={}, train_loss=None,
-        train_dropped={},
+        model, EvaluatedText(windows, WHOLE), None, BYTES, small(use_moe=True), position=START,
+        previous_choices={}, train_loss=None, train_dropped={},
     )  # fmt: skip
     assert model.training
     assert all(p.grad is None for p in model.parameters())
@@ -150,7 +163,7 @@ def test_the_loss_without_an_expert_is_that_of_a_model_whose_expert_answers_zero
         moe.experts.w_out[2] = 0
         if moe.experts.b_out is not None:
             moe.experts.b_out[2] = 0
-    assert metrics.loss_without[2] == pytest.approx(evaluate_loss(model, windows), rel=1e-6)
+    assert metrics.loss_without[2] == pytest.approx(evaluate_loss(model, EvaluatedText(windows, WHOLE)), rel=1e-6)
 
 
 def test_the_router_gradient_is_zero_where_the_gates_are_a_constant() -> None:
@@ -158,3 +171,85 @@ def test_the_router_gradient_is_zero_where_the_gates_are_a_constant() -> None:
     alive = evaluated(small(use_moe=True)).metrics.moe.layers[0]
     assert dead.router_grad_norm == pytest.approx(0, abs=1e-9)
     assert alive.router_grad_norm > 1e-4
+
+
+LONG = TEXT * 60
+"""3,180 bytes: more than a reconstruction holds."""
+
+
+def test_of_a_long_text_the_losses_are_those_of_the_windows_that_are_read() -> None:
+    config = small(block_size=8)
+    model, windows = model_and_windows(config, LONG)
+    text = EvaluatedText(windows, 256)
+    metrics = evaluated(config, LONG, max_targets=256).metrics
+    losses, guessed, n_bytes = [], 0, 0
+    for window in text.windows:
+        inputs, targets = windows.batch([window])
+        logits = model(inputs).logits_BTV[0].double()
+        losses += F.cross_entropy(logits, targets[0], reduction="none").tolist()
+        guessed += int((logits.argmax(-1) == targets[0]).sum())
+        n_bytes += len(targets[0])
+    assert metrics.eval_targets == len(losses) == 256
+    assert metrics.loss == pytest.approx(sum(losses) / 256, rel=1e-6)
+    assert metrics.accuracy == guessed / 256
+    assert metrics.bits_per_byte == pytest.approx(sum(losses) / math.log(2) / n_bytes, rel=1e-6)
+    assert metrics.loss_stderr == pytest.approx(text.standard_error(losses), rel=1e-4)
+    assert evaluate_loss(model, text) == pytest.approx(metrics.loss, rel=1e-9)
+    whole = evaluated(config, LONG).metrics
+    assert whole.eval_targets == len(LONG.encode()) - 1
+    assert whole.loss_stderr == 0
+    assert metrics.loss != whole.loss
+    assert metrics.baselines == whole.baselines
+
+
+def test_the_reconstruction_of_a_long_text_is_that_of_its_beginning_whatever_else_is_read() -> None:
+    config = small(block_size=8, use_moe=True, n_experts=4)
+    few, all_of_it = (evaluated(config, LONG, max_targets=n).metrics.reconstruction for n in (256, WHOLE))
+    assert few is not None
+    assert all_of_it is not None
+    assert len(few.tokens or ()) == MAX_RECONSTRUCTED
+    assert few.truncated
+    assert few.text == all_of_it.text
+    for one, other in zip(few.tokens or (), all_of_it.tokens or (), strict=True):
+        assert one.loss == pytest.approx(other.loss, rel=1e-4)
+        assert one.model_copy(update={"loss": 0.0}) == other.model_copy(update={"loss": 0.0})
+
+
+def test_the_routing_of_a_long_text_is_that_of_the_positions_that_are_read() -> None:
+    config = small(block_size=8, use_moe=True, n_experts=4)
+    _, windows = model_and_windows(config, LONG)
+    positions = EvaluatedText(windows, 256).positions()
+    few, all_of_it = evaluated(config, LONG, max_targets=256), evaluated(config, LONG)
+    assert torch.equal(few.choices[1], all_of_it.choices[1][positions])
+    (layer,) = few.metrics.moe.layers
+    chosen = few.choices[1].flatten().tolist()
+    assert layer.load == pytest.approx([chosen.count(e) / len(chosen) for e in range(4)])
+    n_routed = [sum(card.times for card in cards) for cards in layer.cards]
+    assert sum(n_routed) == len(chosen)
+    again = evaluated(config, LONG, max_targets=256, previous_choices=few.choices)
+    assert again.metrics.moe.layers[0].churn == 0
+
+
+class StopAfter:
+    """Raises at a call after so many."""
+
+    def __init__(self, n_calls: int) -> None:
+        self.left = n_calls
+
+    def __call__(self) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise InterruptedError
+
+
+def test_an_evaluation_can_be_stopped_before_every_batch_token_and_expert(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BATCH_BYTES, "cpu", 1)
+    config = small(block_size=8, use_moe=True, n_experts=4)
+    asked = StopAfter(WHOLE)
+    evaluated(config, raise_if_stopped=asked)
+    n_calls = WHOLE - asked.left
+    n_windows, n_parts_counted = 7, 3
+    assert n_calls == n_windows + n_parts_counted + config.cont_max_new_tokens + config.n_experts
+    for n in range(n_calls):
+        with pytest.raises(InterruptedError):
+            evaluated(config, raise_if_stopped=StopAfter(n))

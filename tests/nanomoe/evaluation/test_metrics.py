@@ -82,10 +82,10 @@ def test_a_number_that_is_not_finite_is_refused() -> None:
         CheckpointMetrics.model_validate(LEAST | {"loss": math.nan})
 
 
-def test_the_http_answer_adds_what_knows_a_clock_and_nothing_else() -> None:
+def test_the_http_answer_adds_what_knows_a_clock_or_the_other_checkpoints_and_nothing_else() -> None:
     assert issubclass(schemas.CheckpointMetrics, CheckpointMetrics)
     answered = list(schemas.CheckpointMetrics.model_fields)
-    assert [name for name in answered if name not in ("created_at", "tok_per_sec")] == list(
+    assert [name for name in answered if name not in ("created_at", "tok_per_sec", "best")] == list(
         CheckpointMetrics.model_fields
     )
     assert answered[:4] == ["percent", "step", "epoch", "created_at"]

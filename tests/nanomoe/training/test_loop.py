@@ -1,14 +1,18 @@
+import json
 import math
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load as load_tensors
 
 from nanomoe import checkpoint
 from nanomoe.config import JobConfig
+from nanomoe.evaluation.evaluate import BATCH_BYTES
 from nanomoe.model.dropout import Dropout
 from nanomoe.model.gpt import token_losses
 from nanomoe.plan import OutOfMemory
@@ -47,7 +51,10 @@ class StopAt(Undisturbed):
         return True
 
 
-@pytest.mark.parametrize("config", [{}, MOE, BIAS, {"val_fraction": 0.3, "precision": "bfloat16"}])
+@pytest.mark.parametrize(
+    "config",
+    [{}, MOE, BIAS, MOE | {"eval_max_tokens": 256}, {"val_fraction": 0.3, "precision": "bfloat16"}],
+)
 def test_a_run_resumed_from_any_step_ends_byte_for_byte_as_an_undisturbed_one(config: dict[str, object]) -> None:
     undisturbed = list(train(start(config)))
     expected = checkpoints(undisturbed)
@@ -157,6 +164,157 @@ def test_training_ends_early_once_the_evaluation_perplexity_is_low_enough() -> N
     assert last.metrics.perplexity <= 12.0
     assert last.metrics.step < start({"epochs": 1000}).plan.total_steps
     assert last.metrics.step % start({}).plan.steps_per_epoch == 0
+
+
+EARLY = {
+    "epochs": 20, "val_fraction": 0.3, "early_stopping_patience": 3, "early_stopping_min_delta": 100.0,
+    "eval_interval": 2,
+}  # fmt: skip
+"""Only the first evaluation, after step 2, improves by so much: training ends three evaluations later."""
+
+
+def test_training_ends_early_once_the_validation_loss_has_not_improved_for_so_many_evaluations() -> None:
+    happened = list(train(start(EARLY)))
+    recorded = [event.metrics for event in happened if isinstance(event, Recorded)]
+    last = recorded[-1]
+    assert (last.percent, last.step, last.stopped_early) == (100, 8, True)
+    assert last.best_val_step == 2
+    assert last.best_val_loss > last.val_loss
+    assert "lowest val_loss" in checkpoint.stopped_early_reason(last)
+    assert "best_val_loss" not in recorded[0].to_file()
+
+
+def test_the_validation_loss_that_improves_never_ends_training() -> None:
+    happened = list(train(start(EARLY | {"epochs": 6, "early_stopping_min_delta": 0.0, "early_stopping_patience": 2})))
+    last = [event.metrics for event in happened if isinstance(event, Recorded)][-1]
+    assert not last.stopped_early
+    assert last.best_val_loss == last.val_loss
+
+
+def test_a_run_that_ends_early_does_so_at_the_same_step_and_with_the_same_bytes_after_a_resume() -> None:
+    expected = checkpoints(train(start(EARLY)))
+    for stopped_after in range(1, 8):
+        first = start(EARLY)
+        before = list(train(first, StopAt(first, stopped_after)))
+        snapshot = next(event for event in reversed(before) if isinstance(event, Snapshot))
+        found = checkpoints(before) | checkpoints(train(start(EARLY, resume=snapshot.files)))
+        assert found == expected, f"stopped after step {stopped_after}"
+
+
+class StopAtCall(Undisturbed):
+    """Asks for a stop from the n-th time on that it is asked, counted once training has begun."""
+
+    def __init__(self, run: Run, n: int, reason: StopReason = "pause") -> None:
+        self.run, self.left, self.reason = run, n, reason
+
+    def stop(self) -> StopReason | None:
+        self.left -= self.run.progress.step > 0
+        return self.reason if self.left < 0 else None
+
+
+@pytest.mark.parametrize("config", [EARLY | {"epochs": 3}, MOE | {"epochs": 2}])
+def test_a_run_that_was_stopped_between_any_two_batches_of_an_evaluation_ends_with_the_same_bytes(
+    config: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(BATCH_BYTES, "cpu", 1)  # a window a batch
+    expected = checkpoints(train(start(config)))
+    in_evaluation = n = 0
+    while True:
+        run = start(config)
+        before = list(train(run, StopAtCall(run, n)))
+        if not isinstance(before[-1], Stopped):
+            break
+        snapshot = before[-2]
+        assert isinstance(snapshot, Snapshot)
+        in_evaluation += json.loads(snapshot.files[checkpoint.RESUME_STATE])["evaluation_is_due"]
+        found = checkpoints(before) | checkpoints(train(start(config, resume=snapshot.files)))
+        assert found == expected, f"stopped at call {n}"
+        n += 7
+    assert in_evaluation > 5
+
+
+def test_a_cancel_ends_an_evaluation_between_two_batches_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = start({})
+    total = run.plan.total_steps
+    monkeypatch.setattr(Run, "record", endless_from(total, threading.Event()))
+    happened = list(train(run, StopAt(run, total, "cancel")))
+    assert happened[-1] == Stopped("cancel", total)
+    assert list(checkpoints(happened)) == [0, 25, 50, 75]
+
+
+def endless_from(step: int, ended: threading.Event) -> Callable[..., Any]:
+    """`Run.record` with an evaluation that ends only when it is stopped, from the checkpoint after `step` on."""
+    record = Run.record
+
+    def evaluate(run: Run, percent: int, *, raise_if_stopped: Callable[[], None], **options: Any) -> Any:
+        try:
+            while run.progress.step >= step:
+                raise_if_stopped()
+                time.sleep(0.001)
+        finally:
+            ended.set()
+        return record(run, percent, raise_if_stopped=raise_if_stopped, **options)
+
+    return evaluate
+
+
+@pytest.mark.parametrize("steps", [2, 3])
+@pytest.mark.parametrize("reason", ["cancel", "pause"])
+def test_the_first_evaluation_ends_with_the_run_that_no_longer_waits_for_it(
+    reason: StopReason, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After step 3 is the first quarter, which waits for it."""
+    ended, record = threading.Event(), Run.record
+    run = start({})
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "record", endless_from(0, ended))
+        happened = list(train(run, StopAt(run, steps, reason)))
+    assert happened[-1] == Stopped(reason, steps)
+    assert ended.wait(10)
+    assert Run.record is record
+    if reason == "pause":
+        snapshot = happened[-2]
+        assert isinstance(snapshot, Snapshot)
+        assert checkpoints(train(start({}, resume=snapshot.files))) == checkpoints(train(start({})))
+
+
+def test_the_first_evaluation_ends_with_a_loop_that_nobody_continues(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = threading.Event()
+    monkeypatch.setattr(Run, "record", endless_from(0, ended))
+    happened = train(start({}))
+    assert isinstance(next(happened), Steps)
+    assert not ended.is_set()
+    happened.close()  # type: ignore[attr-defined]
+
+
+def test_a_snapshot_of_an_earlier_version_goes_on_with_the_routing_of_the_positions_that_are_read() -> None:
+    """It knows neither a part of a text nor an evaluation that is due."""
+    config = MOE | {"eval_max_tokens": 256}
+    earlier = start(config | {"eval_max_tokens": None})
+    assert earlier.text.is_whole
+    *_, snapshot, _ = train(earlier, StopAt(earlier, 4))
+    assert isinstance(snapshot, Snapshot)
+    state = json.loads(snapshot.files[checkpoint.RESUME_STATE])
+    del state["validation"], state["evaluation_is_due"]
+    files = snapshot.files | {checkpoint.RESUME_STATE: checkpoint.to_json(state)}
+    resumed = start(config, resume=files)
+    positions = resumed.text.positions()
+    assert len(positions) == resumed.text.n_targets < earlier.windows.n_targets_in_all
+    for layer, chosen in resumed.progress.choices.items():
+        assert torch.equal(chosen, earlier.progress.choices[layer][positions])
+    expected = {p: files[checkpoint.WEIGHTS] for p, files in checkpoints(train(start(config))).items()}
+    found = checkpoints(train(resumed))
+    assert list(found) == [50, 75, 100]
+    assert {p: files[checkpoint.WEIGHTS] for p, files in found.items()} == {p: expected[p] for p in found}
+
+
+def test_the_routing_of_a_part_of_the_text_is_stored_with_its_positions() -> None:
+    whole, part = (checkpoints(train(start(MOE | {"eval_max_tokens": n})))[100] for n in (None, 256))
+    assert "positions" not in load_tensors(whole[checkpoint.ROUTING])
+    stored = load_tensors(part[checkpoint.ROUTING])
+    positions = start({"eval_max_tokens": 256}).text.positions()
+    assert torch.equal(stored["positions"], positions)
+    assert len(stored["layer.0"]) == len(positions)
 
 
 def test_a_loss_that_is_not_finite_ends_training_at_its_step_and_yields_nothing_of_it(

@@ -18,6 +18,18 @@ def finished(api: Api) -> str:
     return f"/jobs/{api.finished()}"
 
 
+def test_the_first_checkpoint_with_the_lowest_validation_loss_is_marked(api: Api) -> None:
+    claim = api.running()
+    for percent, val_loss in {25: 2.5, 50: 2.0, 75: 2.0, 100: 2.2}.items():
+        api.record_checkpoint(claim, percent, 5 * percent, val_loss=val_loss)
+    job = f"/jobs/{claim.job_id}"
+    marked = {0: None, 25: False, 50: True, 75: False, 100: False}  # percent 0 has no validation loss
+    answers = [api.http.get(f"{job}/checkpoints").json()["data"], api.http.get(f"{job}/metrics").json()["checkpoints"]]
+    for listed in answers:
+        assert {one["percent"]: one["best"] for one in listed} == marked
+    assert {p: api.http.get(f"{job}/checkpoints/{p}").json()["best"] for p in marked} == marked
+
+
 def test_checkpoints_are_listed_with_their_files(api: Api, finished: str) -> None:
     listed = api.http.get(f"{finished}/checkpoints").json()["data"]
     assert [checkpoint["percent"] for checkpoint in listed] == [0, 100]
