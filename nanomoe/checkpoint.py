@@ -50,7 +50,7 @@ _PIECE_BYTES = 1 << 20
 """Read and hashed at once where a file is only verified: milliseconds of work, however large the file."""
 
 
-def stopped_early(metrics: CheckpointMetrics) -> str:
+def stopped_early_reason(metrics: CheckpointMetrics) -> str:
     """Why a training ended before its last step, in words."""
     figures = [] if metrics.perplexity is None else [f"perplexity {metrics.perplexity:,.3f}"]
     if metrics.best_val_loss is not None:

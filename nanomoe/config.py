@@ -137,7 +137,8 @@ class ModelConfig(Strict):
     """Step of the balance bias that steers the choice without a loss (DeepSeek-V3, arXiv 2412.19437); 0 is off."""
 
     upcycle_noise: float = Field(0.0, ge=0, le=1)
-    """Standard deviation of the noise, in units of each weight's own, that parts experts copied from a dense parent."""
+    """Standard deviation, in units of each weight's own, of the noise added to the copies of a dense parent's MLP, so
+    that experts differ."""
 
     @property
     def renormalises_gates(self) -> bool:

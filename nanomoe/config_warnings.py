@@ -1,7 +1,7 @@
-"""The traps of a config that is legal: settings that do nothing, figures that do not fit the text.
+"""The traps of a config that is legal: knobs that do nothing, figures that do not fit the text.
 
 What is judged are values, never which of them were written down: a job's row, a checkpoint's `config.json` and the
-trainer hold complete configs, in which every field is given. A setting that has its default is nobody's wish. Knows no
+trainer hold complete configs, in which every field is given. A knob that has its default is nobody's wish. Knows no
 torch.
 """
 
@@ -19,9 +19,9 @@ MIN_JUDGED_BYTES = 100
 """Shortest text that is judged. In a shorter one the bytes per token are chance: of 2,000 spans of Portuguese prose
 with 100 bytes one had 2.5 or fewer, of those with 50 bytes 26 (measured)."""
 
-_MODEL_SETTINGS = list(ModelConfig.model_fields)
-_MOE_SETTINGS = _MODEL_SETTINGS[_MODEL_SETTINGS.index("use_moe") + 1 :]
-"""The settings of a mixture of experts: all that are declared after `use_moe`."""
+_MODEL_KNOBS = list(ModelConfig.model_fields)
+_MOE_KNOBS = _MODEL_KNOBS[_MODEL_KNOBS.index("use_moe") + 1 :]
+"""The knobs of a mixture of experts: all that are declared after `use_moe`."""
 
 CODES = frozenset(
     {
@@ -68,8 +68,8 @@ def config_warnings(
 
 
 def unused_moe_settings(config: ModelConfig) -> list[ConfigWarning]:
-    """One warning of the settings of a mixture that a dense model was given; empty for a mixture."""
-    unused = [] if config.use_moe else [name for name in _MOE_SETTINGS if _is_changed(config, name)]
+    """One warning of the knobs of a mixture that a dense model was given; empty for a mixture."""
+    unused = [] if config.use_moe else [name for name in _MOE_KNOBS if _is_changed(config, name)]
     if not unused:
         return []
     message = f"use_moe is false, so these do nothing: {', '.join(sorted(unused))}"
@@ -152,7 +152,7 @@ def _warn_of_router_traps(config: JobConfig, plan: Plan | None, warn: Warn) -> N
 
 
 def _unused(config: JobConfig, plan: Plan | None) -> list[str]:
-    """The settings that take no effect, each with the reason: `min_lr (lr_schedule is constant)`."""
+    """The knobs that take no effect, each with the reason: `min_lr (lr_schedule is constant)`."""
     found = []
     if config.min_lr > 0 and config.lr_schedule == "constant":
         found.append("min_lr (lr_schedule is constant)")

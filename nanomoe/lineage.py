@@ -6,8 +6,8 @@ Knows configs only; `nanomoe.model.upcycle` moves the weights. Loads no torch.
 from nanomoe.config import ConfigWarning, InitFrom, ModelConfig
 from nanomoe.errors import NanomoeError
 
-_SHAPES = ("tokenizer", "block_size", "n_layer", "n_head", "n_embd", "bias")
-_MOE_SHAPES = ("moe_stride", "n_experts", "n_shared_experts", "expert_hidden_ratio")
+_MUST_AGREE = ("tokenizer", "block_size", "n_layer", "n_head", "n_embd", "bias")
+_MUST_AGREE_OF_MIXTURES = ("moe_stride", "n_experts", "n_shared_experts", "expert_hidden_ratio")
 
 
 class ParentUnusable(NanomoeError):
@@ -28,7 +28,7 @@ def misfits(child: ModelConfig, parent: ModelConfig) -> list[str]:
     """
     if parent.use_moe and not child.use_moe:
         return ["use_moe is false, the parent's true: a mixture cannot become one MLP"]
-    names = _SHAPES + (_MOE_SHAPES if parent.use_moe else ())
+    names = _MUST_AGREE + (_MUST_AGREE_OF_MIXTURES if parent.use_moe else ())
     return [
         f"{name} is {getattr(child, name)!r}, the parent's {getattr(parent, name)!r}"
         for name in names

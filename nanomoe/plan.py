@@ -89,7 +89,8 @@ class Plan:
 
     @property
     def quarters(self) -> dict[int, int]:
-        """{step: percent} of the checkpoints, after ceil(percent * total / 100) steps; the highest of a shared step."""
+        """{step: percent} of the checkpoints, after ceil(percent * total / 100) steps; where two fall on one step, the
+        higher percent."""
         return {-(-percent * self.total_steps // 100): percent for percent in PERCENTS}
 
     def n_trained_targets(self, config: JobConfig) -> int:

@@ -113,7 +113,7 @@ def test_every_place_in_the_code_that_is_named_exists(page: Path) -> None:
 
 
 def test_a_place_that_is_not_there_is_seen() -> None:
-    named = "`tests/`, `tests/markdown.py:Block.is_run` and `worker/lease.py`"
+    named = "`tests/`, `tests/markdown.py:Block.is_run` and `worker/held_lease.py`"
     assert [is_there(place) for place in places(named)] == [True, True, True]
     gone = "`tests/markdown.py/`, `tests`, `tests/markdown.py:Block.runs`, `worker/gone.py`, `tests/markdown.py:run`"
     assert [is_there(place) for place in places(gone)] == [False] * 4

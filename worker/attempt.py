@@ -1,4 +1,4 @@
-"""One attempt at a job, from the claim to the job's next state: it starts the trainer, records the trainer's messages,
+"""One attempt at a job, from the claim to the job's next status: it starts the trainer, records the trainer's messages,
 forwards cancel and pause requests, and kills the trainer when it stalls, ignores a stop request or the lease is lost.
 
 Knows no HTTP and no torch. A lost lease ends the attempt at once, and nothing more is written to the job.
@@ -22,7 +22,7 @@ from service.jobs.lease import Intents
 from service.jobs.statuses import TERMINAL
 from service.jobs.tables import Job
 from service.settings import Settings
-from worker.lease import Lease, LeaseUncertain
+from worker.held_lease import Lease, LeaseUncertain
 from worker.lock import SlotLock
 from worker.memory import oom_kills
 from worker.process import Ended, TrainerProcess, WakeUp
@@ -100,7 +100,7 @@ class Attempt:
         self._recorder = Recorder(db, lease, settings.data_dir, timing, self._apply)
 
     def run(self) -> None:
-        """Run the attempt until no process of it is left, then record the job's next state."""
+        """Run the attempt until no process of it is left, then record the job's next status."""
         try:
             self._start()
             self._follow()
@@ -124,7 +124,7 @@ class Attempt:
             else:
                 self._crash = reason
             self._log.exception("attempt_failed")
-        self._end_what_is_left()
+        self._end_processes_left()
         if not self._lost:
             self._settle()
 
@@ -239,7 +239,7 @@ class Attempt:
 
     # -- The end ---------------------------------------------------------------------------------------------------
 
-    def _end_what_is_left(self) -> None:
+    def _end_processes_left(self) -> None:
         """Return once nothing of the job is left: its trainer is idle and no process lives that it started, or none of
         its processes lives. Heartbeats keep the job this worker's meanwhile."""
         self._lock.close()
@@ -255,7 +255,7 @@ class Attempt:
                 continue  # the trainer still has to be killed
 
     def _settle(self) -> None:
-        """Record the job's next state. No process of it is left."""
+        """Record the job's next status. No process of it is left."""
         try:
             job = self._lease.final_write(self._transition(), self._force_stop)
         except LeaseLost as error:
@@ -267,7 +267,7 @@ class Attempt:
             self._log.info("attempt_ended", status=job.status, status_reason=job.status_reason, error=job.error)
 
     def _transition(self) -> Callable[[], Job]:
-        """The write that records the job's next state."""
+        """The write that records the job's next status."""
         db, claim = self._db, self._claim
         match self._done:
             case None if self._lease.is_uncertain:
@@ -275,7 +275,7 @@ class Attempt:
             case Done(outcome="succeeded"):
                 recorder = self._recorder
                 return lambda: queue.finish(
-                    db, claim, "succeeded", reason=recorder.stopped_early, progress=recorder.progress
+                    db, claim, "succeeded", reason=recorder.stopped_early_reason, progress=recorder.progress
                 )
             case Done(outcome="failed", error=Failure(code="disk_full", message=message)):
                 return lambda: queue.release(db, claim, pause_reason=message)
@@ -308,7 +308,7 @@ class Attempt:
     def _transition_external(self, reason: str) -> Callable[[], Job]:
         """The cause is not the job: it is tried again, and no crash is counted."""
         self._log.error("attempt_ended_by_external_cause", reason=reason)
-        return lambda: queue.release(self._db, self._claim, outside=reason)
+        return lambda: queue.release(self._db, self._claim, external_cause=reason)
 
     def _transition_out_of_memory(self) -> Callable[[], Job]:
         """The kernel's out-of-memory kill is handled as torch's own out-of-memory error: the micro-batch is halved

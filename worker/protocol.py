@@ -206,7 +206,7 @@ class Done(Strict):
 
 class Idle(Strict):
     """Nothing of the job is left in the trainer: its threads have ended, its memory is freed, its copy of the lock is
-    closed. It waits for the next start message. A trainer of which that is not true exits instead."""
+    closed. It waits for the next start message. A trainer that cannot promise this exits instead."""
 
     type: Literal["idle"] = "idle"
 

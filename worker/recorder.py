@@ -18,7 +18,7 @@ from service.database.database import Database
 from service.jobs import recording
 from service.jobs.lease import Intents
 from service.storage.job_folders import job_folder
-from worker.lease import Lease
+from worker.held_lease import Lease
 from worker.protocol import CheckpointWritten, Prepared, SnapshotWritten, Steps, Warned
 from worker.timing import Timing
 
@@ -48,7 +48,7 @@ class Recorder:
         """Windows of a micro-batch, once the trainer has decided them."""
         self.snapshot_folder: str | None = None
         """Folder of the recorded snapshot, relative to the data folder."""
-        self.stopped_early: str | None = None
+        self.stopped_early_reason: str | None = None
         """Why training ended before its last step, if it did."""
         self._steps: dict[str, list[Any]] = {}
         """Step figures that wait for the next commit."""
@@ -170,7 +170,7 @@ class Recorder:
             )
         )
         if metrics.stopped_early:
-            self.stopped_early = checkpoint.stopped_early(metrics)
+            self.stopped_early_reason = checkpoint.stopped_early_reason(metrics)
 
     def _replace_snapshot(self, message: SnapshotWritten) -> None:
         """Record a snapshot in place of the previous one, whose files are then removed."""

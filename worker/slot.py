@@ -19,7 +19,7 @@ from service.jobs.workers import WorkerIdentity
 from service.settings import Settings
 from worker.attempt import Attempt
 from worker.devices import Device
-from worker.lease import Lease
+from worker.held_lease import Lease
 from worker.lock import SlotLock
 from worker.process import Ended, TrainerProcess, WakeUp
 from worker.protocol import KeepAlive, Ready

@@ -279,7 +279,8 @@ def main() -> NoReturn:
     _warm_up()
     train_jobs(channel, supervision)
     sys.stderr.flush()
-    if supervision.should_exit:  # the exit status says so: a job that was just sent has not crashed
+    if supervision.should_exit:
+        # Die by SIGTERM, so that the supervisor counts no crash for a job that was just sent.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTERM)
     # Exit without cleanup: tearing down torch takes longer than a short job.
@@ -290,17 +291,17 @@ def train_jobs(channel: Channel, supervision: Supervision) -> None:
     """Train job after job, until one fails or leaves something behind, or someone asks the process to exit."""
     from worker.process_state import ProcessState
 
-    as_new = ProcessState()
+    new_state = ProcessState()
     channel.send(Ready())
     while (assigned := supervision.wait_for_start()) is not None:
         start, lock = assigned
-        as_new.restore()
+        new_state.restore()
         channel.assignment = start.assignment
         done = run_job(start, channel, supervision)
         channel.send(done)
         if done.outcome == "failed" or supervision.should_exit:
             return
-        if (left := as_new.what_is_left()) is not None:
+        if (left := new_state.what_is_left()) is not None:
             log.warning("trainer_exits: %s", left)
             return
         # Closed, never unlocked: a child of the job that still lives keeps the slot locked.

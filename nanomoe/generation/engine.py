@@ -1,12 +1,12 @@
-"""An engine that continues many token sequences of one checkpoint at once.
+"""An engine that makes many continuations from one checkpoint at once.
 
-A sequence joins and leaves between steps; a step adds one token to every running sequence. While prompt and new tokens
+A continuation joins and leaves between steps; a step adds one token to every running one. While prompt and new tokens
 fit `block_size`, keys and values are cached. Beyond, the window slides as nanoGPT's does: the newest `block_size`
 tokens at positions from 0, and since every token's position changes, the window is computed anew for each token.
 
-A sequence's text depends on the weights, the prompt, the sampling and the seed alone, never on who else is being served
-or when it joined: how a step is computed (`decoder`) and how the next token is chosen (`output_layer`, `sampling`) both
-promise each sequence arithmetic of its own.
+A continuation depends on the weights, the prompt, the sampling and the seed alone, never on who else is being served or
+when it joined: how a step is computed (`decoder`) and how the next token is chosen (`output_layer`, `sampling`) both
+promise each continuation arithmetic of its own.
 
 Knows no tokenizer, no HTTP and no clock.
 """
@@ -27,15 +27,15 @@ from nanomoe.generation.output_layer import CompiledOutputLayer, OutputLayer, Te
 from nanomoe.generation.sampling import Candidates
 from nanomoe.model.gpt import GPT
 
-FEW_SEQUENCES = 4
-"""Fewer than these are computed by one thread: with two, a lone text is a tenth faster on a machine of its own, and
-half as fast beside a training (measured)."""
+FEW_CONTINUATIONS = 4
+"""Fewer than these are computed by one thread: with two, a lone continuation is a tenth faster on a machine of its own,
+and half as fast beside a training (measured)."""
 
 
-def useful_threads(n_sequences: int, n_threads: int) -> int:
-    """How many of `n_threads` a step of so many sequences should use: few gain little from threads that wait for each
-    other where others use the machine."""
-    return 1 if n_sequences < FEW_SEQUENCES else n_threads
+def useful_threads(n_continuations: int, n_threads: int) -> int:
+    """How many of `n_threads` a step of so many continuations should use: few gain little from threads that wait for
+    each other where others use the machine."""
+    return 1 if n_continuations < FEW_CONTINUATIONS else n_threads
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Continuation:
     """The prompt and the new tokens."""
 
     uniforms: np.random.Generator
-    """Where the numbers come from that are drawn by."""
+    """Random generator of this continuation: one number a token."""
 
     new: list[int] = field(default_factory=list)
     """The new tokens."""
@@ -96,7 +96,7 @@ class Continuation:
 
 
 class Engine:
-    """Continues token sequences of one checkpoint."""
+    """Makes continuations from one checkpoint."""
 
     def __init__(
         self,
@@ -108,8 +108,8 @@ class Engine:
         cache_bytes: int = 2**30,
         compiled: bool = False,
     ) -> None:
-        """`weights`: parameters and buffers by nanoGPT's names, any float type. At most `max_running` sequences run at
-        the same time, fewer when their keys and values would not fit `cache_bytes`; the others wait their turn.
+        """`weights`: parameters and buffers by nanoGPT's names, any float type. At most `max_running` continuations run
+        at the same time, fewer when their keys and values would not fit `cache_bytes`; the others wait their turn.
         `compiled`: whether to use compiled loops, or on a GPU a captured graph, which pay from some hundred tokens on.
 
         Raises:
@@ -139,16 +139,16 @@ class Engine:
             self._output = TensorOutputLayer(wte_VC, self.max_running)
         self._waiting: deque[Continuation] = deque()
         self._rows: list[Continuation | None] = [None] * self.max_running
-        """The running sequences, by their rows of the decoder's cache."""
+        """The running continuations, by their rows of the decoder's cache."""
 
     @property
     def n_running(self) -> int:
-        """Sequences that get a token at each step."""
+        """Continuations that get a token at each step."""
         return sum(continuation is not None for continuation in self._rows)
 
     @property
     def n_waiting(self) -> int:
-        """Sequences that have not begun."""
+        """Continuations that have not begun."""
         return len(self._waiting)
 
     @property
@@ -180,7 +180,7 @@ class Engine:
         return continuation
 
     def cancel(self, continuation: Continuation) -> None:
-        """Take a sequence out, whether it runs, waits or has finished; its row is free at once."""
+        """Take a continuation out, whether it runs, waits or has finished; its row is free at once."""
         continuation.finished = True
         if continuation in self._waiting:
             self._waiting.remove(continuation)
@@ -188,7 +188,7 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Continuation]:
-        """Add one token to every running sequence, after letting waiting ones join. Returns those that got one.
+        """Add one token to every running continuation, after letting waiting ones join. Returns those that got one.
 
         Raises:
             ValueError: a hidden state or logit overflows float32.
@@ -212,8 +212,8 @@ class Engine:
         return continuations
 
     def _span(self, row: int, continuation: Continuation) -> Span:
-        """What has to be computed for a sequence's next token: its newest one; all, where none was computed before or
-        their positions change."""
+        """What has to be computed for a continuation's next token: its newest one; all, where none was computed before
+        or their positions change."""
         tokens, block_size = continuation.tokens, self.config.block_size
         if continuation.new and len(tokens) <= block_size:
             return Span(row, len(tokens) - 1, tokens[-1:])
@@ -223,7 +223,7 @@ class Engine:
         self._rows = [None if running is None or running.finished else running for running in self._rows]
 
     def _extend(self, grown: Sequence[Continuation], hidden_NC: Tensor) -> None:
-        """Choose the next token of each sequence."""
+        """Choose the next token of each continuation."""
         requests = [continuation.request for continuation in grown]
         counts = [
             output_layer.candidates_needed(request.sampling, wants_logprobs=request.logprobs is not None)
@@ -233,7 +233,7 @@ class Engine:
         for continuation, request, row in zip(grown, requests, candidates, strict=True):
             token = sampling.choose(row, request.sampling, continuation.uniforms.random())
             if request.logprobs is not None:
-                continuation.logprobs.append(sampling.log_probs(row.logits, token, request.logprobs))
+                continuation.logprobs.append(sampling.token_logprobs(row.logits, token, request.logprobs))
             continuation.window_slid |= len(continuation.tokens) > self.config.block_size
             continuation.tokens.append(token)
             continuation.new.append(token)

@@ -37,8 +37,8 @@ class OutputLayer(Protocol):
         """What is read for one sequence where a short list is enough."""
 
     def candidates(self, hidden_NC: Tensor, counts: Sequence[int | None]) -> list[Candidates]:
-        """For each hidden state all tokens, where its count is None, or at least its `count` likeliest ones and those
-        equal to the last of them. Valid until the next call."""
+        """For each hidden state at least the `count` likeliest tokens, ties of the last included; all tokens where its
+        count is None. Valid until the next call."""
 
 
 def candidates_needed(sampling: SamplingConfig, *, wants_logprobs: bool) -> int | None:

@@ -19,7 +19,7 @@ Ids = npt.NDArray[np.int64]
 
 
 class Candidates(NamedTuple):
-    """Tokens that hold every one which may be chosen."""
+    """A superset of the tokens that can be chosen."""
 
     logits: Floats
     """(S,)"""
@@ -37,7 +37,7 @@ def choose(candidates: Candidates, sampling: SamplingConfig, uniform: float) -> 
     """The next token.
 
     Args:
-        candidates: tokens that hold every one which may be chosen.
+        candidates: a superset of the tokens that can be chosen.
         sampling: how to choose.
         uniform: a number in [0, 1), of no meaning where nothing is drawn.
 
@@ -74,7 +74,7 @@ def _allowed(scaled: Floats, sampling: SamplingConfig) -> npt.NDArray[np.intp] |
     return np.flatnonzero(scaled >= least) if least > -np.inf else None
 
 
-def log_probs(logits_V: Floats, token: int, n_likeliest: int) -> LogProbs:
+def token_logprobs(logits_V: Floats, token: int, n_likeliest: int) -> LogProbs:
     """How probable a token is, and the likeliest ones."""
     wide_V = logits_V.astype(np.float64)
     largest = wide_V.max()

@@ -21,8 +21,8 @@ from nanomoe.config import ModelConfig
 
 ExpertPath = Literal["padded", "grouped", "masked"]
 
-# Measured on two cores: a batched product over padded groups beats the jagged one, by 1.2 to 2.8 times, until more than
-# half of its rows are padding; and where an expert has fewer than four rows or so, the jagged one in float32 wins.
+# Measured on two cores: a batched product over padded groups beats the grouped one, by 1.2 to 2.8 times, until more
+# than half of its rows are padding; where an expert has fewer than four rows or so, the grouped one in float32 wins.
 _MOST_PADDING = 2.0
 _FEW_ROWS = 4
 
@@ -147,7 +147,7 @@ class Experts(nn.Module):
 
     Each way lays rows out for its product and says in which row, the slot, an assignment's output is to be found:
     `masked` runs every expert on every token; `padded` gives each expert as many rows as the busiest has assignments;
-    `grouped` gives each just its own, and needs a jagged product.
+    `grouped` gives each just its own, and needs a grouped product.
     """
 
     b_in: Tensor | None
@@ -168,7 +168,7 @@ class Experts(nn.Module):
             if bias is not None:
                 nn.init.zeros_(bias)
 
-    def every(self, x_TC: Tensor) -> Tensor:
+    def all_outputs(self, x_TC: Tensor) -> Tensor:
         """(E, T, C): every expert's output for every token."""
         return self._batched(x_TC.expand(len(self.w_in), *x_TC.shape))
 
@@ -188,11 +188,11 @@ class Experts(nn.Module):
             return self._everywhere(x_TC, assignments)
         elif reason := self._not_grouped_because(x_TC):
             raise ValueError(f"the grouped path cannot run: {reason}")
-        return self._in_jagged_groups(x_TC, assignments)
+        return self._in_grouped_product(x_TC, assignments)
 
     def _everywhere(self, x_TC: Tensor, assignments: Assignments) -> Tensor:
         slot_TK = assignments.chosen_TK * len(x_TC) + torch.arange(len(x_TC), device=x_TC.device)[:, None]
-        return _rows(self.every(x_TC).flatten(0, 1), slot_TK)
+        return _rows(self.all_outputs(x_TC).flatten(0, 1), slot_TK)
 
     def _in_padded_groups(self, x_TC: Tensor, assignments: Assignments, longest: int) -> Tensor:
         slot_TK = assignments.chosen_TK * longest + assignments.ranks()
@@ -202,7 +202,7 @@ class Experts(nn.Module):
         rows_EMC = x_TC.index_select(0, token_S).view(-1, longest, x_TC.shape[1])
         return _rows(self._batched(rows_EMC).flatten(0, 1), slot_TK)
 
-    def _in_jagged_groups(self, x_TC: Tensor, assignments: Assignments) -> Tensor:
+    def _in_grouped_product(self, x_TC: Tensor, assignments: Assignments) -> Tensor:
         dtype = _product_dtype(x_TC)
         x_AC = x_TC.index_select(0, assignments.tokens()).to(dtype)
         ends_E = assignments.ends_E.to(torch.int32)
@@ -309,7 +309,7 @@ class MoE(nn.Module):
             out_TKC = out_TKC * keep_TNC[:, :k]
         y_TC = (out_TKC * weights_TK[..., None]).sum(1)
         if self.shared is not None:
-            shared_TNC = self.shared.every(x_TC).transpose(0, 1)
+            shared_TNC = self.shared.all_outputs(x_TC).transpose(0, 1)
             if keep_TNC is not None:
                 shared_TNC = shared_TNC * keep_TNC[:, k:]
             y_TC = y_TC + shared_TNC.sum(1)
@@ -330,8 +330,8 @@ class MoE(nn.Module):
     def update_balance_bias(self, counts_E: Tensor) -> None:
         """After an optimizer step: b += router_bias_update_rate * sign(mean(n) - n_e) (DeepSeek-V3, arXiv 2412.19437).
 
-        `counts_E` are the assignments before dropping of the whole step: all its micro-batches, all its ranks. Without
-        a balance bias (a rate of 0) nothing is done.
+        `counts_E` are the assignments before dropping of the whole step: all its micro-batches. Without a balance bias
+        (a rate of 0) nothing is done.
         """
         bias_E = self.router.balance_bias
         if bias_E is None:
@@ -347,7 +347,7 @@ def expert_capacity(capacity_factor: float, n_tokens: int, k: int, n_experts: in
 
 
 def not_grouped_because(n_embd: int, hidden: int, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why torch's jagged product cannot, or should not, multiply these matrices here; None when it can."""
+    """Why torch's grouped product cannot, or should not, multiply these matrices here; None when it can."""
     if dtype not in (torch.float32, torch.bfloat16):
         return f"grouped products take no {str(dtype).removeprefix('torch.')}"
     per_16_bytes = 16 // dtype.itemsize
@@ -368,9 +368,9 @@ def choose_expert_path(
         return "masked", "every token goes to every expert"
     not_grouped = not_grouped_because(config.n_embd, config.expert_hidden, device, dtype)
     if device.type != "cpu":
-        return ("masked", not_grouped) if not_grouped else ("grouped", "jagged products on the device")
+        return ("masked", not_grouped) if not_grouped else ("grouped", "grouped products on the device")
     if not not_grouped and dtype == torch.float32 and n_tokens * config.k < _FEW_ROWS * config.n_experts:
         return "grouped", "few tokens per expert"
     if not_grouped:
         return "padded", f"batched products over padded groups; {not_grouped}"
-    return "padded", "batched products over padded groups; jagged ones whenever padding would double the rows"
+    return "padded", "batched products over padded groups; grouped ones whenever padding would double the rows"

@@ -74,9 +74,9 @@ def untrained_note(console: Console) -> Text:
 
 def stopped_early_line(checkpoint: schemas.CheckpointMetrics) -> Text:
     """The reason for a checkpoint at 100 % before the last step."""
-    from nanomoe.checkpoint import stopped_early
+    from nanomoe.checkpoint import stopped_early_reason
 
-    return Text(stopped_early(checkpoint), text.DIM)
+    return Text(stopped_early_reason(checkpoint), text.DIM)
 
 
 def _balance(mean: schemas.MixtureFigures) -> Text:

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from nanomoe.config import JobConfig
 from service.http import schemas
 
-_NOT_FIGURES = ("percent", "step", "epoch", "created_at", "layer")
+_IDENTITY_FIELDS = ("percent", "step", "epoch", "created_at", "layer")
 """Fields that identify the checkpoint or layer."""
 
 
@@ -40,7 +40,7 @@ def sections() -> dict[str, dict[str, str]]:
 
 
 def _figures(model: type[BaseModel]) -> list[str]:
-    return [name for name in model.model_fields if name not in _NOT_FIGURES]
+    return [name for name in model.model_fields if name not in _IDENTITY_FIELDS]
 
 
 def _meanings(model: type[BaseModel], names: Iterable[str]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""INSERT ... ON CONFLICT, which SQLite and PostgreSQL spell alike and SQLAlchemy gives each dialect apart."""
+"""Upserts: the ON CONFLICT insert of SQLite and PostgreSQL."""
 
 from typing import Any
 
@@ -27,5 +27,5 @@ def insert_unless_there(session: Session, row: type[Row]) -> Any:
 
 
 def _insert(session: Session, row: type[Row]) -> Any:
-    # Any: the two classes have the ON CONFLICT methods in common, but no base that names them.
+    # SQLAlchemy has a class for each. Any: the two have the ON CONFLICT methods in common, but no base that names them.
     return (sqlite_insert if session.get_bind().dialect.name == "sqlite" else postgresql_insert)(row)

@@ -22,7 +22,8 @@ from service.generation.messages import (
     Begun,
     Cancel,
     Chunk,
-    Done,
+    EngineDone,
+    EngineReady,
     EngineRequest,
     Examined,
     Failed,
@@ -30,12 +31,11 @@ from service.generation.messages import (
     Generate,
     Inspect,
     Inspected,
-    LogProbs,
+    LogProbsWithBytes,
     PromptsRead,
     PromptTokenLogProbs,
     Question,
     ReadPrompts,
-    Ready,
     Refused,
     Score,
     Scored,
@@ -69,7 +69,7 @@ class EngineChoice:
     text: str
     tokens: tuple[int, ...]
     finish_reason: FinishReason
-    logprobs: tuple[LogProbs, ...] | None
+    logprobs: tuple[LogProbsWithBytes, ...] | None
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class EngineResult:
     summary: Summary
 
 
-Answer = Chunk | Done | Examined | ServiceError
+Answer = Chunk | EngineDone | Examined | ServiceError
 """What happens to a request once it has begun."""
 
 
@@ -94,20 +94,33 @@ def empty_prompt(*place: int) -> Invalid:
     )
 
 
+@dataclass(frozen=True)
+class _Load:
+    """What a request takes of the engine's capacity: some continuations, or one question."""
+
+    n_continuations: int = 0
+    n_questions: int = 0
+
+
+_QUESTION = _Load(n_questions=1)
+
+
+class _TimeLimitChanged:
+    """The engine has become ready, or the request has begun: another time limit counts now."""
+
+
 class _Pending:
     """A request that has not been answered in full yet."""
 
-    def __init__(self, n: int, *, follows: bool = False) -> None:
-        self.n = n
-        """Continuations; 0 for a question."""
+    def __init__(self, load: _Load, *, follows: bool = False) -> None:
+        self.load = load
         self.follows = follows
         """Whether it belongs to a request of several prompts of which one came before."""
         self.arrived_at = time.monotonic()
         self.waits_since: float | None = None
         """From when its time limits count; None while the engine is not ready."""
         self.begun_at: float | None = None
-        self.answers: asyncio.Queue[Answer | None] = asyncio.Queue()
-        """None: the engine has become ready, or the request has begun."""
+        self.answers: asyncio.Queue[Answer | _TimeLimitChanged] = asyncio.Queue()
         self.finished = False
         """Whether the engine sends no more messages about it."""
         self.failed = False
@@ -158,7 +171,7 @@ class Generation:
         """All continuations of a request, finished. Raises what `stream` raises."""
         texts = [""] * request.n
         tokens: list[list[int]] = [[] for _ in range(request.n)]
-        logprobs: list[list[LogProbs]] = [[] for _ in range(request.n)]
+        logprobs: list[list[LogProbsWithBytes]] = [[] for _ in range(request.n)]
         reasons: list[FinishReason] = ["length"] * request.n
         summary: Summary | None = None
         async with contextlib.aclosing(self.stream(request, in_chunks=False)) as items:
@@ -199,15 +212,16 @@ class Generation:
             Unavailable: the engine ended or cannot start, the checkpoint makes no model, or a time limit was reached.
         """
         self._check_limits(request)
+        load = _Load(n_continuations=request.n)
         if not follows:
-            self._check_room(request.n)
-        sent = self._sent(request.n, lambda i: Generate(id=i, stream=in_chunks, request=request), follows=follows)
+            self._check_room(load)
+        sent = self._sent(load, lambda i: Generate(id=i, stream=in_chunks, request=request), follows=follows)
         async with sent as pending:
             while not pending.finished:
                 answer = await self._next_answer(pending)
                 if isinstance(answer, Chunk):
                     yield answer
-                elif isinstance(answer, Done):
+                elif isinstance(answer, EngineDone):
                     pending.finished = True
                     summary = _summary(pending, answer)
                     self._count(summary, answer)
@@ -249,11 +263,11 @@ class Generation:
         return answer.prompts
 
     async def _examine(self, question: Callable[[int], Question]) -> Examined:
-        self._check_room(0)
-        async with self._sent(0, question) as pending:
+        self._check_room(_QUESTION)
+        async with self._sent(_QUESTION, question) as pending:
             while True:
                 answer = await self._next_answer(pending)
-                if answer is None:
+                if isinstance(answer, _TimeLimitChanged):
                     continue
                 pending.finished = True
                 if isinstance(answer, ServiceError):
@@ -261,7 +275,7 @@ class Generation:
                 assert isinstance(answer, Examined), "a question is not answered with text"
                 return answer
 
-    def _count(self, summary: Summary, done: Done) -> None:
+    def _count(self, summary: Summary, done: EngineDone) -> None:
         self.instruments.tokens.labels("prompt").inc(summary.prompt_tokens)
         self.instruments.tokens.labels("completion").inc(summary.completion_tokens)
         self.instruments.first_token_seconds.observe(summary.timing.first_token_seconds)
@@ -270,15 +284,15 @@ class Generation:
 
     @contextlib.asynccontextmanager
     async def _sent(
-        self, n: int, message: Callable[[int], ToEngine], *, follows: bool = False
+        self, load: _Load, message: Callable[[int], ToEngine], *, follows: bool = False
     ) -> AsyncIterator[_Pending]:
         """Send the engine a message with a new id; cancel it, unless it is finished when the block ends.
 
-        `n`: its continuations; 0 for a question. `follows`: as for `stream`.
+        `load`: what it takes of the engine's capacity. `follows`: as for `stream`.
         """
         self._last_id += 1
         request_id = self._last_id
-        pending = self._pending[request_id] = _Pending(n, follows=follows)
+        pending = self._pending[request_id] = _Pending(load, follows=follows)
         if self._engine.is_ready:
             pending.waits_since = pending.arrived_at
         process: asyncio.subprocess.Process | None = None
@@ -314,18 +328,18 @@ class Generation:
                 errors=[{"loc": ["body", "n"], "msg": "above the server's limit"}],
             )
 
-    def _check_room(self, n: int) -> None:
-        """Refuse a request of `n` continuations, 0 for a question, if it would wait and the queue is full.
+    def _check_room(self, load: _Load) -> None:
+        """Refuse a request if it would wait and the queue is full.
 
         Requests take places in the order of their arrival: as many continuations as may run at the same time, and one
         question. A request without a place waits.
         """
-        n_sequences = n_questions = n_waiting = 0
+        n_continuations = n_questions = n_waiting = 0
         would_wait = False
-        for size in (*(pending.n for pending in self._pending.values()), n):
-            n_sequences += size
-            n_questions += size == 0
-            would_wait = n_sequences > self._settings.engine_max_running if size else n_questions > 1
+        for each in (*(pending.load for pending in self._pending.values()), load):
+            n_continuations += each.n_continuations
+            n_questions += each.n_questions
+            would_wait = n_questions > 1 if each.n_questions else n_continuations > self._settings.engine_max_running
             n_waiting += would_wait
         if would_wait and n_waiting > self._settings.engine_max_waiting:
             raise TooManyRequests(
@@ -334,8 +348,8 @@ class Generation:
                 retry_after=RETRY_SECONDS,
             )
 
-    async def _next_answer(self, pending: _Pending) -> Answer | None:
-        """The next answer to a request.
+    async def _next_answer(self, pending: _Pending) -> Answer | _TimeLimitChanged:
+        """The next answer to a request, or that its time limit has changed.
 
         Raises:
             Unavailable: a time limit was reached.
@@ -358,18 +372,18 @@ class Generation:
 
     def _handle(self, message: FromEngine) -> None:
         """Put a message of the engine where its request is answered."""
-        if isinstance(message, Ready):
+        if isinstance(message, EngineReady):
             now = time.monotonic()
             for waiting in self._pending.values():
                 waiting.waits_since = now
-                waiting.answers.put_nowait(None)
+                waiting.answers.put_nowait(_TimeLimitChanged())
             return
         pending = self._pending.get(message.id)
         if pending is None:
             return  # cancelled
         if isinstance(message, Begun):
             pending.begun_at = message.at
-            pending.answers.put_nowait(None)
+            pending.answers.put_nowait(_TimeLimitChanged())
         elif isinstance(message, Refused):
             pending.answers.put_nowait(_refusal(message))
         elif isinstance(message, Failed):
@@ -394,7 +408,7 @@ def _refusal(refused: Refused) -> Invalid:
     return Invalid(refused.code, refused.message, errors=errors)
 
 
-def _summary(pending: _Pending, done: Done) -> Summary:
+def _summary(pending: _Pending, done: EngineDone) -> Summary:
     assert pending.begun_at is not None, "a request begins before it is done"
     seconds = done.finished_at - pending.begun_at
     return Summary(

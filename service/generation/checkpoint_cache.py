@@ -1,7 +1,7 @@
 """The checkpoints that the engine keeps loaded, ready to be continued from.
 
-A thread reads them, so that a new one does not stop the texts of others; everything else happens in the main thread.
-Knows no request.
+A thread reads them, so that a new one does not stop the continuations of others; everything else happens in the main
+thread. Knows no request.
 """
 
 from collections import OrderedDict
@@ -57,8 +57,8 @@ class CheckpointCache:
         in_main_thread: Callable[[Callable[[], None]], None],
         on_failure: Callable[[str, LoadFailure], None],
     ) -> None:
-        """`max_bytes`: memory of the loaded checkpoints; `max_running`: sequences that each may generate at the same
-        time; `in_main_thread` has a function called there; `on_failure` is given the manifest's sha256."""
+        """`max_bytes`: memory of the loaded checkpoints; `max_running`: continuations that each may generate at the
+        same time; `in_main_thread` has a function called there; `on_failure` is given the manifest's sha256."""
         self._device = device
         self._max_bytes = max_bytes
         self._max_running = max_running
@@ -90,7 +90,7 @@ class CheckpointCache:
 
     @property
     def in_use(self) -> list[LoadedCheckpoint]:
-        """The checkpoints that texts are generated from."""
+        """The checkpoints that are being continued from."""
         return [loaded for loaded in [*self._loaded.values(), *self._replaced] if loaded.n_users]
 
     def acquire(self, manifest_sha256: str) -> LoadedCheckpoint:

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from nanomoe.generation.engine import Continuation
 from nanomoe.tokenizer import Tokenizer
 from service.generation.answers import FinishReason
-from service.generation.messages import Chunk, LogProbs
+from service.generation.messages import Chunk, LogProbsWithBytes
 from service.generation.text_stream import TextStream
-from service.generation.tokens import log_probs
+from service.generation.tokens import describe_logprobs
 
 
 class ChunkedContinuation:
@@ -68,12 +68,12 @@ class ChunkedContinuation:
         self._unsent += self._text.push(new[self._n_decoded :])
         self._n_decoded = len(new)
 
-    def _log_probs(self, tokens: range) -> tuple[LogProbs, ...] | None:
+    def _log_probs(self, tokens: range) -> tuple[LogProbsWithBytes, ...] | None:
         if self.continuation.request.logprobs is None:
             return None
         described = []
         for n in tokens:
-            found = log_probs(self._tokenizer, self.continuation.logprobs[n])
+            found = describe_logprobs(self._tokenizer, self.continuation.logprobs[n])
             if found is None:
                 raise ValueError(f"the log-probability of token {n} is not finite")
             described.append(found)

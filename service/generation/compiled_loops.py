@@ -1,4 +1,4 @@
-"""The compiled loops of generation, prepared while texts are generated without them.
+"""The compiled loops of generation, prepared while continuations are generated without them.
 
 Compiling takes eight seconds of a processor and holds the interpreter's lock most of the time, which every tensor
 operation needs as well. So it happens in a process of its own, `python -m service.generation.compiled_loops`, of the

@@ -21,7 +21,7 @@ import structlog
 import tokenizers  # noqa: F401 # imported where a checkpoint is loaded; the first request shall not wait for that
 import torch
 
-from nanomoe.generation.engine import FEW_SEQUENCES, useful_threads
+from nanomoe.generation.engine import FEW_CONTINUATIONS, useful_threads
 from nanomoe.logs import configure_logging
 from nanomoe.processes import die_with_parent
 from nanomoe.training.execution import find_device
@@ -31,14 +31,14 @@ from service.generation.examiner import Examiner
 from service.generation.messages import (
     Begun,
     Cancel,
+    EngineReady,
+    EngineStart,
     Examined,
     Failed,
     FromEngine,
     Generate,
     Question,
-    Ready,
     Refused,
-    Start,
     ToEngine,
     parse_to_engine,
     to_line,
@@ -56,7 +56,7 @@ after every tensor operation, and a token takes a hundred of them."""
 class Server:
     """The main thread's work, and the threads that hand it more."""
 
-    def __init__(self, start: Start, output: BinaryIO) -> None:
+    def __init__(self, start: EngineStart, output: BinaryIO) -> None:
         self._device = find_device(start.device)
         self._output = output
         self._unsent: list[bytes] = []
@@ -89,7 +89,7 @@ class Server:
 
     def serve(self) -> None:
         """Generate until the process ends."""
-        self._send(Ready())
+        self._send(EngineReady())
         self._flush()
         self.prepare_loops()
         while True:
@@ -116,12 +116,12 @@ class Server:
         self._handle_inbox(None if self._scheduler.is_idle else self._pace.pause)
         self._scheduler.begin_waiting()
         self._set_threads()
-        with self._pace.step(few=self._scheduler.n_sequences < FEW_SEQUENCES):
+        with self._pace.step(few=self._scheduler.n_continuations < FEW_CONTINUATIONS):
             self._scheduler.step()
             self._flush()
 
     def _set_threads(self) -> None:
-        wanted = useful_threads(self._scheduler.n_sequences, self._n_threads)
+        wanted = useful_threads(self._scheduler.n_continuations, self._n_threads)
         if wanted != torch.get_num_threads():
             torch.set_num_threads(wanted)
 
@@ -183,7 +183,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the API handles Ctrl-C
     output = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints must not end up between the messages
-    start = Start.model_validate_json(sys.stdin.buffer.readline())
+    start = EngineStart.model_validate_json(sys.stdin.buffer.readline())
     configure_logging(start.log_format)
     die_with_parent(start.parent)
     sys.setswitchinterval(_SWITCH_SECONDS)

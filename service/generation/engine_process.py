@@ -15,7 +15,7 @@ from pathlib import Path
 import structlog
 
 from service.errors import Unavailable
-from service.generation.messages import FromEngine, Ready, Start, ToEngine, parse_from_engine, to_line
+from service.generation.messages import EngineReady, EngineStart, FromEngine, ToEngine, parse_from_engine, to_line
 from service.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -96,7 +96,7 @@ class EngineProcess:
         try:
             # Now, while the process has one thread: those that it starts inherit the priority.
             _lower_priority(process.pid, settings.engine_nice)
-            start = Start(
+            start = EngineStart(
                 parent=os.getpid(),
                 device=settings.engine_device,
                 cache_bytes=settings.engine_cache_bytes,
@@ -137,7 +137,7 @@ class EngineProcess:
             self._handle_end(status, f"the generation engine {ended}")
 
     def _handle(self, message: FromEngine) -> None:
-        if isinstance(message, Ready):
+        if isinstance(message, EngineReady):
             self.is_ready, self._failures = True, 0
         self._on_message(message)
 
@@ -152,7 +152,7 @@ class EngineProcess:
         self._on_end(Unavailable(code, reason, retry_after=RETRY_SECONDS))
 
 
-async def send(process: asyncio.subprocess.Process, message: Start | ToEngine) -> None:
+async def send(process: asyncio.subprocess.Process, message: EngineStart | ToEngine) -> None:
     """Send a message; one to a process that has ended is dropped."""
     assert process.stdin is not None
     with contextlib.suppress(ConnectionError):  # the end is noticed, and requests are answered, where it is read

@@ -29,7 +29,7 @@ from service.generation.messages import (
     Failed,
     Inspect,
     Inspected,
-    LogProbs,
+    LogProbsWithBytes,
     PromptsRead,
     PromptTokenLogProbs,
     Question,
@@ -38,7 +38,7 @@ from service.generation.messages import (
     Score,
     Scored,
 )
-from service.generation.tokens import log_probs, prompt_tokens, refuse_unknown_token
+from service.generation.tokens import describe_logprobs, prompt_tokens, refuse_unknown_token
 
 log = structlog.get_logger(__name__)
 
@@ -134,10 +134,10 @@ def _read_prompts(question: ReadPrompts, tokenizer: Tokenizer, model: GPT) -> Pr
 def _prompt_tokens(
     tokens: list[int], n_likeliest: int | None, tokenizer: Tokenizer, model: GPT
 ) -> tuple[PromptTokenLogProbs, ...]:
-    logprobs: list[LogProbs | None] = [None] * len(tokens)
+    logprobs: list[LogProbsWithBytes | None] = [None] * len(tokens)
     if n_likeliest is not None:
         found = logprobs_of_tokens(model, tokens, n_likeliest)
-        logprobs[1:] = [log_probs(tokenizer, one) for one in found]
+        logprobs[1:] = [describe_logprobs(tokenizer, one) for one in found]
     return tuple(
         PromptTokenLogProbs(utf8=tokenizer.token_bytes(token).hex(), logprobs=one)
         for token, one in zip(tokens, logprobs, strict=True)

@@ -31,7 +31,7 @@ class EngineRequest(Strict):
     """How each token is chosen."""
 
     seed: int = 0
-    """The same seed gives the same texts."""
+    """The same seed gives the same continuations."""
 
     n: int = 1
     """Number of continuations."""
@@ -46,7 +46,7 @@ class EngineRequest(Strict):
 # -- To the engine ----------------------------------------------------------------------------------------------------
 
 
-class Start(Strict):
+class EngineStart(Strict):
     """The first line that an engine reads."""
 
     type: Literal["start"] = "start"
@@ -60,7 +60,7 @@ class Start(Strict):
     """Bytes of loaded checkpoints to keep."""
 
     max_running: int
-    """Sequences generated at the same time."""
+    """Continuations generated at the same time."""
 
     log_format: LogFormat = "console"
     """How the engine writes log lines to standard error."""
@@ -131,7 +131,7 @@ class Cancel(Strict):
 # -- From the engine --------------------------------------------------------------------------------------------------
 
 
-class Ready(Strict):
+class EngineReady(Strict):
     """The engine's first line: its device works, and it reads requests."""
 
     type: Literal["ready"] = "ready"
@@ -153,8 +153,8 @@ class TokenBytesLogProb(TokenLogProb):
     """Bytes of the token, in hexadecimal."""
 
 
-class LogProbs(Strict):
-    """The log-probability of a token, and the likeliest tokens in its place."""
+class LogProbsWithBytes(Strict):
+    """The log-probability of a token, and the likeliest tokens in its place, each with its text and its bytes."""
 
     chosen: TokenBytesLogProb
     likeliest: tuple[TokenBytesLogProb, ...]
@@ -175,14 +175,14 @@ class Chunk(Strict):
     tokens: tuple[int, ...]
     """The new tokens that begin in the text so far."""
 
-    logprobs: tuple[LogProbs, ...] | None
+    logprobs: tuple[LogProbsWithBytes, ...] | None
     """One for each of `tokens`, if asked for."""
 
     finish_reason: FinishReason | None
     """Set in a continuation's last chunk."""
 
 
-class Done(Strict):
+class EngineDone(Strict):
     """The last message about a request that was generated."""
 
     type: Literal["done"] = "done"
@@ -222,7 +222,7 @@ class PromptTokenLogProbs(Strict):
     utf8: str
     """Bytes of the token, in hexadecimal."""
 
-    logprobs: LogProbs | None
+    logprobs: LogProbsWithBytes | None
     """What was probable in its place, if asked for; None for the first, which nothing predicts, and where that is not
     finite."""
 
@@ -284,7 +284,7 @@ class Failed(Strict):
 Question = Score | Inspect | ReadPrompts
 Examined = Scored | Inspected | PromptsRead
 ToEngine = Generate | Question | Cancel
-FromEngine = Ready | Begun | Chunk | Done | Examined | Refused | Failed
+FromEngine = EngineReady | Begun | Chunk | EngineDone | Examined | Refused | Failed
 
 _to_engine: TypeAdapter[ToEngine] = TypeAdapter(Annotated[ToEngine, Field(discriminator="type")])
 _from_engine: TypeAdapter[FromEngine] = TypeAdapter(Annotated[FromEngine, Field(discriminator="type")])

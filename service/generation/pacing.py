@@ -1,4 +1,4 @@
-"""How the engine leaves the processor to others, a training for instance, while it generates few texts.
+"""How the engine leaves the processor to others, a training for instance, while it generates few continuations.
 
 Knows no request and no checkpoint.
 """
@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 LEAST_SHARE = 1 / 10
-"""Share of a core's time that few texts are generated in where others want the processor: they take no more, and are
-never held back below it. It is about what Linux leaves a process of nice 10 beside one of nice 0 on the same core, 110
-parts of 1,134. A training beside one text keeps 0.83 of its steps at an eighth and 0.92 at a thirteenth (measured)."""
+"""Share of a core's time that generation takes while it has few continuations and others want the processor. Pauses
+hold it down to this share, never below. It is about what Linux leaves a process of nice 10 beside one of nice 0 on the
+same core, 110 parts of 1,134. A training beside one continuation keeps 0.83 of its steps at an eighth and 0.92 at a
+thirteenth (measured)."""
 
 _INTERVAL_SECONDS = 0.02
 """Time of steps after which it is judged whether others want the processor."""
@@ -24,7 +25,7 @@ _MOST_CREDIT_SECONDS = 0.25
 
 
 class Pace:
-    """Pauses between steps while few texts are generated and others want the processor.
+    """Pauses between steps while few continuations are generated and others want the processor.
 
     A low priority alone leaves a training three quarters of its speed (measured): it waits a little at every of its
     many small steps for a core and for the cache. So when the processor keeps this thread waiting, which shows that
@@ -43,7 +44,7 @@ class Pace:
 
     @contextmanager
     def step(self, *, few: bool) -> Iterator[None]:
-        """A step of generation, in the block. `few`: whether few texts are generated."""
+        """A step of generation, in the block. `few`: whether few continuations are generated."""
         wall, cpu = time.perf_counter(), time.thread_time()
         yield
         ended, computed = time.perf_counter(), time.thread_time() - cpu

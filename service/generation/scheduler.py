@@ -1,7 +1,7 @@
 """Which requests are generated, from their arrival to their last message.
 
-Requests begin in the order of their arrival, as many as may run at the same time; a step adds one token to every text.
-Belongs to the engine's main thread. Knows no pipe and no other thread.
+Requests begin in the order of their arrival, as many as may run at the same time; a step adds one token to every
+continuation. Belongs to the engine's main thread. Knows no pipe and no other thread.
 """
 
 import time
@@ -17,13 +17,13 @@ import torch
 from nanomoe.generation.engine import Continuation, Request
 from service.generation.checkpoint_cache import CheckpointCache, LoadedCheckpoint, LoadFailure
 from service.generation.chunks import ChunkedContinuation
-from service.generation.messages import Begun, Done, EngineRequest, Failed, FromEngine, Generate
+from service.generation.messages import Begun, EngineDone, EngineRequest, Failed, FromEngine, Generate
 from service.generation.tokens import refuse_unknown_token
 
 log = structlog.get_logger(__name__)
 
 CHUNK_SECONDS = 0.02
-"""Shortest time between two chunks of a streamed text: a reader sees no difference, and lines cost time."""
+"""Shortest time between two chunks of a streamed continuation: a reader sees no difference, and lines cost time."""
 
 
 @dataclass
@@ -35,7 +35,7 @@ class _Running:
     n_prompt: int = 0
     """Tokens of the prompt."""
 
-    choices: list[ChunkedContinuation] = field(default_factory=list)
+    continuations: list[ChunkedContinuation] = field(default_factory=list)
     last_chunk_at: float = 0.0
     first_token_at: float | None = None
 
@@ -44,14 +44,14 @@ class Scheduler:
     """Requests that wait, and those that are generated."""
 
     def __init__(self, cache: CheckpointCache, send: Callable[[FromEngine], None], *, max_running: int) -> None:
-        """`max_running`: texts that are generated at the same time."""
+        """`max_running`: continuations that are generated at the same time."""
         self._cache = cache
         self._send = send
         self._max_running = max_running
         self._waiting: deque[Generate] = deque()
         self._running: dict[int, _Running] = {}
         self._owners: dict[Continuation, tuple[_Running, ChunkedContinuation]] = {}
-        """Whose text each continuation is that still gets tokens."""
+        """Unfinished continuation -> its request and its chunks."""
 
     @property
     def is_idle(self) -> bool:
@@ -59,8 +59,8 @@ class Scheduler:
         return not self._running
 
     @property
-    def n_sequences(self) -> int:
-        """Texts that are being generated."""
+    def n_continuations(self) -> int:
+        """Continuations that are being generated."""
         return len(self._owners)
 
     def add(self, message: Generate) -> None:
@@ -87,14 +87,14 @@ class Scheduler:
             sha256 = message.request.manifest_sha256
             if sha256 not in self._cache:
                 self._cache.load(Path(message.request.folder), sha256)
-            elif self.is_idle or self.n_sequences + message.request.n <= self._max_running:
+            elif self.is_idle or self.n_continuations + message.request.n <= self._max_running:
                 self._waiting.remove(message)
                 self._begin(message)
             else:
                 return
 
     def step(self) -> None:
-        """Add one token to every text, and send the chunks that are due."""
+        """Add one token to every continuation, and send the chunks that are due."""
         for loaded in self._cache.in_use:
             with self._failing_only_requests_of(loaded):
                 self._step(loaded)
@@ -111,8 +111,8 @@ class Scheduler:
             log.exception("generation_failed")
             self._cache.remove(loaded)
             for running in [running for running in self._running.values() if running.loaded is loaded]:
-                for choice in running.choices:
-                    self._owners.pop(choice.continuation, None)
+                for chunked in running.continuations:
+                    self._owners.pop(chunked.continuation, None)
                 del self._running[running.message.id]
                 reason = f"{type(error).__name__}: {error}"
                 self._send(Failed(id=running.message.id, code="generation_failed", message=reason))
@@ -131,44 +131,44 @@ class Scheduler:
                 prompt = tuple(loaded.tokenizer.encode(prompt))
             running.n_prompt = len(prompt)
             for index in range(request.n):
-                continuation = loaded.engine.submit(_sequence(request, prompt, index))
-                choice = ChunkedContinuation(message.id, index, continuation, loaded.tokenizer, stop=request.stop)
-                running.choices.append(choice)
-                self._owners[continuation] = (running, choice)
+                continuation = loaded.engine.submit(_one_of_n(request, prompt, index))
+                chunked = ChunkedContinuation(message.id, index, continuation, loaded.tokenizer, stop=request.stop)
+                running.continuations.append(chunked)
+                self._owners[continuation] = (running, chunked)
             self._send(Begun(id=message.id, at=time.monotonic()))
 
     def _step(self, loaded: LoadedCheckpoint) -> None:
-        """Add one token to every text of one checkpoint."""
+        """Add one token to every continuation of one checkpoint."""
         touched: dict[int, _Running] = {}
         for continuation in loaded.engine.step():
-            running, choice = self._owners[continuation]
+            running, chunked = self._owners[continuation]
             touched[running.message.id] = running
-            choice.update()
+            chunked.update()
         now = time.monotonic()
         for running in touched.values():
             if running.first_token_at is None:
                 running.first_token_at = now
             due = running.message.stream and now - running.last_chunk_at >= CHUNK_SECONDS
-            for choice in running.choices:
-                if choice.continuation in self._owners and (due or choice.finish_reason is not None):
-                    self._send_chunk(running, choice)
+            for chunked in running.continuations:
+                if chunked.continuation in self._owners and (due or chunked.finish_reason is not None):
+                    self._send_chunk(running, chunked)
             if due:
                 running.last_chunk_at = now
-            if all(choice.finish_reason is not None for choice in running.choices):
+            if all(chunked.finish_reason is not None for chunked in running.continuations):
                 self._finish(running, now)
 
-    def _send_chunk(self, running: _Running, choice: ChunkedContinuation) -> None:
-        chunk = choice.next_chunk()
-        if choice.finish_reason is not None:
-            self._free_slot(running, choice)
+    def _send_chunk(self, running: _Running, chunked: ChunkedContinuation) -> None:
+        chunk = chunked.next_chunk()
+        if chunked.finish_reason is not None:
+            self._stop_generating(running, chunked)
         if chunk is not None:
             self._send(chunk)
 
     def _finish(self, running: _Running, now: float) -> None:
         assert running.first_token_at is not None
-        continuations = [choice.continuation for choice in running.choices]
+        continuations = [chunked.continuation for chunked in running.continuations]
         self._send(
-            Done(
+            EngineDone(
                 id=running.message.id,
                 prompt_tokens=running.n_prompt,
                 completion_tokens=sum(len(continuation.new) for continuation in continuations),
@@ -183,16 +183,17 @@ class Scheduler:
         self._end(running)
 
     def _end(self, running: _Running) -> None:
-        for choice in running.choices:
-            self._free_slot(running, choice)
+        for chunked in running.continuations:
+            self._stop_generating(running, chunked)
         del self._running[running.message.id]
         self._cache.release(running.loaded)
 
-    def _free_slot(self, running: _Running, choice: ChunkedContinuation) -> None:
+    def _stop_generating(self, running: _Running, chunked: ChunkedContinuation) -> None:
         """Take a continuation out of its engine, if it is still there."""
-        if self._owners.pop(choice.continuation, None) is not None and not choice.continuation.finished:
-            running.loaded.engine.cancel(choice.continuation)
+        if self._owners.pop(chunked.continuation, None) is not None and not chunked.continuation.finished:
+            running.loaded.engine.cancel(chunked.continuation)
 
 
-def _sequence(request: EngineRequest, prompt: tuple[int, ...], index: int) -> Request:
+def _one_of_n(request: EngineRequest, prompt: tuple[int, ...], index: int) -> Request:
+    """What the engine is asked for by one of a request's `n` continuations."""
     return Request(prompt, request.max_new_tokens, request.sampling, request.seed, index, request.logprobs)

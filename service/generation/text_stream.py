@@ -24,7 +24,8 @@ class TextStream:
         self._n_certain = 0
         """Complete characters that were returned."""
         self.n_begun = 0
-        """Tokens that begin in the text that was returned; the others may never be part of it."""
+        """How many of the pushed tokens, from the first on, have their first character in the returned text; the text
+        of the others is still held back, and a stop string may cut it off."""
         self.stopped = False
         """Whether a stop string was found; what is pushed after it has no text."""
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from nanomoe.generation import logprobs
 from nanomoe.tokenizer import Tokenizer
 from service.generation.answers import PromptToken
-from service.generation.messages import LogProbs, Refused, TokenBytesLogProb
+from service.generation.messages import LogProbsWithBytes, Refused, TokenBytesLogProb
 
 
 def prompt_tokens(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[PromptToken]:
@@ -22,12 +22,12 @@ def prompt_tokens(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[PromptTok
     return described
 
 
-def log_probs(tokenizer: Tokenizer, found: logprobs.LogProbs) -> LogProbs | None:
+def describe_logprobs(tokenizer: Tokenizer, found: logprobs.LogProbs) -> LogProbsWithBytes | None:
     """The log-probabilities in the place of a token; None where its own is not finite."""
     if not math.isfinite(found.chosen.logprob):
         return None
     likeliest = tuple(_log_prob(tokenizer, one) for one in found.likeliest if math.isfinite(one.logprob))
-    return LogProbs(chosen=_log_prob(tokenizer, found.chosen), likeliest=likeliest)
+    return LogProbsWithBytes(chosen=_log_prob(tokenizer, found.chosen), likeliest=likeliest)
 
 
 def _log_prob(tokenizer: Tokenizer, found: logprobs.TokenLogProb) -> TokenBytesLogProb:

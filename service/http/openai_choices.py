@@ -6,7 +6,7 @@ Knows no HTTP and no request.
 import codecs
 from collections.abc import Sequence
 
-from service.generation.messages import Chunk, LogProbs, PromptTokenLogProbs
+from service.generation.messages import Chunk, LogProbsWithBytes, PromptTokenLogProbs
 from service.http import schemas
 
 
@@ -32,7 +32,7 @@ class ChoiceWriter:
             finish_reason=chunk.finish_reason,
         )
 
-    def _of_tokens(self, new: Sequence[LogProbs]) -> schemas.CompletionLogprobs:
+    def _of_tokens(self, new: Sequence[LogProbsWithBytes]) -> schemas.CompletionLogprobs:
         prompt, self._prompt_tokens = self._prompt_tokens, ()
         offsets = [self._offset(token.utf8) for token in prompt]
         if prompt:  # prompt and continuation are decoded apart
@@ -59,7 +59,7 @@ def text_of(tokens: Sequence[PromptTokenLogProbs]) -> str:
     return b"".join(bytes.fromhex(token.utf8) for token in tokens).decode(errors="replace")
 
 
-def _by_name(probable: LogProbs) -> dict[str, float]:
+def _by_name(probable: LogProbsWithBytes) -> dict[str, float]:
     return {token_name(token.utf8): token.logprob for token in (*probable.likeliest, probable.chosen)}
 
 

@@ -10,7 +10,7 @@ from nanomoe.config import ConfigWarning, JobConfig
 from nanomoe.config_warnings import unused_moe_settings
 from nanomoe.evaluation.metrics import perplexity
 from service.generation.admission import EngineResult, Summary
-from service.generation.messages import Chunk, Inspected, LogProbs, Scored
+from service.generation.messages import Chunk, Inspected, LogProbsWithBytes, Scored
 from service.http import schemas
 from service.jobs.addressing import Address
 from service.jobs.submission import Assessment
@@ -36,7 +36,7 @@ def job(row: Job, *, queue_position: int | None = None, estimated_start_at: date
         started_at=row.started_at,
         finished_at=row.finished_at,
         attempt=row.attempt,
-        status_reason=row.status_reason or _stopped_early(row),
+        status_reason=row.status_reason or _stopped_early_reason(row),
         priority=row.priority,
         run_at=row.run_at,
         execution=row.execution,
@@ -64,7 +64,7 @@ def progress(row: Job) -> schemas.Progress:
     return schemas.Progress.model_validate({"total_steps": row.total_steps} | row.progress | done)
 
 
-def _stopped_early(row: Job) -> str | None:
+def _stopped_early_reason(row: Job) -> str | None:
     """Why a job stopped early, for rows of earlier versions, which have no reason; None for any other job."""
     step, total_steps = row.progress.get("step"), row.total_steps
     if row.status != "succeeded" or step is None or total_steps is None or step >= total_steps:
@@ -119,12 +119,13 @@ def checkpoint_metrics(row: Checkpoint, *, best: int | None = None, tokens: bool
     return schemas.CheckpointMetrics.model_validate(metrics | _identity(row) | _is_best(row, best))
 
 
-_NOT_FIGURES = frozenset({"reconstruction", "continuation", "moe"})
+_LARGE_PARTS = frozenset({"reconstruction", "continuation", "moe"})
+"""Parts of a checkpoint's metrics that a list of checkpoints leaves out."""
 
 
 def checkpoint(row: Checkpoint, *, best: int | None) -> schemas.CheckpointView:
     """A checkpoint as `GET /jobs/{id}/checkpoints` answers it. `best`: `best_percent` of its job."""
-    figures = {name: value for name, value in row.metrics.items() if name not in _NOT_FIGURES}
+    figures = {name: value for name, value in row.metrics.items() if name not in _LARGE_PARTS}
     return schemas.CheckpointView.model_validate(figures | _identity(row) | _is_best(row, best) | {"files": row.files})
 
 
@@ -177,7 +178,7 @@ def worker(row: Worker, running: Sequence[Job]) -> schemas.WorkerView:
     )
 
 
-def _logprobs(given: Sequence[LogProbs] | None) -> list[schemas.TokenLogProb] | None:
+def _logprobs(given: Sequence[LogProbsWithBytes] | None) -> list[schemas.TokenLogProb] | None:
     if given is None:
         return None
     return [one.chosen for one in given]

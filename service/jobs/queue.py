@@ -229,19 +229,24 @@ def finish(
 
 
 def release(
-    db: Database, claim: Claim, *, crash: str | None = None, outside: str | None = None, pause_reason: str | None = None
+    db: Database,
+    claim: Claim,
+    *,
+    crash: str | None = None,
+    external_cause: str | None = None,
+    pause_reason: str | None = None,
 ) -> Job:
     """From running to queued, when a worker drains, when its trainer ended abnormally, or after an error outside of the
     job; to failed, when the job crashed too often; to paused, when that is still requested, or the worker has a reason
     of its own; to cancelled, when that is requested. The trainer must be dead.
 
-    `crash`: how the trainer ended abnormally. `outside`: the error outside of the job; the job waits, and no crash is
-    counted. `pause_reason`: the worker's reason, such as a full disk. Raises LeaseLost.
+    `crash`: how the trainer ended abnormally. `external_cause`: the error outside of the job; the job waits, and no
+    crash is counted. `pause_reason`: the worker's reason, such as a full disk. Raises LeaseLost.
     """
     with db.write() as session:
         renew_lease(db, session, claim)
         job = load_job(session, claim.job_id)
-        return _end_attempt(db, session, job, crash=crash, outside=outside, pause_reason=pause_reason)
+        return _end_attempt(db, session, job, crash=crash, external_cause=external_cause, pause_reason=pause_reason)
 
 
 def release_out_of_memory(
@@ -339,23 +344,26 @@ def _request(
     session: Session,
     job_id: str,
     possible: sa.ColumnElement[bool],
-    at_once: sa.ColumnElement[bool],
+    changes_now: sa.ColumnElement[bool],
     **values: Any,
 ) -> Job | None:
-    """The one UPDATE of a request, which the job's status at that moment decides: a job that changes its status
-    `at_once` gets an event number. None when the status was not a `possible` one."""
+    """The one UPDATE of a request, decided by the job's status at that moment. `possible`: where the request applies;
+    elsewhere nothing changes and None is returned. `changes_now`: where the status changes, which takes an event
+    number."""
     statement = (
         sa.update(Job)
         .where(jobs.c.id == job_id, possible)
-        .values(**values, event_seq=jobs.c.event_seq + sa.case((at_once, 1), else_=0))
+        .values(**values, event_seq=jobs.c.event_seq + sa.case((changes_now, 1), else_=0))
         .returning(Job)
     )
     return session.scalars(statement, execution_options=_AS_READ).one_or_none()
 
 
-def _unchanged(session: Session, job_id: str, harmless: tuple[str, ...], code: str) -> Job:
+def _unchanged(session: Session, job_id: str, fulfilled_in: tuple[str, ...], code: str) -> Job:
+    """The job that a request did not change, because its status is one of `fulfilled_in`. Raises Conflict `code` for
+    any other status."""
     job = load_job(session, job_id)
-    if job.status not in harmless:
+    if job.status not in fulfilled_in:
         raise Conflict(code, f"job {job_id} is {job.status}")
     return job
 
@@ -421,7 +429,7 @@ def _end_attempt(
     job: Job,
     *,
     crash: str | None = None,
-    outside: str | None = None,
+    external_cause: str | None = None,
     pause_reason: str | None = None,
     interrupted: str = "interrupted; continues when a worker is free",
 ) -> Job:
@@ -442,9 +450,9 @@ def _end_attempt(
     if crash is not None:
         wait = min(BACKOFF * 2 ** (crashes - 1), MAX_BACKOFF).total_seconds()
         reason = f"waits {wait:g} s after a crash: {crash}"
-    elif outside is not None:
+    elif external_cause is not None:
         wait = BACKOFF.total_seconds()
-        reason = f"waits {wait:g} s after an error outside of the job: {outside}"
+        reason = f"waits {wait:g} s after an error outside of the job: {external_cause}"
     else:
         return _end_running(db, session, job.id, "queued", status_reason=interrupted)
     waits = {"waits_since": db.now, "waits_seconds": wait}

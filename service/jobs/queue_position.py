@@ -18,10 +18,9 @@ from service.jobs.workers import is_alive
 MAX_POSITION = 1000
 """Most jobs that are counted ahead of one."""
 
-COMPARABLE = 4.0
-"""A job's step is estimated from one that runs if it has at most so many times the work of that one's, and at least
-that fraction: beyond, a step's fixed costs and the size of its matrix products make a time out of its work a guess.
-Assumed."""
+MAX_WORK_RATIO = 4.0
+"""Most times by which the work of two jobs' steps may differ for one's step time to be estimated from the other's:
+beyond, a step's fixed costs and the size of its matrix products make such an estimate a guess. Assumed."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ class _Work:
     """The remaining work of a job. None stands for what is not known yet."""
 
     step_work: float | None
-    """Active parameters times tokens of a step: floating-point operations, up to a factor that all have in common."""
+    """Active parameters times tokens of a step. Proportional to the floating-point operations of a step."""
 
     steps: int | None
     eta_seconds: float | None
@@ -189,7 +188,7 @@ def _needed_seconds(work: _Work, known: Sequence[_Work]) -> float | None:
         if other.step_work and other.step_seconds is not None
     ]
     ratio, step_seconds = min(found, key=lambda one: abs(math.log(one[0])), default=(math.inf, math.inf))
-    return work.steps * step_seconds * ratio if 1 / COMPARABLE <= ratio <= COMPARABLE else None
+    return work.steps * step_seconds * ratio if 1 / MAX_WORK_RATIO <= ratio <= MAX_WORK_RATIO else None
 
 
 def _starts(queued: Sequence[_Waiting], slots: Sequence[_Slot], known: Sequence[_Work]) -> Iterator[tuple[str, float]]:

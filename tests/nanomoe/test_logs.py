@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from service.generation.messages import Start, to_line
+from service.generation.messages import EngineStart, to_line
 
 ROOT = Path(__file__).parents[2]
 
@@ -71,7 +71,7 @@ def _last_line(command: list[str], sent: bytes, **environment: str) -> dict[str,
 
 
 def test_the_generation_engine_logs_in_the_form_of_its_start_message() -> None:
-    start = Start(parent=os.getpid(), device="cpu", cache_bytes=1, max_running=1, log_format="json")
+    start = EngineStart(parent=os.getpid(), device="cpu", cache_bytes=1, max_running=1, log_format="json")
     line = _last_line(["-m", "service.generation.engine"], to_line(start) + b"no request\n")
     assert line["event"] == "request_invalid"
     assert "ValidationError" in line["exception"]

@@ -70,7 +70,7 @@ class Embedding:
             ints_VC[:, :C] = np.rint(wte_VC / np.float32(self._scale))
             self._norm, self._rounding = _largest_norms(wte_VC, ints_VC, self._scale)
             self._int_panels = pack(ints_VC.view(np.int32))
-            # What the 128 that is added to the rows' numbers adds to the sums is taken off them before.
+            # Rows are stored +128 (unsigned), so 128 * sum(w) is subtracted in advance.
             self._int_starts_Pl = np.full((P, LANES), -(2**30), np.int32)
             self._int_starts_Pl.reshape(-1)[:V] = -128 * ints_VC.sum(axis=1, dtype=np.int32)
 

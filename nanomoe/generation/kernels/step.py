@@ -79,8 +79,8 @@ class Weights(NamedTuple):
     place: npt.NDArray[np.int64]  # (L,): its place among the dense layers, or -1 minus that among the mixtures
 
 
-class Routing(NamedTuple):
-    """How a mixture chooses."""
+class RouterOptions(NamedTuple):
+    """How a mixture chooses its experts."""
 
     k: int
     sigmoid: bool
@@ -104,7 +104,7 @@ class Loops:
         """`weights`: by nanoGPT's names, float32, on the CPU; a missing one is zero."""
         self._config = config
         self._weights = _stack(weights, config)
-        self._routing = Routing(config.k, config.router_score == "sigmoid", config.renormalises_gates)
+        self._router_options = RouterOptions(config.k, config.router_score == "sigmoid", config.renormalises_gates)
         self._cache = self._new_cache(0)
 
     @property
@@ -148,13 +148,13 @@ class Loops:
         ends = np.cumsum(lengths)
         last_N[ends - 1] = np.arange(len(spans))
         hidden_NC = np.empty((len(spans), self._config.n_embd), np.float32)
-        arguments = tokens_N, positions_N, rows_N, last_N, self._weights, self._routing, self._cache, hidden_NC
+        arguments = tokens_N, positions_N, rows_N, last_N, self._weights, self._router_options, self._cache, hidden_NC
         in_parts(partial(_call, arguments), _bounds(ends, torch.get_num_threads()))
         return hidden_NC
 
 
 def _call(arguments: tuple[object, ...], first: int, last: int) -> None:
-    _take_through(first, last, *arguments)
+    _forward_tokens(first, last, *arguments)
 
 
 def _bounds(ends: npt.NDArray[np.int64], n_parts: int) -> list[int]:
@@ -263,11 +263,11 @@ def _attend(qkv, position, keys_HPWl, values_HPBl, query_1W, scores_1B, powers_B
 
 
 @compiled
-def _route(logits_E, bias_E, routing, chosen_K, gates_K):
+def _route(logits_E, bias_E, options, chosen_K, gates_K):
     """Choose one token's experts, those with the largest score plus balance bias, the first of equals; their gates."""
     E = len(bias_E)
     scores_E = logits_E[:E]
-    if routing.sigmoid:
+    if options.sigmoid:
         for e in range(E):
             scores_E[e] = _ONE / (_ONE + np.exp(-scores_E[e]))
     else:
@@ -276,7 +276,7 @@ def _route(logits_E, bias_E, routing, chosen_K, gates_K):
     for e in range(E):
         wanted_E[e] = scores_E[e] + bias_E[e]
     total = np.float32(0)
-    for slot in range(routing.k):
+    for slot in range(options.k):
         best = 0
         for e in range(1, E):
             if wanted_E[e] > wanted_E[best]:
@@ -284,21 +284,21 @@ def _route(logits_E, bias_E, routing, chosen_K, gates_K):
         chosen_K[slot], gates_K[slot] = best, scores_E[best]
         total += scores_E[best]
         wanted_E[best] = -np.inf
-    if routing.renormalises:
-        for slot in range(routing.k):
+    if options.renormalises:
+        for slot in range(options.k):
             gates_K[slot] /= total
 
 
 @compiled
-def _mix(x_NC, n, mixture, weights, routing, y_NC):
+def _mix(x_NC, n, mixture, weights, options, y_NC):
     """y = the gated sum of its experts, for each of the first `n` rows."""
     n_routed = weights.balance_bias.shape[1]
     n_experts, width = weights.expert_in_bias.shape[1:]
-    chosen_NK, gates_NK = np.empty((n, routing.k), np.int64), np.empty((n, routing.k), np.float32)
+    chosen_NK, gates_NK = np.empty((n, options.k), np.int64), np.empty((n, options.k), np.float32)
     logits_NE = np.zeros((n, weights.router.shape[1] * LANES), np.float32)
     add_products(x_NC, n, weights.router[mixture], 0, weights.router.shape[1], weights.router.shape[2], logits_NE, 0)
     for row in range(n):
-        _route(logits_NE[row], weights.balance_bias[mixture], routing, chosen_NK[row], gates_NK[row])
+        _route(logits_NE[row], weights.balance_bias[mixture], options, chosen_NK[row], gates_NK[row])
         for c in range(y_NC.shape[1]):
             y_NC[row, c] = 0
     rows_G, gates_G = np.empty(n, np.int64), np.empty(n, np.float32)
@@ -308,7 +308,7 @@ def _mix(x_NC, n, mixture, weights, routing, y_NC):
         g = 0
         for row in range(n):
             gate = _ONE if expert >= n_routed else np.float32(0)  # shared experts serve everybody
-            for slot in range(routing.k):
+            for slot in range(options.k):
                 if chosen_NK[row, slot] == expert:
                     gate = gates_NK[row, slot]
             if gate != 0:
@@ -330,8 +330,8 @@ def _mix(x_NC, n, mixture, weights, routing, y_NC):
 
 
 @compiled
-def _take_through(first, last, tokens, positions, rows, last_of, weights, routing, cache, hidden_NC):
-    """Tokens `first` to `last`, exclusive; no token of a row comes before an earlier one of it."""
+def _forward_tokens(first, last, tokens, positions, rows, last_of, weights, options, cache, hidden_NC):
+    """Tokens `first` to `last`, exclusive. A row's tokens come in the order of their positions."""
     C = weights.wte.shape[1]
     L, _, _, n_panels, W, _ = cache.keys.shape
     room = min(last - first, _TOGETHER)
@@ -370,7 +370,7 @@ def _take_through(first, last, tokens, positions, rows, last_of, weights, routin
                     _gelu(hidden[i])
                 _multiply(hidden, n, weights.mlp_out[place], weights.mlp_out_bias[place], z)
             else:
-                _mix(y, n, -1 - place, weights, routing, z)
+                _mix(y, n, -1 - place, weights, options, z)
             for i in range(n):
                 _add(x[i], z[i])
         for i in range(n):

@@ -1,7 +1,8 @@
 """The requests and responses of every route, as pydantic classes shared with the Python client.
 
-Requests are strict and refuse unknown keys. Answers are lenient, so that an older client reads a newer server. Knows no
-torch, no FastAPI and no database.
+Requests are strict and refuse unknown keys. Answers ignore unknown keys, so that an older client reads those of a newer
+server, with two exceptions: a job's `config`, which is the strict `JobConfig`, and values of a closed list, such as a
+job's status. Knows no torch, no FastAPI and no database.
 """
 
 from nanomoe.config import Percent

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from nanomoe.config import SamplingConfig
-from nanomoe.generation.sampling import Candidates, choose, log_probs, uniform_stream
+from nanomoe.generation.sampling import Candidates, choose, token_logprobs, uniform_stream
 
 
 def _logits(vocab_size: int, seed: int) -> np.ndarray:
@@ -98,9 +98,9 @@ def test_logits_that_are_not_finite_are_refused(broken: float) -> None:
         _choose(np.array([0.0, broken, 1.0]), SamplingConfig())
 
 
-def test_log_probs_are_best_first_and_sum_to_one() -> None:
+def test_logprobs_are_best_first_and_sum_to_one() -> None:
     logits = _logits(50, 5)
-    found = log_probs(logits, 7, 50)
+    found = token_logprobs(logits, 7, 50)
     assert np.isclose(sum(np.exp(one.logprob) for one in found.likeliest), 1)
     assert [one.token for one in found.likeliest] == np.argsort(-logits, kind="stable").tolist()
     assert found.chosen == next(one for one in found.likeliest if one.token == 7)

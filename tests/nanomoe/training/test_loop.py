@@ -180,7 +180,7 @@ def test_training_ends_early_once_the_validation_loss_has_not_improved_for_so_ma
     assert (last.percent, last.step, last.stopped_early) == (100, 8, True)
     assert last.best_val_step == 2
     assert last.best_val_loss > last.val_loss
-    assert "lowest val_loss" in checkpoint.stopped_early(last)
+    assert "lowest val_loss" in checkpoint.stopped_early_reason(last)
     assert "best_val_loss" not in recorded[0].to_file()
 
 

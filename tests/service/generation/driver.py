@@ -11,12 +11,12 @@ from service.generation.engine import Server
 from service.generation.messages import (
     Begun,
     Chunk,
-    Done,
+    EngineDone,
     EngineRequest,
+    EngineStart,
     Failed,
     FromEngine,
     Generate,
-    Start,
     parse_from_engine,
 )
 from tests.service.tiny_checkpoint import TinyCheckpoint
@@ -27,7 +27,7 @@ class Driver:
 
     def __init__(self, *, cache_bytes: int = 2**30, max_running: int = 8) -> None:
         self.output = io.BytesIO()
-        start = Start(parent=os.getppid(), device="cpu", cache_bytes=cache_bytes, max_running=max_running)
+        start = EngineStart(parent=os.getppid(), device="cpu", cache_bytes=cache_bytes, max_running=max_running)
         self.server = Server(start, self.output)
         self._n_read = 0
         self._last_id = 0
@@ -39,9 +39,9 @@ class Driver:
         return self.server._cache
 
     @property
-    def n_sequences(self) -> int:
+    def n_continuations(self) -> int:
         """Texts that are being generated."""
-        return self.server._scheduler.n_sequences
+        return self.server._scheduler.n_continuations
 
     def ask(self, request: EngineRequest, *, stream: bool = False) -> int:
         """Send a request; returns its id."""
@@ -57,12 +57,12 @@ class Driver:
         self._n_read = len(self.output.getvalue())
         for line in lines:
             message = parse_from_engine(line)
-            assert isinstance(message, Begun | Chunk | Done | Failed)
+            assert isinstance(message, Begun | Chunk | EngineDone | Failed)
             self.sent[message.id].append(message)
 
     def finish(self, *ids: int) -> None:
         """Turn until these requests are answered in full."""
-        while not all(self.sent[i] and isinstance(self.sent[i][-1], Done | Failed) for i in ids):
+        while not all(self.sent[i] and isinstance(self.sent[i][-1], EngineDone | Failed) for i in ids):
             self.turn()
 
     def use_loops(self) -> None:

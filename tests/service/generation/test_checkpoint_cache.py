@@ -10,7 +10,7 @@ from nanomoe.checkpoint import CONFIG, MANIFEST, WEIGHTS
 from nanomoe.config import SamplingConfig
 from nanomoe.tokenizer import TOKENIZER_FILES, load_tokenizer
 from service.generation.examiner import Examiner
-from service.generation.messages import Cancel, Done, Failed, Inspect, Inspected, Score, Scored
+from service.generation.messages import Cancel, EngineDone, Failed, Inspect, Inspected, Score, Scored
 from tests.nanomoe.sample_tokenizers import PARAGRAPH, other_meaning
 from tests.service.generation.driver import Driver, reference_tokens
 from tests.service.tiny_checkpoint import TinyCheckpoint, write_tiny_checkpoint
@@ -79,7 +79,7 @@ def test_a_damaged_checkpoint_fails_its_requests_only(tmp_path: Path) -> None:
     driver = Driver()
     served, damaged, unreadable = (driver.ask(tiny.request()) for tiny in (good, bad, lost))
     driver.finish(served, damaged, unreadable)
-    assert isinstance(driver.sent[served][-1], Done)
+    assert isinstance(driver.sent[served][-1], EngineDone)
     failures = [driver.sent[i][-1] for i in (damaged, unreadable)]
     assert all(isinstance(failure, Failed) for failure in failures)
     assert [failure.code for failure in failures if isinstance(failure, Failed)] == [

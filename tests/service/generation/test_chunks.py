@@ -22,7 +22,7 @@ def test_a_stop_string_across_tokens_ends_a_text_and_frees_its_slot(tiny: TinyCh
     driver.finish(request_id)
     assert "".join(chunk.text for chunk in driver.chunks(request_id)) == text[: text.find(stop)]
     assert driver.chunks(request_id)[-1].finish_reason == "stop"
-    assert driver.n_sequences == 0
+    assert driver.n_continuations == 0
 
 
 def test_logprobs_name_each_token_and_the_likeliest_in_its_place(tiny: TinyCheckpoint) -> None:

@@ -11,8 +11,8 @@ import torch
 
 from nanomoe.config import SamplingConfig
 from service.generation.messages import (
-    Done,
-    Start,
+    EngineDone,
+    EngineStart,
     to_line,
 )
 from tests.service.generation.driver import Driver, reference_tokens
@@ -41,7 +41,7 @@ def test_a_failure_is_sent_before_the_engine_waits_for_more_to_do(
 
 
 def test_a_line_that_is_no_request_ends_the_process_with_its_traceback() -> None:
-    start = Start(parent=os.getpid(), device="cpu", cache_bytes=1, max_running=1)
+    start = EngineStart(parent=os.getpid(), device="cpu", cache_bytes=1, max_running=1)
     command = [sys.executable, "-m", "service.generation.engine"]
     ended = subprocess.run(command, input=to_line(start) + b"no request\n", capture_output=True, check=False)
     assert ended.returncode == 1
@@ -76,18 +76,18 @@ def test_what_begins_before_the_loops_are_ready_is_answered_without_them_and_wha
     driver.finish(early)
     preparation.may_end.set()
     driver.use_loops()
-    assert driver.n_sequences == 1, "the long one is being generated"
+    assert driver.n_continuations == 1, "the long one is being generated"
     late = driver.ask(tiny.request("Era", 30))
     driver.finish(late, long)
     ways = {name: driver.sent[i][-1] for name, i in (("early", early), ("long", long), ("late", late))}
-    assert {name: done.numerics.split("; ")[1] for name, done in ways.items() if isinstance(done, Done)} == {
+    assert {name: done.numerics.split("; ")[1] for name, done in ways.items() if isinstance(done, EngineDone)} == {
         "early": "tensor operations", "long": "tensor operations", "late": "compiled loops"
     }  # fmt: skip
     for request_id, prompt, n in ((early, "Era", 30), (long, "Olá", 300), (late, "Era", 30)):
         tokens = [token for chunk in driver.chunks(request_id) for token in chunk.tokens]
         assert tokens == reference_tokens(tiny, prompt, n, SamplingConfig(temperature=0))
     assert driver.cache._replaced == []
-    assert driver.n_sequences == 0
+    assert driver.n_continuations == 0
 
 
 def test_a_checkpoint_that_cannot_be_read_any_more_is_served_as_it_was_loaded(
@@ -103,7 +103,7 @@ def test_a_checkpoint_that_cannot_be_read_any_more_is_served_as_it_was_loaded(
     driver.use_loops()
     again = driver.ask(tiny.request())
     driver.finish(long, again)
-    assert isinstance(driver.sent[again][-1], Done)
+    assert isinstance(driver.sent[again][-1], EngineDone)
 
 
 def test_an_engine_on_a_gpu_prepares_no_loops(preparation: Preparation, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import torch
 from structlog.testing import capture_logs
 
 from nanomoe.config import SamplingConfig
-from service.generation.messages import Begun, Cancel, Done, Failed
+from service.generation.messages import Begun, Cancel, EngineDone, Failed
 from tests.service.generation.driver import Driver, reference_tokens
 from tests.service.tiny_checkpoint import TinyCheckpoint, write_tiny_checkpoint
 
@@ -30,7 +30,7 @@ def test_a_request_is_answered_with_its_text(tiny: TinyCheckpoint, stream: bool)
     assert "".join(chunk.text for chunk in driver.chunks(request_id)) == tiny.tokenizer.decode(expected)
     assert [chunk.finish_reason for chunk in driver.chunks(request_id)][-1] == "length"
     assert (len(chunks) > 1) == stream
-    assert isinstance(done, Done)
+    assert isinstance(done, EngineDone)
     assert (done.prompt_tokens, done.completion_tokens, done.window_slid) == (11, 40, True)
     assert begun.at <= done.first_token_at <= done.finished_at <= time.monotonic()
 
@@ -51,7 +51,7 @@ def test_a_cancelled_request_is_sent_nothing_more_and_frees_its_slots(tiny: Tiny
     withdrawn = driver.ask(tiny.request(max_new_tokens=1))
     while not driver.sent[long]:
         driver.turn()
-    assert driver.n_sequences == 2
+    assert driver.n_continuations == 2
     driver.server.receive(Cancel(id=withdrawn))
     driver.turn()
     assert driver.sent[waiting] == []
@@ -59,7 +59,7 @@ def test_a_cancelled_request_is_sent_nothing_more_and_frees_its_slots(tiny: Tiny
     driver.finish(waiting)
     assert driver.chunks(long) == []
     assert driver.sent[withdrawn] == []
-    assert driver.n_sequences == 0
+    assert driver.n_continuations == 0
 
 
 def test_a_request_joins_while_others_are_running(tiny: TinyCheckpoint) -> None:
@@ -69,7 +69,7 @@ def test_a_request_joins_while_others_are_running(tiny: TinyCheckpoint) -> None:
         driver.turn()
     short = driver.ask(tiny.request(max_new_tokens=3))
     driver.finish(short)
-    assert driver.n_sequences == 1
+    assert driver.n_continuations == 1
     assert driver.chunks(long) == []
 
 
@@ -97,15 +97,15 @@ def test_a_fault_while_generating_ends_the_requests_of_that_checkpoint_only(
     joining = driver.ask(bad.request())
     with capture_logs() as logged:
         driver.finish(served, failed)
-    assert isinstance(driver.sent[served][-1], Done)
+    assert isinstance(driver.sent[served][-1], EngineDone)
     failure = driver.sent[failed][-1]
     assert isinstance(failure, Failed)
     assert (failure.code, failure.message) == ("generation_failed", "OutOfMemoryError: no memory is left")
     assert [(entry["event"], entry["exc_info"]) for entry in logged] == [("generation_failed", True)]
     again = driver.ask(bad.request())
     driver.finish(joining, again)
-    assert isinstance(driver.sent[again][-1], Done), "it was loaded anew"
-    assert driver.n_sequences == 0
+    assert isinstance(driver.sent[again][-1], EngineDone), "it was loaded anew"
+    assert driver.n_continuations == 0
 
 
 def test_a_device_that_is_lost_ends_the_engine(tiny: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:

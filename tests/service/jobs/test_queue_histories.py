@@ -66,7 +66,7 @@ OWNERS_WRITES: dict[str, Any] = {
     "crash": lambda db, claim: queue.release(db, claim, crash="signal 9"),
     "out of memory": out_of_memory,
     "pause": lambda db, claim: queue.release(db, claim, pause_reason="the disk is full"),
-    "outside": lambda db, claim: queue.release(db, claim, outside="no file can be opened"),
+    "external_cause": lambda db, claim: queue.release(db, claim, external_cause="no file can be opened"),
 }
 
 

@@ -198,7 +198,7 @@ def test_an_end_that_is_not_the_jobs_doing_waits_and_counts_no_crash(
 ) -> None:
     submit(db)
     for _ in range(2 * queue.MAX_CRASHES):
-        job = queue.release(db, claim(db, worker), outside="no file can be opened")
+        job = queue.release(db, claim(db, worker), external_cause="no file can be opened")
         assert (job.status, job.crashes, job.waits_seconds) == ("queued", 0, 15)
         assert "no file can be opened" in (job.status_reason or "")
         clock.advance(15)

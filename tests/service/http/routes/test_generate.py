@@ -12,7 +12,7 @@ from structlog.testing import capture_logs
 
 from nanomoe import checkpoint
 from service.generation import admission
-from service.generation.messages import Cancel, Generate, Start, ToEngine
+from service.generation.messages import Cancel, EngineStart, Generate, ToEngine
 from service.jobs import queue, reads
 from tests.api import Api, Serve
 from tests.service.tiny_checkpoint import write_tiny_checkpoint
@@ -210,10 +210,10 @@ def test_a_client_that_disconnects_frees_its_slot(
 ) -> None:
     request = {"job_id": job_id, "prompt": "Era", "max_new_tokens": 4096, "stream": stream}
     generation = api.context.generation
-    sent: SimpleQueue[ToEngine | Start] = SimpleQueue()
+    sent: SimpleQueue[ToEngine | EngineStart] = SimpleQueue()
     send = admission.send
 
-    async def recorded(process: asyncio.subprocess.Process, message: ToEngine | Start) -> None:
+    async def recorded(process: asyncio.subprocess.Process, message: ToEngine | EngineStart) -> None:
         await send(process, message)
         sent.put(message)
 

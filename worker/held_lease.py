@@ -29,7 +29,8 @@ class Lease:
     """The time-limited right to write to a job."""
 
     def __init__(self, claim: Claim, began: float, timing: Timing) -> None:
-        """`began`: monotonic time before the claim was requested, so that the lease is rather taken as too short."""
+        """`began`: monotonic time before the claim was requested, so that an error makes the lease shorter, not
+        longer."""
         self.claim = claim
         self._timing = timing
         self.fenced = threading.Event()

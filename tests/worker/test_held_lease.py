@@ -14,7 +14,7 @@ from service.jobs.new_job import NewJob
 from service.jobs.workers import WorkerIdentity
 from tests.databases import ONLY_SQLITE
 from tests.worker.workplace import QUICK
-from worker.lease import Lease, LeaseUncertain
+from worker.held_lease import Lease, LeaseUncertain
 
 TIMING = replace(QUICK, retry=0.01)
 
