@@ -45,7 +45,7 @@ def test_a_database_that_is_away_for_less_than_the_lease_costs_nothing(
     timing = replace(QUICK, lease=12.0, heartbeat=0.5)
     place.start_worker(program=hooked({1: {"wait": "f1-50/renamed"}}), timing=timing, busy_seconds=0.2, log=log)
     job = place.submit(TEXT, **DENSE)
-    place.wait_until(lambda: reads.find_snapshot(place.db, job.id))
+    place.wait_until(lambda: 25 in [row.percent for row in reads.list_checkpoints(place.db, job.id)])
     with outage(place, request):
         (place.folder(job) / "go").touch()  # all the rest is trained and told meanwhile
         if request.node.callspec.id == "frozen":
@@ -63,9 +63,9 @@ def test_a_database_that_is_away_for_less_than_the_lease_costs_nothing(
 def test_a_database_that_is_away_for_longer_than_the_lease_costs_an_attempt_and_no_byte(
     place: Workplace, request: pytest.FixtureRequest, outage: Outage
 ) -> None:
-    place.start_worker(program=hooked({1: {"wait": "f1-50/renamed"}}), timing=SHORT_LEASE)
+    place.start_worker(program=hooked({1: {"wait": "f1-50/renamed"}}), timing=SHORT_LEASE, snapshot_seconds=1e-6)
     job = place.submit(TEXT, **DENSE)
-    place.wait_until(lambda: reads.find_snapshot(place.db, job.id))
+    place.wait_until(lambda: 25 in [row.percent for row in reads.list_checkpoints(place.db, job.id)])
     trainer = place.trainer(job)
     with outage(place, request):
         lease_until = datetime.now(UTC) + timedelta(seconds=SHORT_LEASE.lease)

@@ -106,7 +106,7 @@ if can_mount():  # not skipped elsewhere: there the limit above is the real refu
         with place_on(disk, file, migrated_sqlite) as place:
             place.start_worker(program=hooked({1: {"wait": "f1-50/wrote config.json"}}))
             job = place.submit(TEXT, **DENSE)
-            place.wait_until(lambda: reads.find_snapshot(place.db, job.id))
+            place.wait_until(lambda: 25 in [row.percent for row in reads.list_checkpoints(place.db, job.id)])
             disk.fill()
             (place.folder(job) / "go").touch()
             assert ended_within(60, place.trainer(job))
