@@ -22,7 +22,7 @@ from nanomoe.tokenizer import load_tokenizer
 from service.__main__ import Server
 from service.app import create_app
 from service.database.database import Database
-from service.generation.admission import _Pending
+from service.generation.admission import _Load, _Pending
 from service.http.context import Context
 from service.jobs import queue, reads, recording
 from service.jobs.lease import Claim
@@ -53,8 +53,9 @@ class Api:
     def fill_generation(self) -> None:
         """Let every place of generation be taken for good; with `engine_max_waiting=0`, whoever asks is refused."""
         generation = self.context.generation
-        for number, n in enumerate((self.context.settings.engine_max_running, 0)):
-            generation._pending[-number] = _Pending(n)
+        everything = _Load(n_continuations=self.context.settings.engine_max_running)
+        for number, load in enumerate((everything, _Load(n_questions=1))):
+            generation._pending[-number] = _Pending(load)
 
     def submit(self, **changes: Any) -> dict[str, Any]:
         """A queued job, through the API."""

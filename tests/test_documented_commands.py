@@ -18,9 +18,9 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 import httpx
-import numba
 import pytest
 
+from nanomoe.generation.kernels.compiling import LOOPS
 from nanomoe.generation.kernels.loading import load_all
 from tests.documents import DOCS, PAGES, README, ROOT, tracked
 from tests.markdown import Block, blocks, differences
@@ -114,7 +114,7 @@ def copy(tmp_path: Path) -> Path:
 def _bring_compiled_loops(folder: Path) -> None:
     """Installing compiles them, ten seconds of work. numba keeps them by the path of their source."""
     load_all()
-    kept = Path(numba.config.CACHE_DIR)
+    kept = LOOPS.folder
     to = folder / "nanomoe/generation/kernels/__pycache__" / kept.name
     shutil.copytree(kept, to)
     (to / _numbas_folder(ROOT)).rename(to / _numbas_folder(folder))

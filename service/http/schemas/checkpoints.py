@@ -84,8 +84,8 @@ class CheckpointFigures(measured.CheckpointFigures, Speed):
     """A checkpoint's numbers, measured on the training text with dropout off."""
 
     best: bool | None = None
-    """Whether this is, of the job's recorded checkpoints, the first with the lowest `val_loss`; null without a
-    `val_loss`, and in events."""
+    """Whether the checkpoint is the first of the job's with the lowest `val_loss`; null without a `val_loss`, and in
+    events."""
 
 
 class CheckpointMetrics(CheckpointFigures, measured.CheckpointMetrics):

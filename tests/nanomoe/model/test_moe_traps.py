@@ -15,6 +15,7 @@ from torch import Tensor
 from nanomoe.config import JobConfig, ModelConfig
 from nanomoe.data import Windows
 from nanomoe.evaluation.evaluate import evaluate
+from nanomoe.evaluation.evaluated_text import EvaluatedText
 from nanomoe.evaluation.metrics import Position
 from nanomoe.model.gpt import GPT, token_losses
 from nanomoe.model.moe import Assignments, Experts, MoE, Router, Routing
@@ -357,7 +358,7 @@ def check_that_the_perplexity_is_that_of_the_cross_entropy() -> None:
     windows = Windows(torch.tensor(ids), config.block_size)
     metrics = evaluate(
         model,
-        windows,
+        EvaluatedText(windows, len(ids)),
         None,
         tokenizer,
         config,

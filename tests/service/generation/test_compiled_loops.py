@@ -29,7 +29,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 
 def test_the_mark_tells_whether_all_loops_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("numba.config.CACHE_DIR", str(tmp_path / "kept"))
+    monkeypatch.setattr(compiling.LOOPS, "folder", tmp_path / "kept")
     assert not compiling.are_compiled()
     compiling.mark_compiled()
     assert compiling.are_compiled()

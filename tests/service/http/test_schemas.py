@@ -20,7 +20,8 @@ from service.http.schemas import (
 
 JOB_ID = "0" * 32
 REQUIRED: dict[type[BaseModel], dict[str, Any]] = {
-    JobConfig: {"n_experts": 4096, "n_embd": 4096, "n_head": 1, "n_layer": 256, "k": 1},  # what others must fit in
+    # What others must fit in.
+    JobConfig: {"n_experts": 4096, "n_embd": 4096, "n_head": 1, "n_layer": 256, "k": 1, "val_fraction": 0.5},
     InitFrom: {"job_id": JOB_ID},
     SubmitRequest: {"text": "a b"},
     JobPatch: {},
