@@ -77,6 +77,9 @@ def test_a_prompt_is_continued(api: Api, job_id: str) -> None:
 def test_a_seed_gives_the_same_text_again_and_is_in_the_response(api: Api, job_id: str) -> None:
     first = generate(api, job_id=job_id, n=3, logprobs=True).json()
     again = generate(api, job_id=job_id, n=3, logprobs=True, seed=first["seed"]).json()
+    if again["numerics"] != first["numerics"]:  # the loops became ready between the two, and round otherwise
+        first, again = again, generate(api, job_id=job_id, n=3, logprobs=True, seed=first["seed"]).json()
+    assert again["numerics"] == first["numerics"]
     assert again["choices"] == first["choices"]
     assert [choice["index"] for choice in first["choices"]] == [0, 1, 2]
     assert len({choice["text"] for choice in first["choices"]}) > 1
@@ -93,6 +96,8 @@ def test_a_stream_adds_up_to_the_plain_answer(api: Api, job_id: str) -> None:
     assert streamed.headers["content-type"].startswith("text/event-stream")
     *chunks, (_, end), (_, done) = events(streamed)
     assert done == "[DONE]"
+    if end["numerics"] != plain["numerics"]:  # the loops became ready between the two, and round otherwise
+        plain = generate(api, **request).json()
     # Tokens that arrive while the reader is busy share a chunk; how many do is a matter of speed.
     assert len(chunks) > 2
     for choice in plain["choices"]:
