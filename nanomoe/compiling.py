@@ -34,7 +34,8 @@ class LoopPackage:
         The folder is one for these very sources: numba notices by itself when a loop's own file has changed, but not
         when a loop or a constant that it takes from another file has.
         """
-        sources = [*sorted(package.glob("*.py")), *others, Path(__file__)]
+        here = Path(__file__)
+        sources = [*sorted(package.glob("*.py")), *others, here, here.with_name("float32_functions.py")]
         digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
         beside = package / "__pycache__" if os.access(package, os.W_OK) else Path.home() / ".cache" / "nanomoe"
         self.folder = Path(os.environ.get("NUMBA_CACHE_DIR") or beside) / digest

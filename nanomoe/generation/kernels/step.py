@@ -25,6 +25,7 @@ from torch import Tensor
 
 from nanomoe.compiling import Floats, in_parts
 from nanomoe.config import ModelConfig
+from nanomoe.float32_functions import ERF_EVEN, ERF_ODD, EXP_POWERS, LN_2_HIGH, LN_2_LOW
 from nanomoe.generation.kernels.compiling import compiled, compiled_in_any_order
 from nanomoe.generation.kernels.panels import LANES, add_products, pack, padded
 
@@ -36,22 +37,13 @@ _HALF = np.float32(0.5)
 _SQRT_HALF = np.float32(math.sqrt(0.5))
 _EPSILON = np.float32(1e-5)
 
-# The coefficients of Eigen's erf for float32 (`generic_fast_erf`): odd powers above, even ones below, within +-4.
 _FOUR = np.float32(4)
-_A1, _A3, _A5, _A7, _A9, _A11, _A13 = map(np.float32, (
-    -1.60960333262415e-02, -2.95459980854025e-03, -7.34990630326855e-04, -5.69250639462346e-05,
-    -2.10102402082508e-06, 2.77068142495902e-08, -2.72614225801306e-10,
-))  # fmt: skip
-_B0, _B2, _B4, _B6, _B8 = map(np.float32, (
-    -1.42647390514189e-02, -7.37332916720468e-03, -1.68282697438203e-03, -2.13374055278905e-04, -1.45660718464996e-05,
-))  # fmt: skip
+_A1, _A3, _A5, _A7, _A9, _A11, _A13 = ERF_ODD
+_B0, _B2, _B4, _B6, _B8 = ERF_EVEN
 
-# Cephes' `expf`: ln 2 in two parts, and the coefficients of r**2 to r**7.
 _LEAST_EXPONENT = np.float32(-87)
-_LOG2_E, _LN_2_HIGH, _LN_2_LOW = map(np.float32, (math.log2(math.e), 0.693359375, -2.12194440e-4))
-_E2, _E3, _E4, _E5, _E6, _E7 = map(np.float32, (
-    5.0000001201e-1, 1.6666665459e-1, 4.1665795894e-2, 8.3334519073e-3, 1.3981999507e-3, 1.9875691500e-4,
-))  # fmt: skip
+_LOG2_E = np.float32(math.log2(math.e))
+_E2, _E3, _E4, _E5, _E6, _E7 = EXP_POWERS
 
 
 class Weights(NamedTuple):
@@ -219,7 +211,7 @@ def _softmax(scores, n, powers):
         x = max(scores[i] - largest, _LEAST_EXPONENT)
         k = np.rint(x * _LOG2_E)
         powers[i] = (np.int32(k) + 127) << 23  # the bits of 2**k
-        r = x - k * _LN_2_HIGH - k * _LN_2_LOW
+        r = x - k * LN_2_HIGH - k * LN_2_LOW
         rest = ((((_E7 * r + _E6) * r + _E5) * r + _E4) * r + _E3) * r + _E2
         scores[i] = rest * r * r + r + _ONE
     total = np.float32(0)

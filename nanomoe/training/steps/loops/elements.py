@@ -8,6 +8,7 @@ from numba import types
 from numba.extending import overload
 
 from nanomoe.compiling import Array
+from nanomoe.float32_functions import ERF_EVEN, ERF_ODD, EXP_POWERS, LN_2_HIGH, LN_2_LOW
 from nanomoe.model.dropout import FIRST_FACTOR, ROW_SHIFT, SECOND_FACTOR
 from nanomoe.training.steps.loops.compiling import compiled
 
@@ -42,15 +43,17 @@ def narrowed(number: np.float32) -> np.uint16:
 
 def get(array: Array, row: int, column: int) -> np.float32:
     """An element as float32, of an array of float32 or of bfloat16's bits."""
-    raise NotImplementedError
+    number: np.float32 = widened(array[row, column]) if array.dtype == np.uint16 else array[row, column]
+    return number
 
 
 def put(array: Array, row: int, column: int, number: np.float32) -> None:
     """Store a float32 into an array of float32 or of bfloat16's bits."""
-    raise NotImplementedError
+    array[row, column] = narrowed(number) if array.dtype == np.uint16 else number
 
 
-# numba wants the names and annotations of the implementation to be those of the function that chooses it.
+# In a loop the type of the array chooses, not a branch. numba wants the names and annotations of the implementation to
+# be those of the function that chooses it.
 @overload(get, inline="always")
 def _get(array: Any, row: Any, column: Any) -> Any:
     def widen(array: Any, row: Any, column: Any) -> Any:
@@ -93,15 +96,9 @@ def unordered(key: np.int32) -> np.float32:
 
 
 _LOG2_E = np.float32(1.44269504088896341)
-_LN_2_HIGH = np.float32(0.693359375)
-_LN_2_LOW = np.float32(-2.12194440e-4)
 _LEAST = np.float32(-87)
 _MOST = np.float32(88)
-# Cephes' `expf`: a polynomial within ln(2) / 2 of 0, and a power of two.
-_E2, _E3, _E4, _E5, _E6, _E7 = map(
-    np.float32,
-    (5.0000001201e-1, 1.6666665459e-1, 4.1665795894e-2, 8.3334519073e-3, 1.3981999507e-3, 1.9875691500e-4),
-)
+_E2, _E3, _E4, _E5, _E6, _E7 = EXP_POWERS
 
 
 @compiled
@@ -110,21 +107,15 @@ def exp(x: np.float32) -> np.float32:
     x = _LEAST if x < _LEAST else x
     x = _MOST if x > _MOST else x
     n = np.floor(np.float32(x * _LOG2_E + _HALF))
-    r = x - n * _LN_2_HIGH - n * _LN_2_LOW
+    r = x - n * LN_2_HIGH - n * LN_2_LOW
     p = ((((_E7 * r + _E6) * r + _E5) * r + _E4) * r + _E3) * r + _E2
     power: np.float32 = np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
     return np.float32((p * r * r + r + _ONE) * power)
 
 
-# Coefficients of Eigen's erf for float32 (`generic_fast_erf`): odd powers above, even ones below, within +-4.
 _FOUR = np.float32(4)
-_A1, _A3, _A5, _A7, _A9, _A11, _A13 = map(np.float32, (
-    -1.60960333262415e-02, -2.95459980854025e-03, -7.34990630326855e-04, -5.69250639462346e-05,
-    -2.10102402082508e-06, 2.77068142495902e-08, -2.72614225801306e-10,
-))  # fmt: skip
-_B0, _B2, _B4, _B6, _B8 = map(np.float32, (
-    -1.42647390514189e-02, -7.37332916720468e-03, -1.68282697438203e-03, -2.13374055278905e-04, -1.45660718464996e-05,
-))  # fmt: skip
+_A1, _A3, _A5, _A7, _A9, _A11, _A13 = ERF_ODD
+_B0, _B2, _B4, _B6, _B8 = ERF_EVEN
 
 
 @compiled

@@ -101,3 +101,10 @@ def test_masks_are_those_of_the_tensor_operations_bit_for_bit() -> None:
         mask = np.empty((101, 77), np.float32)
         all_kept(words[layer + 1, site, 1, plane], np.uint32(cut(0.3)), np.float32(scale(0.3)), mask)
         assert torch.equal(torch.from_numpy(mask), dropout.mask(layer, site, plane + 1, 101, 77)[1, plane])
+
+
+def test_an_element_is_read_and_stored_from_python_as_in_a_loop() -> None:
+    for array in (np.zeros((1, 2), np.float32), np.zeros((1, 2), np.uint16)):
+        elements.put(array, 0, 1, np.float32(1.5))
+        assert elements.get(array, 0, 1) == 1.5
+    assert array[0, 1] == 0x3FC0  # 1.5 in bfloat16

@@ -1,11 +1,9 @@
-"""Submitting, listing, waiting for, changing and deleting jobs, through a real server."""
+"""Submitting jobs, through a real server."""
 
 import asyncio
 import hashlib
 import json
-import threading
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -17,23 +15,11 @@ from structlog.testing import capture_logs
 from nanomoe.config import JobConfig
 from nanomoe.model import size
 from nanomoe.tokenizer import load_tokenizer
-from service.jobs import queue, queue_position, reads
-from service.jobs.labels import relabel
-from service.jobs.new_job import NewJob
-from service.jobs.workers import worker_started
-from service.storage.job_folders import job_folder
-from tests.api import TEXT, Api, Serve, serving
+from service.jobs import queue, reads
+from tests.api import TEXT, Api, Serve
+from tests.service.http.routes.problem_code import code
 
 NOBODY = "0" * 32
-
-
-def code(answer: Any) -> str:
-    """Of a problem, which must be one in form too."""
-    assert answer.headers["content-type"] == "application/problem+json"
-    body = answer.json()
-    assert body["status"] == answer.status_code
-    assert set(body) == {"type", "title", "status", "detail", "code", "errors"}
-    return str(body["code"])
 
 
 def n_jobs(api: Api) -> int:
@@ -296,190 +282,6 @@ def test_a_key_that_is_no_token_is_refused(api: Api, key: str) -> None:
     assert (answer.status_code, code(answer)) == (422, "invalid_request")
 
 
-def test_pages_do_not_shift_when_jobs_arrive(api: Api) -> None:
-    tag = uuid4().hex
-    ids = [api.submit(tags={"page": tag})["id"] for _ in range(5)]
-    first = api.http.get("/jobs", params={"tag": f"page:{tag}", "limit": 2}).json()
-    api.submit(tags={"page": tag})
-    params = {"tag": f"page:{tag}", "limit": 2, "cursor": first["next_cursor"]}
-    second = api.http.get("/jobs", params=params).json()
-    third = api.http.get("/jobs", params=params | {"cursor": second["next_cursor"]}).json()
-    assert [job["id"] for page in (first, second, third) for job in page["data"]] == ids[::-1]
-    assert third["next_cursor"] is None
-
-
-def test_a_list_is_filtered_by_status_and_by_tag(api: Api) -> None:
-    key = f"k{uuid4().hex}"
-    done, waiting = api.finished(tags={key: "a"}), api.submit(tags={key: "b:c"})["id"]
-
-    def found(**params: str) -> set[str]:
-        return {job["id"] for job in api.http.get("/jobs", params=params).json()["data"]}
-
-    assert found(tag=key) == {done, waiting}
-    assert found(tag=f"{key}:b:c") == found(tag=f"{key}=b:c") == {waiting}
-    assert found(tag=key, status="succeeded") == {done}
-    assert found(tag=f"{key}:nope") == set()
-
-
-@pytest.mark.parametrize(
-    "params", [{"limit": 0}, {"limit": "x"}, {"limit": 10**30}, {"status": "nope"}, {"cursor": "x"}, {"tag": 'a"b'},
-               {"cursor": NOBODY}, {"cursor": 10**18}, {"limits": 1}, {"tag": "a:\0"}, {"tag": "a=\0"}, {"tag": "=a"}]
-)  # fmt: skip
-def test_a_bad_filter_is_refused(api: Api, params: dict[str, Any]) -> None:
-    answer = api.http.get("/jobs", params=params)
-    assert (answer.status_code, code(answer)) == (422, "invalid_request")
-
-
-@pytest.mark.parametrize(
-    "job_id", [NOBODY, "x", "%00", "%ff", "..%2f..%2fetc", "A" * 32, "0" * 33, "a" * 5000, "%F0%9F%90%88", " " * 3]
-)
-@pytest.mark.parametrize("rest", ["", "/text", "/metrics", "/metrics.csv", "/events", "/checkpoints/latest"])
-def test_an_unknown_id_is_not_found(api: Api, job_id: str, rest: str) -> None:
-    answer = api.http.get(f"/jobs/{job_id}{rest}")
-    assert answer.status_code == 404
-    assert code(answer) in {"job_not_found", "not_found"}
-
-
-def test_a_queued_job_has_its_queue_position(serve: Serve) -> None:
-    api = serve()
-    first, second = api.submit(), api.submit()
-    assert api.http.get(f"/jobs/{first['id']}").json()["queue_position"] == 0
-    assert api.http.get(f"/jobs/{second['id']}").json()["queue_position"] == 1
-    api.claim(second["id"])
-    assert api.http.get(f"/jobs/{second['id']}").json()["queue_position"] is None
-
-
-def test_a_wait_ends_with_the_status(api: Api) -> None:
-    job_id = api.submit()["id"]
-    asked = threading.Event()
-    with ThreadPoolExecutor(1) as pool:
-
-        def wait() -> Any:
-            asked.set()
-            return api.http.get(f"/jobs/{job_id}", params={"wait": 20, "seen": "queued"})
-
-        waiting = pool.submit(wait)
-        asked.wait()
-        api.claim(job_id)
-        answer = waiting.result(15)
-    assert answer.json()["status"] == "running"
-
-
-def test_a_wait_for_what_is_already_so_or_will_never_change_does_not_wait(api: Api) -> None:
-    job_id = api.submit()["id"]
-    assert api.http.get(f"/jobs/{job_id}", params={"wait": 20, "seen": "running"}).json()["status"] == "queued"
-    api.http.post(f"/jobs/{job_id}/cancel")
-    answer = api.http.get(f"/jobs/{job_id}", params={"wait": 20, "seen": "cancelled"})
-    assert answer.json()["status"] == "cancelled"
-    assert answer.elapsed < timedelta(seconds=10)
-
-
-def test_a_wait_ends_when_its_time_is_over(api: Api) -> None:
-    job_id = api.submit()["id"]
-    answer = api.http.get(f"/jobs/{job_id}", params={"wait": 0.2, "seen": "queued"})
-    assert answer.json()["status"] == "queued"
-    assert answer.elapsed >= timedelta(seconds=0.2)
-
-
-def test_a_wait_queries_the_queue_position_once(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    job_id, other = api.submit()["id"], api.submit()["id"]
-    places, looks = 0, threading.Semaphore(0)
-    find_queue_position, get_job = queue_position.find_queue_position, reads.get_job
-
-    def counted_place(*arguments: Any) -> Any:
-        nonlocal places
-        places += 1
-        return find_queue_position(*arguments)
-
-    def counted_look(*arguments: Any) -> Any:
-        looks.release()
-        return get_job(*arguments)
-
-    monkeypatch.setattr(queue_position, "find_queue_position", counted_place)
-    monkeypatch.setattr(reads, "get_job", counted_look)
-    with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(api.http.get, f"/jobs/{job_id}", params={"wait": 2, "seen": "queued"})
-        for name in "abc":
-            looks.acquire()
-            relabel(api.db, other, {"name": name})
-        assert waiting.result(15).json()["queue_position"] is not None
-    assert places == 1
-
-
-@pytest.mark.parametrize("params", [{"wait": "nan"}, {"wait": "inf"}, {"wait": -1}, {"wait": 1000}, {"seen": "x"}])
-def test_a_bad_wait_is_refused(api: Api, params: dict[str, Any]) -> None:
-    answer = api.http.get(f"/jobs/{api.submit()['id']}", params=params)
-    assert (answer.status_code, code(answer)) == (422, "invalid_request")
-
-
-def test_a_patch_changes_what_it_names_and_nothing_else(api: Api) -> None:
-    job = api.submit(name="old", tags={"a": "b"})
-    where = f"/jobs/{job['id']}"
-    assert api.http.patch(where, json={}).json()["name"] == "old"
-    renamed = api.http.patch(where, json={"name": "new"}).json()
-    assert (renamed["name"], renamed["tags"]) == ("new", {"a": "b"})
-    tagged = api.http.patch(where, json={"tags": {"c": ""}}).json()
-    assert (tagged["name"], tagged["tags"]) == ("new", {"c": ""})
-    assert api.http.patch(where, json={"name": None}).json()["name"] is None
-    assert api.http.get(where).json()["config"] == job["config"]
-
-
-@pytest.mark.parametrize(
-    ("body", "status"),
-    [(b'{"status": "succeeded"}', 422), (b'{"name": ""}', 422), (b'{"name": "\\ud800"}', 422), (b"{", 400),
-     (b'{"tags": {"a": NaN}}', 422), (b"[" * 100_000, 400), (b'{"tags": null}', 422), (b"", 422)],
-)  # fmt: skip
-def test_a_bad_patch_is_refused(api: Api, body: bytes, status: int) -> None:
-    job = api.submit(name="old")
-    answer = api.http.patch(f"/jobs/{job['id']}", content=body, headers={"content-type": "application/json"})
-    assert answer.status_code == status
-    assert code(answer) in {"invalid_body", "invalid_request"}
-    assert api.http.get(f"/jobs/{job['id']}").json()["name"] == "old"
-
-
-def test_the_text_comes_back_byte_for_byte(api: Api) -> None:
-    text = "linha\r\n\ttab\0nul 🐈‍⬛ \u2028 fim"
-    answer = api.http.get(f"/jobs/{api.submit(text=text)['id']}/text")
-    assert answer.content == text.encode()
-    assert answer.headers["content-type"] == "text/plain; charset=utf-8"
-
-
-def test_cancel_pause_and_resume_take_effect_and_are_idempotent(api: Api) -> None:
-    where = f"/jobs/{api.submit()['id']}"
-    for wish, status in [("pause", "paused"), ("pause", "paused"), ("resume", "queued"), ("resume", "queued"),
-                         ("cancel", "cancelled"), ("cancel", "cancelled")]:  # fmt: skip
-        answer = api.http.post(f"{where}/{wish}")
-        assert (answer.status_code, answer.json()["status"]) == (202, status)
-
-
-def test_a_request_to_stop_an_ended_job_is_a_conflict(api: Api) -> None:
-    where = f"/jobs/{api.finished()}"
-    for wish, expected in [("cancel", "not_cancellable"), ("pause", "not_pausable"), ("resume", "not_resumable")]:
-        answer = api.http.post(f"{where}/{wish}")
-        assert (answer.status_code, code(answer)) == (409, expected)
-
-
-def test_a_finished_job_is_deleted_with_its_files_and_its_text(api: Api) -> None:
-    text = f"só meu {uuid4().hex}"
-    job_id = api.finished(text=text)
-    folder = api.context.settings.data_dir / job_folder(job_id)
-    assert folder.is_dir()
-    assert api.http.delete(f"/jobs/{job_id}").status_code == 204
-    assert not folder.exists()
-    assert code(api.http.get(f"/jobs/{job_id}")) == "job_not_found"
-    assert code(api.http.delete(f"/jobs/{job_id}")) == "job_not_found"
-
-
-def test_a_job_that_is_not_finished_or_has_children_is_not_deleted(api: Api) -> None:
-    answer = api.http.delete(f"/jobs/{api.submit()['id']}")
-    assert (answer.status_code, code(answer)) == (409, "job_not_finished")
-    parent = api.finished()
-    child = api.submit(config={"tokenizer": "bytes", "init_from": {"job_id": parent}})
-    assert child["parent"] == {"job_id": parent, "checkpoint": 100}
-    answer = api.http.delete(f"/jobs/{parent}")
-    assert (answer.status_code, code(answer)) == (409, "has_dependents")
-
-
 def test_a_parent_that_is_missing_or_does_not_fit_is_refused(api: Api) -> None:
     parent, damaged = api.finished(), api.finished()
     recorded = reads.get_checkpoint(api.db, damaged, 100)
@@ -524,49 +326,6 @@ def test_a_child_counts_with_the_tokenizer_in_its_parents_files_and_its_dry_run_
     assert (too_small.status_code, code(too_small)) == (422, "text_too_short")  # 11 bytes would do
 
 
-def test_a_row_of_an_earlier_version_says_no_more_that_a_dense_job_has_unused_settings(api: Api) -> None:
-    false = {"code": "moe_settings_unused", "message": "use_moe is false, so these do nothing: all thirteen"}
-    other = {"code": "dead_expert", "message": "expert 3"}
-    warnings: dict[str, list[dict[str, str]]] = {}
-    for name, config in {"default": {}, "changed": {"n_experts": 4}}.items():
-        new = NewJob(
-            text=TEXT, config=JobConfig.model_validate(config).model_dump(mode="json"), warnings=[false, other]
-        )
-        job, _ = queue.submit(api.db, new)
-        warnings[name] = api.http.get(f"/jobs/{job.id}").json()["warnings"]
-    assert warnings["default"] == [other]
-    assert warnings["changed"] == [
-        {"code": "moe_settings_unused", "message": "use_moe is false, so these do nothing: n_experts"},
-        other,
-    ]
-
-
-def test_a_job_is_not_claimed_before_its_run_at(serve: Serve) -> None:
-    api = serve()
-    tomorrow = datetime.now(UTC) + timedelta(days=1)
-    job = api.submit(run_at=tomorrow.isoformat())
-    assert datetime.fromisoformat(job["run_at"]) == tomorrow
-    assert queue.claim(api.db, api.worker, 60) is None
-
-
-def test_both_databases_give_the_same_answers(settings: Any) -> None:
-    with serving(settings.model_copy(update={"port": 0})) as api:
-        tags = {"k": "v:w"}
-        job_id = api.submit(text="nul \0 e gato", name="gato", tags=tags)["id"]
-        assert [job["id"] for job in api.http.get("/jobs", params={"tag": "k:v:w"}).json()["data"]] == [job_id]
-        assert api.http.get("/jobs", params={"tag": "k"}).json()["data"][0]["tags"] == tags
-        assert api.http.get(f"/jobs/{job_id}/text").content == b"nul \0 e gato"
-        assert code(api.http.get("/jobs/%00")) == "job_not_found"
-        claim = api.claim(job_id)
-        api.record_steps(claim, 1, 3)
-        api.record_checkpoint(claim, 100, 3)
-        queue.finish(api.db, claim, "succeeded")
-        assert api.http.get(f"/jobs/{job_id}/metrics").json()["steps"]["step"] == [1, 2, 3]
-        events = api.http.get(f"/jobs/{job_id}/events").text
-        assert events.count("event: status") == 3
-        assert api.http.delete(f"/jobs/{job_id}").status_code == 204
-
-
 def test_a_folder_with_a_tokenizer_may_be_named_when_the_server_says_where(serve: Serve, tmp_path: Path) -> None:
     folder = tmp_path / "tokenizers" / "meu"
     folder.mkdir(parents=True)
@@ -574,19 +333,6 @@ def test_a_folder_with_a_tokenizer_may_be_named_when_the_server_says_where(serve
     tokenizer.save(folder)
     api = serve(tokenizer_dir=tmp_path / "tokenizers")
     assert api.submit(config={"tokenizer": "meu"})["text"]["n_tokens"] == len(tokenizer.encode(TEXT))
-
-
-def test_a_queued_job_has_an_estimated_start(serve: Serve) -> None:
-    api = serve()
-    assert api.submit()["estimated_start_at"] is None  # there is no worker
-    worker_started(api.db, api.worker)
-    claim = api.running()
-    assert api.http.get(f"/jobs/{claim.job_id}").json()["estimated_start_at"] is None
-    waiting = api.submit(priority=1)  # before the first, which was paused
-    expected = datetime.fromisoformat(waiting["created_at"]) + timedelta(seconds=5)  # what the running one still needs
-    assert abs(datetime.fromisoformat(waiting["estimated_start_at"]) - expected) < timedelta(seconds=60)
-    assert api.http.get(f"/jobs/{waiting['id']}").json()["queue_position"] == 0
-    assert api.http.get("/jobs").json()["data"][0]["estimated_start_at"] is None
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,12 @@
+"""The stable code of an error response."""
+
+from typing import Any
+
+
+def code(answer: Any) -> str:
+    """The code of a problem, which must have the form of one too."""
+    assert answer.headers["content-type"] == "application/problem+json"
+    body = answer.json()
+    assert body["status"] == answer.status_code
+    assert set(body) == {"type", "title", "status", "detail", "code", "errors"}
+    return str(body["code"])
