@@ -12,6 +12,8 @@ from nanomoe.compiling import Array, Floats, even_bounds, in_parts
 from nanomoe.config import ModelConfig
 from nanomoe.model.dropout import EMBEDDING, Site, cut, scale
 from nanomoe.training.steps.buffers import Buffer, as_array
+from nanomoe.training.steps.dense import DenseFeedForward
+from nanomoe.training.steps.feed_forward import FeedForward
 from nanomoe.training.steps.loops import backward, forward
 from nanomoe.training.steps.parameters import FlatParameters
 
@@ -54,11 +56,7 @@ class _Layer:
         self.attn_out = parameters.matrices[f"{name}.attn.c_proj.weight"]
         self.attn_out_bias, self.d_attn_out_bias = parameters.vector(f"{name}.attn.c_proj.bias", of.no_bias)
         self.norm_2 = _Norm(of, parameters, f"{name}.ln_2")
-        self.mlp_in = parameters.matrices[f"{name}.mlp.c_fc.weight"]
-        self.mlp_in_bias, self.d_mlp_in_bias = parameters.vector(f"{name}.mlp.c_fc.bias", of.no_bias)
-        self.hidden, self.slope = of.buffer(of.N, of.F), of.buffer(of.N, of.F)
-        self.mlp_out = parameters.matrices[f"{name}.mlp.c_proj.weight"]
-        self.mlp_out_bias, self.d_mlp_out_bias = parameters.vector(f"{name}.mlp.c_proj.bias", of.no_bias)
+        self.feed_forward: FeedForward = DenseFeedForward(parameters, f"{name}.mlp", of.no_bias, of.drop, of.wide)
 
 
 class MicroBatch:
@@ -72,8 +70,9 @@ class MicroBatch:
         self.no_bias = np.zeros(self.F, np.float32), np.zeros(self.F, np.float32)
         """What stands in for a bias, zeros, and for its gradient, which nobody reads."""
         self._factor = np.float32(1 / math.sqrt(self.D))
-        self._drop = np.uint32(cut(config.dropout)), np.float32(scale(config.dropout))
+        self.drop = np.uint32(cut(config.dropout)), np.float32(scale(config.dropout))
         self._ones = np.ones(self.N, np.float32)
+        self.wide = self.buffer(self.N, self.F)
         self._layers = [_Layer(self, parameters, layer) for layer in range(config.n_layer)]
         self._norm = _Norm(self, parameters, "transformer.ln_f")
         self._wte = as_array(parameters.weights["transformer.wte.weight"])
@@ -84,7 +83,7 @@ class MicroBatch:
         self._logits = self.buffer(min(self.N, max(1, _MOST_LOGITS // V)), V)
         # What lies between two products, or a product and a loop, is one for all layers.
         self._narrow, self._branch, self._scaled = (self.buffer(self.N, self.C) for _ in range(3))
-        self._triple, self._wide = self.buffer(self.N, 3 * self.C), self.buffer(self.N, self.F)
+        self._triple = self.buffer(self.N, 3 * self.C)
         self._heads, self._d_queries, self._d_keys, self._d_values = (
             self.buffer(self.R, self.D, B * self.H) for _ in range(4)
         )
@@ -106,7 +105,7 @@ class MicroBatch:
         return loss
 
     def _forward(self, inputs_BT: Array, keys: Array) -> None:
-        B, T, H, drop = self.B, self.T, self.H, self._drop
+        B, T, H, drop = self.B, self.T, self.H, self.drop
         norms = [layer.norm_1 for layer in self._layers] + [self._norm]
         embedding = keys[EMBEDDING + 1, Site.ATTENTION_OUTPUT]
         forward.embed(inputs_BT, self._wte, self._wpe, embedding, *drop, *norms[0].there)
@@ -126,13 +125,9 @@ class MicroBatch:
                 T, layer.norm_1.x, self._narrow.array, layer.attn_out_bias, own[Site.ATTENTION_OUTPUT], *drop,
                 *layer.norm_2.there,
             )  # fmt: skip
-            torch.mm(layer.norm_2.out.tensor, layer.mlp_in.transposed, out=self._wide.tensor)
-            forward.gelu(self._wide.array, layer.mlp_in_bias, layer.hidden.array, layer.slope.array)
-            torch.mm(layer.hidden.tensor, layer.mlp_out.transposed, out=self._narrow.tensor)
-            forward.add_branch(
-                T, layer.norm_2.x, self._narrow.array, layer.mlp_out_bias, own[Site.MLP_OUTPUT], *drop,
-                *next_norm.there,
-            )  # fmt: skip
+            mlp, mlp_keys = layer.feed_forward, own[Site.MLP_OUTPUT]
+            mlp.forward(layer.norm_2.out, mlp_keys, self._narrow)
+            forward.add_branch(T, layer.norm_2.x, self._narrow.array, mlp.bias, mlp_keys, *mlp.drop, *next_norm.there)
 
     def _output(self, targets_N: Array, share: float, adds: bool) -> float:
         """The loss; the output layer's gradient; and in `_narrow` that of its input, but for a factor per row."""
@@ -150,20 +145,16 @@ class MicroBatch:
         return loss
 
     def _backward(self, inputs_BT: Array, keys: Array, adds: bool) -> None:
-        T, drop = self.T, self._drop
+        T, drop = self.T, self.drop
         narrow, branch, d_x = self._narrow, self._branch, self._d_x
         d_x.fill(0)
         norm, factor = self._norm, self._share
         for layer, own in zip(reversed(self._layers), keys[:0:-1], strict=True):
+            mlp, mlp_keys = layer.feed_forward, own[Site.MLP_OUTPUT]
             backward.norm_backward(
-                T, narrow.array, factor, *norm.back, d_x, own[Site.MLP_OUTPUT], *drop, branch.array,
-                layer.d_mlp_out_bias,
-            )  # fmt: skip
-            layer.mlp_out.add_gradient(branch.transposed, layer.hidden.tensor, adds=adds)
-            torch.mm(branch.tensor, layer.mlp_out.weight, out=self._wide.tensor)
-            backward.gelu_backward(self._wide.array, layer.slope.array, layer.d_mlp_in_bias)
-            layer.mlp_in.add_gradient(self._wide.transposed, layer.norm_2.out.tensor, adds=adds)
-            torch.mm(self._wide.tensor, layer.mlp_in.weight, out=narrow.tensor)
+                T, narrow.array, factor, *norm.back, d_x, mlp_keys, *mlp.drop, branch.array, mlp.d_bias
+            )
+            mlp.backward(layer.norm_2.out, mlp_keys, branch, narrow, adds=adds)
             backward.norm_backward(
                 T, narrow.array, self._ones, *layer.norm_2.back, d_x, own[Site.ATTENTION_OUTPUT], *drop,
                 branch.array, layer.d_attn_out_bias,
@@ -187,7 +178,7 @@ class MicroBatch:
         forward.to_heads(B, H, self._narrow.array, d_out.array)
         torch.bmm(d_out.batch, layer.values.batch_transposed, out=self._scores.batch)
         backward.attend_backward(
-            H, self._factor, self._scores.array, layer.weights, keys_BP2, *self._drop, d_scores.array, dropped.array
+            H, self._factor, self._scores.array, layer.weights, keys_BP2, *self.drop, d_scores.array, dropped.array
         )
         torch.bmm(dropped.batch_transposed, d_out.batch, out=self._d_values.batch)
         torch.bmm(d_scores.batch, layer.keys.batch, out=self._d_queries.batch)
