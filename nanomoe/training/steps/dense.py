@@ -2,10 +2,11 @@
 
 import torch
 
-from nanomoe.compiling import Array, Floats
+from nanomoe.compiling import Floats
 from nanomoe.training.steps.buffers import Buffer
 from nanomoe.training.steps.feed_forward import Drop, FeedForward
 from nanomoe.training.steps.loops import backward, forward
+from nanomoe.training.steps.loops.compiling import Keys
 from nanomoe.training.steps.parameters import FlatParameters
 
 
@@ -26,12 +27,12 @@ class DenseFeedForward(FeedForward):
         self._out = parameters.matrices[f"{name}.c_proj.weight"]
         self.bias, self.d_bias = parameters.vector(f"{name}.c_proj.bias", no_bias)
 
-    def forward(self, x: Buffer, keys_BP2: Array, out: Buffer) -> None:
+    def forward(self, x: Buffer, keys: Keys, out: Buffer) -> None:
         torch.mm(x.tensor, self._in.transposed, out=self._wide.tensor)
         forward.gelu(self._wide.array, self._in_bias, self._hidden.array, self._slope.array)
         torch.mm(self._hidden.tensor, self._out.transposed, out=out.tensor)
 
-    def backward(self, x: Buffer, keys_BP2: Array, d_out: Buffer, d_x: Buffer, *, adds: bool) -> None:
+    def backward(self, x: Buffer, keys: Keys, d_out: Buffer, d_x: Buffer, share: float, *, adds: bool) -> None:
         wide = self._wide
         self._out.add_gradient(d_out.transposed, self._hidden.tensor, adds=adds)
         torch.mm(d_out.tensor, self._out.weight, out=wide.tensor)

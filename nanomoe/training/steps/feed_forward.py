@@ -4,8 +4,9 @@ from abc import ABC, abstractmethod
 
 import numpy as np
 
-from nanomoe.compiling import Array, Floats
+from nanomoe.compiling import Floats
 from nanomoe.training.steps.buffers import Buffer
+from nanomoe.training.steps.loops.compiling import Keys
 
 Drop = tuple[np.uint32, np.float32]
 """A dropout as loops take it: the cut and the scale."""
@@ -26,12 +27,13 @@ class FeedForward(ABC):
     """The dropout of the whole output."""
 
     @abstractmethod
-    def forward(self, x: Buffer, keys_BP2: Array, out: Buffer) -> None:
-        """Set `out` (N, C) from `x` (N, C). `keys_BP2`: of the dropout's planes."""
+    def forward(self, x: Buffer, keys: Keys, out: Buffer) -> None:
+        """Set `out` (N, C) from `x` (N, C). `keys` (sites, B, P, 2): of the layer's planes."""
 
     @abstractmethod
-    def backward(self, x: Buffer, keys_BP2: Array, d_out: Buffer, d_x: Buffer, *, adds: bool) -> None:
+    def backward(self, x: Buffer, keys: Keys, d_out: Buffer, d_x: Buffer, share: float, *, adds: bool) -> None:
         """Set `d_x` (N, C) from `d_out` (N, C), and the gradients of matrices, or add to those; to others it adds.
 
-        `x` and `keys_BP2` are those of the last `forward`.
+        `x` and `keys` are those of the last `forward`. `share`: the micro-batch's of the step's targets, by which
+        losses of this part's own are weighted.
         """

@@ -1,4 +1,4 @@
-"""The forward and the backward pass of a dense model over one micro-batch, written out.
+"""The forward and the backward pass of a model over one micro-batch, written out.
 
 Shape letters as in `nanomoe.training.steps.loops`; R = B * H * T rows of the attention's matrices, head by head.
 """
@@ -9,12 +9,13 @@ import numpy as np
 import torch
 
 from nanomoe.compiling import Array, Floats, even_bounds, in_parts
-from nanomoe.config import ModelConfig
+from nanomoe.config import JobConfig
 from nanomoe.model.dropout import EMBEDDING, Site, cut, scale
 from nanomoe.training.steps.buffers import Buffer, as_array
 from nanomoe.training.steps.dense import DenseFeedForward
 from nanomoe.training.steps.feed_forward import FeedForward
 from nanomoe.training.steps.loops import backward, forward
+from nanomoe.training.steps.mixture import MixtureBuffers, MixtureFeedForward
 from nanomoe.training.steps.parameters import FlatParameters
 
 _MOST_LOGITS = 1 << 24
@@ -56,13 +57,13 @@ class _Layer:
         self.attn_out = parameters.matrices[f"{name}.attn.c_proj.weight"]
         self.attn_out_bias, self.d_attn_out_bias = parameters.vector(f"{name}.attn.c_proj.bias", of.no_bias)
         self.norm_2 = _Norm(of, parameters, f"{name}.ln_2")
-        self.feed_forward: FeedForward = DenseFeedForward(parameters, f"{name}.mlp", of.no_bias, of.drop, of.wide)
+        self.feed_forward = of.feed_forward(parameters, layer)
 
 
 class MicroBatch:
     """The buffers of a micro-batch of B windows of T tokens, and its way there and back."""
 
-    def __init__(self, B: int, T: int, parameters: FlatParameters, config: ModelConfig, dtype: torch.dtype) -> None:
+    def __init__(self, B: int, T: int, parameters: FlatParameters, config: JobConfig, dtype: torch.dtype) -> None:
         """`dtype`: type of activations and products."""
         self._dtype = dtype
         self.B, self.T, self.C, self.H = B, T, config.n_embd, config.n_head
@@ -70,9 +71,11 @@ class MicroBatch:
         self.no_bias = np.zeros(self.F, np.float32), np.zeros(self.F, np.float32)
         """What stands in for a bias, zeros, and for its gradient, which nobody reads."""
         self._factor = np.float32(1 / math.sqrt(self.D))
-        self.drop = np.uint32(cut(config.dropout)), np.float32(scale(config.dropout))
+        self._drop = np.uint32(cut(config.dropout)), np.float32(scale(config.dropout))
         self._ones = np.ones(self.N, np.float32)
-        self.wide = self.buffer(self.N, self.F)
+        self._config = config
+        self._wide = self.buffer(self.N, self.F)
+        self._mixture_buffers = MixtureBuffers(T, self.N, config, dtype) if config.use_moe else None
         self._layers = [_Layer(self, parameters, layer) for layer in range(config.n_layer)]
         self._norm = _Norm(self, parameters, "transformer.ln_f")
         self._wte = as_array(parameters.weights["transformer.wte.weight"])
@@ -96,16 +99,29 @@ class MicroBatch:
         """A buffer in the type of the products."""
         return Buffer(n_rows, n_columns, self._dtype, n_matrices=n_matrices)
 
+    def feed_forward(self, parameters: FlatParameters, layer: int) -> FeedForward:
+        """That of a layer, its buffers new."""
+        name = f"transformer.h.{layer}.mlp"
+        if self._mixture_buffers is not None and self._config.is_moe_layer(layer):
+            return MixtureFeedForward(parameters, name, self._config, self._drop, self._mixture_buffers)
+        return DenseFeedForward(parameters, name, self.no_bias, self._drop, self._wide)
+
+    @property
+    def mixtures(self) -> dict[int, MixtureFeedForward]:
+        """The mixture of each layer that has one."""
+        parts = enumerate(layer.feed_forward for layer in self._layers)
+        return {n: part for n, part in parts if isinstance(part, MixtureFeedForward)}
+
     def gradient(self, inputs_BT: Array, targets_N: Array, keys: Array, share: float, *, adds: bool) -> float:
         """The micro-batch's loss, a sum times `share`. Its gradient is added to that of vectors and positions; that of
         matrices it is added to, or it becomes that."""
         self._forward(inputs_BT, keys)
         loss = self._output(targets_N, share, adds)
-        self._backward(inputs_BT, keys, adds)
+        self._backward(inputs_BT, keys, share * np.count_nonzero(targets_N >= 0), adds)
         return loss
 
     def _forward(self, inputs_BT: Array, keys: Array) -> None:
-        B, T, H, drop = self.B, self.T, self.H, self.drop
+        B, T, H, drop = self.B, self.T, self.H, self._drop
         norms = [layer.norm_1 for layer in self._layers] + [self._norm]
         embedding = keys[EMBEDDING + 1, Site.ATTENTION_OUTPUT]
         forward.embed(inputs_BT, self._wte, self._wpe, embedding, *drop, *norms[0].there)
@@ -125,9 +141,11 @@ class MicroBatch:
                 T, layer.norm_1.x, self._narrow.array, layer.attn_out_bias, own[Site.ATTENTION_OUTPUT], *drop,
                 *layer.norm_2.there,
             )  # fmt: skip
-            mlp, mlp_keys = layer.feed_forward, own[Site.MLP_OUTPUT]
-            mlp.forward(layer.norm_2.out, mlp_keys, self._narrow)
-            forward.add_branch(T, layer.norm_2.x, self._narrow.array, mlp.bias, mlp_keys, *mlp.drop, *next_norm.there)
+            mlp = layer.feed_forward
+            mlp.forward(layer.norm_2.out, own, self._narrow)
+            forward.add_branch(
+                T, layer.norm_2.x, self._narrow.array, mlp.bias, own[Site.MLP_OUTPUT], *mlp.drop, *next_norm.there
+            )
 
     def _output(self, targets_N: Array, share: float, adds: bool) -> float:
         """The loss; the output layer's gradient; and in `_narrow` that of its input, but for a factor per row."""
@@ -144,17 +162,17 @@ class MicroBatch:
             torch.mm(logits, self._out.weight, out=self._narrow.tensor[rows])
         return loss
 
-    def _backward(self, inputs_BT: Array, keys: Array, adds: bool) -> None:
-        T, drop = self.T, self.drop
+    def _backward(self, inputs_BT: Array, keys: Array, share: float, adds: bool) -> None:
+        T, drop = self.T, self._drop
         narrow, branch, d_x = self._narrow, self._branch, self._d_x
         d_x.fill(0)
         norm, factor = self._norm, self._share
         for layer, own in zip(reversed(self._layers), keys[:0:-1], strict=True):
-            mlp, mlp_keys = layer.feed_forward, own[Site.MLP_OUTPUT]
+            mlp = layer.feed_forward
             backward.norm_backward(
-                T, narrow.array, factor, *norm.back, d_x, mlp_keys, *mlp.drop, branch.array, mlp.d_bias
+                T, narrow.array, factor, *norm.back, d_x, own[Site.MLP_OUTPUT], *mlp.drop, branch.array, mlp.d_bias
             )
-            mlp.backward(layer.norm_2.out, mlp_keys, branch, narrow, adds=adds)
+            mlp.backward(layer.norm_2.out, own, branch, narrow, share, adds=adds)
             backward.norm_backward(
                 T, narrow.array, self._ones, *layer.norm_2.back, d_x, own[Site.ATTENTION_OUTPUT], *drop,
                 branch.array, layer.d_attn_out_bias,
@@ -178,7 +196,7 @@ class MicroBatch:
         forward.to_heads(B, H, self._narrow.array, d_out.array)
         torch.bmm(d_out.batch, layer.values.batch_transposed, out=self._scores.batch)
         backward.attend_backward(
-            H, self._factor, self._scores.array, layer.weights, keys_BP2, *self.drop, d_scores.array, dropped.array
+            H, self._factor, self._scores.array, layer.weights, keys_BP2, *self._drop, d_scores.array, dropped.array
         )
         torch.bmm(dropped.batch_transposed, d_out.batch, out=self._d_values.batch)
         torch.bmm(d_scores.batch, layer.keys.batch, out=self._d_queries.batch)
