@@ -14,28 +14,19 @@ from nanomoe.training.steps.step import TrainingStep
 StepPath = Literal["eager", "fused"]
 
 _FORCED = "NANOMOE_STEP_PATH"
-"""For tests and measurements: the way that every job takes whose model it covers."""
+"""For tests and measurements: the way that every job takes whose device it covers."""
 
 
-def not_fused_because(config: JobConfig, device: torch.device) -> str | None:
-    """Why the fused step does not cover this job; None when it does."""
-    if device.type != "cpu":
-        return "the fused step is written for a CPU"
-    if config.use_moe:
-        return "the fused step has no mixture of experts"
-    return None
-
-
-def choose_path(config: JobConfig, device: torch.device, wanted: StepPath | None = None) -> tuple[StepPath, str]:
+def choose_path(device: torch.device, wanted: StepPath | None = None) -> tuple[StepPath, str]:
     """The way in which a job does its steps that starts now on `device`, and the reason in words.
 
-    `wanted`: that way, if it covers the job, whether or not its loops have been compiled.
+    `wanted`: that way, if it covers the device, whether or not its loops have been compiled.
 
     Raises:
         ValueError: the way that the environment asks for does not exist.
     """
-    if reason := not_fused_because(config, device):
-        return "eager", reason
+    if device.type != "cpu":
+        return "eager", "the fused step is written for a CPU"
     asked = os.environ.get(_FORCED)
     for path in get_args(StepPath):
         if path == (wanted or asked):
@@ -46,7 +37,7 @@ def choose_path(config: JobConfig, device: torch.device, wanted: StepPath | None
 
     if not LOOPS.are_compiled():
         return "eager", "the loops of the fused step are not compiled for this processor yet"
-    return "fused", "a dense model on a CPU"
+    return "fused", "on a CPU"
 
 
 def compiled_for(path: StepPath) -> str | None:

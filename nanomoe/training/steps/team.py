@@ -1,13 +1,14 @@
 """Threads that do one micro-batch together: all run one program, each on its share of rows, heads or weights."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import torch
 
 from nanomoe.compiling import thread_pool
 
+A = TypeVar("A")
 R = TypeVar("R")
 
 
@@ -54,6 +55,16 @@ class Team:
     def share(self, n: int, number: int) -> slice:
         """The part of range(n) that is the thread's of this number."""
         return slice(n * number // self.n_threads, n * (number + 1) // self.n_threads)
+
+    def distribute(self, tasks: Iterable[A], size: Callable[[A], int]) -> list[list[A]]:
+        """The tasks of each thread: the largest first, each to the thread that has least to do."""
+        of_thread: list[list[A]] = [[] for _ in range(self.n_threads)]
+        loads = [0] * self.n_threads
+        for task in sorted(tasks, key=size, reverse=True):
+            idlest = loads.index(min(loads))
+            of_thread[idlest].append(task)
+            loads[idlest] += size(task)
+        return of_thread
 
     def _run(self, program: Callable[[int], R], number: int) -> R:
         torch.set_num_threads(1)
