@@ -104,10 +104,7 @@ def test_an_expert_without_a_token_has_a_gradient_of_zero_after_a_step_in_which_
 
 # Of two experts whose scores differ by a rounding one path may take the one, the other the other; from there on they
 # train different models. With these configs and this seed no choice is that close in these steps.
-@pytest.mark.parametrize(
-    "name",
-    ["default", "capacity", "noise", "shared experts", "balance bias", "all at once", "accumulated, the last ragged"],
-)
+@pytest.mark.parametrize("name", ["default", "capacity", "accumulated, the last ragged", "all at once"])
 def test_loss_curves_equal_the_eager_ones(name: str) -> None:
     """Over 10 steps at a high rate, and over 100 at a low one: rounding grows with every step."""
     for lr, n_steps, tolerance in ((5e-3, 10, 1e-5), (1e-4, 100, 1e-4)):
@@ -117,17 +114,14 @@ def test_loss_curves_equal_the_eager_ones(name: str) -> None:
 
 
 def test_in_bfloat16_the_loss_ends_within_a_percent_of_float32s() -> None:
-    config = {"epochs": 60, "lr": 3e-3, "cont_max_new_tokens": 4, "router_noise": True, "n_shared_experts": 1}
+    config = {"epochs": 30, "lr": 3e-3, "cont_max_new_tokens": 4, "router_noise": True, "n_shared_experts": 1}
     losses = {
-        precision: [
-            event.metrics.loss
-            for event in train(mixture(config | {"precision": precision}))
-            if isinstance(event, Recorded)
-        ]
+        precision: [event for event in train(mixture(config | {"precision": precision})) if isinstance(event, Recorded)]
         for precision in ("float32", "bfloat16")
     }
-    assert losses["float32"][-1] < 2.0
-    assert losses["bfloat16"][-1] == pytest.approx(losses["float32"][-1], rel=1e-2)
+    end, narrow = (losses[precision][-1].metrics.loss for precision in ("float32", "bfloat16"))
+    assert end < 2.0
+    assert narrow == pytest.approx(end, rel=1e-2)
 
 
 @pytest.mark.parametrize(
