@@ -1,5 +1,7 @@
 """Memory that matrix products by torch and compiled loops share."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,16 @@ class Buffer:
         self.array = as_array(self.tensor)
         self.batch = self.tensor.view(n_matrices, -1, n_columns)
         self.batch_transposed = self.batch.mT
+
+    def split(self, sizes: list[int]) -> Sequence[Tensor]:
+        """The first so many rows, the next so many, and so on, to the last."""
+        parts: Sequence[Tensor] = self.tensor.split_with_sizes(sizes)
+        return parts
+
+    def split_transposed(self, sizes: list[int]) -> Sequence[Tensor]:
+        """The same parts, transposed."""
+        parts: Sequence[Tensor] = self.transposed.split_with_sizes(sizes, 1)
+        return parts
 
 
 class Matrix:

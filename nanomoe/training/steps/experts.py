@@ -1,6 +1,7 @@
 """Stacked MLPs, each on rows of its own, written out; `nanomoe.model.moe.Experts` is their reference."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -11,6 +12,9 @@ from nanomoe.training.steps.buffers import Buffer, ExpertMatrix
 from nanomoe.training.steps.loops import expert_rows
 from nanomoe.training.steps.loops.routing import Integers
 from nanomoe.training.steps.parameters import FlatParameters
+
+Rows = Sequence[Tensor]
+"""The rows of each expert, or these transposed; then whatever."""
 
 
 class Experts:
@@ -28,46 +32,59 @@ class Experts:
         """Their outputs without the bias; in place of them, once that is known, the gradient."""
         self._wide = wide
         self._hidden, self._slope = (Buffer(A, F, dtype) for _ in range(2))
-        self._rows: Sequence[Tensor] = []
         self._starts_E1 = np.zeros(n_experts + 1, np.int64)
         self._sizes: list[int] = []
+        """Rows of each expert, then those of none."""
+        self._x_transposed: Rows = []
 
-    def forward(self, rows: Sequence[Tensor], starts_E1: Integers) -> None:
-        """Set `out`. `rows`: those of each expert; `starts_E1`: where they lie in `out`."""
-        self._rows, self._starts_E1 = rows, starts_E1
-        self._sizes = np.diff(starts_E1).tolist()
-        wide, hidden, out = (split_rows(buffer, self._sizes) for buffer in (self._wide, self._hidden, self.out))
-        for matrix, x, u in zip(self._w_in, rows, wide, strict=False):
-            if len(x):
-                torch.mm(x, matrix.weight, out=u)
+    def forward(self, x: Rows, x_transposed: Rows, starts_E1: Integers) -> None:
+        """Set `out` from the rows of each expert; `starts_E1` says where they lie in `out`."""
+        if not self._w_in:
+            return
+        self._x_transposed, self._starts_E1 = x_transposed, starts_E1
+        self._sizes = sizes = sizes_of(starts_E1, len(self.out.array))
+        for size, matrix, rows, u in zip(sizes, self._w_in, x, self._wide.split(sizes), strict=False):
+            if size:
+                torch.mm(rows, matrix.weight, out=u)
         expert_rows.gelu_by_expert(self._wide.array, starts_E1, self._b_in, self._hidden.array, self._slope.array)
-        for matrix, h, y in zip(self._w_out, hidden, out, strict=False):
-            if len(h):
+        for size, matrix, h, y in zip(
+            sizes, self._w_out, self._hidden.split(sizes), self.out.split(sizes), strict=False
+        ):
+            if size:
                 torch.mm(h, matrix.weight, out=y)
 
-    def backward(self, d_rows: Buffer, *, adds: bool) -> None:
+    def backward(self, d_x: Buffer, *, adds: bool) -> None:
         """From the gradient in `out` to that of the rows, and those of the weights, or onto these."""
-        buffers = self._wide, self._hidden, self.out, d_rows
-        wide, hidden, d_out, d_x = (split_rows(buffer, self._sizes) for buffer in buffers)
-        for matrix, h, d_y, d_h in zip(self._w_out, hidden, d_out, wide, strict=False):
-            if len(h):
-                matrix.add_gradient(h.t(), d_y, adds=adds)
+        if not self._w_in:
+            return
+        sizes = self._sizes
+        d_hidden, hidden_transposed, d_out = (
+            self._wide.split(sizes),
+            self._hidden.split_transposed(sizes),
+            self.out.split(sizes),
+        )
+        for size, matrix, h_transposed, d_y, d_h in zip(
+            sizes, self._w_out, hidden_transposed, d_out, d_hidden, strict=False
+        ):
+            if size:
+                matrix.add_gradient(h_transposed, d_y, adds=adds)
                 torch.mm(d_y, matrix.transposed, out=d_h)
             elif not adds:
                 matrix.gradient.zero_()
         expert_rows.gelu_by_expert_backward(self._wide.array, self._starts_E1, self._slope.array, self._d_b_in)
-        for matrix, x, d_u, d in zip(self._w_in, self._rows, wide, d_x, strict=False):
-            if len(x):
-                matrix.add_gradient(x.t(), d_u, adds=adds)
-                torch.mm(d_u, matrix.transposed, out=d)
+        for size, matrix, x_transposed, d_u, d_rows in zip(
+            sizes, self._w_in, self._x_transposed, d_hidden, d_x.split(sizes), strict=False
+        ):
+            if size:
+                matrix.add_gradient(x_transposed, d_u, adds=adds)
+                torch.mm(d_u, matrix.transposed, out=d_rows)
             elif not adds:
                 matrix.gradient.zero_()
 
 
-def split_rows(buffer: Buffer, sizes: list[int]) -> Sequence[Tensor]:
-    """The rows of each expert, and those of none."""
-    parts: Sequence[Tensor] = buffer.tensor.split([*sizes, len(buffer.tensor) - sum(sizes)])
-    return parts
+def sizes_of(starts_E1: Integers, n_rows: int) -> list[int]:
+    """Rows of each expert, then those of none, of `n_rows` in all."""
+    return [end - first for first, end in pairwise([*starts_E1.tolist(), n_rows])]
 
 
 def _zeros(n_rows: int, n_columns: int) -> tuple[Floats, Floats]:

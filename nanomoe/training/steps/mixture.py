@@ -13,7 +13,7 @@ from nanomoe.config import JobConfig
 from nanomoe.model.dropout import Site
 from nanomoe.model.moe import expert_capacity
 from nanomoe.training.steps.buffers import Buffer
-from nanomoe.training.steps.experts import Experts, split_rows
+from nanomoe.training.steps.experts import Experts, sizes_of
 from nanomoe.training.steps.feed_forward import Drop, FeedForward
 from nanomoe.training.steps.loops import expert_rows, routing
 from nanomoe.training.steps.loops.compiling import Keys
@@ -75,8 +75,9 @@ class MixtureFeedForward(FeedForward):
             router.chosen_NK, router.counts_E, self._capacity, self._starts_E1, self._slots_NK, self._tokens_A
         )
         expert_rows.gather(x.array, self._tokens_A, n_rows, self._rows.array)
-        experts.forward(split_rows(self._rows, np.diff(self._starts_E1).tolist()), self._starts_E1)
-        shared.forward([x.tensor] * self._n_shared, self._shared_starts)
+        sizes = sizes_of(self._starts_E1, self._buffers.A)
+        experts.forward(self._rows.split(sizes), self._rows.split_transposed(sizes), self._starts_E1)
+        shared.forward([x.tensor] * self._n_shared, [x.transposed] * self._n_shared, self._shared_starts)
         expert_rows.combine(
             self._buffers.T, experts.out.array, experts.b_out, router.chosen_NK, self._slots_NK, router.gates_NK,
             shared.out.array, shared.b_out, keys[Site.MLP_OUTPUT], *self._drop, out.array,
