@@ -25,7 +25,7 @@ def survivors(leader: int | None, token: str) -> set[int]:
     mark = f"{TOKEN_VARIABLE}={token}".encode()
     since = 0 if leader is None else int(started(leader) or 0)
     found = set()
-    for pid in filter(str.isdecimal, os.listdir(_PROC)):
+    for pid in filter(str.isdecimal, os.listdir(_PROC)):  # noqa: PTH208 - a path for each costs as much again
         try:
             stat = _stat(pid)
             if int(stat[_START]) < since:
@@ -55,7 +55,7 @@ def _stat(pid: int | str) -> list[bytes]:
 
 def _read(pid: int | str, name: str) -> bytes:
     # Unbuffered: a scan of all processes is on the way from one job's end to the next one's start.
-    with open(f"{_PROC}/{pid}/{name}", "rb", buffering=0) as file:  # noqa: PTH123 - a path for each costs as much again
+    with open(f"{_PROC}/{pid}/{name}", "rb", buffering=0) as file:  # noqa: PTH123 - as above
         return file.read()
 
 
