@@ -12,7 +12,7 @@ Knows no tokenizer, no HTTP and no clock.
 """
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -238,30 +238,6 @@ class Engine:
             continuation.tokens.append(token)
             continuation.new.append(token)
             continuation.finished |= len(continuation.new) == request.max_new_tokens
-
-
-def continue_tokens(
-    model: GPT,
-    prompt: Sequence[int],
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    seed: int,
-    before_token: Callable[[], None] = lambda: None,
-) -> list[int]:
-    """The new tokens that a model adds to one prompt, at its present weights. `before_token` is called before each; it
-    may raise."""
-    if max_new_tokens == 0:
-        return []
-    weights = model.state_dict()
-    engine = Engine(weights, model.config, device=weights["transformer.wte.weight"].device, max_running=1)
-    request = Request(prompt, max_new_tokens, SamplingConfig(temperature=temperature, top_k=top_k), seed)
-    continuation = engine.submit(request)
-    while not continuation.finished:
-        before_token()
-        engine.step()
-    return continuation.new
 
 
 @torch.no_grad()
