@@ -146,9 +146,9 @@ class MicroBatch:
             torch.mm(layer.norm_1.out.rows[thread], layer.attn.transposed, out=self._triple.rows[thread])
             heads = layer.queries.array, layer.keys.array, layer.values.array
             forward.split_heads(*rows, T, H, self._triple.array, layer.attn_bias, *heads)
-            self._team.wait()
+            self._team.wait(thread)
             self._attend(thread, layer, own[Site.ATTENTION_WEIGHTS])
-            self._team.wait()
+            self._team.wait(thread)
             forward.from_heads(*rows, T, H, self._heads.array, layer.attended.array)
             torch.mm(layer.attended.rows[thread], layer.attn_out.transposed, out=self._narrow.rows[thread])
             forward.add_branch(
@@ -178,7 +178,7 @@ class MicroBatch:
         loss, x, V = 0.0, self._norm.out, len(self._wte)
         most = len(self._logits.tensor)
         if most < self.N:
-            self._team.wait()  # a thread's share of a block is not its share of all rows
+            self._team.wait(thread)  # a thread's share of a block is not its share of all rows
         for first in range(0, self.N, most):
             n = min(most, self.N - first)
             of_block = self._team.share(n, thread)
@@ -190,11 +190,11 @@ class MicroBatch:
                 self._scaled.array[rows],
             )  # fmt: skip
             torch.mm(logits, self._out.weight, out=self._narrow.tensor[rows])
-            self._team.wait()
+            self._team.wait(thread)
             d_logits = self._logits.tensor[:n, self._team.share(V, thread)].t()
             self._out.add_gradient(thread, d_logits, self._scaled.tensor[first : first + n], adds=adds or first > 0)
             if first + n < self.N:
-                self._team.wait()
+                self._team.wait(thread)
         return loss
 
     def _backward(self, thread: int, inputs_BT: Array, keys: Array, of_step: float, adds: bool) -> None:
@@ -220,13 +220,13 @@ class MicroBatch:
             )  # fmt: skip
             torch.mm(d_attn_out.rows[thread], layer.attn_out.weight, out=narrow.rows[thread])
             forward.to_heads(*rows, T, H, narrow.array, self._heads.array)
-            self._team.wait()
+            self._team.wait(thread)
             if above is not None:
                 self._add_attn_gradient(thread, above, adds)
             layer.attn_out.add_gradient(thread, d_attn_out.columns[thread], layer.attended.tensor, adds=adds)
             mlp.add_gradients(thread, layer.norm_2.out, d_mlp_out, adds=adds)
             self._attend_backward(thread, layer, own[Site.ATTENTION_WEIGHTS])
-            self._team.wait()
+            self._team.wait(thread)
             heads = self._d_queries.array, self._d_keys.array, self._d_values.array
             backward.join_heads(*rows, T, H, *heads, self._triple.array, layer.d_attn_bias[thread])
             torch.mm(self._triple.rows[thread], layer.attn.weight, out=narrow.rows[thread])
@@ -236,7 +236,7 @@ class MicroBatch:
             *rows, T, narrow.array, factor, *norm.back(thread), d_x, embedding, *drop, self._d_embedded,
             self._no_bias[thread],
         )  # fmt: skip
-        self._team.wait()
+        self._team.wait(thread)
         self._add_attn_gradient(thread, self._layers[0], adds)
         channels = self._team.share(self.C, thread)
         backward.embed_backward(channels.start, channels.stop, inputs_BT, self._d_embedded, self._d_wte, self._d_wpe)

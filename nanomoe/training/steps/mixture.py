@@ -85,17 +85,17 @@ class MixtureFeedForward(FeedForward):
 
     def forward(self, thread: int, x: Buffer, keys: Keys, out: Buffer) -> None:
         experts, shared = self._experts, self._shared
-        self._team.wait()
+        self._team.wait(thread)
         if thread == 0:
             self._route(x, keys[Site.ROUTER_NOISE])
-        self._team.wait()
+        self._team.wait(thread)
         for expert, rows, is_shared in self._tasks[thread]:
             if is_shared:
                 shared.forward(expert, rows, x.tensor)
             else:
                 expert_rows.gather(rows.start, rows.stop, x.array, self._tokens_A, self._rows.array)
                 experts.forward(expert, rows, self._rows.tensor[rows])
-        self._team.wait()
+        self._team.wait(thread)
         rows = self._team.share(self._buffers.N, thread)
         expert_rows.combine(
             rows.start, rows.stop, self._buffers.T, experts.out.array, experts.b_out, self._router.chosen_NK,
@@ -111,7 +111,7 @@ class MixtureFeedForward(FeedForward):
             experts.d_b_out[thread], router.chosen_NK, self._slots_NK, router.gates_NK, buffers.router.d_gates_NK,
             shared.out.array, shared.d_b_out[thread], keys[Site.MLP_OUTPUT], *self._drop,
         )  # fmt: skip
-        self._team.wait()
+        self._team.wait(thread)
         if thread == 0:
             router.backward(share)
         for expert, rows, is_shared in self._tasks[thread]:
@@ -121,7 +121,7 @@ class MixtureFeedForward(FeedForward):
             else:
                 x, d_rows = self._rows.tensor[rows], buffers.d_rows.tensor[rows]
                 experts.backward(thread, expert, rows, x, d_rows, adds=adds)
-        self._team.wait()
+        self._team.wait(thread)
         expert_rows.scatter(
             of_thread.start, of_thread.stop, buffers.d_rows.array, self._slots_NK, buffers.d_shared.array,
             buffers.router.d_x.array, d_x.array,
