@@ -5,6 +5,7 @@
     ├── DeviceUnavailable    device_unavailable    nanomoe.training.execution
     ├── LossNotFinite        loss_not_finite       nanomoe.training.loop
     ├── NotExportable        not_exportable        nanomoe.export
+    ├── NotImportable        not_a_checkpoint      nanomoe.importing
     ├── OutOfMemory          out_of_memory         nanomoe.plan
     ├── ParentUnusable       parent_unusable       nanomoe.lineage
     ├── TextTooShort         text_too_short        nanomoe.plan

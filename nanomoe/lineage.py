@@ -6,7 +6,7 @@ Knows configs only; `nanomoe.model.upcycle` moves the weights. Loads no torch.
 from nanomoe.config import ConfigWarning, InitFrom, ModelConfig
 from nanomoe.errors import NanomoeError
 
-_MUST_AGREE = ("tokenizer", "block_size", "n_layer", "n_head", "n_embd", "bias")
+_MUST_AGREE = ("tokenizer", "n_layer", "n_head", "n_embd", "bias")
 _MUST_AGREE_OF_MIXTURES = ("moe_stride", "n_experts", "n_shared_experts", "expert_hidden_ratio")
 
 
@@ -24,16 +24,19 @@ def misfits(child: ModelConfig, parent: ModelConfig) -> list[str]:
 
     A dense parent may grow into a mixture of any shape. A mixture stays what it is: its experts have learned to share
     the work among so many, and a router over other experts would have to learn anew. Settings that shape no weight
-    (k, router_score, balance losses, dropout, ...) may differ.
+    (k, router_score, balance losses, dropout, ...) may differ, and a shorter context leaves the last positions out.
     """
     if parent.use_moe and not child.use_moe:
         return ["use_moe is false, the parent's true: a mixture cannot become one MLP"]
     names = _MUST_AGREE + (_MUST_AGREE_OF_MIXTURES if parent.use_moe else ())
-    return [
+    reasons = [
         f"{name} is {getattr(child, name)!r}, the parent's {getattr(parent, name)!r}"
         for name in names
         if getattr(child, name) != getattr(parent, name)
     ]
+    if child.block_size > parent.block_size:
+        reasons.append(f"block_size is {child.block_size}, more than the parent's {parent.block_size}")
+    return reasons
 
 
 def warnings(child: ModelConfig, parent: ModelConfig) -> list[ConfigWarning]:

@@ -115,6 +115,9 @@ class Settings(BaseSettings):
     max_text_bytes: int = Field(16 * MIB, ge=1, le=GIB)
     """Largest training text, in bytes of UTF-8."""
 
+    max_model_bytes: int = Field(2 * GIB, ge=1)
+    """Largest model that may be sent to be imported, in bytes of all its files."""
+
     max_params: int = Field(2_000_000_000, ge=1)
     """Most parameters of a model."""
 

@@ -18,9 +18,13 @@ def starting_weights(parent: Mapping[str, Tensor], config: ModelConfig, *, seed:
     """The parent's weights as a model of `config` names them; tensors that need no change are shared with `parent`.
 
     An MLP where this model has a mixture becomes its experts. A mixture stays, and gets a noise weight or balance bias
-    of 0 where only this model has one. `seed` decides the routers and `upcycle_noise`.
+    of 0 where only this model has one. A shorter context keeps the first positions (nanoGPT's `crop_block_size`).
+    `seed` decides the routers and `upcycle_noise`.
     """
     weights = dict(parent)
+    positions = weights["transformer.wpe.weight"]
+    if len(positions) > config.block_size:
+        weights["transformer.wpe.weight"] = positions[: config.block_size].contiguous()
     generator = torch.Generator().manual_seed(seed)
     for layer in config.moe_layers:
         prefix = f"transformer.h.{layer}.mlp."

@@ -37,6 +37,7 @@ COMMANDS = {
         "score": "Compute the loss of any text under a checkpoint, and what of it was memorised.",
         "inspect": "Show next tokens, attention and routing of a checkpoint at a prompt. --json has every number.",
         "explain": "Show how a mixture of experts routes one token: logits, probabilities, choice, gates, sum.",
+        "import": "Bring in weights of another program: nanoGPT's ckpt.pt, or the folder of a Hugging Face GPT-2.",
         "export": "Write a checkpoint in another program's format.",
     },
     "Without a service": {
@@ -61,6 +62,8 @@ _MODULES = {
 def _target(name: str) -> str:
     if name == "bench":
         return "service.cli.bench:app"
+    if name == "import":  # a function cannot have that name
+        return "service.cli.model_import:import_model"
     return f"{next((module for module, names in _MODULES.items() if name in names), 'service.cli.jobs')}:{name}"
 
 

@@ -89,6 +89,7 @@ class AsyncClient:
     readiness = _client_method(calls.readiness)
 
     submit = _returning_handle(calls.submit)
+    import_model = _returning_handle(calls.import_model)
     job = _returning_handle(calls.get_job)
 
     async def jobs(self, *, status: str | None = None, tag: str | None = None) -> "AsyncIterator[AsyncJobHandle]":
@@ -107,7 +108,8 @@ class AsyncClient:
         retry_policy = RetryPolicy(call.repeatable, self.retries)
         while True:
             try:
-                return call.answer(await self._http.send(call.request(self._http)))
+                with call.opened() as files:
+                    return call.answer(await self._http.send(call.request(self._http, files)))
             except (httpx.TransportError, ClientError) as failure:
                 await asyncio.sleep(retry_policy.delay_after(failure))
 

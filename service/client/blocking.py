@@ -93,6 +93,7 @@ class Client:
     readiness = _client_method(calls.readiness)
 
     submit = _returning_handle(calls.submit)
+    import_model = _returning_handle(calls.import_model)
     job = _returning_handle(calls.get_job)
 
     def jobs(self, *, status: str | None = None, tag: str | None = None) -> "Iterator[JobHandle]":
@@ -111,7 +112,8 @@ class Client:
         retry_policy = RetryPolicy(call.repeatable, self.retries)
         while True:
             try:
-                return call.answer(self._http.send(call.request(self._http)))
+                with call.opened() as files:
+                    return call.answer(self._http.send(call.request(self._http, files)))
             except (httpx.TransportError, ClientError) as failure:
                 time.sleep(retry_policy.delay_after(failure))
 

@@ -4,11 +4,13 @@ Knows no connection and does no I/O: `Client` and `AsyncClient` send the same ca
 one request is a line that names its function here.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from inspect import Parameter, Signature, signature
-from typing import Any, Generic, Literal, TypeVar
+from pathlib import Path
+from typing import Any, BinaryIO, Generic, Literal, TypeVar
 from urllib.parse import quote
 from uuid import uuid4
 
@@ -16,6 +18,7 @@ import httpx
 from pydantic import BaseModel, ValidationError
 
 from nanomoe.config import JobConfig
+from nanomoe.import_messages import MODEL_FILES
 from service.client.errors import UnexpectedAnswer, problem_of
 from service.http import schemas
 
@@ -27,6 +30,9 @@ CheckpointSelector = schemas.Percent | Literal["latest"]
 
 GENERATE_SECONDS = 600
 """Read time-out of generation: for a long text on a slow machine no byte is sent earlier."""
+
+IMPORT_SECONDS = 900
+"""Read time-out of an import, longer than the service takes before it gives up."""
 
 Config = JobConfig | Mapping[str, Any]
 """The knobs that differ from the reference run."""
@@ -43,6 +49,12 @@ class Call(Generic[T]):
 
     params: Mapping[str, str | float | bool | None] = field(default_factory=dict)
     body: Mapping[str, Any] | None = None
+    fields: Mapping[str, str] = field(default_factory=dict)
+    """Parts of a form that are no files."""
+
+    files: Sequence[Path] = ()
+    """Files of a form, sent in parts named `files`."""
+
     headers: Mapping[str, str] = field(default_factory=dict)
     repeatable: bool = True
     """Whether the request is idempotent, so that it may be repeated when its response was lost."""
@@ -50,16 +62,28 @@ class Call(Generic[T]):
     read_seconds: float | None = None
     """Read time-out in seconds; None is the client's own setting."""
 
-    def request(self, http: httpx.Client | httpx.AsyncClient) -> httpx.Request:
-        """The request, with the base address, key and time-outs of `http`."""
+    @contextmanager
+    def opened(self) -> Iterator[list[BinaryIO]]:
+        """The files, open until the request has been sent."""
+        with ExitStack() as stack:
+            yield [stack.enter_context(path.open("rb")) for path in self.files]
+
+    def request(self, http: httpx.Client | httpx.AsyncClient, files: Sequence[BinaryIO] = ()) -> httpx.Request:
+        """The request, with the base address, key and time-outs of `http`. `files`: what `opened` gave."""
         timeout = http.timeout.as_dict()
         if self.read_seconds is not None:
             timeout["read"] = self.read_seconds
+        form: dict[str, Any] = {}
+        if files:
+            names = [path.name for path in self.files]
+            parts = [("files", (name, file)) for name, file in zip(names, files, strict=True)]
+            form = {"data": dict(self.fields), "files": parts}
         return http.build_request(
             self.method,
             self.path,
             params={name: value for name, value in self.params.items() if value is not None},
             json=self.body,
+            **form,
             headers=dict(self.headers),
             timeout=httpx.Timeout(**timeout),
         )
@@ -104,6 +128,39 @@ def estimate(text: str, config: Config | None = None) -> Call[schemas.Estimate]:
     """Size, steps and warnings that the job would have. Nothing is submitted."""
     body = _submission(text, config, None, None, 0, None)
     return Call("POST", "/jobs", _model(schemas.Estimate), params={"dry_run": True}, body=body)
+
+
+def import_model(
+    *paths: str | Path,
+    tokenizer: str | None = None,
+    block_size: int | None = None,
+    text: str | None = None,
+    name: str | None = None,
+) -> Call[schemas.JobView]:
+    """Bring in weights of another program as a finished job: nanoGPT's `ckpt.pt`, or the folder of a Hugging Face
+    GPT-2, with the files of its tokenizer beside it or the name of one. Not repeatable: each makes a job."""
+    given = {"tokenizer": tokenizer, "block_size": block_size, "text": text, "name": name}
+    return Call(
+        "POST",
+        "/models",
+        _model(schemas.JobView),
+        fields={key: str(value) for key, value in given.items() if value is not None},
+        files=model_files(*paths),
+        repeatable=False,
+        read_seconds=IMPORT_SECONDS,
+    )
+
+
+def model_files(*paths: str | Path) -> list[Path]:
+    """The files to send of these files and folders. Raises FileNotFoundError where one is missing or holds none."""
+    found: list[Path] = []
+    for path in map(Path, paths):
+        names = [path / name for name in MODEL_FILES] if path.is_dir() else [path]
+        files = [name for name in names if name.is_file()]
+        if not files:
+            raise FileNotFoundError(f"{path} is no model: no {' or '.join(MODEL_FILES)} is there")
+        found += files
+    return found
 
 
 def list_jobs(

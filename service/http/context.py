@@ -34,6 +34,9 @@ class Context:
     comparing: CapacityLimiter
     """Limit of one search for copied spans at a time: each takes memory and a core."""
 
+    importing: CapacityLimiter
+    """Limit of one import at a time: each is a process that loads torch and a whole model."""
+
 
 @asynccontextmanager
 async def open_context(settings: Settings) -> AsyncIterator[Context]:
@@ -53,7 +56,7 @@ async def open_context(settings: Settings) -> AsyncIterator[Context]:
         if settings.engine_preload:
             background.append(asyncio.create_task(_preload_engine(database, wakeups, generation)))
         try:
-            yield Context(settings, database, wakeups, generation, CapacityLimiter(1))
+            yield Context(settings, database, wakeups, generation, CapacityLimiter(1), CapacityLimiter(1))
         finally:
             wakeups.close()
             for task in background:

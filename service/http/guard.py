@@ -1,7 +1,7 @@
 """Request admission: `Host`, `Origin` and the size of the body, checked before routing.
 
 A page of another site must not be able to submit jobs to a local service, neither directly (`Origin`) nor through
-a name that resolves to it (`Host`). Knows no route and no key.
+a name that resolves to it (`Host`). Knows no key, and of the routes only which one takes weights.
 """
 
 from urllib.parse import urlsplit
@@ -16,6 +16,9 @@ from service.loopback import is_loopback
 from service.settings import Settings
 
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
+MODELS_PATH = "/models"
+"""The one route whose bodies are files of weights, with a limit of their own."""
+
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
@@ -55,14 +58,16 @@ class Guard:
         self._hosts = LOOPBACK_NAMES | {settings.host.lower(), *(host.lower() for host in settings.allowed_hosts)}
         # JSON may spell each byte of the text as an escape of six.
         self._max_body_bytes = 6 * settings.max_text_bytes + 1024 * 1024
+        self._max_model_bytes = settings.max_model_bytes + self._max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer with a problem."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        limit = self._max_model_bytes if scope["path"] == MODELS_PATH else self._max_body_bytes
         try:
-            self._check(scope["method"], Headers(scope=scope))
+            self._check(scope["method"], Headers(scope=scope), limit)
         except ServiceError as error:
             await problems.from_service_error(scope["path"], error)(scope, receive, send)
             return
@@ -72,13 +77,13 @@ class Guard:
             nonlocal n_received
             message = await receive()
             n_received += len(message.get("body", b""))
-            if n_received > self._max_body_bytes:
-                raise HTTPException(413, self._too_large().detail)
+            if n_received > limit:
+                raise HTTPException(413, _too_large(limit).detail)
             return message
 
         await self._app(scope, bounded_receive, send)
 
-    def _check(self, method: str, headers: Headers) -> None:
+    def _check(self, method: str, headers: Headers, limit: int) -> None:
         host = headers.get("host", "")
         if _name_of(host) not in self._hosts:
             raise Forbidden(
@@ -89,8 +94,9 @@ class Guard:
         if origin is not None and method not in _SAFE_METHODS and origin.lower() not in _origins_of(host):
             raise Forbidden("origin_not_allowed", f"a page of '{origin}' must not change anything here")
         length = headers.get("content-length", "0")
-        if length.isdecimal() and int(length[:20]) > self._max_body_bytes:
-            raise self._too_large()
+        if length.isdecimal() and int(length[:20]) > limit:
+            raise _too_large(limit)
 
-    def _too_large(self) -> TooLarge:
-        return TooLarge("body_too_large", f"a request body may have at most {self._max_body_bytes:,} bytes")
+
+def _too_large(limit: int) -> TooLarge:
+    return TooLarge("body_too_large", f"a request body may have at most {limit:,} bytes")

@@ -4,6 +4,7 @@
     running -> queued (lease lost, drained, crashed,           running -> paused
                        out of memory)
     paused -> queued | cancelled                               terminal is terminal
+    (imported) -> succeeded
 
 A claim raises the job's fence, and every later write of the worker that claimed it begins by checking that fence in
 the same transaction (`lease.py`): a worker that was slow, stopped or cut off writes nothing once another has claimed
@@ -25,14 +26,14 @@ from service.database.schema import REVISION, alembic_version, table
 from service.database.upsert import insert_unless_there
 from service.errors import Conflict, Invalid, NotFound, SchemaMismatch, TooManyRequests
 from service.jobs.claim_order import CLAIM_ORDER, QUEUED, RUNNING, claimable, jobs
-from service.jobs.events import log_status, log_warnings
+from service.jobs.events import log_event, log_status, log_warnings
 from service.jobs.ids import new_id
 from service.jobs.lease import Claim, renew_lease
 from service.jobs.new_job import NewJob
 from service.jobs.reads import load_job
 from service.jobs.recording import set_micro_batch
 from service.jobs.statuses import TERMINAL, Status
-from service.jobs.tables import Counter, Job, Snapshot, Text, Worker
+from service.jobs.tables import Checkpoint, Counter, Job, Snapshot, Text, Worker
 from service.jobs.workers import WorkerIdentity, is_gone
 
 MAX_CRASHES = 3
@@ -106,6 +107,65 @@ def submit(db: Database, new: NewJob, *, max_queued: int | None = None) -> tuple
             return job, False
         log_status(db, session, job)
         return job, True
+
+
+def submit_finished(
+    db: Database,
+    new: NewJob,
+    *,
+    job_id: str,
+    reason: str,
+    folder: str,
+    manifest_sha256: str,
+    files: Sequence[Mapping[str, Any]],
+    metrics: Mapping[str, Any],
+) -> Job:
+    """From nothing to succeeded: a job whose weights came from elsewhere, with its checkpoint at 100 percent, whose
+    files are on the disk. No worker ever claims it. `reason`: where the weights came from."""
+    content = new.text.encode()
+    sha256 = hashlib.sha256(content).hexdigest()
+    with db.write() as session:
+        _lock_text(db, session, sha256, content)
+        values = {
+            "id": job_id,
+            "seq": _next_seq(session),
+            "owner": new.owner,
+            "name": new.name,
+            "tags": dict(new.tags),
+            "status": "succeeded",
+            "status_reason": reason,
+            "priority": new.priority,
+            "created_at": db.now,
+            "finished_at": db.now,
+            "fence": 0,
+            "attempt": 0,
+            "crashes": 0,
+            "config": dict(new.config),
+            "progress": {},
+            "text_sha256": sha256,
+            "text_n_bytes": len(content),
+            "n_tokens": new.n_tokens,
+            "n_params": new.n_params,
+            "n_active_params": new.n_active_params,
+            "warnings": list(new.warnings),
+            "event_seq": 2,
+        }
+        job = session.scalars(sa.insert(Job).values(**values).returning(Job)).one()
+        position = {"percent": 100, "step": 0, "epoch": 0}
+        checkpoint = {
+            **position,
+            "job_id": job_id,
+            "created_at": db.now,
+            "fence": 0,
+            "folder": folder,
+            "manifest_sha256": manifest_sha256,
+            "files": [dict(file) for file in files],
+            "metrics": dict(metrics),
+        }
+        session.execute(sa.insert(table(Checkpoint)).values(**checkpoint))
+        log_event(db, session, job_id, 1, "checkpoint", position)
+        log_status(db, session, job)
+        return job
 
 
 def _find_by_key(session: Session, new: NewJob, sha256: str) -> Job | None:

@@ -170,5 +170,15 @@ def test_a_dense_parent_fits_any_mixture_of_its_width() -> None:
     assert misfits(grown_config(bias=False), parent) == ["bias is False, the parent's True"]
     assert misfits(dense_config(block_size=13, tokenizer="bytes"), parent) == [
         "tokenizer is 'bytes', the parent's 'ptbr-8k'",
-        "block_size is 13, the parent's 12",
+        "block_size is 13, more than the parent's 12",
     ]
+    assert misfits(dense_config(block_size=11), parent) == []
+
+
+def test_a_shorter_context_keeps_the_first_positions() -> None:
+    parent = GPT(dense_config(), 30)
+    parent.init_weights(0)
+    child = GPT(dense_config(block_size=5), 30)
+    child.load_state_dict(starting_weights(parent.state_dict(), dense_config(block_size=5), seed=0))
+    tokens = torch.arange(5)[None]
+    assert torch.equal(child(tokens).logits_BTV, parent(tokens).logits_BTV)
