@@ -115,7 +115,7 @@ def _read_nanogpt(path: Path) -> ForeignModel:
         # Memory-mapped, so that the optimizer's state, two thirds of the file, is never read.
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except UnpicklingError as error:
-        if "weights_only" in str(error).lower() or "unsupported" in str(error).lower():
+        if zipfile.is_zipfile(path) or "global" in str(error).partition("WeightsUnpickler error:")[2].partition("\n")[0]:
             reason = "it holds more than tensors and plain values, which would run code of its own"
             raise NotImportable("pickle_refused", f"{path.name} is refused: {reason}") from error
         raise NotImportable("not_a_checkpoint", f"{path.name} is no file of torch.save") from error

@@ -34,7 +34,7 @@ def import_model(
     given = None if measure is None else read_text(measure)
     with connect(url) as client, text.waiting(f"importing {paths[0]}", quiet=as_json):
         try:
-            job = client.import_model(*paths, tokenizer=tokenizer, block_size=block_size, text=given, name=name)
+            job = client.import_model(paths, tokenizer=tokenizer, block_size=block_size, text=given, name=name)
         except FileNotFoundError as error:
             raise UsageError(str(error)) from None
     if as_json:

@@ -131,7 +131,8 @@ def estimate(text: str, config: Config | None = None) -> Call[schemas.Estimate]:
 
 
 def import_model(
-    *paths: str | Path,
+    paths: str | Path | Sequence[str | Path],
+    *,
     tokenizer: str | None = None,
     block_size: int | None = None,
     text: str | None = None,
@@ -145,13 +146,13 @@ def import_model(
         "/models",
         _model(schemas.JobView),
         fields={key: str(value) for key, value in given.items() if value is not None},
-        files=model_files(*paths),
+        files=model_files([paths] if isinstance(paths, str | Path) else paths),
         repeatable=False,
         read_seconds=IMPORT_SECONDS,
     )
 
 
-def model_files(*paths: str | Path) -> list[Path]:
+def model_files(paths: Sequence[str | Path]) -> list[Path]:
     """The files to send of these files and folders. Raises FileNotFoundError where one is missing or holds none."""
     found: list[Path] = []
     for path in map(Path, paths):

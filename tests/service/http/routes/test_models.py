@@ -39,7 +39,7 @@ def test_an_imported_model_generates_scores_is_inspected_and_is_started_from(api
         scored = job.score(TEXT)
         assert scored.loss == pytest.approx(figures.loss, rel=1e-5)
         assert len(job.generate("Era", max_new_tokens=5, temperature=0).choices) == 1
-        assert job.inspect("Era uma").next_tokens
+        assert job.inspect("Era uma").likeliest
 
         config = SHAPE | {"tokenizer": job.view.config.tokenizer, "block_size": 8, "epochs": 1}
         child = client.submit(TEXT, config | {"init_from": {"job_id": job.id}})
