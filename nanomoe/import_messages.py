@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from nanomoe.checkpoint import FileEntry
 from nanomoe.config import ConfigWarning, Strict
 
 MODEL_FILES = (
@@ -47,7 +46,9 @@ class Imported(Strict):
 
     config: dict[str, Any]
     manifest_sha256: str
-    files: list[FileEntry]
+    files: list[dict[str, Any]]
+    """`{"name", "size", "sha256"}` of each file."""
+
     metrics: dict[str, Any]
     n_tokens: int
     n_params: int

@@ -115,7 +115,10 @@ def _read_nanogpt(path: Path) -> ForeignModel:
         # Memory-mapped, so that the optimizer's state, two thirds of the file, is never read.
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except UnpicklingError as error:
-        if zipfile.is_zipfile(path) or "global" in str(error).partition("WeightsUnpickler error:")[2].partition("\n")[0]:
+        if (
+            zipfile.is_zipfile(path)
+            or "global" in str(error).partition("WeightsUnpickler error:")[2].partition("\n")[0]
+        ):
             reason = "it holds more than tensors and plain values, which would run code of its own"
             raise NotImportable("pickle_refused", f"{path.name} is refused: {reason}") from error
         raise NotImportable("not_a_checkpoint", f"{path.name} is no file of torch.save") from error
@@ -285,7 +288,7 @@ def import_checkpoint(request: ImportRequest) -> Imported:
     return Imported(
         config=config.model_dump(mode="json"),
         manifest_sha256=sha256,
-        files=manifest.files,
+        files=[entry.model_dump() for entry in manifest.files],
         metrics=evaluation.metrics.to_row(),
         n_tokens=len(tokens),
         n_params=n_params,

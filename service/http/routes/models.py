@@ -114,7 +114,7 @@ def _record(service: Service, job_id: str, folder: str, text: str, name: str | N
         reason=f"imported from {imported.origin}; figures are of the text given here, not of the one trained on",
         folder=folder,
         manifest_sha256=imported.manifest_sha256,
-        files=[entry.model_dump() for entry in imported.files],
+        files=imported.files,
         metrics=imported.metrics,
     )
     return views.job(row)
