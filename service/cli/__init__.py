@@ -62,7 +62,7 @@ _MODULES = {
 def _target(name: str) -> str:
     if name == "bench":
         return "service.cli.bench:app"
-    if name == "import":  # a function cannot have that name
+    if name == "import":
         return "service.cli.model_import:import_model"
     return f"{next((module for module, names in _MODULES.items() if name in names), 'service.cli.jobs')}:{name}"
 

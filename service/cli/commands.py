@@ -81,7 +81,9 @@ class LazyCommand(TyperCommand):
         found = getattr(import_module(module), name)
         if isinstance(found, typer.Typer):
             return get_command(found)
-        return as_command(found)
+        command = as_command(found)
+        command.name = self.name  # the function of `import` cannot have its name
+        return command
 
 
 def as_command(function: Callable[..., None]) -> Any:

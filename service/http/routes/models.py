@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 from anyio import to_thread
-from fastapi import APIRouter, File, Form, Response, UploadFile
+from fastapi import APIRouter, Response, UploadFile
+from fastapi import Form as FormParameter
+from pydantic import BaseModel, ConfigDict, Field
 
 from nanomoe.import_messages import Imported, ImportRequest
 from service.errors import Invalid, TooLarge
@@ -26,6 +28,32 @@ router = APIRouter(tags=["jobs"])
 _PERCENT = 100
 
 
+class ImportRequestForm(BaseModel):
+    """The body of `POST /models`, a form."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    files: list[UploadFile]
+    """Files of the model: nanoGPT's `ckpt.pt`; or `config.json` and `model.safetensors` of a Hugging Face GPT-2. Beside
+    them those of the tokenizer: `tokenizer.json`, or `vocab.json` and `merges.txt`."""
+
+    tokenizer: str = Field("gpt2", min_length=1, max_length=200)
+    """Name of the tokenizer, as in a job's config. Where the files hold one, it is that, and this is what it is
+    called."""
+
+    block_size: int | None = Field(None, ge=1)
+    """Tokens to crop the context to; null keeps the model's own."""
+
+    text: str | None = Field(None, min_length=1)
+    """Text that the checkpoint's figures are measured on; null is the bundled paragraph."""
+
+    name: JobName | None = None
+    """Name of the job, shown in lists."""
+
+
+Form = Annotated[ImportRequestForm, FormParameter(media_type="multipart/form-data")]
+
+
 @router.post(
     "/models",
     summary="Import a model of another program",
@@ -33,44 +61,14 @@ _PERCENT = 100
     status_code=201,
     responses=problems(400, 413, 422, 503, 507),
 )
-async def import_model(
-    service: Service,
-    response: Response,
-    files: Annotated[
-        list[UploadFile],
-        File(
-            description="nanoGPT's `ckpt.pt`; or `config.json` and `model.safetensors` of a Hugging Face GPT-2. Beside "
-            "them the tokenizer: `tokenizer.json`, or `vocab.json` and `merges.txt`."
-        ),
-    ],
-    tokenizer: Annotated[
-        str,
-        Form(
-            min_length=1,
-            max_length=200,
-            description="Name of the tokenizer, as in a job's config. Where the files hold one, it is that, and this "
-            "is what it is called.",
-        ),
-    ] = "gpt2",
-    block_size: Annotated[
-        int | None, Form(ge=1, description="Tokens to crop the context to; by default the model's own.")
-    ] = None,
-    text: Annotated[
-        str | None,
-        Form(
-            min_length=1,
-            description="Text that the checkpoint's figures are measured on; by default the bundled paragraph.",
-        ),
-    ] = None,
-    name: Annotated[JobName | None, Form(description="Name of the job, shown in lists.")] = None,
-) -> JobView:
+async def import_model(service: Service, response: Response, form: Form) -> JobView:
     """Bring in weights that nanoGPT or transformers trained, as a job that has succeeded: generate, score, inspect and
     `init_from` work on it. A model that would compute something else here is refused.
 
     The job's text is what its figures are measured on, not what the weights were trained on.
     """
+    files, text = form.files, form.text or _paragraph()
     settings, job_id = service.settings, new_id()
-    text = text or _paragraph()
     if len(text.encode()) > settings.max_text_bytes:
         raise TooLarge("text_too_large", f"the text has more than {settings.max_text_bytes:,} bytes")
     if sum(file.size or 0 for file in files) > settings.max_model_bytes:
@@ -84,15 +82,15 @@ async def import_model(
                 files=str(stage),
                 to=str(settings.data_dir / folder),
                 text=text,
-                tokenizer=tokenizer,
-                block_size=block_size,
+                tokenizer=form.tokenizer,
+                block_size=form.block_size,
                 allow_hub=settings.allow_hub,
                 tokenizer_dir=None if settings.tokenizer_dir is None else str(settings.tokenizer_dir),
                 max_params=settings.max_params,
             )
             imported = await model_import.run(request)
     # Should this fail, the files stay and are swept as orphans: a commit whose outcome is unknown may have a row.
-    row = await to_thread.run_sync(_record, service, job_id, folder, text, name, imported)
+    row = await to_thread.run_sync(_record, service, job_id, folder, text, form.name, imported)
     response.headers["Location"] = f"/jobs/{job_id}"
     return row
 
