@@ -59,7 +59,7 @@ Form = Annotated[ImportRequestForm, FormParameter(media_type="multipart/form-dat
     summary="Import a model of another program",
     response_description="The finished job, with one checkpoint at percent 100.",
     status_code=201,
-    responses=problems(400, 413, 422, 503, 507),
+    responses=problems(400, 413, 415, 422, 503, 507),
 )
 async def import_model(service: Service, response: Response, form: Form) -> JobView:
     """Bring in weights that nanoGPT or transformers trained, as a job that has succeeded: generate, score, inspect and

@@ -12,11 +12,14 @@ import sqlalchemy as sa
 from openapi_spec_validator import validate
 
 from service.app import create_app
+from service.client.calls import model_files
+from service.errors import ServiceError, StorageFull, Unavailable
 from service.http.openapi import document
 from service.jobs import queue
 from service.settings import Settings
 from tests.api import TEXT, Api, Serve
 from tests.descriptions import stands_alone
+from tests.nanomoe.foreign_models import gpt2, save_gpt2
 from tests.service.http.routes.test_generate import tiny_files
 
 NOBODY = "0" * 32
@@ -90,7 +93,32 @@ def valid_requests(queued: str, finished: str) -> list[tuple[str, str, Any]]:
     ]
 
 
-def test_every_documented_status_is_reached_and_no_other(serve: Serve, tmp_path: Path) -> None:
+def explore_imports(explorer: Explorer, folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """Every answer of `POST /models`, one import of a real model among them."""
+
+    def send(**request: Any) -> None:
+        parts = [("files", (file.name, file.read_bytes())) for file in model_files([folder])]
+        explorer.send("POST", "/models", **{"files": parts, "data": {"text": TEXT}} | request)
+
+    send()
+    send(headers={"Host": "evil.example"})
+    send(headers={"Content-Encoding": "gzip"})
+    send(data={"nope": "1"})
+    send(files=None, data=None, content=b"{", headers={"content-type": "multipart/form-data; boundary=x"})
+    send(data={"text": "ab" * 1000})
+    for error in (Unavailable("import_failed", "killed"), StorageFull("full")):
+
+        async def fail(*_: object, error: ServiceError = error) -> None:
+            raise error
+
+        with patch.context() as patched:
+            patched.setattr("service.storage.model_import.run", fail)
+            send()
+
+
+def test_every_documented_status_is_reached_and_no_other(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     api = serve(max_text_bytes=1000, max_queued=3, engine_max_waiting=1)
     made = api.http.get("/openapi.json").json()
     explorer = Explorer(api, list(made["paths"]))
@@ -163,6 +191,7 @@ def test_every_documented_status_is_reached_and_no_other(serve: Serve, tmp_path:
             asker.send("POST", path, json=request | {"job_id": job_id})
     send("POST", "/v1/completions", json={"model": NOBODY, "prompt": "a"})
     full.send("POST", "/v1/completions", json={"model": full_claim.job_id, "prompt": "a"})
+    explore_imports(explorer, save_gpt2(tmp_path / "gpt2", gpt2()), monkeypatch)
 
     documented = {
         (method, path, int(status))
