@@ -14,6 +14,7 @@ from nanomoe.import_messages import Imported, ImportRequest
 from service.errors import Invalid, TooLarge
 from service.http import views
 from service.http.openapi import problems
+from service.http.patterns import PRINTABLE
 from service.http.routes.parameters import Service
 from service.http.schemas import JobView
 from service.http.schemas.jobs import JobName
@@ -37,7 +38,7 @@ class ImportRequestForm(BaseModel):
     """Files of the model: nanoGPT's `ckpt.pt`; or `config.json` and `model.safetensors` of a Hugging Face GPT-2. Beside
     them those of the tokenizer: `tokenizer.json`, or `vocab.json` and `merges.txt`."""
 
-    tokenizer: str = Field("gpt2", min_length=1, max_length=200)
+    tokenizer: str = Field("gpt2", min_length=1, max_length=200, pattern=PRINTABLE)
     """Name of the tokenizer, as in a job's config. Where the files hold one, it is that, and this is what it is
     called."""
 
@@ -45,7 +46,7 @@ class ImportRequestForm(BaseModel):
     """Tokens to crop the context to; null keeps the model's own."""
 
     text: str | None = Field(None, min_length=1)
-    """Text that the checkpoint's figures are measured on; null is the bundled paragraph."""
+    """Text that the checkpoint's figures are measured on, at most 1 MiB; null is the bundled paragraph."""
 
     name: JobName | None = None
     """Name of the job, shown in lists."""

@@ -237,3 +237,42 @@ def test_a_delete_that_meets_a_submit_from_its_job_is_refused(db: Database, race
     with pytest.raises(Conflict) as refused:
         deleting.result()
     assert refused.value.code == "has_dependents"
+
+
+def imported(db: Database, job_id: str = "0" * 31 + "1") -> str:
+    """The id of a job whose weights came from elsewhere."""
+    new = NewJob(text="a b", config={"epochs": 1}, name="gpt2", n_tokens=3, n_params=5, n_active_params=5)
+    file = {"name": "config.json", "size": 3, "sha256": "0" * 64}
+    queue.submit_finished(
+        db,
+        new,
+        job_id=job_id,
+        reason="imported",
+        folder=f"jobs/{job_id}/f0-100",
+        manifest_sha256="1" * 64,
+        files=[file],
+        metrics={"loss": 1.0},
+    )
+    return job_id
+
+
+def test_an_imported_job_has_ended_with_one_checkpoint_and_is_claimed_by_nobody(db: Database) -> None:
+    job_id = imported(db)
+    job = reads.get_job(db, job_id)
+    assert (job.status, job.status_reason, job.fence, job.n_params) == ("succeeded", "imported", 0, 5)
+    assert job.finished_at is not None
+    assert [row.percent for row in reads.list_checkpoints(db, job_id)] == [100]
+    assert statuses(db, job_id) == ["succeeded"]
+    assert queue.claim(db, WorkerIdentity(name="test"), lease_seconds=60) is None
+    waiting = submit(db, "a b")
+    assert waiting.seq > job.seq
+    queue.delete(db, job_id)
+    with pytest.raises(NotFound):
+        reads.get_job(db, job_id)
+
+
+def test_an_imported_job_whose_row_cannot_be_written_leaves_no_row(db: Database) -> None:
+    imported(db)
+    with pytest.raises(IntegrityError):
+        imported(db)
+    assert len(reads.list_jobs(db)) == 1
