@@ -251,7 +251,7 @@ def _explain(error: Exception) -> Failure | None:
     from nanomoe import checkpoint
     from nanomoe.errors import NanomoeError
     from nanomoe.plan import OutOfMemory
-    from nanomoe.training.run import is_out_of_memory
+    from nanomoe.training.memory import is_out_of_memory
 
     if isinstance(error, NanomoeError):
         return Failure(code=error.code, message=str(error))

@@ -48,7 +48,8 @@ class Execution(Strict):
     """What torch dispatches its CPU kernels to, for example AVX512."""
 
     path: StepPath
-    """How a step is done: `eager`, operator by operator, or `fused`, written out in compiled loops."""
+    """How a step is done: `eager`, operator by operator; `fused`, on a CPU, written out in compiled loops; or
+    `captured`, on a GPU, the operators of `eager` as CUDA graphs."""
 
     path_reason: str | None = None
     """Why this path, in words; it decides nothing."""

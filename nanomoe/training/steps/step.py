@@ -18,6 +18,10 @@ class Part(NamedTuple):
     """{MoE layer: assignments beyond the capacity}, 0-dim."""
 
 
+class CaptureFailed(RuntimeError):
+    """A step could not be captured; nothing of it has been done."""
+
+
 class TrainingStep(ABC):
     """One way of doing an optimizer step: gradients of its micro-batches, then the update of the weights."""
 
@@ -26,7 +30,12 @@ class TrainingStep(ABC):
 
     @abstractmethod
     def begin(self) -> None:
-        """Forget all gradients."""
+        """Forget all gradients.
+
+        Raises:
+            RuntimeError: memory ran out.
+            CaptureFailed: the step cannot be done in this way after all.
+        """
 
     @abstractmethod
     def add(self, index: int, windows: Sequence[int], n_targets: int) -> Part:
@@ -34,6 +43,7 @@ class TrainingStep(ABC):
 
         Raises:
             RuntimeError: memory ran out; `begin` starts over.
+            CaptureFailed: the step cannot be done in this way after all; `begin` of another starts over.
         """
 
     @abstractmethod

@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 import torch
 
+from nanomoe import cuda_graphs
 from nanomoe.config import SamplingConfig
-from nanomoe.generation import graphs, sampling
+from nanomoe.generation import sampling
 from nanomoe.generation.decoder import TensorDecoder
 from nanomoe.generation.engine import Continuation, Engine, Request, continue_tokens, generate_reference
+from nanomoe.generation.graphs import GraphedStep
 from nanomoe.generation.output_layer import TensorOutputLayer
 from nanomoe.generation.sampling import Candidates
 from nanomoe.model.gpt import GPT
@@ -345,11 +347,11 @@ def test_all_engines_of_a_device_capture_on_one_stream(monkeypatch: pytest.Monke
         current[0] = device if isinstance(device, int) else device.index or 0
         yield
 
-    graphs._capture_stream.cache_clear()
+    cuda_graphs.capture_stream.cache_clear()
     monkeypatch.setattr("torch.cuda.device", on)
     monkeypatch.setattr("torch.cuda.current_device", lambda: current[0])
     monkeypatch.setattr("torch.cuda.Stream", lambda: made.append(current[0]))
     for name in ("cuda", "cuda:0", "cuda:1", "cuda:0", "cuda:1"):
-        graphs.GraphedStep(torch.device(name))
-    graphs._capture_stream.cache_clear()
+        GraphedStep(torch.device(name))
+    cuda_graphs.capture_stream.cache_clear()
     assert made == [0, 1]

@@ -49,6 +49,17 @@ def test_what_the_fused_step_does_not_cover_is_done_eagerly_even_if_it_is_asked_
         choice.choose_path(JobConfig(), CPU)
 
 
+def test_on_a_gpu_a_step_is_captured_unless_another_way_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda")
+    for config in (JobConfig(), JobConfig(use_moe=True)):
+        assert choice.choose_path(config, gpu)[0] == "captured"
+        assert choice.choose_path(config, gpu, "eager") == ("eager", "asked for")
+    assert choice.choose_path(JobConfig(), CPU, "captured") == ("eager", "only a GPU has graphs of captured work")
+    monkeypatch.setenv("NANOMOE_STEP_PATH", "eager")
+    assert choice.choose_path(JobConfig(), gpu)[0] == "eager"
+    assert choice.choose_path(JobConfig(), gpu, "captured")[0] == "captured"
+
+
 def test_a_later_attempt_keeps_the_way_of_the_first_and_says_when_it_cannot() -> None:
     eager, fused = (Execution.decide(JobConfig(), "cpu", n_tokens=87, path=path) for path in ("eager", "fused"))  # type: ignore[arg-type]
     assert fused.keeping(eager) == eager
