@@ -6,6 +6,7 @@ Bit for bit: both do the same operators. Rates are rounded to float32, which is 
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 @pytest.fixture(autouse=True)
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     def rounded(*given: Any) -> float:
-        return torch.tensor(optim.learning_rate(*given)).item()
+        return float(np.float32(optim.learning_rate(*given)))
 
     monkeypatch.setitem(choice.CAPTURING, "cpu", RecordedGraphs)
     monkeypatch.setattr("nanomoe.training.run.learning_rate", rounded)
