@@ -159,8 +159,8 @@ class Run:
         self.step.lr = learning_rate(self.config, index, self.plan.total_steps)
         loss, counts, dropped = self._gradient(step)
         grad_norm = self.step.update()
-        for layer, moe in self.model.moe_layers.items():
-            moe.update_balance_bias(counts[layer])
+        self.step.balance(self.model.moe_layers, counts)
+        for layer in self.model.moe_layers:
             self.progress.dropped[layer] += dropped[layer]
         self.progress.routed += len(step.windows) * self.windows.length * self.config.k
         self.progress.step += 1

@@ -23,6 +23,7 @@ from nanomoe.cuda_graphs import Graphs, Program
 from nanomoe.data import Windows
 from nanomoe.model.dropout import Dropout, new_counters, window_keys
 from nanomoe.model.gpt import GPT
+from nanomoe.model.moe import MoE
 from nanomoe.training.memory import is_out_of_memory
 from nanomoe.training.steps.eager import EagerStep
 from nanomoe.training.steps.step import CaptureFailed, Part, TrainingStep
@@ -56,11 +57,10 @@ class CapturedStep(TrainingStep):
         for parameter in self._parameters:
             parameter.grad = torch.zeros_like(parameter)
         self._gradients = [p.grad for p in self._parameters if p.grad is not None]
-        self._part = self._empty_part(list(model.moe_layers))
-        """Overwritten by each micro-batch."""
-        self._loss, self._grad_norm, self._lr, self._is_skipped = (
-            torch.zeros((), device=self._device) for _ in range(4)
-        )
+        self._moe_layers = model.moe_layers
+        self._part, self._sum = self._empty_part(), self._empty_part()
+        """Overwritten by each micro-batch, and summed up over those of a step."""
+        self._grad_norm, self._lr, self._is_skipped = (torch.zeros((), device=self._device) for _ in range(3))
         self._micro_batches: dict[tuple[int, bool], _GradientOfMicroBatch] = {}
         """By the number of their windows, and whether they are the first of their step."""
         self._update: Program | None = None
@@ -92,6 +92,9 @@ class CapturedStep(TrainingStep):
         self._update.replay()
         self._graphs.limit_lead()
         return self._grad_norm.clone()
+
+    def balance(self, moe_layers: Mapping[int, MoE], counts: Mapping[int, Tensor]) -> None:
+        """Do nothing: the graph of `update` has done it."""
 
     def tensors(self) -> dict[str, Tensor]:
         return self._operators.tensors()
@@ -126,26 +129,29 @@ class CapturedStep(TrainingStep):
             )
             gradients = torch.autograd.grad(objective, self._parameters)
             with torch.no_grad():
+                own, there, sums = _tensors(part), _tensors(self._part), _tensors(self._sum)
+                for one, to in zip(own, there, strict=True):
+                    to.copy_(one)
                 if is_first:
                     torch._foreach_copy_(self._gradients, gradients)
-                    self._loss.copy_(part.loss)
+                    for one, to in zip(own, sums, strict=True):
+                        to.copy_(one)
                 else:
                     torch._foreach_add_(self._gradients, gradients)
-                    self._loss.add_(part.loss)
-                self._part.loss.copy_(part.loss)
-                for layer in self._part.counts:
-                    self._part.counts[layer].copy_(part.counts[layer])
-                    self._part.dropped[layer].copy_(part.dropped[layer])
+                    for one, to in zip(own, sums, strict=True):
+                        to.add_(one)
 
-        return _GradientOfMicroBatch(self._graphs.capture(work, [*self._gradients, self._loss]), given)
+        return _GradientOfMicroBatch(self._graphs.capture(work, [*self._gradients, *_tensors(self._sum)]), given)
 
     def _capture_update(self) -> Program:
         def work() -> None:
             grad_norm = self._operators.gradient_norm()
-            is_finite = torch.stack([self._loss, grad_norm]).isfinite().all()
+            is_finite = torch.stack([self._sum.loss, grad_norm]).isfinite().all()
             self._is_skipped.copy_(torch.maximum(self._is_skipped, (~is_finite).float()))
             self._operators.apply_gradients(grad_norm, self._lr, self._is_skipped)
             self._grad_norm.copy_(grad_norm)
+            for layer, moe in self._moe_layers.items():  # where no expert was chosen at all, no bias moves
+                moe.update_balance_bias(self._sum.counts[layer] * (1 - self._is_skipped).long())
 
         was_skipped = self._is_skipped.clone()
         self._is_skipped.fill_(1.0)  # warm-ups change no weight
@@ -154,12 +160,16 @@ class CapturedStep(TrainingStep):
         finally:
             self._is_skipped.copy_(was_skipped)
 
-    def _empty_part(self, moe_layers: list[int]) -> Part:
+    def _empty_part(self) -> Part:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int64, device=self._device)
 
         return Part(
             torch.zeros((), device=self._device),
-            {layer: zeros(self._config.n_experts) for layer in moe_layers},
-            {layer: zeros() for layer in moe_layers},
+            {layer: zeros(self._config.n_experts) for layer in self._moe_layers},
+            {layer: zeros() for layer in self._moe_layers},
         )
+
+
+def _tensors(part: Part) -> list[Tensor]:
+    return [part.loss, *part.counts.values(), *part.dropped.values()]

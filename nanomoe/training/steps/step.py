@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from nanomoe.model.moe import MoE
+
 
 class Part(NamedTuple):
     """What one micro-batch contributes to an optimizer step, beside its gradient. Nothing of it has been read yet."""
@@ -49,6 +51,12 @@ class TrainingStep(ABC):
     @abstractmethod
     def update(self) -> Tensor:
         """Clip the gradient if the config says so and change the weights; the gradient's norm before, 0-dim."""
+
+    def balance(self, moe_layers: Mapping[int, MoE], counts: Mapping[int, Tensor]) -> None:
+        """After `update`: change the balance bias of each mixture by the assignments of the whole step to each of its
+        experts, before dropping."""
+        for layer, moe in moe_layers.items():
+            moe.update_balance_bias(counts[layer])
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
