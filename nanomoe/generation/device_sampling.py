@@ -56,8 +56,8 @@ def _drawn(logits_NV: Tensor, best_N: Tensor, largest_N1: Tensor, rules: Rules) 
     V = logits_NV.shape[1]
 
     def scaled(logits: Tensor) -> Tensor:
-        differences: Tensor = logits.double() - largest_N1.double()
-        return differences / temperature_N[:, None]
+        result: Tensor = (logits.double() - largest_N1.double()) / temperature_N[:, None]
+        return result
 
     scaled_NV = scaled(logits_NV)
     allowed_NV: Tensor | None = None
