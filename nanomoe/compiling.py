@@ -78,23 +78,28 @@ def compiled_for() -> str:
     return f"numba {numba.__version__}, {llvmlite.binding.get_host_cpu_name()}"
 
 
+_MOST_THREADS = 1024
+"""Threads that can do something together: a thread is made only when all others are busy. Assumed."""
+
+
 @functools.cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="loops")
+def thread_pool() -> ThreadPoolExecutor:
+    """The threads that loops and products are shared among, which stay."""
+    return ThreadPoolExecutor(_MOST_THREADS, thread_name_prefix="loops")
 
 
 def start_threads() -> None:
-    """Start the threads of `in_parts`, which stay: a process that looks for what a job has left finds no new one."""
+    """Start a thread of the pool for each core: a process that looks for what a job has left finds no new one."""
     n_threads = os.cpu_count() or 1
     together = threading.Barrier(n_threads)
-    for each in [_pool().submit(together.wait) for _ in range(n_threads)]:
+    for each in [thread_pool().submit(together.wait) for _ in range(n_threads)]:
         each.result()
 
 
 def in_parts(loop: Callable[[int, int], T], bounds: Sequence[int]) -> list[T]:
     """What a compiled loop gives for each part between two neighbouring bounds; the first is done on this thread."""
     (first, last), *others = pairwise(bounds)
-    running = [_pool().submit(loop, *part) for part in others]
+    running = [thread_pool().submit(loop, *part) for part in others]
     return [loop(first, last), *(each.result() for each in running)]
 
 

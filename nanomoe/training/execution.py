@@ -19,7 +19,7 @@ from nanomoe.training.steps.choice import StepPath, choose_path, compiled_for
 _MOST_THREADS = torch.get_num_threads()
 """Threads that torch takes before a job has said otherwise: a process may train many."""
 
-NUMERICS = 1
+NUMERICS = 2
 """The number of our own arithmetic: initial weights, dropout, steps, loops. Raised with every change of bits."""
 
 
@@ -42,7 +42,7 @@ class Execution(Strict):
     """Type of activations and matrix products; weights and optimizer are float32."""
 
     n_threads: int
-    """Threads of a CPU operation: different counts give different bits."""
+    """Threads that share a fused step, or an operation elsewhere on a CPU: different counts give different bits."""
 
     instruction_set: str
     """What torch dispatches its CPU kernels to, for example AVX512."""

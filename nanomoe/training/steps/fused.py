@@ -16,6 +16,7 @@ from nanomoe.training.steps.loops.keys import plane_keys
 from nanomoe.training.steps.micro_batch import MicroBatch
 from nanomoe.training.steps.parameters import FlatParameters
 from nanomoe.training.steps.step import Part, TrainingStep
+from nanomoe.training.steps.team import Team
 
 
 class FusedStep(TrainingStep):
@@ -23,11 +24,12 @@ class FusedStep(TrainingStep):
 
     def __init__(self, model: GPT, windows: Windows, config: JobConfig, activations: torch.dtype) -> None:
         """`activations`: type of activations and matrix products. The model's parameters become views of a buffer that
-        this step holds."""
+        this step holds. The threads that torch may take now share each micro-batch."""
         self._windows = windows
         self._config = config
         self._activations = activations
-        self._parameters = FlatParameters(model, config, activations)
+        self._team = Team(torch.get_num_threads())
+        self._parameters = FlatParameters(model, config, activations, self._team)
         self._micro_batches: dict[int, MicroBatch] = {}
         """By the number of their windows: the last of an epoch may have fewer."""
         self._n_parts = 0
@@ -41,7 +43,9 @@ class FusedStep(TrainingStep):
     def add(self, index: int, windows: Sequence[int], n_targets: int) -> Part:
         config, B = self._config, len(windows)
         if B not in self._micro_batches:
-            self._micro_batches[B] = MicroBatch(B, self._windows.length, self._parameters, config, self._activations)
+            self._micro_batches[B] = MicroBatch(
+                B, self._windows.length, self._parameters, config, self._activations, self._team
+            )
         if self._n_parts > 0:
             self._parameters.gather_gradients(is_first=self._n_parts == 1)
         inputs_BT, targets_BT = self._windows.batch(list(windows))

@@ -1,5 +1,8 @@
 """The forward and the backward pass of a dense model over one micro-batch, written out.
 
+Each thread of a team does its share of the rows, of the attention's heads and of a matrix's gradient; between two of
+these it waits for the others, since a head needs the rows of all, and a gradient too.
+
 Shape letters as in `nanomoe.training.steps.loops`; R = B * H * T rows of the attention's matrices, head by head.
 """
 
@@ -8,12 +11,13 @@ import math
 import numpy as np
 import torch
 
-from nanomoe.compiling import Array, Floats, even_bounds, in_parts
+from nanomoe.compiling import Array, Floats
 from nanomoe.config import ModelConfig
 from nanomoe.model.dropout import EMBEDDING, Site, cut, scale
 from nanomoe.training.steps.buffers import Buffer, as_array
 from nanomoe.training.steps.loops import backward, forward
 from nanomoe.training.steps.parameters import FlatParameters
+from nanomoe.training.steps.team import Team
 
 _MOST_LOGITS = 1 << 24
 """Logits in memory at a time: where a micro-batch has more, the output layer takes some of its rows at a time."""
@@ -23,8 +27,8 @@ class _Norm:
     """A layer normalisation: its weights and their gradients, its input and output, and what the way back needs."""
 
     def __init__(self, of: "MicroBatch", parameters: FlatParameters, name: str) -> None:
-        self.weight, self.d_weight = parameters.vector(f"{name}.weight", of.no_bias)
-        self.bias, self.d_bias = parameters.vector(f"{name}.bias", of.no_bias)
+        self.weight, self.d_weight = parameters.vector(f"{name}.weight", of.C)
+        self.bias, self.d_bias = parameters.vector(f"{name}.bias", of.C)
         self.x = np.zeros((of.N, of.C), np.float32)
         self.out = of.buffer(of.N, of.C)
         self.mean, self.scale = np.zeros(of.N, np.float32), np.zeros(of.N, np.float32)
@@ -34,10 +38,9 @@ class _Norm:
         """The last arguments of a loop that ends with this norm."""
         return self.x, self.weight, self.bias, self.out.array, self.mean, self.scale
 
-    @property
-    def back(self) -> tuple[Floats, Floats, Floats, Floats, Floats, Floats]:
+    def back(self, thread: int) -> tuple[Floats, Floats, Floats, Floats, Floats, Floats]:
         """The arguments of `norm_backward` from `x` on."""
-        return self.x, self.mean, self.scale, self.weight, self.d_weight, self.d_bias
+        return self.x, self.mean, self.scale, self.weight, self.d_weight[thread], self.d_bias[thread]
 
 
 class _Layer:
@@ -47,43 +50,43 @@ class _Layer:
         name = f"transformer.h.{layer}"
         self.norm_1 = _Norm(of, parameters, f"{name}.ln_1")
         self.attn = parameters.matrices[f"{name}.attn.c_attn.weight"]
-        self.attn_bias, self.d_attn_bias = parameters.vector(f"{name}.attn.c_attn.bias", of.no_bias)
+        self.attn_bias, self.d_attn_bias = parameters.vector(f"{name}.attn.c_attn.bias", 3 * of.C)
         self.queries, self.keys, self.values = (of.buffer(of.R, of.D, of.B * of.H) for _ in range(3))
         self.weights = np.zeros((of.R, of.T), np.float32)
         self.attended = of.buffer(of.N, of.C)
         self.attn_out = parameters.matrices[f"{name}.attn.c_proj.weight"]
-        self.attn_out_bias, self.d_attn_out_bias = parameters.vector(f"{name}.attn.c_proj.bias", of.no_bias)
+        self.attn_out_bias, self.d_attn_out_bias = parameters.vector(f"{name}.attn.c_proj.bias", of.C)
         self.norm_2 = _Norm(of, parameters, f"{name}.ln_2")
         self.mlp_in = parameters.matrices[f"{name}.mlp.c_fc.weight"]
-        self.mlp_in_bias, self.d_mlp_in_bias = parameters.vector(f"{name}.mlp.c_fc.bias", of.no_bias)
+        self.mlp_in_bias, self.d_mlp_in_bias = parameters.vector(f"{name}.mlp.c_fc.bias", of.F)
         self.hidden, self.slope = of.buffer(of.N, of.F), of.buffer(of.N, of.F)
         self.mlp_out = parameters.matrices[f"{name}.mlp.c_proj.weight"]
-        self.mlp_out_bias, self.d_mlp_out_bias = parameters.vector(f"{name}.mlp.c_proj.bias", of.no_bias)
+        self.mlp_out_bias, self.d_mlp_out_bias = parameters.vector(f"{name}.mlp.c_proj.bias", of.C)
 
 
 class MicroBatch:
     """The buffers of a micro-batch of B windows of T tokens, and its way there and back."""
 
-    def __init__(self, B: int, T: int, parameters: FlatParameters, config: ModelConfig, dtype: torch.dtype) -> None:
+    def __init__(
+        self, B: int, T: int, parameters: FlatParameters, config: ModelConfig, dtype: torch.dtype, team: Team
+    ) -> None:
         """`dtype`: type of activations and products."""
-        self._dtype = dtype
+        self._dtype, self._team, self._parameters = dtype, team, parameters
         self.B, self.T, self.C, self.H = B, T, config.n_embd, config.n_head
         self.N, self.D, self.F, self.R = B * T, self.C // self.H, 4 * self.C, B * self.H * T
-        self.no_bias = np.zeros(self.F, np.float32), np.zeros(self.F, np.float32)
-        """What stands in for a bias, zeros, and for its gradient, which nobody reads."""
         self._factor = np.float32(1 / math.sqrt(self.D))
         self._drop = np.uint32(cut(config.dropout)), np.float32(scale(config.dropout))
         self._ones = np.ones(self.N, np.float32)
         self._layers = [_Layer(self, parameters, layer) for layer in range(config.n_layer)]
         self._norm = _Norm(self, parameters, "transformer.ln_f")
         self._wte = as_array(parameters.weights["transformer.wte.weight"])
-        self._wpe, self._d_wpe = parameters.vector("transformer.wpe.weight", self.no_bias)
+        self._wpe, self._d_wpe = parameters.positions()
         self._out = parameters.matrices["transformer.wte.weight"]
         self._d_wte = as_array(self._out.gradient)
         V = len(self._wte)
         self._logits = self.buffer(min(self.N, max(1, _MOST_LOGITS // V)), V)
         # What lies between two products, or a product and a loop, is one for all layers.
-        self._narrow, self._branch, self._scaled = (self.buffer(self.N, self.C) for _ in range(3))
+        self._narrow, self._d_mlp_out, self._d_attn_out, self._scaled = (self.buffer(self.N, self.C) for _ in range(4))
         self._triple, self._wide = self.buffer(self.N, 3 * self.C), self.buffer(self.N, self.F)
         self._heads, self._d_queries, self._d_keys, self._d_values = (
             self.buffer(self.R, self.D, B * self.H) for _ in range(4)
@@ -92,117 +95,150 @@ class MicroBatch:
         self._scores, self._dropped, self._d_scores = (self.buffer(self.R, T, B * self.H) for _ in range(3))
         self._d_x, self._d_embedded = (np.zeros((self.N, self.C), np.float32) for _ in range(2))
         self._share = np.zeros(self.N, np.float32)
+        self._no_bias = [np.zeros(self.C, np.float32) for _ in range(team.n_threads)]
+        """For the gradient of a bias that the embedding does not have."""
 
     def buffer(self, n_rows: int, n_columns: int, n_matrices: int = 1) -> Buffer:
         """A buffer in the type of the products."""
-        return Buffer(n_rows, n_columns, self._dtype, n_matrices=n_matrices)
+        return Buffer(n_rows, n_columns, self._dtype, self._team, n_matrices=n_matrices)
 
     def gradient(self, inputs_BT: Array, targets_N: Array, keys: Array, share: float, *, adds: bool) -> float:
         """The micro-batch's loss, a sum times `share`. Its gradient is added to that of vectors and positions; that of
         matrices it is added to, or it becomes that."""
-        self._forward(inputs_BT, keys)
-        loss = self._output(targets_N, share, adds)
-        self._backward(inputs_BT, keys, adds)
+
+        def shared(thread: int) -> float:
+            self._forward(thread, inputs_BT, keys)
+            loss = self._output(thread, targets_N, share, adds)
+            self._backward(thread, inputs_BT, keys, adds)
+            return loss
+
+        loss = sum(self._team.run(shared))
+        self._parameters.add_up_vectors()
         return loss
 
-    def _forward(self, inputs_BT: Array, keys: Array) -> None:
-        B, T, H, drop = self.B, self.T, self.H, self._drop
+    def _rows(self, thread: int) -> tuple[int, int]:
+        rows = self._team.share(self.N, thread)
+        return rows.start, rows.stop
+
+    def _forward(self, thread: int, inputs_BT: Array, keys: Array) -> None:
+        T, H, drop = self.T, self.H, self._drop
+        rows = self._rows(thread)
         norms = [layer.norm_1 for layer in self._layers] + [self._norm]
         embedding = keys[EMBEDDING + 1, Site.ATTENTION_OUTPUT]
-        forward.embed(inputs_BT, self._wte, self._wpe, embedding, *drop, *norms[0].there)
+        forward.embed(*rows, inputs_BT, self._wte, self._wpe, embedding, *drop, *norms[0].there)
         for layer, own, next_norm in zip(self._layers, keys[1:], norms[1:], strict=True):
-            torch.mm(layer.norm_1.out.tensor, layer.attn.transposed, out=self._triple.tensor)
+            torch.mm(layer.norm_1.out.rows[thread], layer.attn.transposed, out=self._triple.rows[thread])
             heads = layer.queries.array, layer.keys.array, layer.values.array
-            forward.split_heads(B, H, self._triple.array, layer.attn_bias, *heads)
-            torch.bmm(layer.queries.batch, layer.keys.batch_transposed, out=self._scores.batch)
-            forward.attend(
-                H, self._factor, self._scores.array, own[Site.ATTENTION_WEIGHTS], *drop, layer.weights,
-                self._dropped.array,
-            )  # fmt: skip
-            torch.bmm(self._dropped.batch, layer.values.batch, out=self._heads.batch)
-            forward.from_heads(B, H, self._heads.array, layer.attended.array)
-            torch.mm(layer.attended.tensor, layer.attn_out.transposed, out=self._narrow.tensor)
+            forward.split_heads(*rows, T, H, self._triple.array, layer.attn_bias, *heads)
+            self._team.wait()
+            self._attend(thread, layer, own[Site.ATTENTION_WEIGHTS])
+            self._team.wait()
+            forward.from_heads(*rows, T, H, self._heads.array, layer.attended.array)
+            torch.mm(layer.attended.rows[thread], layer.attn_out.transposed, out=self._narrow.rows[thread])
             forward.add_branch(
-                T, layer.norm_1.x, self._narrow.array, layer.attn_out_bias, own[Site.ATTENTION_OUTPUT], *drop,
+                *rows, T, layer.norm_1.x, self._narrow.array, layer.attn_out_bias, own[Site.ATTENTION_OUTPUT], *drop,
                 *layer.norm_2.there,
             )  # fmt: skip
-            torch.mm(layer.norm_2.out.tensor, layer.mlp_in.transposed, out=self._wide.tensor)
-            forward.gelu(self._wide.array, layer.mlp_in_bias, layer.hidden.array, layer.slope.array)
-            torch.mm(layer.hidden.tensor, layer.mlp_out.transposed, out=self._narrow.tensor)
+            torch.mm(layer.norm_2.out.rows[thread], layer.mlp_in.transposed, out=self._wide.rows[thread])
+            forward.gelu(*rows, self._wide.array, layer.mlp_in_bias, layer.hidden.array, layer.slope.array)
+            torch.mm(layer.hidden.rows[thread], layer.mlp_out.transposed, out=self._narrow.rows[thread])
             forward.add_branch(
-                T, layer.norm_2.x, self._narrow.array, layer.mlp_out_bias, own[Site.MLP_OUTPUT], *drop,
+                *rows, T, layer.norm_2.x, self._narrow.array, layer.mlp_out_bias, own[Site.MLP_OUTPUT], *drop,
                 *next_norm.there,
             )  # fmt: skip
 
-    def _output(self, targets_N: Array, share: float, adds: bool) -> float:
-        """The loss; the output layer's gradient; and in `_narrow` that of its input, but for a factor per row."""
-        loss = 0.0
+    def _attend(self, thread: int, layer: _Layer, keys_BP2: Array) -> None:
+        """From queries, keys and values to what was attended to, in `_heads`."""
+        heads = self._team.share(self.B * self.H, thread)
+        torch.bmm(layer.queries.batch[thread], layer.keys.batch_transposed[thread], out=self._scores.batch[thread])
+        forward.attend(
+            heads.start, heads.stop, self.H, self._factor, self._scores.array, keys_BP2, *self._drop, layer.weights,
+            self._dropped.array,
+        )  # fmt: skip
+        torch.bmm(self._dropped.batch[thread], layer.values.batch[thread], out=self._heads.batch[thread])
+
+    def _output(self, thread: int, targets_N: Array, share: float, adds: bool) -> float:
+        """The loss of the thread's rows; the output layer's gradient; and in `_narrow` that of its input, but for a
+        factor per row."""
+        loss, x, V = 0.0, self._norm.out, len(self._wte)
         most = len(self._logits.tensor)
+        if most < self.N:
+            self._team.wait()  # a thread's share of a block is not its share of all rows
         for first in range(0, self.N, most):
-            rows = slice(first, min(first + most, self.N))
-            n = rows.stop - first
-            logits, x = self._logits.tensor[:n], self._norm.out
+            n = min(most, self.N - first)
+            of_block = self._team.share(n, thread)
+            rows = slice(first + of_block.start, first + of_block.stop)
+            logits = self._logits.tensor[of_block]
             torch.mm(x.tensor[rows], self._out.transposed, out=logits)
-            arrays = targets_N[rows], x.array[rows], self._share[rows], self._scaled.array[rows]
-            loss += _cross_entropy(self._logits.array[:n], np.float32(share), *arrays)
-            self._out.add_gradient(logits.t(), self._scaled.tensor[rows], adds=adds or first > 0)
+            loss += forward.cross_entropy(
+                self._logits.array[of_block], targets_N[rows], np.float32(share), x.array[rows], self._share[rows],
+                self._scaled.array[rows],
+            )  # fmt: skip
             torch.mm(logits, self._out.weight, out=self._narrow.tensor[rows])
+            self._team.wait()
+            d_logits = self._logits.tensor[:n, self._team.share(V, thread)].t()
+            self._out.add_gradient(thread, d_logits, self._scaled.tensor[first : first + n], adds=adds or first > 0)
+            if first + n < self.N:
+                self._team.wait()
         return loss
 
-    def _backward(self, inputs_BT: Array, keys: Array, adds: bool) -> None:
-        T, drop = self.T, self._drop
-        narrow, branch, d_x = self._narrow, self._branch, self._d_x
-        d_x.fill(0)
+    def _backward(self, thread: int, inputs_BT: Array, keys: Array, adds: bool) -> None:
+        """From `_narrow` on. A matrix's gradient takes the rows of all threads: four are made where the heads wait for
+        these anyway, of which the attention's first matrix is that of the layer above."""
+        T, H, drop = self.T, self.H, self._drop
+        rows = self._rows(thread)
+        narrow, d_mlp_out, d_attn_out, d_x = self._narrow, self._d_mlp_out, self._d_attn_out, self._d_x
+        d_x[rows[0] : rows[1]] = 0
         norm, factor = self._norm, self._share
+        above: _Layer | None = None
         for layer, own in zip(reversed(self._layers), keys[:0:-1], strict=True):
             backward.norm_backward(
-                T, narrow.array, factor, *norm.back, d_x, own[Site.MLP_OUTPUT], *drop, branch.array,
-                layer.d_mlp_out_bias,
+                *rows, T, narrow.array, factor, *norm.back(thread), d_x, own[Site.MLP_OUTPUT], *drop,
+                d_mlp_out.array, layer.d_mlp_out_bias[thread],
             )  # fmt: skip
-            layer.mlp_out.add_gradient(branch.transposed, layer.hidden.tensor, adds=adds)
-            torch.mm(branch.tensor, layer.mlp_out.weight, out=self._wide.tensor)
-            backward.gelu_backward(self._wide.array, layer.slope.array, layer.d_mlp_in_bias)
-            layer.mlp_in.add_gradient(self._wide.transposed, layer.norm_2.out.tensor, adds=adds)
-            torch.mm(self._wide.tensor, layer.mlp_in.weight, out=narrow.tensor)
+            torch.mm(d_mlp_out.rows[thread], layer.mlp_out.weight, out=self._wide.rows[thread])
+            backward.gelu_backward(*rows, self._wide.array, layer.slope.array, layer.d_mlp_in_bias[thread])
+            torch.mm(self._wide.rows[thread], layer.mlp_in.weight, out=narrow.rows[thread])
             backward.norm_backward(
-                T, narrow.array, self._ones, *layer.norm_2.back, d_x, own[Site.ATTENTION_OUTPUT], *drop,
-                branch.array, layer.d_attn_out_bias,
+                *rows, T, narrow.array, self._ones, *layer.norm_2.back(thread), d_x, own[Site.ATTENTION_OUTPUT], *drop,
+                d_attn_out.array, layer.d_attn_out_bias[thread],
             )  # fmt: skip
-            layer.attn_out.add_gradient(branch.transposed, layer.attended.tensor, adds=adds)
-            torch.mm(branch.tensor, layer.attn_out.weight, out=narrow.tensor)
-            self._attention_backward(layer, own[Site.ATTENTION_WEIGHTS])
-            layer.attn.add_gradient(self._triple.transposed, layer.norm_1.out.tensor, adds=adds)
-            torch.mm(self._triple.tensor, layer.attn.weight, out=narrow.tensor)
-            norm, factor = layer.norm_1, self._ones
+            torch.mm(d_attn_out.rows[thread], layer.attn_out.weight, out=narrow.rows[thread])
+            forward.to_heads(*rows, T, H, narrow.array, self._heads.array)
+            self._team.wait()
+            if above is not None:
+                self._add_attn_gradient(thread, above, adds)
+            layer.attn_out.add_gradient(thread, d_attn_out.columns[thread], layer.attended.tensor, adds=adds)
+            layer.mlp_in.add_gradient(thread, self._wide.columns[thread], layer.norm_2.out.tensor, adds=adds)
+            layer.mlp_out.add_gradient(thread, d_mlp_out.columns[thread], layer.hidden.tensor, adds=adds)
+            self._attend_backward(thread, layer, own[Site.ATTENTION_WEIGHTS])
+            self._team.wait()
+            heads = self._d_queries.array, self._d_keys.array, self._d_values.array
+            backward.join_heads(*rows, T, H, *heads, self._triple.array, layer.d_attn_bias[thread])
+            torch.mm(self._triple.rows[thread], layer.attn.weight, out=narrow.rows[thread])
+            norm, factor, above = layer.norm_1, self._ones, layer
+        embedding = keys[EMBEDDING + 1, Site.ATTENTION_OUTPUT]
         backward.norm_backward(
-            T, narrow.array, factor, *norm.back, d_x, keys[EMBEDDING + 1, Site.ATTENTION_OUTPUT], *drop,
-            self._d_embedded, self.no_bias[1],
+            *rows, T, narrow.array, factor, *norm.back(thread), d_x, embedding, *drop, self._d_embedded,
+            self._no_bias[thread],
         )  # fmt: skip
-        backward.embed_backward(inputs_BT, self._d_embedded, self._d_wte, self._d_wpe)
+        self._team.wait()
+        self._add_attn_gradient(thread, self._layers[0], adds)
+        channels = self._team.share(self.C, thread)
+        backward.embed_backward(channels.start, channels.stop, inputs_BT, self._d_embedded, self._d_wte, self._d_wpe)
 
-    def _attention_backward(self, layer: _Layer, keys_BP2: Array) -> None:
-        """From the gradient of what was attended to, in `_narrow`, to that of queries, keys and values in `_triple`."""
-        B, H = self.B, self.H
-        d_out, d_scores, dropped = self._heads, self._d_scores, self._dropped
-        forward.to_heads(B, H, self._narrow.array, d_out.array)
-        torch.bmm(d_out.batch, layer.values.batch_transposed, out=self._scores.batch)
+    def _add_attn_gradient(self, thread: int, layer: _Layer, adds: bool) -> None:
+        layer.attn.add_gradient(thread, self._triple.columns[thread], layer.norm_1.out.tensor, adds=adds)
+
+    def _attend_backward(self, thread: int, layer: _Layer, keys_BP2: Array) -> None:
+        """From the gradient of what was attended to, in `_heads`, to that of queries, keys and values."""
+        heads = self._team.share(self.B * self.H, thread)
+        d_out, d_scores, dropped = self._heads.batch[thread], self._d_scores, self._dropped
+        torch.bmm(d_out, layer.values.batch_transposed[thread], out=self._scores.batch[thread])
         backward.attend_backward(
-            H, self._factor, self._scores.array, layer.weights, keys_BP2, *self._drop, d_scores.array, dropped.array
-        )
-        torch.bmm(dropped.batch_transposed, d_out.batch, out=self._d_values.batch)
-        torch.bmm(d_scores.batch, layer.keys.batch, out=self._d_queries.batch)
-        torch.bmm(d_scores.batch_transposed, layer.queries.batch, out=self._d_keys.batch)
-        heads = self._d_queries.array, self._d_keys.array, self._d_values.array
-        backward.join_heads(B, H, *heads, self._triple.array, layer.d_attn_bias)
-
-
-def _cross_entropy(
-    logits_NV: Array, share: np.float32, targets_N: Array, x_NC: Array, share_N: Floats, scaled_NC: Array
-) -> float:
-    def of_rows(first: int, end: int) -> float:
-        rows = slice(first, end)
-        return forward.cross_entropy(
-            logits_NV[rows], targets_N[rows], share, x_NC[rows], share_N[rows], scaled_NC[rows]
-        )
-
-    return sum(in_parts(of_rows, even_bounds(len(logits_NV), torch.get_num_threads())))
+            heads.start, heads.stop, self.H, self._factor, self._scores.array, layer.weights, keys_BP2, *self._drop,
+            d_scores.array, dropped.array,
+        )  # fmt: skip
+        torch.bmm(dropped.batch_transposed[thread], d_out, out=self._d_values.batch[thread])
+        torch.bmm(d_scores.batch[thread], layer.keys.batch[thread], out=self._d_queries.batch[thread])
+        torch.bmm(d_scores.batch_transposed[thread], layer.queries.batch[thread], out=self._d_keys.batch[thread])

@@ -16,6 +16,7 @@ from nanomoe.model.gpt import GPT
 from nanomoe.training.optim import decays
 from nanomoe.training.steps.buffers import Matrix, as_array
 from nanomoe.training.steps.loops.update import Rates, accumulate, adamw, sum_of_squares
+from nanomoe.training.steps.team import Team
 
 _ALIGNED = 16
 """Numbers to whose multiples a parameter's place is rounded up: a cache line."""
@@ -30,9 +31,10 @@ class FlatParameters:
     """The buffers, each in three parts: matrices whose gradient is a product; the positions' embeddings, which decay as
     these do; and vectors, which do not."""
 
-    def __init__(self, model: GPT, config: TrainConfig, dtype: torch.dtype) -> None:
+    def __init__(self, model: GPT, config: TrainConfig, dtype: torch.dtype, team: Team) -> None:
         """`dtype`: type of the products."""
         self._config = config
+        self._team = team
         named = dict(model.named_parameters())
         matrices = [name for name, p in named.items() if decays(name, p) and name != _POSITIONS]
         vectors = [name for name, p in named.items() if not decays(name, p)]
@@ -52,6 +54,9 @@ class FlatParameters:
             self.weights[name].copy_(parameter.data)
             parameter.data = self.weights[name]
             parameter.grad = None
+        # A vector's gradient is a sum over the rows, of which each thread has some.
+        others = [torch.zeros(end - self._bounds[2]) for _ in range(1, team.n_threads)]
+        self._vector_gradients = [self._gradients[self._bounds[2] :], *others]
         self._is_narrow = dtype == torch.bfloat16
         # In bfloat16 the products read a copy of the weights, and a micro-batch's gradients come out so.
         narrow = self._bounds[1] if self._is_narrow else 0
@@ -60,18 +65,24 @@ class FlatParameters:
         if self._is_narrow:
             weights, gradients = (self._views(flat, matrices) for flat in (self._copies, self._narrow_gradients))
             self._copies.copy_(self._weights[:narrow])
-        self.matrices = {name: Matrix(weights[name], gradients[name]) for name in matrices}
+        self.matrices = {name: Matrix(weights[name], gradients[name], team) for name in matrices}
         """Each matrix whose gradient is a product, as products take it."""
 
     def _views(self, flat: Tensor, names: list[str] | None = None) -> dict[str, Tensor]:
         places = [(name, *self._places[name]) for name in (self._places if names is None else names)]
         return {name: flat[place : place + shape.numel()].view(shape) for name, place, shape in places}
 
-    def vector(self, name: str, if_missing: tuple[Floats, Floats]) -> tuple[Floats, Floats]:
-        """A parameter and its gradient as loops take them."""
+    def positions(self) -> tuple[Floats, Floats]:
+        """The positions' embeddings and their gradient as loops take them."""
+        return as_array(self.weights[_POSITIONS]), as_array(self.gradients[_POSITIONS])
+
+    def vector(self, name: str, width: int) -> tuple[Floats, list[Floats]]:
+        """A vector as loops take it, and each thread's part of its gradient, a sum of them all. Where the model has
+        none by this name, zeros so wide stand in for it, and for a gradient that nobody reads."""
         if name not in self.weights:
-            return if_missing
-        return as_array(self.weights[name]), as_array(self.gradients[name])
+            return np.zeros(width, np.float32), [np.zeros(width, np.float32) for _ in self._vector_gradients]
+        first = self._places[name][0] - self._bounds[2]
+        return as_array(self.weights[name]), [as_array(flat[first : first + width]) for flat in self._vector_gradients]
 
     def moments(self) -> dict[str, Tensor]:
         """The averages of each parameter's gradient and squared gradient, by the names under which they are saved."""
@@ -81,6 +92,13 @@ class FlatParameters:
     def forget_gradients(self) -> None:
         """Set to zero what is added to; what is a product's result is overwritten."""
         self._gradients[self._bounds[1] :].zero_()
+
+    def add_up_vectors(self) -> None:
+        """Add what every thread has of the vectors' gradients."""
+        whole, *others = self._vector_gradients
+        for part in others:
+            whole.add_(part)
+            part.zero_()
 
     def gather_gradients(self, *, is_first: bool) -> None:
         """Add a micro-batch's gradients to those of the step, where the products leave them apart."""

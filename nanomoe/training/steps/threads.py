@@ -1,7 +1,6 @@
 """How many threads a fused step takes: measured once for a shape on a machine, and kept on the disk.
 
-More are not always faster. Small products wait longer for each other's threads than they save, and beside other
-programs a thread that has lost its core holds up all of them.
+More are not always faster: threads of a small model wait longer for each other than they save.
 """
 
 import hashlib
@@ -11,37 +10,39 @@ import time
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from nanomoe.compiling import compiled_for
 from nanomoe.config import JobConfig
+from nanomoe.data import Windows
+from nanomoe.model.gpt import GPT
 from nanomoe.plan import Plan
+from nanomoe.training.steps.fused import FusedStep
 from nanomoe.training.steps.loops.compiling import LOOPS
 
 _TURNS = 5
 _SECONDS = 0.3
 """After which no further turn begins."""
 
-_MOST_ROWS = 128
-"""Rows of the output layer that are measured."""
-
 _MOST_WEIGHTS = 20_000_000
-"""With more, products are large enough for all threads, and measuring them would take its time."""
+"""With more, a step is long enough for all threads, and measuring would take its time."""
+
+_MOST_TOKENS = 1024
+"""Tokens of the micro-batch that is measured; with more, shares are only larger."""
 
 
 def measured_threads(config: JobConfig, vocab_size: int, n_tokens: int, dtype: torch.dtype, most: int) -> int:
-    """One, or `most`: the faster for the steps of this job. Takes half a second, and only the first
-    time that a shape is seen."""
+    """One, two, four and so on, or `most`: the fastest for the steps of this job. Takes half a second, and only the
+    first time that a shape is seen."""
     plan = Plan.of(config, n_tokens)
-    windows = min(config.batch_size, plan.n_windows)
     length = min(plan.n_train_tokens, config.block_size)
+    windows = min(config.batch_size, plan.n_windows, max(1, _MOST_TOKENS // length))
     n_weights = (vocab_size + config.block_size + 12 * config.n_layer * config.n_embd) * config.n_embd
     if most == 1 or n_weights > _MOST_WEIGHTS:
         return most
     shape = (windows, length, vocab_size, config.n_embd, config.n_layer, config.n_head, dtype)
     place = _place((*shape, most, os.cpu_count(), compiled_for(), torch.__version__))
     if not place.exists():
-        fastest = _measure(config, vocab_size, windows * length, dtype, most)
+        fastest = _measure(config, vocab_size, windows, length, dtype, most)
         place.parent.mkdir(parents=True, exist_ok=True)
         new = place.with_suffix(f".{os.getpid()}")
         new.write_text(str(fastest))
@@ -54,31 +55,27 @@ def _place(key: tuple[object, ...]) -> Path:
     return LOOPS.folder / f"threads-{digest}"
 
 
-def _measure(config: JobConfig, vocab_size: int, n_rows: int, dtype: torch.dtype, most: int) -> int:
-    """In alternating turns of one thread and of `most`, the products of a step: nearly all that threads share."""
-    C = config.n_embd
-    hidden = torch.zeros(n_rows, 4 * C, dtype=dtype), torch.zeros(4 * C, C, dtype=dtype)
-    logits = torch.zeros(min(n_rows, _MOST_ROWS), vocab_size, dtype=dtype), torch.zeros(vocab_size, C, dtype=dtype)
-    seconds: dict[int, list[float]] = {1: [], most: []}
+def _measure(config: JobConfig, vocab_size: int, windows: int, length: int, dtype: torch.dtype, most: int) -> int:
+    """Steps of a model that nobody keeps, in alternating turns of each number of threads."""
+    tokens = torch.arange(windows * length + 1) % vocab_size
+    steps: dict[int, FusedStep] = {}
     before = torch.get_num_threads()
-    began = time.monotonic()
+    model = GPT.build(config, vocab_size)
+    model.init_weights(0)
     try:
-        while len(seconds[most]) <= _TURNS and (len(seconds[most]) < 2 or time.monotonic() - began < _SECONDS):
-            for n_threads, turns in seconds.items():
-                torch.set_num_threads(n_threads)
-                # A layer has three times the weights of an MLP's first matrix.
-                turns.append(3 * config.n_layer * _seconds(*hidden) + _seconds(*logits))
+        for n_threads in sorted({most} | {2**power for power in range(most.bit_length())}):
+            torch.set_num_threads(n_threads)
+            steps[n_threads] = FusedStep(model, Windows(tokens, length), config, dtype)
     finally:
         torch.set_num_threads(before)
+    seconds: dict[int, list[float]] = {n_threads: [] for n_threads in steps}
+    began = time.monotonic()
+    while len(seconds[most]) <= _TURNS and (len(seconds[most]) < 3 or time.monotonic() - began < _SECONDS):
+        for n_threads, step in steps.items():
+            started = time.perf_counter()
+            step.begin()
+            step.add(0, range(windows), windows * length)
+            step.update()
+            seconds[n_threads].append(time.perf_counter() - started)
     # Of a tie the fewer; not the first turn, which fills caches. The median: a stall may come to any turn.
     return min(seconds, key=lambda n_threads: (statistics.median(seconds[n_threads][1:]), n_threads))
-
-
-def _seconds(out_NF: Tensor, weight_FC: Tensor) -> float:
-    """Seconds of a matrix's three products: a layer's output, and the gradients of its input and of its weights."""
-    x_NC = torch.zeros(len(out_NF), weight_FC.shape[1], dtype=out_NF.dtype)
-    began = time.perf_counter()
-    torch.mm(x_NC, weight_FC.t(), out=out_NF)
-    torch.mm(out_NF, weight_FC, out=x_NC)
-    torch.mm(out_NF.t(), x_NC, out=weight_FC)
-    return time.perf_counter() - began

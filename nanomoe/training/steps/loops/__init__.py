@@ -5,4 +5,6 @@ processor. Plain tensor operations with the same meaning are in `nanomoe.model`.
 
 Shape letters: B windows, T tokens of a window, N = B * T rows, C channels, H heads, D = C / H, F = 4 C, V vocabulary,
 P planes of a dropout site.
+
+Loops over rows or heads take the first one and the end, so that threads can share them.
 """

@@ -43,85 +43,85 @@ def _norm_row(
 
 @compiled_in_any_order
 def embed(
-    tokens_BT: Array, wte_VC: Floats, wpe_TC: Floats, keys_BP2: Keys, cut: np.uint32, scale: np.float32, x_NC: Floats,
-    weight_C: Floats, bias_C: Floats, out_NC: Array, mean_N: Floats, scale_N: Floats,
+    first: int, end: int, tokens_BT: Array, wte_VC: Floats, wpe_TC: Floats, keys_BP2: Keys, cut: np.uint32,
+    scale: np.float32, x_NC: Floats, weight_C: Floats, bias_C: Floats, out_NC: Array, mean_N: Floats, scale_N: Floats,
 ) -> None:  # fmt: skip
     """x = dropout(token + position); out = norm(x)."""
-    B, T = tokens_BT.shape
-    for b in range(B):
+    T = tokens_BT.shape[1]
+    for row in range(first, end):
+        b, t = row // T, row % T
         low, high = keys_BP2[b, 0, 0], keys_BP2[b, 0, 1]
-        for t in range(T):
-            row, token = b * T + t, tokens_BT[b, t]
-            for c in range(x_NC.shape[1]):
-                x_NC[row, c] = (wte_VC[token, c] + wpe_TC[t, c]) * kept(low, high, t, c, cut, scale)
-            _norm_row(row, x_NC, weight_C, bias_C, out_NC, mean_N, scale_N)
+        token = tokens_BT[b, t]
+        for c in range(x_NC.shape[1]):
+            x_NC[row, c] = (wte_VC[token, c] + wpe_TC[t, c]) * kept(low, high, t, c, cut, scale)
+        _norm_row(row, x_NC, weight_C, bias_C, out_NC, mean_N, scale_N)
 
 
 @compiled_in_any_order
 def add_branch(
-    T: int, x_NC: Floats, branch_NC: Array, branch_bias_C: Floats, keys_BP2: Keys, cut: np.uint32, scale: np.float32,
-    sum_NC: Floats, weight_C: Floats, bias_C: Floats, out_NC: Array, mean_N: Floats, scale_N: Floats,
+    first: int, end: int, T: int, x_NC: Floats, branch_NC: Array, branch_bias_C: Floats, keys_BP2: Keys, cut: np.uint32,
+    scale: np.float32, sum_NC: Floats, weight_C: Floats, bias_C: Floats, out_NC: Array, mean_N: Floats, scale_N: Floats,
 ) -> None:  # fmt: skip
     """sum = x + dropout(branch + its bias); out = norm(sum)."""
-    N, C = x_NC.shape
-    for b in range(N // T):
+    for row in range(first, end):
+        b, t = row // T, row % T
         low, high = keys_BP2[b, 0, 0], keys_BP2[b, 0, 1]
-        for t in range(T):
-            row = b * T + t
-            for c in range(C):
-                branch = get(branch_NC, row, c) + branch_bias_C[c]
-                sum_NC[row, c] = x_NC[row, c] + branch * kept(low, high, t, c, cut, scale)
-            _norm_row(row, sum_NC, weight_C, bias_C, out_NC, mean_N, scale_N)
+        for c in range(x_NC.shape[1]):
+            branch = get(branch_NC, row, c) + branch_bias_C[c]
+            sum_NC[row, c] = x_NC[row, c] + branch * kept(low, high, t, c, cut, scale)
+        _norm_row(row, sum_NC, weight_C, bias_C, out_NC, mean_N, scale_N)
 
 
 @compiled
-def split_heads(B: int, H: int, qkv: Array, bias: Floats, queries: Array, keys: Array, values: Array) -> None:
+def split_heads(
+    first: int, end: int, T: int, H: int, qkv: Array, bias: Floats, queries: Array, keys: Array, values: Array
+) -> None:
     """From (N, 3C), a bias added, to queries, keys and values (B * H * T, D)."""
-    N, D = qkv.shape[0], queries.shape[1]
-    T, C = N // B, H * D
-    for b in range(B):
+    D = queries.shape[1]
+    C = H * D
+    for row in range(first, end):
+        b, t = row // T, row % T
         for h in range(H):
-            for t in range(T):
-                source, row, first = b * T + t, (b * H + h) * T + t, h * D
-                for d in range(D):
-                    put(queries, row, d, get(qkv, source, first + d) + bias[first + d])
-                    put(keys, row, d, get(qkv, source, C + first + d) + bias[C + first + d])
-                    put(values, row, d, get(qkv, source, 2 * C + first + d) + bias[2 * C + first + d])
+            place, c = (b * H + h) * T + t, h * D
+            for d in range(D):
+                put(queries, place, d, get(qkv, row, c + d) + bias[c + d])
+            for d in range(D):
+                put(keys, place, d, get(qkv, row, C + c + d) + bias[C + c + d])
+            for d in range(D):
+                put(values, place, d, get(qkv, row, 2 * C + c + d) + bias[2 * C + c + d])
 
 
 @compiled
-def to_heads(B: int, H: int, x_NC: Array, heads: Array) -> None:
+def to_heads(first: int, end: int, T: int, H: int, x_NC: Array, heads: Array) -> None:
     """From (N, C) to (B * H * T, D)."""
-    N, D = x_NC.shape[0], heads.shape[1]
-    T = N // B
-    for b in range(B):
+    D = heads.shape[1]
+    for row in range(first, end):
+        b, t = row // T, row % T
         for h in range(H):
-            for t in range(T):
-                for d in range(D):
-                    heads[(b * H + h) * T + t, d] = x_NC[b * T + t, h * D + d]
+            for d in range(D):
+                heads[(b * H + h) * T + t, d] = x_NC[row, h * D + d]
 
 
 @compiled
-def from_heads(B: int, H: int, heads: Array, x_NC: Array) -> None:
+def from_heads(first: int, end: int, T: int, H: int, heads: Array, x_NC: Array) -> None:
     """From (B * H * T, D) to (N, C)."""
-    N, D = x_NC.shape[0], heads.shape[1]
-    T = N // B
-    for b in range(B):
-        for t in range(T):
-            for h in range(H):
-                for d in range(D):
-                    x_NC[b * T + t, h * D + d] = heads[(b * H + h) * T + t, d]
+    D = heads.shape[1]
+    for row in range(first, end):
+        b, t = row // T, row % T
+        for h in range(H):
+            for d in range(D):
+                x_NC[row, h * D + d] = heads[(b * H + h) * T + t, d]
 
 
 @compiled_in_any_order
 def attend(
-    H: int, factor: np.float32, scores: Array, keys_BP2: Keys, cut: np.uint32, scale: np.float32, weights: Floats,
-    dropped: Array,
+    first: int, end: int, H: int, factor: np.float32, scores: Array, keys_BP2: Keys, cut: np.uint32, scale: np.float32,
+    weights: Floats, dropped: Array,
 ) -> None:  # fmt: skip
-    """Causal softmax of `factor` times the scores, all (B * H * T, T), and its dropout. What a token must not see is
-    left alone: zeros since the arrays were made."""
+    """Causal softmax of `factor` times the scores, all (B * H * T, T), and its dropout, of the heads from `first` on.
+    What a token must not see is left alone: zeros since the arrays were made."""
     T = scores.shape[1]
-    for head in range(scores.shape[0] // T):
+    for head in range(first, end):
         b, h = head // H, head % H
         low, high = keys_BP2[b, h, 0], keys_BP2[b, h, 1]
         for t in range(T):
@@ -140,12 +140,12 @@ def attend(
 
 
 @compiled
-def gelu(u_NF: Array, bias_F: Floats, out_NF: Array, slope_NF: Array) -> None:
+def gelu(first: int, end: int, u_NF: Array, bias_F: Floats, out_NF: Array, slope_NF: Array) -> None:
     """GELU of u plus a bias, and its derivative there."""
-    N, F = u_NF.shape
+    F = u_NF.shape[1]
     # Widened and narrowed in loops of their own: the compiler makes no vectors of one that does everything.
     row_F, out_F, slope_F = np.empty(F, np.float32), np.empty(F, np.float32), np.empty(F, np.float32)
-    for row in range(N):
+    for row in range(first, end):
         for f in range(F):
             row_F[f] = get(u_NF, row, f) + bias_F[f]
         for f in range(F):

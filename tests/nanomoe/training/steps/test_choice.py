@@ -84,8 +84,8 @@ def test_the_number_of_threads_is_measured_once_for_a_shape_and_kept(
 ) -> None:
     measured: list[int] = []
 
-    def measure(config: JobConfig, vocab_size: int, n_rows: int, dtype: torch.dtype, most: int) -> int:
-        measured.append(n_rows)
+    def measure(config: JobConfig, vocab_size: int, windows: int, length: int, dtype: torch.dtype, most: int) -> int:
+        measured.append(windows * length)
         return most
 
     def threads_of(n_tokens: int, most: int) -> int:
@@ -96,7 +96,7 @@ def test_the_number_of_threads_is_measured_once_for_a_shape_and_kept(
     assert [threads_of(87, 2), threads_of(87, 2), threads_of(50, 2), threads_of(87, 1)] == [2, 2, 2, 1]
     assert measured == [87, 50]
     before = torch.get_num_threads()
-    assert real(JobConfig(), 256, 20, torch.float32, 2) in (1, 2)
+    assert real(JobConfig(n_embd=16, n_layer=1), 256, 2, 20, torch.float32, 3) in (1, 2, 3)
     assert torch.get_num_threads() == before
 
 

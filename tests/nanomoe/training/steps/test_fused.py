@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -41,12 +42,21 @@ def start(config: dict[str, Any], path: StepPath = "fused", resume: dict[str, by
     return Run(parsed, tokenizer.encode(TEXT), tokenizer, execution, device=torch.device("cpu"), resume=resume)
 
 
+@pytest.fixture(params=[1, 3])
+def n_threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Of which three divide neither rows nor heads nor columns evenly."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
 def curve(run: Run, n_steps: int) -> torch.Tensor:
     return torch.stack([run.train_step()[0] for _ in range(n_steps)]).double()
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_gradients_are_those_of_autograd_in_float64(config: dict[str, Any]) -> None:
+def test_gradients_are_those_of_autograd_in_float64(config: dict[str, Any], n_threads: int) -> None:
     run = start(config)
     plain = copy.deepcopy(run.model).double()
     step = run.order.step(0)
@@ -68,7 +78,7 @@ def test_gradients_are_those_of_autograd_in_float64(config: dict[str, Any]) -> N
 
 
 def test_gradients_are_the_same_where_the_output_layer_takes_few_rows_at_a_time(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, n_threads: int
 ) -> None:
     def gradients() -> dict[str, torch.Tensor]:
         run = start({})
@@ -128,7 +138,7 @@ class StopAt(Undisturbed):
 @pytest.mark.parametrize(
     "config", [{}, {"precision": "bfloat16", "val_fraction": 0.3}, {"gradient_accumulation_steps": 2, "batch_size": 2}]
 )
-def test_a_run_repeats_byte_for_byte_and_so_does_one_that_was_stopped(config: dict[str, Any]) -> None:
+def test_a_run_repeats_byte_for_byte_and_so_does_one_that_was_stopped(config: dict[str, Any], n_threads: int) -> None:
     config = config | {"epochs": 3, "lr": 1e-2, "cont_max_new_tokens": 4}
     expected = checkpoints(list(train(start(config))))
     assert list(expected) == [0, 25, 50, 75, 100]
