@@ -37,12 +37,14 @@ class Program(Protocol):
 class Graphs(Protocol):
     """What captures the work of one device."""
 
-    def capture(self, work: Callable[[], None], unchanged: Sequence[Tensor] = ()) -> Program:
+    def capture(self, work: Callable[[], None], unchanged: Sequence[Tensor] = (), *, is_warm: bool = False) -> Program:
         """Capture what `work` does on the device, without doing it.
 
         Args:
-            work: is called several times, most of them to warm up; then it really does what it does.
+            work: is called several times, all but the last of them to warm up; then it really does what it does.
             unchanged: tensors that hold afterwards what they held before, whatever the warm-ups wrote to them.
+            is_warm: whether the kernels of `work` have run before, so that it needs no warm-up. What a warm-up
+                allocates comes on top of the memory of all that was captured before.
 
         Raises:
             RuntimeError: memory ran out, or `work` does something that cannot be captured.
@@ -70,18 +72,11 @@ class CudaGraphs:
         self._newest: Callable[[], torch.cuda.CUDAGraph | None] = lambda: None
         self._under_way: deque[torch.cuda.Event] = deque()
 
-    def capture(self, work: Callable[[], None], unchanged: Sequence[Tensor] = ()) -> Program:
+    def capture(self, work: Callable[[], None], unchanged: Sequence[Tensor] = (), *, is_warm: bool = False) -> Program:
         """Capture what `work` does, see `Graphs`."""
         with torch.cuda.device(self._device), _ONE_CAPTURE_AT_A_TIME:
-            before = [tensor.clone() for tensor in unchanged]
-            # Warm-ups run on the stream of the capture, so that cuBLAS has its workspace for that stream before.
-            self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream):
-                for _ in range(_WARM_UPS):
-                    work()
-            torch.cuda.current_stream().wait_stream(self._stream)
-            for tensor, kept in zip(unchanged, before, strict=True):
-                tensor.copy_(kept)
+            if not is_warm:
+                self._warm_up(work, unchanged)
             newest, graph = self._newest(), torch.cuda.CUDAGraph()
             pool = None if newest is None else newest.pool()  # a pool ends with the last graph that has it
             # The outer context puts the stream back even where the end of a failed capture raises. Only what this
@@ -93,6 +88,17 @@ class CudaGraphs:
                 work()
             self._newest = weakref.ref(graph)
         return graph
+
+    def _warm_up(self, work: Callable[[], None], unchanged: Sequence[Tensor]) -> None:
+        before = [tensor.clone() for tensor in unchanged]
+        # On the stream of the capture, so that cuBLAS has its workspace for that stream before.
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            for _ in range(_WARM_UPS):
+                work()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        for tensor, kept in zip(unchanged, before, strict=True):
+            tensor.copy_(kept)
 
     def limit_lead(self) -> None:
         """Wait for the step before the last few, see `Graphs`."""

@@ -144,7 +144,7 @@ class Dropout:
         """`config.dropout` is rounded to a multiple of 1/65,536, and the kept activations are scaled by that."""
         # One copy to the device for all layers and sites.
         keys = torch.from_numpy(plane_keys(config, step, windows, seed).view(np.int64)).to(device)
-        self._set(config, keys, dtype, _kept_counters)
+        self._set(config, lambda: keys, dtype, _kept_counters)
 
     @classmethod
     def of_window_keys(
@@ -155,15 +155,21 @@ class Dropout:
         `counters`: `new_counters`, or what keeps its results for as long as anything captured reads them.
         """
         dropout = cls.__new__(cls)
-        dropout._set(config, plane_keys_on_device(config, keys_B), dtype, counters)
+        # Where nothing is drawn, no key is computed.
+        dropout._set(config, lambda: plane_keys_on_device(config, keys_B), dtype, counters)
         return dropout
 
-    def _set(self, config: ModelConfig, keys: Tensor, dtype: torch.dtype, counters: "Counters") -> None:
+    def _set(self, config: ModelConfig, keys: Callable[[], Tensor], dtype: torch.dtype, counters: "Counters") -> None:
         self.p = config.dropout
         self._dtype = dtype
         self._counters = counters
-        # (layers, sites, B, planes, 2): low word and high word, as all processors that torch runs on store them.
-        self._words = keys.view(torch.int32).unflatten(-1, (-1, 2))
+        self._keys = keys
+
+    @functools.cached_property
+    def _words(self) -> Tensor:
+        """(layers, sites, B, planes, 2): low word and high word, as all processors that torch runs on store them."""
+        words: Tensor = self._keys().view(torch.int32).unflatten(-1, (-1, 2))
+        return words
 
     def mask(self, layer: int, site: Site, n_planes: int, n_rows: int, n_columns: int) -> Tensor:
         """The mask (B, planes, rows, columns) of a site: 0 where dropped, 1 / (1 - p) where kept."""

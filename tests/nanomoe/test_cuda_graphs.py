@@ -113,6 +113,16 @@ def test_warm_ups_run_where_the_capture_runs_and_what_they_change_is_put_back(fa
     ]
 
 
+def test_what_is_warm_is_only_captured(fake: Torch) -> None:
+    graphs, n = CudaGraphs(GPU), [0]
+
+    def work() -> None:
+        n[0] += 1
+
+    graphs.capture(work, is_warm=True)
+    assert n == [1]
+
+
 def test_graphs_share_their_memory_until_none_of_them_is_left(fake: Torch) -> None:
     graphs = CudaGraphs(GPU)
 

@@ -57,6 +57,7 @@ class CapturedStep(TrainingStep):
         for parameter in self._parameters:
             parameter.grad = torch.zeros_like(parameter)
         self._gradients = [p.grad for p in self._parameters if p.grad is not None]
+        torch._foreach_add_(self._gradients, self._gradients)  # the one kernel that no first micro-batch has run
         self._moe_layers = model.moe_layers
         self._part, self._sum = self._empty_part(), self._empty_part()
         """Overwritten by each micro-batch, and summed up over those of a step."""
@@ -113,9 +114,11 @@ class CapturedStep(TrainingStep):
             # Whatever was captured gives its memory back: the step begins anew, with smaller micro-batches or without.
             self._micro_batches.clear()
             self._update = None
-            causes = [error, error.__context__]  # the end of a failed capture may raise an error of its own
-            if (full := next((one for one in causes if one is not None and is_out_of_memory(one)), None)) is not None:
-                raise full from error
+            if is_out_of_memory(error):
+                raise
+            # The end of a capture that failed may raise an error of its own.
+            if error.__context__ is not None and is_out_of_memory(error.__context__):
+                raise error.__context__ from None
             raise CaptureFailed(f"the step could not be captured as a CUDA graph: {error}") from error
 
     def _capture_gradient(self, given: Tensor, *, is_first: bool) -> _GradientOfMicroBatch:
@@ -141,7 +144,10 @@ class CapturedStep(TrainingStep):
                     for one, to in zip(own, sums, strict=True):
                         to.add_(one)
 
-        return _GradientOfMicroBatch(self._graphs.capture(work, [*self._gradients, *_tensors(self._sum)]), given)
+        n_windows = len(given) // 2 - 1
+        is_warm = any(size == n_windows for size, _ in self._micro_batches)
+        changed = [*self._gradients, *_tensors(self._sum)]
+        return _GradientOfMicroBatch(self._graphs.capture(work, changed, is_warm=is_warm), given)
 
     def _capture_update(self) -> Program:
         def work() -> None:

@@ -57,7 +57,7 @@ def choose_path(config: JobConfig, device: torch.device, wanted: StepPath | None
         if path == asked:
             return (path, "asked for") if reason is None else ("eager", reason)
     if device.type == "cuda":
-        return "captured", "a GPU waits for nothing where a step is launched at once"
+        return "captured", "on a GPU a step is launched as a whole"
     if reason := refused["fused"]:
         return "eager", reason
     from nanomoe.training.steps.loops.compiling import LOOPS  # numba, which takes a third of a second to import

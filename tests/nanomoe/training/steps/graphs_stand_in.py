@@ -133,20 +133,24 @@ class RecordedGraphs:
 
     device: torch.device
     n_captures: int = 0
+    n_warm_ups: int = 0
     n_replays: int = 0
     pool: dict[int, Any] = field(default_factory=dict)
     """The memory that captured work allocated."""
 
-    def capture(self, work: Callable[[], None], unchanged: Sequence[Tensor] = ()) -> RecordedProgram:
+    def capture(
+        self, work: Callable[[], None], unchanged: Sequence[Tensor] = (), *, is_warm: bool = False
+    ) -> RecordedProgram:
         before = [tensor.clone() for tensor in unchanged]
         known: dict[int, Any] = {}
-        for _ in range(WARM_UPS):
+        for _ in range(0 if is_warm else WARM_UPS):
             with Recorder() as warm_up:
                 work()
+            self.n_warm_ups += 1
             known |= warm_up.seen | warm_up.made
         for tensor, kept in zip(unchanged, before, strict=True):
             tensor.copy_(kept)
-        recorder = Recorder(known)
+        recorder = Recorder(None if is_warm else known)
         try:
             with recorder:
                 work()

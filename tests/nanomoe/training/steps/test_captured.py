@@ -106,6 +106,7 @@ def test_there_is_one_graph_for_each_shape_and_one_update() -> None:
     assert isinstance(run.step, CapturedStep)
     assert run.step._micro_batches.keys() == shapes
     assert (graphs_of(run).n_captures, graphs_of(run).n_replays) == (4, 9 * 3)
+    assert graphs_of(run).n_warm_ups == 6, "one capture was warm: a micro-batch of its size had been captured"
 
 
 class Reads(TorchDispatchMode):
