@@ -6,6 +6,7 @@ standard error.
 
 import argparse
 import asyncio
+import gc
 import signal
 import socket
 import sys
@@ -80,6 +81,9 @@ async def serve(settings: Settings) -> None:
     server = Server(create_app(settings), settings, lambda url: print(f"nanomoe listening on {url}", flush=True))
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, server.stop)
+    # What is there now stays: a search of it for what is unreachable would hold up requests by 0.1 s.
+    gc.collect()
+    gc.freeze()
     await server.serve_until_stopped()
 
 

@@ -1,4 +1,5 @@
-"""Writes a trainer's messages to the database: steps gathered into batches, everything else at once, in order.
+"""Writes a trainer's messages to the database: steps gathered into batches, which a checkpoint completes, everything
+else at once, in order.
 
 Decides neither when to stop nor the job's next state. Every write goes through the lease.
 """
@@ -73,6 +74,8 @@ class Recorder:
         if isinstance(message, Steps):
             self._step_seconds.append((now - self.last_progress) / len(message.step))
             self._gather(message)
+        elif isinstance(message, CheckpointWritten):
+            self._add_checkpoint(message, self._take_steps())
         else:
             self.flush()
             self._record(message)
@@ -81,9 +84,15 @@ class Recorder:
     def flush(self) -> None:
         """Commit the steps that wait."""
         if self._steps:
-            steps, self._steps = self._steps, {}
+            steps = self._take_steps()
             self.write(lambda: recording.record_steps(self._db, self._claim, steps, self.progress))
+
+    def _take_steps(self) -> dict[str, list[Any]]:
+        """The steps that wait, for the write that follows."""
+        steps, self._steps = self._steps, {}
+        if steps:
             self._last_commit = time.monotonic()
+        return steps
 
     def write(self, write: Callable[[], Intents]) -> None:
         """Do one write under the lease, and pass on the requests that it returns."""
@@ -102,12 +111,10 @@ class Recorder:
             "eta_seconds": (total - step) * self.median_step_seconds,
         }
 
-    def _record(self, message: Prepared | CheckpointWritten | SnapshotWritten | Warned) -> None:
+    def _record(self, message: Prepared | SnapshotWritten | Warned) -> None:
         match message:
             case Prepared():
                 self._begin(message)
-            case CheckpointWritten():
-                self._add_checkpoint(message)
             case SnapshotWritten():
                 self._replace_snapshot(message)
             case Warned():
@@ -123,6 +130,13 @@ class Recorder:
         db, claim = self._db, self._claim
         log.info("job_prepared", job=claim.job_id, **prepared.execution)
         self.prepared, self.micro_batch = prepared, prepared.execution["micro_batch"]
+        step = prepared.resumed_at_step or 0
+        self.progress = {
+            "step": step,
+            "total_steps": prepared.total_steps,
+            "epoch": self.progress.get("epoch", 0) if step else 0,
+            "percent": _percent(step, prepared.total_steps),
+        }
         self.write(
             lambda: recording.record_prepared(
                 db,
@@ -132,27 +146,20 @@ class Recorder:
                 total_steps=prepared.total_steps,
                 model={"n_params": prepared.n_params, "n_active_params": prepared.n_active_params},
                 warnings=[warning.model_dump() for warning in prepared.warnings],
+                progress=self.progress,
             )
         )
-        step = prepared.resumed_at_step or 0
         if claim.job.attempt > 1:
             self.write(lambda: recording.rewind(db, claim, step))
             resumed = {"code": "resumed", "message": f"attempt {claim.job.attempt} goes on from step {step}"}
             self.write(lambda: recording.record_event(db, claim, "warning", resumed))
-        self.progress = {
-            "step": step,
-            "total_steps": prepared.total_steps,
-            "epoch": self.progress.get("epoch", 0) if step else 0,
-            "percent": _percent(step, prepared.total_steps),
-        }
-        self.write(lambda: recording.heartbeat(db, claim, self.progress))
 
     def _keep_micro_batch(self, micro_batch: int) -> None:
         """Record the smaller micro-batch, so that a later attempt does not run out of memory again."""
         self.micro_batch = micro_batch
         self.write(lambda: recording.record_micro_batch(self._db, self._claim, micro_batch))
 
-    def _add_checkpoint(self, message: CheckpointWritten) -> None:
+    def _add_checkpoint(self, message: CheckpointWritten, steps: dict[str, list[Any]]) -> None:
         metrics = message.metrics
         log.info("checkpoint_written", job=self._claim.job_id, percent=metrics.percent, step=metrics.step)
         self.write(
@@ -166,6 +173,7 @@ class Recorder:
                 manifest_sha256=message.manifest_sha256,
                 files=[file.model_dump() for file in message.files],
                 metrics=metrics.to_row() | {"tok_per_sec": message.tok_per_sec},
+                steps=steps,
                 progress=self.progress,
             )
         )

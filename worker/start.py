@@ -32,7 +32,8 @@ def build_start(
     folder = settings.data_dir / job_folder(job.id)
     folder.mkdir(parents=True, exist_ok=True)
     config = JobConfig.model_validate(job.config)
-    snapshot = reads.find_snapshot(db, job.id)
+    is_first = job.attempt == 1
+    snapshot = None if is_first else reads.find_snapshot(db, job.id)
     resume, warnings = _verified(snapshot, settings.data_dir, meanwhile)
     parent = _find_parent(db, config, settings.data_dir) if resume is None else None
     start = Start(
@@ -44,7 +45,7 @@ def build_start(
         execution=job.execution,
         resume=resume,
         parent=parent,
-        tokenizer=_find_tokenizer(db, job, settings.data_dir) if resume is None and parent is None else None,
+        tokenizer=None if is_first or resume or parent else _find_tokenizer(db, job, settings.data_dir),
         device=device,
         snapshot_seconds=settings.snapshot_seconds,
         allow_hub=settings.allow_hub,
@@ -96,7 +97,8 @@ def _write_text(db: Database, job: Job, folder: Path) -> Path:
     path = folder / "text.txt"
     if not path.exists() or _sha256(path) != job.text_sha256:
         unfinished = folder / f"text.f{job.fence}.tmp"
-        checkpoint.write_flushed(unfinished, reads.get_text(db, job.text_sha256))
+        # Not flushed to the disk: a later attempt compares every byte.
+        unfinished.write_bytes(reads.get_text(db, job.text_sha256))
         unfinished.replace(path)
     return path
 

@@ -11,6 +11,9 @@ from pathlib import Path
 TOKEN_VARIABLE = "NANOMOE_TRAINER"  # noqa: S105 - a name, nothing secret
 _PROC = Path("/proc")
 
+_STATE, _GROUP, _SESSION, _START = 0, 2, 3, 19
+"""Fields of /proc/PID/stat, counted from the state on; the start is in clock ticks since the machine's."""
+
 
 def survivors(leader: int | None, token: str) -> set[int]:
     """The living processes of the session that `leader` opened, or that carry `token`.
@@ -20,15 +23,18 @@ def survivors(leader: int | None, token: str) -> set[int]:
     if not _PROC.joinpath("self").exists():
         return _group(leader) if leader is not None else set()
     mark = f"{TOKEN_VARIABLE}={token}".encode()
+    since = 0 if leader is None else int(started(leader) or 0)
     found = set()
-    for folder in _PROC.glob("[0-9]*"):
+    for pid in filter(str.isdecimal, os.listdir(_PROC)):  # noqa: PTH208 - a path for each costs as much again
         try:
-            state, _parent, group, session = _stat(folder)[:4]
-            belongs = leader in (int(group), int(session)) or mark in (folder / "environ").read_bytes().split(b"\0")
+            stat = _stat(pid)
+            if int(stat[_START]) < since:
+                continue  # the trainer started none that is older than itself
+            belongs = leader in (int(stat[_GROUP]), int(stat[_SESSION])) or mark in _read(pid, "environ").split(b"\0")
         except OSError:
             continue  # it ended during the scan, or is another user's
-        if belongs and state not in "ZX":
-            found.add(int(folder.name))
+        if belongs and stat[_STATE] not in (b"Z", b"X"):
+            found.add(int(pid))
     return found
 
 
@@ -37,14 +43,20 @@ def started(pid: int) -> str | None:
     if not _PROC.joinpath("self").exists():
         return "unknown" if _exists(pid) else None
     try:
-        return _stat(_PROC / str(pid))[19]
+        return _stat(pid)[_START].decode()
     except OSError:
         return None
 
 
-def _stat(folder: Path) -> list[str]:
+def _stat(pid: int | str) -> list[bytes]:
     """The fields of /proc/PID/stat after the name in parentheses, from the state on (proc(5))."""
-    return (folder / "stat").read_text().rpartition(")")[2].split()
+    return _read(pid, "stat").rpartition(b")")[2].split()
+
+
+def _read(pid: int | str, name: str) -> bytes:
+    # Unbuffered: a scan of all processes is on the way from one job's end to the next one's start.
+    with open(f"{_PROC}/{pid}/{name}", "rb", buffering=0) as file:  # noqa: PTH123 - as above
+        return file.read()
 
 
 def _group(leader: int) -> set[int]:

@@ -8,6 +8,7 @@ that is not certain, after a failure for example, the process exits, and the sup
 
 import argparse
 import faulthandler
+import gc
 import logging
 import os
 import signal
@@ -325,6 +326,9 @@ def _warm_up() -> None:
         pass
     run_of(JobConfig(tokenizer=BUNDLED), "Era uma vez " * 30).train_step()
     start_threads()
+    # What is there now stays: to search it after every job for what is unreachable took 0.15 s (measured).
+    gc.collect()
+    gc.freeze()
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nanomoe.config import JobConfig
+from nanomoe.config import JobConfig, SamplingConfig
 from nanomoe.data import IGNORE, Windows
 from nanomoe.evaluation.evaluated_text import EvaluatedText, RaiseIfStopped, go_on
 from nanomoe.evaluation.metrics import (
@@ -24,7 +24,7 @@ from nanomoe.evaluation.metrics import (
     perplexity,
 )
 from nanomoe.evaluation.moe_metrics import LayerRouting, expert_cards, moe_metrics, moe_warnings
-from nanomoe.generation.engine import continue_tokens
+from nanomoe.generation.continuation import continue_tokens
 from nanomoe.model.gpt import GPT, token_losses
 from nanomoe.tokenizer import Tokenizer
 
@@ -280,10 +280,10 @@ def _continuation(
         model,
         prompt,
         max_new_tokens=config.cont_max_new_tokens,
-        temperature=config.temperature,
-        top_k=config.top_k,
+        how=SamplingConfig(temperature=config.temperature, top_k=config.top_k),
         seed=config.seed,
-        before_token=raise_if_stopped,
+        expected=tokens[len(prompt) : len(prompt) + config.cont_max_new_tokens],
+        before_pass=raise_if_stopped,
     )
     return Continuation(prompt=tokenizer.decode(prompt), text=tokenizer.decode(added))
 

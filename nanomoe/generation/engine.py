@@ -13,7 +13,7 @@ Knows no tokenizer, no HTTP and no clock.
 
 import functools
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -273,30 +273,6 @@ def _logprobs(request: Request, logits_V: Floats, token: int) -> LogProbs | None
     if request.logprobs is None:
         return None
     return sampling.token_logprobs(logits_V, token, request.logprobs)
-
-
-def continue_tokens(
-    model: GPT,
-    prompt: Sequence[int],
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    seed: int,
-    before_token: Callable[[], None] = lambda: None,
-) -> list[int]:
-    """The new tokens that a model adds to one prompt, at its present weights. `before_token` is called before each; it
-    may raise."""
-    if max_new_tokens == 0:
-        return []
-    weights = model.state_dict()
-    engine = Engine(weights, model.config, device=weights["transformer.wte.weight"].device, max_running=1)
-    request = Request(prompt, max_new_tokens, SamplingConfig(temperature=temperature, top_k=top_k), seed)
-    continuation = engine.submit(request)
-    while not continuation.finished:
-        before_token()
-        engine.step()
-    return continuation.new
 
 
 @torch.no_grad()

@@ -61,7 +61,8 @@ class Execution(Strict):
     """Number of the program's own arithmetic, raised whenever the same seed gives other bits."""
 
     expert_path: ExpertPath | None
-    """How experts are computed; null without a mixture of experts."""
+    """How an eager or captured step computes experts; null without a mixture of experts, and where the step is fused:
+    that multiplies the rows of each expert by themselves."""
 
     expert_path_reason: str | None = None
     """Why this path, in words; it decides nothing."""
@@ -100,13 +101,13 @@ class Execution(Strict):
         if precision == "auto":
             precision = "bfloat16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
         dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+        chosen_path, path_reason = choose_path(chosen, path)
         expert_path: ExpertPath | None = None
         reason: str | None = None
-        if config.use_moe:
+        if config.use_moe and chosen_path != "fused":
             windows = min(config.batch_size, n_windows(n_tokens, config.block_size))
             rows = windows * min(n_tokens, config.block_size)
             expert_path, reason = choose_expert_path(config, rows, chosen, dtype)
-        chosen_path, path_reason = choose_path(config, chosen, path)
         n_threads = _MOST_THREADS
         if chosen_path == "fused" and vocab_size is not None:
             from nanomoe.training.steps.threads import measured_threads
@@ -141,9 +142,11 @@ class Execution(Strict):
         """
         if first.device != self.device:
             return self.model_copy(update={"micro_batch": first.micro_batch})
-        kept = ["precision", "n_threads", "expert_path", "expert_path_reason", "deterministic", "micro_batch"]
+        kept = ["precision", "n_threads", "deterministic", "micro_batch"]
         if first.path == "eager":
             kept += ["path", "path_reason", "compiled_for"]
+        if first.path in ("eager", self.path):
+            kept += ["expert_path", "expert_path_reason"]
         return self.model_copy(update={name: getattr(first, name) for name in kept})
 
     def apply(self) -> None:

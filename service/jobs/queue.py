@@ -169,10 +169,12 @@ def claim(db: Database, worker: WorkerIdentity, lease_seconds: float) -> Claim |
     first = sa.select(jobs.c.id).where(fits).order_by(*CLAIM_ORDER).limit(1)
     # Look before locking: an idle worker that was woken for nothing takes no write lock and wakes nobody else.
     with db.read() as session:
-        revision = session.scalar(sa.select(alembic_version.c.version_num))
+        looked = sa.select(alembic_version.c.version_num, first.scalar_subquery().label("first"))
+        found = session.execute(looked).one_or_none()
+        revision = None if found is None else found.version_num
         if revision != REVISION:
             raise SchemaMismatch(revision, REVISION)
-        if session.scalar(first) is None:
+        if found is None or found.first is None:
             return None
     statement = (
         sa.update(Job)

@@ -37,6 +37,7 @@ def record_prepared(
     total_steps: int,
     model: Mapping[str, int],
     warnings: Sequence[Mapping[str, Any]] = (),
+    progress: Mapping[str, Any] | None = None,
 ) -> Intents:
     """Record what was computed before the first step. `model`: `{"n_params", "n_active_params"}`.
 
@@ -48,6 +49,7 @@ def record_prepared(
             db,
             session,
             claim,
+            progress=progress,
             n_tokens=n_tokens,
             total_steps=total_steps,
             n_params=model["n_params"],
@@ -92,9 +94,10 @@ def record_checkpoint(
     manifest_sha256: str,
     files: Sequence[Mapping[str, Any]],
     metrics: Mapping[str, Any],
+    steps: Columns | None = None,
     progress: Mapping[str, Any] | None = None,
 ) -> Intents:
-    """Record a checkpoint whose files are on disk. Raises LeaseLost.
+    """Record a checkpoint whose files are on disk, and with it a batch of the step series. Raises LeaseLost.
 
     A new checkpoint resets the count of crashes; one that a resumed job wrote again does not, or a job that always
     crashes just after it would be retried for ever.
@@ -116,6 +119,8 @@ def record_checkpoint(
             "metrics": dict(metrics),
         }
         insert_or_update(session, Checkpoint, values)
+        if steps:
+            write_steps(session, claim.job_id, steps)
         data = {"percent": percent, "step": step, "epoch": epoch}
         log_event(db, session, claim.job_id, renewed.event_seq, "checkpoint", data)
         return renewed.intents

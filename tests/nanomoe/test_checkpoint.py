@@ -98,6 +98,23 @@ def test_after_a_power_cut_there_is_what_was_flushed_and_no_more(
             checkpoint.verify(tmp_path / "c", sha256)
 
 
+def test_a_folder_has_its_name_only_after_every_file_was_flushed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: set[int] = set()
+    seen: dict[str, bool] = {}
+
+    def look(point: str) -> None:
+        if point == "flushed":
+            unfinished = tmp_path / "c.tmp"
+            seen["all"] = {path.stat().st_ino for path in (unfinished, *unfinished.iterdir())} <= flushed
+
+    monkeypatch.setattr("os.fsync", lambda descriptor: flushed.add(os.fstat(descriptor).st_ino))
+    monkeypatch.setattr(checkpoint, "reached", look)
+    checkpoint.write(tmp_path / "c", FILES)
+    assert seen == {"all": True}
+
+
 def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")

@@ -54,11 +54,14 @@ def test_a_job_that_starts_again_at_step_0_keeps_the_tokenizer_of_its_checkpoint
             db, claim, percent=percent, step=percent, epoch=0, manifest_sha256=made.manifest_sha256,
             folder=checkpoint_folder(claim.job_id, claim.fence, percent), files=[], metrics={},
         )  # fmt: skip
+    queue.release(db, claim)
+    again = queue.claim(db, WorkerIdentity(), 60)
+    assert again is not None
     first, second = (settings.data_dir / row.folder for row in reads.list_checkpoints(db, claim.job_id))
     for damaged, expected in ((None, first), (first, second), (second, None)):
         if damaged is not None:
             (damaged / "tokenizer.json").write_bytes(b"{}")
-        found = build_start(db, claim.job, device="cpu", settings=settings)[0].tokenizer
+        found = build_start(db, again.job, device="cpu", settings=settings)[0].tokenizer
         assert (found and found.folder) == (expected and str(expected))
 
 

@@ -51,3 +51,19 @@ class Matrix:
             torch.addmm(gradient, d_out_columns, x, out=gradient)
         else:
             torch.mm(d_out_columns, x, out=gradient)
+
+
+class ExpertMatrix:
+    """The weight matrix (in, out) of one expert and its gradient, as products take them."""
+
+    def __init__(self, weight: Tensor, gradient: Tensor) -> None:
+        self.weight = weight
+        self.transposed = weight.t()
+        self.gradient = gradient
+
+    def add_gradient(self, x_transposed: Tensor, d_out: Tensor, *, adds: bool) -> None:
+        """Set the gradient to x^T d_out, or add that to it."""
+        if adds:
+            torch.addmm(self.gradient, x_transposed, d_out, out=self.gradient)
+        else:
+            torch.mm(x_transposed, d_out, out=self.gradient)

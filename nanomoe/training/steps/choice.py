@@ -20,16 +20,7 @@ CAPTURING: dict[str, Callable[[torch.device], Graphs]] = {"cuda": CudaGraphs}
 """What captures the work of a device, by its kind. Tests add a stand-in for the CPU."""
 
 _FORCED = "NANOMOE_STEP_PATH"
-"""For tests and measurements: the way that every job takes whose model it covers."""
-
-
-def not_fused_because(config: JobConfig, device: torch.device) -> str | None:
-    """Why the fused step does not cover this job; None when it does."""
-    if device.type != "cpu":
-        return "the fused step is written for a CPU"
-    if config.use_moe:
-        return "the fused step has no mixture of experts"
-    return None
+"""For tests and measurements: the way that every job takes whose device it covers."""
 
 
 def not_captured_because(device: torch.device) -> str | None:
@@ -37,17 +28,17 @@ def not_captured_because(device: torch.device) -> str | None:
     return None if device.type in CAPTURING else "only a GPU has graphs of captured work"
 
 
-def choose_path(config: JobConfig, device: torch.device, wanted: StepPath | None = None) -> tuple[StepPath, str]:
+def choose_path(device: torch.device, wanted: StepPath | None = None) -> tuple[StepPath, str]:
     """The way in which a job does its steps that starts now on `device`, and the reason in words.
 
-    `wanted`: that way, if it covers the job, whether or not its loops have been compiled.
+    `wanted`: that way, if it covers the device, whether or not its loops have been compiled.
 
     Raises:
         ValueError: the way that the environment asks for does not exist.
     """
     refused: dict[StepPath, str | None] = {
         "eager": None,
-        "fused": not_fused_because(config, device),
+        "fused": None if device.type == "cpu" else "the fused step is written for a CPU",
         "captured": not_captured_because(device),
     }
     asked = wanted or os.environ.get(_FORCED)
@@ -64,7 +55,7 @@ def choose_path(config: JobConfig, device: torch.device, wanted: StepPath | None
 
     if not LOOPS.are_compiled():
         return "eager", "the loops of the fused step are not compiled for this processor yet"
-    return "fused", "a dense model on a CPU"
+    return "fused", "on a CPU"
 
 
 def compiled_for(path: StepPath) -> str | None:

@@ -53,11 +53,15 @@ class FusedStep(TrainingStep):
         plane_keys(np.uint64(config.seed), np.uint64(index), np.array(windows), keys)
         # In bfloat16 a gradient is gathered in float32, not added to where it comes out.
         adds = self._n_parts > 0 and self._activations == torch.float32
-        loss = self._micro_batches[B].gradient(
-            inputs_BT.numpy(), targets_BT.flatten().numpy(), keys, 1 / n_targets, adds=adds
-        )
+        micro_batch = self._micro_batches[B]
+        loss = micro_batch.gradient(inputs_BT.numpy(), targets_BT.flatten().numpy(), keys, 1 / n_targets, adds=adds)
         self._n_parts += 1
-        return Part(torch.tensor(loss, dtype=torch.float32), {}, {})
+        mixtures = micro_batch.mixtures
+        return Part(
+            torch.tensor(loss, dtype=torch.float32),
+            {layer: mixture.counts for layer, mixture in mixtures.items()},
+            {layer: mixture.dropped for layer, mixture in mixtures.items()},
+        )
 
     def update(self) -> Tensor:
         is_gathered = self._n_parts > 1

@@ -16,10 +16,12 @@ def load_all() -> float:
     began = time.monotonic()
     tokenizer = load_tokenizer("bytes")
     tokens = tokenizer.encode("warm up, then train")
-    shape = {"tokenizer": "bytes", "block_size": 4, "n_layer": 1, "n_head": 1, "n_embd": 4, "batch_size": 1}
+    shape = {"tokenizer": "bytes", "block_size": 4, "n_layer": 2, "n_head": 1, "n_embd": 4, "batch_size": 1}
+    # Of two layers the first is dense, the second a mixture.
+    mixture = {"use_moe": True, "n_experts": 2, "k": 1, "router_noise": True}
     for precision in ("float32", "bfloat16"):
         config = JobConfig.model_validate(
-            shape | {"precision": precision, "gradient_accumulation_steps": 2, "grad_clip": 1.0}
+            shape | mixture | {"precision": precision, "gradient_accumulation_steps": 2, "grad_clip": 1.0}
         )
         execution = Execution.decide(config, "cpu", n_tokens=len(tokens), path="fused")
         run = Run(config, tokens, tokenizer, execution, device=torch.device("cpu"))

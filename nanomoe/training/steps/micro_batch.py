@@ -1,4 +1,4 @@
-"""The forward and the backward pass of a dense model over one micro-batch, written out.
+"""The forward and the backward pass of a model over one micro-batch, written out.
 
 Each thread of a team does its share of the rows, of the attention's heads and of a matrix's gradient; between two of
 these it waits for the others, since a head needs the rows of all, and a gradient too.
@@ -12,10 +12,13 @@ import numpy as np
 import torch
 
 from nanomoe.compiling import Array, Floats
-from nanomoe.config import ModelConfig
+from nanomoe.config import JobConfig
 from nanomoe.model.dropout import EMBEDDING, Site, cut, scale
 from nanomoe.training.steps.buffers import Buffer, as_array
+from nanomoe.training.steps.dense import DenseFeedForward
+from nanomoe.training.steps.feed_forward import FeedForward
 from nanomoe.training.steps.loops import backward, forward
+from nanomoe.training.steps.mixture import MixtureBuffers, MixtureFeedForward
 from nanomoe.training.steps.parameters import FlatParameters
 from nanomoe.training.steps.team import Team
 
@@ -57,18 +60,14 @@ class _Layer:
         self.attn_out = parameters.matrices[f"{name}.attn.c_proj.weight"]
         self.attn_out_bias, self.d_attn_out_bias = parameters.vector(f"{name}.attn.c_proj.bias", of.C)
         self.norm_2 = _Norm(of, parameters, f"{name}.ln_2")
-        self.mlp_in = parameters.matrices[f"{name}.mlp.c_fc.weight"]
-        self.mlp_in_bias, self.d_mlp_in_bias = parameters.vector(f"{name}.mlp.c_fc.bias", of.F)
-        self.hidden, self.slope = of.buffer(of.N, of.F), of.buffer(of.N, of.F)
-        self.mlp_out = parameters.matrices[f"{name}.mlp.c_proj.weight"]
-        self.mlp_out_bias, self.d_mlp_out_bias = parameters.vector(f"{name}.mlp.c_proj.bias", of.C)
+        self.feed_forward = of.feed_forward(parameters, layer)
 
 
 class MicroBatch:
     """The buffers of a micro-batch of B windows of T tokens, and its way there and back."""
 
     def __init__(
-        self, B: int, T: int, parameters: FlatParameters, config: ModelConfig, dtype: torch.dtype, team: Team
+        self, B: int, T: int, parameters: FlatParameters, config: JobConfig, dtype: torch.dtype, team: Team
     ) -> None:
         """`dtype`: type of activations and products."""
         self._dtype, self._team, self._parameters = dtype, team, parameters
@@ -77,6 +76,9 @@ class MicroBatch:
         self._factor = np.float32(1 / math.sqrt(self.D))
         self._drop = np.uint32(cut(config.dropout)), np.float32(scale(config.dropout))
         self._ones = np.ones(self.N, np.float32)
+        self._config = config
+        self._wide = self.buffer(self.N, self.F)
+        self._mixture_buffers = MixtureBuffers(T, self.N, config, dtype, team) if config.use_moe else None
         self._layers = [_Layer(self, parameters, layer) for layer in range(config.n_layer)]
         self._norm = _Norm(self, parameters, "transformer.ln_f")
         self._wte = as_array(parameters.weights["transformer.wte.weight"])
@@ -87,7 +89,7 @@ class MicroBatch:
         self._logits = self.buffer(min(self.N, max(1, _MOST_LOGITS // V)), V)
         # What lies between two products, or a product and a loop, is one for all layers.
         self._narrow, self._d_mlp_out, self._d_attn_out, self._scaled = (self.buffer(self.N, self.C) for _ in range(4))
-        self._triple, self._wide = self.buffer(self.N, 3 * self.C), self.buffer(self.N, self.F)
+        self._triple = self.buffer(self.N, 3 * self.C)
         self._heads, self._d_queries, self._d_keys, self._d_values = (
             self.buffer(self.R, self.D, B * self.H) for _ in range(4)
         )
@@ -102,14 +104,28 @@ class MicroBatch:
         """A buffer in the type of the products."""
         return Buffer(n_rows, n_columns, self._dtype, self._team, n_matrices=n_matrices)
 
+    def feed_forward(self, parameters: FlatParameters, layer: int) -> FeedForward:
+        """That of a layer, its buffers new."""
+        name = f"transformer.h.{layer}.mlp"
+        if self._mixture_buffers is not None and self._config.is_moe_layer(layer):
+            return MixtureFeedForward(parameters, name, self._config, self._drop, self._mixture_buffers)
+        return DenseFeedForward(parameters, name, self._drop, self._wide, self._team)
+
+    @property
+    def mixtures(self) -> dict[int, MixtureFeedForward]:
+        """The mixture of each layer that has one."""
+        parts = enumerate(layer.feed_forward for layer in self._layers)
+        return {n: part for n, part in parts if isinstance(part, MixtureFeedForward)}
+
     def gradient(self, inputs_BT: Array, targets_N: Array, keys: Array, share: float, *, adds: bool) -> float:
         """The micro-batch's loss, a sum times `share`. Its gradient is added to that of vectors and positions; that of
         matrices it is added to, or it becomes that."""
+        of_step = share * np.count_nonzero(targets_N >= 0)
 
         def shared(thread: int) -> float:
             self._forward(thread, inputs_BT, keys)
             loss = self._output(thread, targets_N, share, adds)
-            self._backward(thread, inputs_BT, keys, adds)
+            self._backward(thread, inputs_BT, keys, of_step, adds)
             return loss
 
         loss = sum(self._team.run(shared))
@@ -130,20 +146,19 @@ class MicroBatch:
             torch.mm(layer.norm_1.out.rows[thread], layer.attn.transposed, out=self._triple.rows[thread])
             heads = layer.queries.array, layer.keys.array, layer.values.array
             forward.split_heads(*rows, T, H, self._triple.array, layer.attn_bias, *heads)
-            self._team.wait()
+            self._team.wait(thread)
             self._attend(thread, layer, own[Site.ATTENTION_WEIGHTS])
-            self._team.wait()
+            self._team.wait(thread)
             forward.from_heads(*rows, T, H, self._heads.array, layer.attended.array)
             torch.mm(layer.attended.rows[thread], layer.attn_out.transposed, out=self._narrow.rows[thread])
             forward.add_branch(
                 *rows, T, layer.norm_1.x, self._narrow.array, layer.attn_out_bias, own[Site.ATTENTION_OUTPUT], *drop,
                 *layer.norm_2.there,
             )  # fmt: skip
-            torch.mm(layer.norm_2.out.rows[thread], layer.mlp_in.transposed, out=self._wide.rows[thread])
-            forward.gelu(*rows, self._wide.array, layer.mlp_in_bias, layer.hidden.array, layer.slope.array)
-            torch.mm(layer.hidden.rows[thread], layer.mlp_out.transposed, out=self._narrow.rows[thread])
+            mlp = layer.feed_forward
+            mlp.forward(thread, layer.norm_2.out, own, self._narrow)
             forward.add_branch(
-                *rows, T, layer.norm_2.x, self._narrow.array, layer.mlp_out_bias, own[Site.MLP_OUTPUT], *drop,
+                *rows, T, layer.norm_2.x, self._narrow.array, mlp.bias, own[Site.MLP_OUTPUT], *mlp.drop,
                 *next_norm.there,
             )  # fmt: skip
 
@@ -163,7 +178,7 @@ class MicroBatch:
         loss, x, V = 0.0, self._norm.out, len(self._wte)
         most = len(self._logits.tensor)
         if most < self.N:
-            self._team.wait()  # a thread's share of a block is not its share of all rows
+            self._team.wait(thread)  # a thread's share of a block is not its share of all rows
         for first in range(0, self.N, most):
             n = min(most, self.N - first)
             of_block = self._team.share(n, thread)
@@ -175,16 +190,17 @@ class MicroBatch:
                 self._scaled.array[rows],
             )  # fmt: skip
             torch.mm(logits, self._out.weight, out=self._narrow.tensor[rows])
-            self._team.wait()
+            self._team.wait(thread)
             d_logits = self._logits.tensor[:n, self._team.share(V, thread)].t()
             self._out.add_gradient(thread, d_logits, self._scaled.tensor[first : first + n], adds=adds or first > 0)
             if first + n < self.N:
-                self._team.wait()
+                self._team.wait(thread)
         return loss
 
-    def _backward(self, thread: int, inputs_BT: Array, keys: Array, adds: bool) -> None:
-        """From `_narrow` on. A matrix's gradient takes the rows of all threads: four are made where the heads wait for
-        these anyway, of which the attention's first matrix is that of the layer above."""
+    def _backward(self, thread: int, inputs_BT: Array, keys: Array, of_step: float, adds: bool) -> None:
+        """From `_narrow` on. A matrix's gradient takes the rows of all threads: these are made where the heads wait for
+        them anyway, that of the attention's first matrix in the layer below. `of_step`: the micro-batch's share of the
+        step's targets."""
         T, H, drop = self.T, self.H, self._drop
         rows = self._rows(thread)
         narrow, d_mlp_out, d_attn_out, d_x = self._narrow, self._d_mlp_out, self._d_attn_out, self._d_x
@@ -192,27 +208,25 @@ class MicroBatch:
         norm, factor = self._norm, self._share
         above: _Layer | None = None
         for layer, own in zip(reversed(self._layers), keys[:0:-1], strict=True):
+            mlp = layer.feed_forward
             backward.norm_backward(
-                *rows, T, narrow.array, factor, *norm.back(thread), d_x, own[Site.MLP_OUTPUT], *drop,
-                d_mlp_out.array, layer.d_mlp_out_bias[thread],
+                *rows, T, narrow.array, factor, *norm.back(thread), d_x, own[Site.MLP_OUTPUT], *mlp.drop,
+                d_mlp_out.array, mlp.d_bias[thread],
             )  # fmt: skip
-            torch.mm(d_mlp_out.rows[thread], layer.mlp_out.weight, out=self._wide.rows[thread])
-            backward.gelu_backward(*rows, self._wide.array, layer.slope.array, layer.d_mlp_in_bias[thread])
-            torch.mm(self._wide.rows[thread], layer.mlp_in.weight, out=narrow.rows[thread])
+            mlp.backward(thread, own, d_mlp_out, narrow, of_step, adds=adds)
             backward.norm_backward(
                 *rows, T, narrow.array, self._ones, *layer.norm_2.back(thread), d_x, own[Site.ATTENTION_OUTPUT], *drop,
                 d_attn_out.array, layer.d_attn_out_bias[thread],
             )  # fmt: skip
             torch.mm(d_attn_out.rows[thread], layer.attn_out.weight, out=narrow.rows[thread])
             forward.to_heads(*rows, T, H, narrow.array, self._heads.array)
-            self._team.wait()
+            self._team.wait(thread)
             if above is not None:
                 self._add_attn_gradient(thread, above, adds)
             layer.attn_out.add_gradient(thread, d_attn_out.columns[thread], layer.attended.tensor, adds=adds)
-            layer.mlp_in.add_gradient(thread, self._wide.columns[thread], layer.norm_2.out.tensor, adds=adds)
-            layer.mlp_out.add_gradient(thread, d_mlp_out.columns[thread], layer.hidden.tensor, adds=adds)
+            mlp.add_gradients(thread, layer.norm_2.out, d_mlp_out, adds=adds)
             self._attend_backward(thread, layer, own[Site.ATTENTION_WEIGHTS])
-            self._team.wait()
+            self._team.wait(thread)
             heads = self._d_queries.array, self._d_keys.array, self._d_values.array
             backward.join_heads(*rows, T, H, *heads, self._triple.array, layer.d_attn_bias[thread])
             torch.mm(self._triple.rows[thread], layer.attn.weight, out=narrow.rows[thread])
@@ -222,7 +236,7 @@ class MicroBatch:
             *rows, T, narrow.array, factor, *norm.back(thread), d_x, embedding, *drop, self._d_embedded,
             self._no_bias[thread],
         )  # fmt: skip
-        self._team.wait()
+        self._team.wait(thread)
         self._add_attn_gradient(thread, self._layers[0], adds)
         channels = self._team.share(self.C, thread)
         backward.embed_backward(channels.start, channels.stop, inputs_BT, self._d_embedded, self._d_wte, self._d_wpe)

@@ -14,7 +14,7 @@ from nanomoe.compiling import Array, Floats, even_bounds, in_parts
 from nanomoe.config import TrainConfig
 from nanomoe.model.gpt import GPT
 from nanomoe.training.optim import decays
-from nanomoe.training.steps.buffers import Matrix, as_array
+from nanomoe.training.steps.buffers import ExpertMatrix, Matrix, as_array
 from nanomoe.training.steps.loops.update import Rates, accumulate, adamw, sum_of_squares
 from nanomoe.training.steps.team import Team
 
@@ -28,20 +28,22 @@ _POSITIONS = "transformer.wpe.weight"
 
 
 class FlatParameters:
-    """The buffers, each in three parts: matrices whose gradient is a product; the positions' embeddings, which decay as
-    these do; and vectors, which do not."""
+    """The buffers, each in three parts: matrices whose gradient is a product in the products' type; the positions'
+    embeddings and routers, which decay as these do, but whose gradients are added to in float32; and vectors, which do
+    not decay."""
 
     def __init__(self, model: GPT, config: TrainConfig, dtype: torch.dtype, team: Team) -> None:
         """`dtype`: type of the products."""
         self._config = config
         self._team = team
         named = dict(model.named_parameters())
-        matrices = [name for name, p in named.items() if decays(name, p) and name != _POSITIONS]
+        matrices = [name for name, p in named.items() if decays(name, p) and not _is_wide(name)]
+        wide = [name for name in named if _is_wide(name)]
         vectors = [name for name, p in named.items() if not decays(name, p)]
         self._places: dict[str, tuple[int, torch.Size]] = {}
         self._bounds = [0]
         end = 0
-        for part in (matrices, [_POSITIONS], vectors):
+        for part in (matrices, wide, vectors):
             for name in part:
                 self._places[name] = end, named[name].shape
                 end += -(-named[name].numel() // _ALIGNED) * _ALIGNED
@@ -65,8 +67,13 @@ class FlatParameters:
         if self._is_narrow:
             weights, gradients = (self._views(flat, matrices) for flat in (self._copies, self._narrow_gradients))
             self._copies.copy_(self._weights[:narrow])
-        self.matrices = {name: Matrix(weights[name], gradients[name], team) for name in matrices}
+        stacks = [name for name in matrices if weights[name].dim() == 3]
+        self.matrices = {name: Matrix(weights[name], gradients[name], team) for name in matrices if name not in stacks}
         """Each matrix whose gradient is a product, as products take it."""
+        self.experts = {name: list(map(ExpertMatrix, weights[name], gradients[name])) for name in stacks}
+        """Each stack of experts' matrices, as products take them."""
+        self.constants = dict(model.named_buffers())
+        """What the model computes with and no gradient changes, by its name in the model."""
 
     def _views(self, flat: Tensor, names: list[str] | None = None) -> dict[str, Tensor]:
         places = [(name, *self._places[name]) for name in (self._places if names is None else names)]
@@ -76,13 +83,14 @@ class FlatParameters:
         """The positions' embeddings and their gradient as loops take them."""
         return as_array(self.weights[_POSITIONS]), as_array(self.gradients[_POSITIONS])
 
-    def vector(self, name: str, width: int) -> tuple[Floats, list[Floats]]:
-        """A vector as loops take it, and each thread's part of its gradient, a sum of them all. Where the model has
-        none by this name, zeros so wide stand in for it, and for a gradient that nobody reads."""
+    def vector(self, name: str, *shape: int) -> tuple[Floats, list[Floats]]:
+        """A vector, or a stack of them, as loops take it, and each thread's part of its gradient, a sum of them all.
+        Where the model has none by this name, zeros stand in for it, and for a gradient that nobody reads."""
         if name not in self.weights:
-            return np.zeros(width, np.float32), [np.zeros(width, np.float32) for _ in self._vector_gradients]
+            return np.zeros(shape, np.float32), [np.zeros(shape, np.float32) for _ in self._vector_gradients]
         first = self._places[name][0] - self._bounds[2]
-        return as_array(self.weights[name]), [as_array(flat[first : first + width]) for flat in self._vector_gradients]
+        parts = [flat[first : first + math.prod(shape)].view(shape) for flat in self._vector_gradients]
+        return as_array(self.weights[name]), [as_array(part) for part in parts]
 
     def moments(self) -> dict[str, Tensor]:
         """The averages of each parameter's gradient and squared gradient, by the names under which they are saved."""
@@ -134,6 +142,10 @@ class FlatParameters:
         size, root = lr / (1 - beta1**step), math.sqrt(1 - beta2**step)
         numbers = (clip, 1 - lr * decay, size, root, beta1, beta2, self._config.eps)
         return Rates(*map(np.float32, numbers))
+
+
+def _is_wide(name: str) -> bool:
+    return name == _POSITIONS or ".router." in name
 
 
 def _squares(gradient: Array) -> float:

@@ -99,11 +99,14 @@ def jobs(
     seconds: Annotated[float, typer.Option(min=1, help="Seconds for which submissions are counted.")] = 10,
     settle: Annotated[float, typer.Option(min=0, help="Seconds in which a trainer warms up before a measurement.")] = 8,
     n_jobs: Annotated[int, typer.Option("--jobs", min=1, help="Number of jobs that are submitted and cancelled.")] = 5,
-    n_tiny: Annotated[int, typer.Option("--tiny", min=1, help="Number of tiny jobs that are counted.")] = 30,
+    n_tiny: Annotated[int, typer.Option("--tiny", min=1, help="Most tiny jobs that are counted.")] = 30,
     job_steps: Annotated[
         int | None, typer.Option(min=4, help="Optimizer steps of the reference job, in place of all of them.")
     ] = None,
     script: Annotated[bool, typer.Option(help="Also run the reference job's training as a plain script.")] = True,
+    most_seconds: Annotated[
+        float, typer.Option(min=0, help="Seconds after which turnaround begins no further repetition.")
+    ] = 120,
     leases: Annotated[
         str, typer.Option(metavar="SECONDS,...", help="Lease lengths for which recovery from a killed worker is timed.")
     ] = "60",
@@ -127,7 +130,8 @@ def jobs(
     turnaround: Turnaround | None = None
     claims: list[measured.ClaimTime] = []
     recoveries: list[measured.Recovery] = []
-    with text.console(stderr=True).status("measuring") as status:
+    progress = text.console(stderr=True)
+    with progress.status("measuring") as status:
         with run_service(database_url) as service:
             if "traffic" in wanted:
                 traffic.append(measured.traffic(service, training=False, seconds=seconds))
@@ -136,7 +140,13 @@ def jobs(
             if "turnaround" in wanted:
                 status.update("jobs one after the other")
                 turnaround = measure_turnaround(
-                    service, n_jobs=n_jobs, n_tiny=n_tiny, settle=settle, steps=job_steps, script=script
+                    service,
+                    n_jobs=n_jobs,
+                    n_tiny=n_tiny,
+                    most_seconds=most_seconds,
+                    steps=job_steps,
+                    script=script,
+                    said=progress.print,
                 )
             if "delays" in wanted:
                 status.update("jobs on a worker")

@@ -116,23 +116,27 @@ def delays_table(delays: "Delays | None", recoveries: Iterable["Recovery"]) -> T
 
 def turnaround_table(one: "Turnaround") -> Table:
     """Jobs one after the other through one worker, and the reference job beside a plain script."""
-    table = text.new_table("from", "to", ">median", ">largest")
+    table = text.new_table("from", "to", ">median", ">90 % within", ">times")
+    split = one.tiny_split
     rows = {
-        ("submit, reference job", "first training step"): one.submit_to_first_step,
+        ("submit, idle worker", "first step in the row, reference shape"): one.submit_to_first_step,
+        ("one job succeeded", "first step of the next, reference shape"): one.end_to_next_first_step,
+        ("one job cancelled", "first step of the next, reference shape"): one.cancelled_to_next_first_step,
+        ("one tiny job succeeded", "first step of the next"): one.tiny_end_to_next_first_step,
+        ("one tiny job succeeded", "the next is claimed"): split.end_to_claim,
+        ("a tiny job is claimed", "its last checkpoint is in its row"): split.claim_to_last_checkpoint,
+        ("its last checkpoint is in its row", "it has succeeded"): split.last_checkpoint_to_end,
         (f"submit, reference job, {one.reference_steps} steps", f"succeeded, loss {one.job_loss:.4f}"): (
             one.submit_to_succeeded
         ),
-        ("one job succeeded", "first step of the next, reference shape"): one.end_to_next_first_step,
-        ("one job succeeded", "first step of the next, tiny jobs"): one.tiny_end_to_next_first_step,
-        ("one job cancelled", "first step of the next, reference shape"): one.cancelled_to_next_first_step,
     }
     if one.script_seconds is not None:
         rows["plain script started", f"ended, loss {one.script_loss:.4f}"] = one.script_seconds
-    for (since, until), (median, largest) in rows.items():
-        table.add_row(since, until, _ms(median), _ms(largest))
+    for (since, until), times in rows.items():
+        table.add_row(since, until, _ms(times.median), _ms(times.p90), str(times.n))
     if one.times_as_fast_as_script is not None:
-        table.add_row("reference job", "times as fast as the script", f"{one.times_as_fast_as_script:.2f}", "")
-    table.add_row(f"{one.n_tiny} tiny jobs, one worker", "jobs a minute", f"{one.tiny_per_minute:.0f}", "")
+        table.add_row("reference job", "times as fast as the script", f"{one.times_as_fast_as_script:.2f}", "", "")
+    table.add_row("tiny jobs, one worker", "jobs a minute", f"{one.tiny_per_minute:.0f}", "", str(split.end_to_claim.n))
     return table
 
 

@@ -19,7 +19,7 @@ from nanomoe import cuda_graphs
 from nanomoe.config import SamplingConfig
 from nanomoe.generation import sampling
 from nanomoe.generation.decoder import TensorDecoder
-from nanomoe.generation.engine import Continuation, Engine, Request, continue_tokens, generate_reference
+from nanomoe.generation.engine import Continuation, Engine, Request, generate_reference
 from nanomoe.generation.graphs import GraphedStep
 from nanomoe.generation.output_layer import TensorOutputLayer
 from nanomoe.generation.sampling import Candidates
@@ -259,14 +259,6 @@ def test_a_model_whose_float32_overflows_is_refused_when_that_happens(compiled: 
         for engine in (_engine(model, compiled=compiled), _in_one_shape(model, 2)):
             with pytest.raises(ValueError, match="overflow float32"):
                 engine.run([Request([1, 2], 5, how)])
-
-
-def test_a_model_continues_tokens_as_its_checkpoint_would() -> None:
-    model = random_model(**CONFIGS["moe"])
-    added = continue_tokens(model, [1, 2, 3], max_new_tokens=30, temperature=0.9, top_k=5, seed=11)
-    request = Request([1, 2, 3], 30, SamplingConfig(temperature=0.9, top_k=5), seed=11)
-    assert added == _engine(model).run([request])[0].new
-    assert continue_tokens(model, [1], max_new_tokens=0, temperature=0.0, top_k=None, seed=0) == []
 
 
 @both_ways

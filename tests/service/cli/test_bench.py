@@ -8,7 +8,7 @@ from nanomoe.bench.training.shapes import Shape
 from nanomoe.config import JobConfig
 from service.cli.bench import lifecycle, rows, tables
 from service.cli.bench.temporary_service import run_service
-from service.cli.bench.turnaround import Turnaround
+from service.cli.bench.turnaround import Split, Times, Turnaround
 from tests.service.cli.conftest import Run
 
 
@@ -72,27 +72,38 @@ def test_training_is_measured_in_all_its_parts(nanomoe: Run, monkeypatch: pytest
 
 
 def test_jobs_follow_one_another_through_one_worker(nanomoe: Run) -> None:
-    options = ["--jobs", "1", "--tiny", "1", "--settle", "0", "--job-steps", "4"]
+    options = ["--jobs", "1", "--tiny", "3", "--most-seconds", "0", "--job-steps", "4"]
     result = nanomoe("bench", "jobs", "--only", "turnaround", *options, "--json")
     assert result.code == 0, result.err
     measured = result.json["turnaround"]
-    assert (measured["reference_steps"], measured["n_jobs"], measured["n_tiny"]) == (4, 1, 1)
+    assert measured["reference_steps"] == 4
     assert measured["script_loss"] == pytest.approx(measured["job_loss"], rel=0.01)
-    assert 0 < measured["submit_to_first_step"][0] <= measured["submit_to_succeeded"][0]
-    script, job = measured["script_seconds"][0], measured["submit_to_succeeded"][0]
+    script, job = measured["script_seconds"]["median"], measured["submit_to_succeeded"]["median"]
     assert measured["times_as_fast_as_script"] == pytest.approx(script / job)
-    assert measured["tiny_per_minute"] > 0
-    for name in ("end_to_next_first_step", "tiny_end_to_next_first_step", "cancelled_to_next_first_step"):
-        assert 0 <= measured[name][0] <= measured[name][1]
+    for name in ("submit_to_first_step", "end_to_next_first_step", "cancelled_to_next_first_step"):
+        assert 0 < measured[name]["median"] <= measured[name]["p90"]
+    # Of three only one was measured, since the time was over; the others were cancelled.
+    assert measured["tiny_end_to_next_first_step"]["n"] == 1
+    life = sum(part["median"] for part in measured["tiny_split"].values())
+    assert measured["tiny_per_minute"] == pytest.approx(60 / life)
+    assert "submit to first step, idle worker: " in result.err
+    assert "reference job: " in result.err
     assert result.json["delays"] is None
     assert result.json["claims"] == result.json["traffic"] == result.json["recoveries"] == []
 
 
+def test_nine_tenths_of_the_times_are_within_what_is_said() -> None:
+    assert Times.of([float(n) for n in range(1, 21)]) == Times(20, 10.5, 18.0)
+    assert Times.of([3.0]) == Times(1, 3.0, 3.0)
+
+
 def test_a_turnaround_is_shown_with_the_script_and_without() -> None:
-    pair = (1.0, 2.0)
-    alone = Turnaround(1, 500, pair, pair, None, None, 3.5, None, pair, pair, pair, 20, 300.0)
+    times = Times(3, 1.0, 2.0)
+    alone = Turnaround(
+        times, times, times, times, Split(times, times, times), 300.0, 500, times, 3.5, None, None, None
+    )  # fmt: skip
     assert list(tables.turnaround_table(alone).columns[2].cells)[-1] == "300"
-    beside = replace(alone, script_seconds=pair, times_as_fast_as_script=5.0, script_loss=3.6)
+    beside = replace(alone, script_seconds=times, times_as_fast_as_script=5.0, script_loss=3.6)
     assert "ended, loss 3.6000" in list(tables.turnaround_table(beside).columns[1].cells)
     assert len(tables.turnaround_table(beside).rows) == len(tables.turnaround_table(alone).rows) + 2
 

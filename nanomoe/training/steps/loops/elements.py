@@ -137,11 +137,17 @@ def normal_density(u: np.float32) -> np.float32:
 
 
 @compiled
-def kept(low: np.uint32, high: np.uint32, row: int, column: int, cut: np.uint32, scale: np.float32) -> np.float32:
-    """The dropout mask's element of a plane whose key has these words: 0 where dropped, else `scale`."""
-    x = np.uint32(low + np.uint32((np.uint32(row) << _ROW_SHIFT) + (np.uint32(column) >> _BIT_0)))
+def hashed(low: np.uint32, high: np.uint32, row: int, word: int) -> np.uint32:
+    """The dropout's hash of a row and a word of it, which is two columns, under a plane's key of these words."""
+    x = np.uint32(low + np.uint32((np.uint32(row) << _ROW_SHIFT) + np.uint32(word)))
     x = np.uint32(np.uint32((x ^ (x >> _SIXTEEN)) * _FIRST) ^ high)
     x = np.uint32((x ^ (x >> _FIFTEEN)) * _SECOND)
-    x = np.uint32(x ^ (x >> _FIFTEEN))
+    return np.uint32(x ^ (x >> _FIFTEEN))
+
+
+@compiled
+def kept(low: np.uint32, high: np.uint32, row: int, column: int, cut: np.uint32, scale: np.float32) -> np.float32:
+    """The dropout mask's element of a plane whose key has these words: 0 where dropped, else `scale`."""
+    x = hashed(low, high, row, column >> 1)
     draw = np.uint32(x >> np.uint32((np.uint32(column) & _BIT_0) * _SIXTEEN)) & _LOW_HALF
     return scale if np.uint32(draw ^ _BIT_15) >= cut else np.float32(0)

@@ -24,7 +24,7 @@ def not_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_a_job_whose_loops_are_not_compiled_does_its_steps_without_them_and_says_why(not_compiled: None) -> None:
-    path, reason = choice.choose_path(JobConfig(), CPU)
+    path, reason = choice.choose_path(CPU)
     assert (path, "not compiled" in reason) == ("eager", True)
     execution = Execution.decide(JobConfig(), "cpu", n_tokens=87)
     assert (execution.path, execution.path_reason, execution.compiled_for) == ("eager", reason, None)
@@ -35,29 +35,23 @@ def test_a_job_whose_loops_are_not_compiled_does_its_steps_without_them_and_says
     assert "numba" in execution.compiled_for
 
 
-def test_what_the_fused_step_does_not_cover_is_done_eagerly_even_if_it_is_asked_for(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    mixture = JobConfig(use_moe=True)
-    assert choice.choose_path(mixture, CPU, "fused") == ("eager", "the fused step has no mixture of experts")
-    assert choice.choose_path(JobConfig(), torch.device("cuda"), "fused")[0] == "eager"
+def test_what_a_device_does_not_have_is_done_eagerly_even_if_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choice.choose_path(torch.device("cuda"), "fused")[0] == "eager"
     monkeypatch.setenv("NANOMOE_STEP_PATH", "fused")
-    assert choice.choose_path(mixture, CPU)[0] == "eager"
-    assert choice.choose_path(JobConfig(), CPU)[0] == "fused"
+    assert choice.choose_path(CPU)[0] == "fused"
     monkeypatch.setenv("NANOMOE_STEP_PATH", "fast")
     with pytest.raises(ValueError, match="eager or fused"):
-        choice.choose_path(JobConfig(), CPU)
+        choice.choose_path(CPU)
 
 
 def test_on_a_gpu_a_step_is_captured_unless_another_way_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda")
-    for config in (JobConfig(), JobConfig(use_moe=True)):
-        assert choice.choose_path(config, gpu)[0] == "captured"
-        assert choice.choose_path(config, gpu, "eager") == ("eager", "asked for")
-    assert choice.choose_path(JobConfig(), CPU, "captured") == ("eager", "only a GPU has graphs of captured work")
+    assert choice.choose_path(gpu)[0] == "captured"
+    assert choice.choose_path(gpu, "eager") == ("eager", "asked for")
+    assert choice.choose_path(CPU, "captured") == ("eager", "only a GPU has graphs of captured work")
     monkeypatch.setenv("NANOMOE_STEP_PATH", "eager")
-    assert choice.choose_path(JobConfig(), gpu)[0] == "eager"
-    assert choice.choose_path(JobConfig(), gpu, "captured")[0] == "captured"
+    assert choice.choose_path(gpu)[0] == "eager"
+    assert choice.choose_path(gpu, "captured")[0] == "captured"
 
 
 def test_a_later_attempt_keeps_the_way_of_the_first_and_says_when_it_cannot() -> None:
@@ -67,6 +61,17 @@ def test_a_later_attempt_keeps_the_way_of_the_first_and_says_when_it_cannot() ->
     assert eager.differences(eager.keeping(fused)) == []
     said = fused.differences(eager.keeping(fused))
     assert said[0] == "path: fused -> eager"
+
+
+def test_only_an_eager_step_has_a_path_of_its_own_for_experts() -> None:
+    config = JobConfig(use_moe=True)
+    eager, fused = (Execution.decide(config, "cpu", n_tokens=87, path=path) for path in ("eager", "fused"))  # type: ignore[arg-type]
+    assert (eager.expert_path, fused.expert_path, fused.expert_path_reason) == ("padded", None, None)
+    for now in (eager, fused):
+        assert now.keeping(eager) == eager
+    assert fused.keeping(fused) == fused
+    said = fused.differences(eager.keeping(fused))
+    assert [said[0], said[-1]] == ["path: fused -> eager", "expert_path: None -> padded"]
 
 
 def test_a_job_that_began_under_other_arithmetic_goes_on_and_says_so() -> None:
@@ -108,11 +113,11 @@ from numba.core.dispatcher import Dispatcher
 from nanomoe.config import JobConfig
 from nanomoe.training.run import prepare
 from nanomoe.training.steps.loading import load_all
-from nanomoe.training.steps.loops import backward, forward, keys, update
+from nanomoe.training.steps.loops import backward, expert_rows, forward, keys, routing, update
 from nanomoe.tokenizer import load_tokenizer
 
 def signatures():
-    modules = (backward, forward, keys, update)
+    modules = (backward, expert_rows, forward, keys, routing, update)
     loops = [loop for module in modules for loop in vars(module).values() if isinstance(loop, Dispatcher)]
     return {loop.__name__: len(loop.signatures) for loop in loops}
 
@@ -120,7 +125,12 @@ load_all()
 before = signatures()
 assert before["cross_entropy"] == before["adamw"] == 2, before
 for precision in ("float32", "bfloat16"):
-    for more in ({}, {"gradient_accumulation_steps": 2, "grad_clip": 0.1, "bias": False, "dropout": 0.0}):
+    for more in (
+        {},
+        {"gradient_accumulation_steps": 2, "grad_clip": 0.1, "bias": False, "dropout": 0.0},
+        {"use_moe": True, "n_shared_experts": 1, "capacity_factor": 1.0, "router_bias_update_rate": 0.1},
+        {"use_moe": True, "bias": False, "router_score": "sigmoid", "router_noise": True},
+    ):
         config = JobConfig.model_validate(
             {"tokenizer": "bytes", "block_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 8, "batch_size": 2,
              "precision": precision, **more})

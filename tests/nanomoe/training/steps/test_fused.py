@@ -2,27 +2,21 @@
 
 import copy
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
 from nanomoe import checkpoint
-from nanomoe.config import JobConfig
 from nanomoe.model.dropout import Dropout
 from nanomoe.model.gpt import token_losses
 from nanomoe.plan import OutOfMemory
-from nanomoe.tokenizer import load_tokenizer
-from nanomoe.training.execution import Execution
-from nanomoe.training.loop import Happened, LossNotFinite, Steps, Stopped, StopReason, Undisturbed, train
-from nanomoe.training.run import Recorded, Run, Snapshot, Warned
+from nanomoe.training.loop import Happened, LossNotFinite, Steps, Stopped, train
+from nanomoe.training.run import Recorded, Snapshot, Warned
 from nanomoe.training.steps import fused, micro_batch
-from nanomoe.training.steps.choice import StepPath
 from nanomoe.training.steps.fused import FusedStep
+from tests.nanomoe.training.steps.runs import TEXT, StopAt, checkpoints, curve, start
 
-TEXT = "o rato roeu a roupa do rei de roma, e a rainha com raiva resolveu remendar. " * 4
-TINY = {"tokenizer": "bytes", "block_size": 33, "n_layer": 2, "n_head": 2, "n_embd": 32, "batch_size": 4}
 CONFIGS: dict[str, dict[str, Any]] = {
     "dropout": {},
     "no dropout": {"dropout": 0.0},
@@ -32,27 +26,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "one window": {"block_size": 400},
     "held out": {"val_fraction": 0.3},
 }
-
-
-def start(config: dict[str, Any], path: StepPath = "fused", resume: dict[str, bytes] | None = None) -> Run:
-    parsed = JobConfig.model_validate(TINY | config)
-    tokenizer = load_tokenizer("bytes")
-    execution = Execution.decide(parsed, "cpu", n_tokens=len(TEXT), path=path)
-    assert execution.path == path
-    return Run(parsed, tokenizer.encode(TEXT), tokenizer, execution, device=torch.device("cpu"), resume=resume)
-
-
-@pytest.fixture(params=[1, 3])
-def n_threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    """Of which three divide neither rows nor heads nor columns evenly."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
-def curve(run: Run, n_steps: int) -> torch.Tensor:
-    return torch.stack([run.train_step()[0] for _ in range(n_steps)]).double()
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -119,20 +92,6 @@ def test_in_bfloat16_the_loss_ends_within_a_percent_of_float32s() -> None:
     end, narrow = (losses[precision][-1].metrics.loss for precision in ("float32", "bfloat16"))
     assert end < 2.0
     assert narrow == pytest.approx(end, rel=1e-2)
-
-
-def checkpoints(happened: list[Happened]) -> dict[int, dict[str, bytes]]:
-    return {event.percent: event.files for event in happened if isinstance(event, Recorded)}
-
-
-class StopAt(Undisturbed):
-    """Asks for a stop once a step is done."""
-
-    def __init__(self, run: Run, step: int) -> None:
-        self.run, self.step = run, step
-
-    def stop(self) -> StopReason | None:
-        return "drain" if self.run.progress.step >= self.step else None
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from nanomoe.training.steps.team import Team
 
 
 def waiting(team: Team, thread: int) -> int:
-    team.wait()
+    team.wait(thread)
     return thread
 
 
@@ -19,7 +19,7 @@ def test_every_thread_has_its_share_and_sees_what_the_others_did_before_they_wai
 
     def program(thread: int) -> float:
         done[team.share(n, thread)] += 1
-        team.wait()
+        team.wait(thread)
         return done.sum().item()
 
     assert team.run(program) == [n] * 3
@@ -43,7 +43,7 @@ def test_an_error_in_one_thread_is_raised_and_keeps_no_other_waiting(failing: in
     def program(thread: int) -> str | None:
         if thread == failing:
             raise MemoryError(thread)
-        team.wait()
+        team.wait(thread)
         return threading.current_thread().name
 
     with pytest.raises(MemoryError, match=str(failing)):
