@@ -25,19 +25,25 @@ _SECONDS = 0.3
 _MOST_ROWS = 128
 """Rows of the output layer that are measured."""
 
+_FEWEST_OPERATIONS = 2_000_000
+"""Multiply-adds of an MLP's product. One of fewer takes a thread some fifty microseconds, about what it costs to share
+it out; assumed, and not measured for each such shape."""
+
 _MOST_WEIGHTS = 20_000_000
 """With more, products are large enough for all threads, and measuring them would take its time."""
 
 
 def measured_threads(config: JobConfig, vocab_size: int, n_tokens: int, dtype: torch.dtype, most: int) -> int:
-    """One, or `most`: the faster for the steps of this job. Takes half a second, and only the first
-    time that a shape is seen."""
+    """One, or `most`: the faster for the steps of this job. Takes half a second, and only the first time that a shape is
+    seen which is neither tiny nor large."""
     plan = Plan.of(config, n_tokens)
     windows = min(config.batch_size, plan.n_windows)
     length = min(plan.n_train_tokens, config.block_size)
     n_weights = (vocab_size + config.block_size + 12 * config.n_layer * config.n_embd) * config.n_embd
     if most == 1 or n_weights > _MOST_WEIGHTS:
         return most
+    if windows * length * 4 * config.n_embd**2 < _FEWEST_OPERATIONS:
+        return 1
     shape = (windows, length, vocab_size, config.n_embd, config.n_layer, config.n_head, dtype)
     place = _place((*shape, most, os.cpu_count(), compiled_for(), torch.__version__))
     if not place.exists():
