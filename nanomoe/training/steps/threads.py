@@ -34,8 +34,8 @@ _MOST_WEIGHTS = 20_000_000
 
 
 def measured_threads(config: JobConfig, vocab_size: int, n_tokens: int, dtype: torch.dtype, most: int) -> int:
-    """One, or `most`: the faster for the steps of this job. Takes half a second, and only the first time that a shape is
-    seen which is neither tiny nor large."""
+    """One, or `most`: the faster for the steps of this job. Takes half a second, and only the first time that a shape
+    is seen which is neither tiny nor large."""
     plan = Plan.of(config, n_tokens)
     windows = min(config.batch_size, plan.n_windows)
     length = min(plan.n_train_tokens, config.block_size)
