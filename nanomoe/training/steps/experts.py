@@ -35,21 +35,23 @@ class Experts:
         self._starts_E1 = np.zeros(n_experts + 1, np.int64)
         self._sizes: list[int] = []
         """Rows of each expert, then those of none."""
+        # Views for the way back: making one costs as much as a small loop.
         self._x_transposed: Rows = []
+        self._wide_rows: Rows = []
+        self._out_rows: Rows = []
 
     def forward(self, x: Rows, x_transposed: Rows, starts_E1: Integers) -> None:
         """Set `out` from the rows of each expert; `starts_E1` says where they lie in `out`."""
         if not self._w_in:
             return
-        self._x_transposed, self._starts_E1 = x_transposed, starts_E1
+        self._starts_E1, self._x_transposed = starts_E1, x_transposed
         self._sizes = sizes = sizes_of(starts_E1, len(self.out.array))
-        for size, matrix, rows, u in zip(sizes, self._w_in, x, self._wide.split(sizes), strict=False):
+        self._wide_rows, self._out_rows = self._wide.split(sizes), self.out.split(sizes)
+        for size, matrix, rows, u in zip(sizes, self._w_in, x, self._wide_rows, strict=False):
             if size:
                 torch.mm(rows, matrix.weight, out=u)
         expert_rows.gelu_by_expert(self._wide.array, starts_E1, self._b_in, self._hidden.array, self._slope.array)
-        for size, matrix, h, y in zip(
-            sizes, self._w_out, self._hidden.split(sizes), self.out.split(sizes), strict=False
-        ):
+        for size, matrix, h, y in zip(sizes, self._w_out, self._hidden.split(sizes), self._out_rows, strict=False):
             if size:
                 torch.mm(h, matrix.weight, out=y)
 
@@ -58,26 +60,15 @@ class Experts:
         if not self._w_in:
             return
         sizes = self._sizes
-        d_hidden, hidden_transposed, d_out = (
-            self._wide.split(sizes),
-            self._hidden.split_transposed(sizes),
-            self.out.split(sizes),
-        )
-        for size, matrix, h_transposed, d_y, d_h in zip(
-            sizes, self._w_out, hidden_transposed, d_out, d_hidden, strict=False
-        ):
-            if size:
-                matrix.add_gradient(h_transposed, d_y, adds=adds)
-                torch.mm(d_y, matrix.transposed, out=d_h)
-            elif not adds:
-                matrix.gradient.zero_()
+        self._through(self._w_out, self._hidden.split_transposed(sizes), self._out_rows, self._wide_rows, adds=adds)
         expert_rows.gelu_by_expert_backward(self._wide.array, self._starts_E1, self._slope.array, self._d_b_in)
-        for size, matrix, x_transposed, d_u, d_rows in zip(
-            sizes, self._w_in, self._x_transposed, d_hidden, d_x.split(sizes), strict=False
-        ):
+        self._through(self._w_in, self._x_transposed, self._wide_rows, d_x.split(sizes), adds=adds)
+
+    def _through(self, matrices: list[ExpertMatrix], x_transposed: Rows, d_out: Rows, d_x: Rows, *, adds: bool) -> None:
+        for size, matrix, x_t, d_y, d in zip(self._sizes, matrices, x_transposed, d_out, d_x, strict=False):
             if size:
-                matrix.add_gradient(x_transposed, d_u, adds=adds)
-                torch.mm(d_u, matrix.transposed, out=d_rows)
+                matrix.add_gradient(x_t, d_y, adds=adds)
+                torch.mm(d_y, matrix.transposed, out=d)
             elif not adds:
                 matrix.gradient.zero_()
 
