@@ -99,6 +99,7 @@ def test_the_number_of_threads_is_measured_once_for_a_shape_and_kept(
     real = threads._measure
     monkeypatch.setattr(threads, "_measure", measure)
     assert [threads_of(87, 2), threads_of(87, 2), threads_of(50, 2), threads_of(87, 1)] == [2, 2, 2, 1]
+    assert [threads_of(20, 2), threads_of(2, 2)] == [1, 1]  # too little to share out
     assert measured == [87, 50]
     before = torch.get_num_threads()
     assert real(JobConfig(n_embd=16, n_layer=1), 256, 2, 20, torch.float32, 3) in (1, 2, 3)
