@@ -62,3 +62,4 @@ class JobFields:
     warnings = ViewField(lambda view: view.warnings)
     error = ViewField(lambda view: view.error)
     parent = ViewField(lambda view: view.parent)
+    sweep_id = ViewField(lambda view: view.sweep_id)
