@@ -25,6 +25,7 @@ from service.http.routes import (
     jobs,
     metrics,
     openai,
+    presets,
     sweeps,
     system,
 )
@@ -71,7 +72,7 @@ def create_app(settings: Settings) -> FastAPI:
     problems.install(app)
     app.add_exception_handler(events.StreamEnded, events.stream_ended)
     app.add_exception_handler(ClientDisconnect, client_disconnect.disconnected_during_upload)
-    for part in (jobs, sweeps, compare, metrics, events, checkpoints, generate, examine, openai, system, docs):
+    for part in (jobs, sweeps, compare, presets, metrics, events, checkpoints, generate, examine, openai, system, docs):
         app.include_router(part.router)
     app.mount("/static", StaticFiles(directory=docs.STATIC))
     app.openapi = partial(openapi.document, app)  # type: ignore[method-assign]

@@ -20,6 +20,7 @@ from service.jobs.envelope import LossEnvelope
 from service.jobs.statuses import Status
 from service.jobs.submission import Assessment
 from service.jobs.tables import LARGE_METRICS, Checkpoint, Job, Sweep, Worker
+from service.presets import Preset
 
 V = TypeVar("V", bound=schemas.View)
 
@@ -235,6 +236,16 @@ def compared_series(found: Sequence[tuple[str, LossEnvelope]]) -> schemas.Compar
             )
             for job_id, one in found
         ]
+    )
+
+
+def preset(found: Preset) -> schemas.PresetView:
+    """An experiment as `GET /presets` answers it."""
+    return schemas.PresetView(
+        name=found.name,
+        look_at=schemas.LookAt(**found.look_at),
+        sweep=schemas.SweepRequest(**found.request()),
+        compare=schemas.PresetCompare(metric=list(found.metrics), perplexity=found.perplexity),
     )
 
 

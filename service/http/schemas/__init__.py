@@ -85,6 +85,7 @@ from service.http.schemas.openai import (
     OpenAIErrorDetail,
     StreamOptions,
 )
+from service.http.schemas.presets import LookAt, PresetCompare, PresetView
 from service.http.schemas.sweeps import (
     SweepCheckpointEvent,
     SweepEstimate,
@@ -137,6 +138,7 @@ __all__ = [
     "JobView",
     "LayerRoutingView",
     "Listing",
+    "LookAt",
     "Metrics",
     "MixtureFigures",
     "MixtureLayer",
@@ -150,6 +152,8 @@ __all__ = [
     "Page",
     "Parent",
     "Percent",
+    "PresetCompare",
+    "PresetView",
     "Problem",
     "ProblemError",
     "Progress",

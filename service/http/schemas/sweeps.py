@@ -9,7 +9,7 @@ from nanomoe.config import ConfigWarning, Integer, Strict
 from service.http.schemas.base import SAME_AS, Text, View
 from service.http.schemas.checkpoints import CheckpointFigures
 from service.http.schemas.jobs import JobName, StatusEvent, Tags
-from service.jobs.statuses import Status
+from service.jobs.statuses import TERMINAL, Status
 
 MAX_JOBS = 1000
 """Most jobs of a sweep."""
@@ -114,6 +114,11 @@ class SweepView(View):
     eta_seconds: float | None = None
     """Seconds until all jobs have ended, at the speed of those that ran; null in lists, and where that would be a
     guess."""
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether all jobs have ended."""
+        return sum(self.counts.get(status, 0) for status in TERMINAL) == sum(self.counts.values())
 
 
 class SweepShape(View):

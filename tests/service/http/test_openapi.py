@@ -75,6 +75,7 @@ def valid_requests(queued: str, finished: str, sweep: str) -> list[tuple[str, st
         ("GET", f"/jobs/{finished}/checkpoints/0/files/config.json", None),
         ("POST", "/sweeps", {"text": TEXT, "seeds": 2}),
         ("GET", "/sweeps", None),
+        ("GET", "/presets", None),
         ("GET", f"/sweeps/{sweep}", None),
         ("GET", f"/sweeps/{sweep}/events", None),
         ("GET", f"/compare?sweep={sweep}", None),
@@ -260,7 +261,7 @@ OPERATIONS = {
     "get_prometheus_metrics", "get_readiness", "get_reconstruction", "inspect", "list_checkpoints", "list_jobs",
     "list_models", "list_workers", "patch_job", "pause_job", "resume_job", "score", "submit_job", "cancel_sweep",
     "compare_jobs", "compare_series", "delete_sweep", "get_sweep", "get_sweep_events", "list_sweeps", "pause_sweep",
-    "resume_sweep", "submit_sweep",
+    "list_presets", "resume_sweep", "submit_sweep",
 }  # fmt: skip
 
 
