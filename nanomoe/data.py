@@ -50,15 +50,15 @@ class Windows:
 
     def batch(self, windows: list[int]) -> tuple[Tensor, Tensor]:
         """Inputs and targets (B, T), int64, of these windows; ignored targets are `IGNORE`."""
-        starts_B = torch.tensor([self.start(w) for w in windows], device=self._tokens.device)
+        return self.gather(torch.tensor(windows, device=self._tokens.device))
+
+    def gather(self, windows_B: Tensor) -> tuple[Tensor, Tensor]:
+        """The same for windows whose numbers (B,), int64, lie on the device: nothing is read back."""
+        firsts_B = windows_B * self.length  # the first position that no earlier window covers
+        starts_B = firsts_B.clamp(max=self._n_tokens - 1 - self.length).clamp(min=0)
         positions_BT = starts_B[:, None] + self._offsets_T
-        inputs_BT = self._tokens[positions_BT]
-        targets_BT = self._tokens[positions_BT + 1]
-        for row, window in enumerate(windows):
-            covered = window * self.length - self.start(window)
-            if covered:
-                targets_BT[row, :covered] = IGNORE
-        return inputs_BT, targets_BT
+        targets_BT = self._tokens[positions_BT + 1].masked_fill(positions_BT < firsts_B[:, None], IGNORE)
+        return self._tokens[positions_BT], targets_BT
 
     def n_targets(self, windows: list[int]) -> int:
         """Targets of these windows that are not ignored."""

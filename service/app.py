@@ -17,6 +17,7 @@ from service.http.request_body import RequestBody
 from service.http.routes import (
     checkpoints,
     client_disconnect,
+    compare,
     docs,
     events,
     examine,
@@ -25,6 +26,8 @@ from service.http.routes import (
     metrics,
     models,
     openai,
+    presets,
+    sweeps,
     system,
 )
 from service.settings import Settings
@@ -70,7 +73,21 @@ def create_app(settings: Settings) -> FastAPI:
     problems.install(app)
     app.add_exception_handler(events.StreamEnded, events.stream_ended)
     app.add_exception_handler(ClientDisconnect, client_disconnect.disconnected_during_upload)
-    for part in (jobs, models, metrics, events, checkpoints, generate, examine, openai, system, docs):
+    for part in (
+        jobs,
+        models,
+        sweeps,
+        compare,
+        presets,
+        metrics,
+        events,
+        checkpoints,
+        generate,
+        examine,
+        openai,
+        system,
+        docs,
+    ):
         app.include_router(part.router)
     app.mount("/static", StaticFiles(directory=docs.STATIC))
     app.openapi = partial(openapi.document, app)  # type: ignore[method-assign]

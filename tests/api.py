@@ -91,6 +91,31 @@ class Api:
         queue.finish(self.db, claim, "succeeded", progress={"step": 500, "epoch": 500, "percent": 100.0})
         return claim.job_id
 
+    def submit_sweep(self, **changes: Any) -> dict[str, Any]:
+        """A sweep whose jobs are queued, through the API: two of them, unless `changes` say otherwise."""
+        request = {"text": TEXT, "config": {"tokenizer": "bytes"}} | ({} if "points" in changes else {"seeds": 2})
+        answer = self.http.post("/sweeps", json=request | changes)
+        assert answer.status_code == 201, answer.text
+        sweep: dict[str, Any] = answer.json()
+        return sweep
+
+    def submit_finished_sweep(self, **changes: Any) -> str:
+        """The id of a sweep all of whose jobs have succeeded, with checkpoints at 0 and 100 percent."""
+        sweep = self.submit_sweep(**changes)
+        for job_id in sweep["job_ids"]:
+            self.finish(self.claim(job_id))
+            self.http.post(f"/sweeps/{sweep['id']}/resume")
+        return str(sweep["id"])
+
+    def finish(self, claim: Claim, loss: float = 2.0) -> None:
+        """Train a claimed job to its end: three steps, and a loss of `loss` at the last checkpoint."""
+        model = {"n_params": 1000, "n_active_params": 1000}
+        recording.record_prepared(self.db, claim, execution={"device": "cpu"}, n_tokens=64, total_steps=3, model=model)
+        self.record_checkpoint(claim, 0, 0)
+        self.record_steps(claim, 1, 3)
+        self.record_checkpoint(claim, 100, 3, loss=loss, perplexity=2.718281828**loss)
+        queue.finish(self.db, claim, "succeeded", progress={"step": 3, "epoch": 3, "percent": 100.0})
+
     def stopped_early(self, *, reason: str | None, **changes: Any) -> str:
         """The id of a job that needed 42 of its 500 steps; without a reason as one of before there were any."""
         claim = self.running(**changes)

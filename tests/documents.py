@@ -149,7 +149,7 @@ def methods_table(kind: type) -> str:
     for name, member in inspect.getmembers(kind):
         if name.startswith("_") or name in ("send", "open"):  # those two are for the client's own methods
             continue
-        if isinstance(member, ViewField):
+        if isinstance(member, ViewField | property):
             fields.append(f"| `{name}` | {_sentence(member)} |")
         else:
             methods.append(f"| `{name}({_parameters(member)})` | {_sentence(member)} |")
@@ -235,6 +235,8 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "client.md": {
         "Client": lambda: methods_table(client.Client),
         "JobHandle": lambda: methods_table(client.JobHandle),
+        "SweepHandle": lambda: methods_table(client.SweepHandle),
+        "Comparison": lambda: methods_table(client.Comparison),
         "errors": errors_table,
     },
     "config.md": {"config": config_table},

@@ -6,6 +6,7 @@ of that; elsewhere the process group alone is asked. Knows no job and no lock.
 """
 
 import os
+import time
 from pathlib import Path
 
 TOKEN_VARIABLE = "NANOMOE_TRAINER"  # noqa: S105 - a name, nothing secret
@@ -13,6 +14,11 @@ _PROC = Path("/proc")
 
 _STATE, _GROUP, _SESSION, _START = 0, 2, 3, 19
 """Fields of /proc/PID/stat, counted from the state on; the start is in clock ticks since the machine's."""
+
+_LOADING_TRIES = 20
+_LOADING_SECONDS = 0.001
+"""Between two looks at an empty environment. A program is loaded in less than one (assumed); one that was started
+without any environment is looked at so often, in vain."""
 
 
 def survivors(leader: int | None, token: str) -> set[int]:
@@ -30,7 +36,7 @@ def survivors(leader: int | None, token: str) -> set[int]:
             stat = _stat(pid)
             if int(stat[_START]) < since:
                 continue  # the trainer started none that is older than itself
-            belongs = leader in (int(stat[_GROUP]), int(stat[_SESSION])) or mark in _read(pid, "environ").split(b"\0")
+            belongs = leader in (int(stat[_GROUP]), int(stat[_SESSION])) or mark in _environment(pid).split(b"\0")
         except OSError:
             continue  # it ended during the scan, or is another user's
         if belongs and stat[_STATE] not in (b"Z", b"X"):
@@ -51,6 +57,21 @@ def started(pid: int) -> str | None:
 def _stat(pid: int | str) -> list[bytes]:
     """The fields of /proc/PID/stat after the name in parentheses, from the state on (proc(5))."""
     return _read(pid, "stat").rpartition(b")")[2].split()
+
+
+def _environment(pid: str) -> bytes:
+    """The environment of a process. While the kernel loads another program into one it is empty for a moment, and so it
+    stays for what has no program: the kernel's own threads, and zombies."""
+    for _ in range(_LOADING_TRIES):
+        content = _read(pid, "environ")
+        if content:
+            break
+        try:
+            os.readlink(f"{_PROC}/{pid}/exe")  # noqa: PTH115 - a path costs as much again
+        except OSError:
+            break
+        time.sleep(_LOADING_SECONDS)
+    return content
 
 
 def _read(pid: int | str, name: str) -> bytes:

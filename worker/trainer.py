@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Literal, NoReturn, get_args
 from nanomoe.config import JobConfig
 from nanomoe.logs import LogFormat, configure_logging
 from nanomoe.processes import die_with_parent
+from worker.memory import use_one_arena
 from worker.protocol import (
     Assignment,
     CheckpointWritten,
@@ -252,7 +253,7 @@ def _explain(error: Exception) -> Failure | None:
     from nanomoe import checkpoint
     from nanomoe.errors import NanomoeError
     from nanomoe.plan import OutOfMemory
-    from nanomoe.training.run import is_out_of_memory
+    from nanomoe.training.memory import is_out_of_memory
 
     if isinstance(error, NanomoeError):
         return Failure(code=error.code, message=str(error))
@@ -269,6 +270,7 @@ def main() -> NoReturn:
     """Warm up, then train job after job until the process should exit."""
     options = _parser().parse_args()
     die_with_parent(options.parent)
+    use_one_arena()
     configure_logging(options.log_format)
     channel = Channel()
     supervision = Supervision(options.until)

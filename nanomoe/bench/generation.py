@@ -34,6 +34,7 @@ _SLOW_TOKENS = 2560
 """Tokens of a turn in all, about: with more, the peers would take minutes for a large crowd."""
 
 _FIRST_TOKEN_PROMPT = 50
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -84,14 +85,15 @@ def measure(
     name: str,
     vocab_size: int,
     *,
+    device: torch.device = _CPU,
     at_once: tuple[int, ...] = (1, 8, 32, 128),
     turns: int = 5,
     with_transformers: bool = True,
     said: Callable[[str], None] = lambda _: None,
 ) -> Figures:
     """Measure one of `models.MODELS`. `said` is told what is being measured."""
-    model = models.trained(name, models.tokenizer_of(vocab_size))
-    engine = Engine(model.state_dict(), model.config, max_running=max(at_once), compiled=True)
+    model = models.trained(name, models.tokenizer_of(vocab_size)).to(device)
+    engine = Engine(model.state_dict(), model.config, device=device, max_running=max(at_once), compiled=True)
     contenders: dict[str, peers.Continue] = {"nanomoe": _by_engine(engine), "nanogpt": peers.nanogpt(model)}
     if with_transformers:
         contenders["transformers"] = peers.transformers_cached(model)
@@ -99,12 +101,12 @@ def measure(
     for sampling in SAMPLINGS:
         for n in at_once:
             said(f"{name}, {vocab_size:,} entries, {sampling}, {n} at once")
-            speeds.append(_race(contenders, vocab_size, sampling, n, turns))
+            speeds.append(_race(contenders, vocab_size, sampling, n, turns, device))
     said(f"{name}, {vocab_size:,} entries, the first token")
-    first = _first_token_seconds(contenders, vocab_size)
+    first = _first_token_seconds(contenders, vocab_size, device)
     n_active = n_active_params(model.config, vocab_size) - model.config.block_size * model.config.n_embd
     stored = 4 * (n_active - vocab_size * model.config.n_embd) + engine.output_bytes_per_token
-    bandwidth, bandwidth_as_stored = machine.read_bandwidth(4 * n_active), machine.read_bandwidth(stored)
+    bandwidth, bandwidth_as_stored = (machine.read_bandwidth(n_bytes, device) for n_bytes in (4 * n_active, stored))
     return Figures(
         model=name,
         vocab_size=vocab_size,
@@ -134,13 +136,15 @@ def _by_engine(engine: Engine) -> peers.Continue:
     return extend
 
 
-def _race(contenders: dict[str, peers.Continue], vocab_size: int, sampling: str, n: int, turns: int) -> Speed:
+def _race(
+    contenders: dict[str, peers.Continue], vocab_size: int, sampling: str, n: int, turns: int, device: torch.device
+) -> Speed:
     new_tokens = max(8, min(_MOST_NEW_TOKENS, _SLOW_TOKENS // n))
     for extend in contenders.values():
-        extend(_prompts(vocab_size, n, PROMPT_TOKENS, turns), 2, SAMPLINGS[sampling])
+        extend(_prompts(vocab_size, n, PROMPT_TOKENS, turns).to(device), 2, SAMPLINGS[sampling])
     rounds = []
     for turn in range(turns):
-        prompts = _prompts(vocab_size, n, PROMPT_TOKENS, turn)
+        prompts = _prompts(vocab_size, n, PROMPT_TOKENS, turn).to(device)
         seconds = {
             who: _seconds(extend, prompts, new_tokens, SAMPLINGS[sampling]) for who, extend in contenders.items()
         }
@@ -161,16 +165,19 @@ def _race(contenders: dict[str, peers.Continue], vocab_size: int, sampling: str,
 def _seconds(extend: peers.Continue, prompts_NT: Tensor, new_tokens: int, sampling: SamplingConfig) -> float:
     began = time.perf_counter()
     made_NT = extend(prompts_NT, new_tokens, sampling)
+    machine.synchronize(prompts_NT.device)
     seconds = time.perf_counter() - began
     assert made_NT.shape == (len(prompts_NT), prompts_NT.shape[1] + new_tokens), "all did all of the work"
     return seconds
 
 
-def _first_token_seconds(contenders: dict[str, peers.Continue], vocab_size: int) -> dict[str, float]:
+def _first_token_seconds(
+    contenders: dict[str, peers.Continue], vocab_size: int, device: torch.device
+) -> dict[str, float]:
     """The median of nine prompts, which the contenders take in turns; a first one warms them up."""
     turns = []
     for turn in range(10):
-        prompt = _prompts(vocab_size, 1, _FIRST_TOKEN_PROMPT, turn)
+        prompt = _prompts(vocab_size, 1, _FIRST_TOKEN_PROMPT, turn).to(device)
         turns.append({who: _seconds(extend, prompt, 1, SAMPLINGS["top_k 200"]) for who, extend in contenders.items()})
     return {who: statistics.median(seconds[who] for seconds in turns[1:]) for who in contenders}
 

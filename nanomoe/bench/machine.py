@@ -65,13 +65,13 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def read_bandwidth(n_bytes: int) -> float:
+def read_bandwidth(n_bytes: int, device: torch.device = _CPU) -> float:
     """Bytes a second at which `n_bytes` that are read again and again come in: from a cache, where they fit one.
 
     The sum of float32 numbers, by all threads.
     """
-    numbers = torch.ones(max(1, n_bytes // 4))
-    return numbers.nbytes / best_seconds(numbers.sum)
+    numbers = torch.ones(max(1, n_bytes // 4), device=device)
+    return numbers.nbytes / _best_seconds(numbers.sum, device, _TURNS, _SECONDS)
 
 
 def stream_bandwidth(n_bytes: int, device: torch.device = _CPU) -> float:

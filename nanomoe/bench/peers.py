@@ -55,7 +55,7 @@ def transformers_cached(model: GPT) -> Continue:
     has more parameters than ours, but a token meets equally many.
     """
     theirs: Any = _mixtral(model) if model.config.use_moe else gpt2_model(model.state_dict(), model.config)
-    theirs.eval()
+    theirs.eval().to(model.transformer.wte.weight.device)
 
     @torch.inference_mode()
     def extend(tokens_NT: Tensor, max_new_tokens: int, sampling: SamplingConfig) -> Tensor:

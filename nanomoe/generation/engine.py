@@ -11,8 +11,9 @@ promise each continuation arithmetic of its own.
 Knows no tokenizer, no HTTP and no clock.
 """
 
+import functools
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,11 +21,11 @@ import torch
 from torch import Tensor
 
 from nanomoe.config import ModelConfig, SamplingConfig
-from nanomoe.generation import decoder, output_layer, sampling
+from nanomoe.generation import decoder, device_sampling, output_layer, sampling
 from nanomoe.generation.decoder import CompiledDecoder, Decoder, Span, TensorDecoder
 from nanomoe.generation.logprobs import LogProbs
 from nanomoe.generation.output_layer import CompiledOutputLayer, OutputLayer, TensorOutputLayer
-from nanomoe.generation.sampling import Candidates
+from nanomoe.generation.sampling import Candidates, Floats
 from nanomoe.model.gpt import GPT
 
 FEW_CONTINUATIONS = 4
@@ -126,6 +127,8 @@ class Engine:
         self._decoder: Decoder
         self._output: OutputLayer
         on_gpu = device.type == "cuda"
+        self._chosen_on_device: TensorOutputLayer | None = None
+        """Where the next tokens are chosen on the device, what computes their logits."""
         if on_gpu:
             torch.backends.cuda.matmul.allow_tf32 = False  # some containers allow it; texts are float32's
         if compiled and not on_gpu:
@@ -137,6 +140,7 @@ class Engine:
                 weights, config, device, self.max_running, in_one_shape=on_gpu, graphed=on_gpu and compiled
             )
             self._output = TensorOutputLayer(wte_VC, self.max_running)
+            self._chosen_on_device = self._output if on_gpu else None
         self._waiting: deque[Continuation] = deque()
         self._rows: list[Continuation | None] = [None] * self.max_running
         """The running continuations, by their rows of the decoder's cache."""
@@ -225,19 +229,50 @@ class Engine:
     def _extend(self, grown: Sequence[Continuation], hidden_NC: Tensor) -> None:
         """Choose the next token of each continuation."""
         requests = [continuation.request for continuation in grown]
+        uniforms = [continuation.uniforms.random() for continuation in grown]
+        layer = self._chosen_on_device
+        choose = self._chosen_alone if layer is None else functools.partial(_chosen_together, layer)
+        for continuation, (token, logprobs) in zip(grown, choose(requests, uniforms, hidden_NC), strict=True):
+            if logprobs is not None:
+                continuation.logprobs.append(logprobs)
+            continuation.window_slid |= len(continuation.tokens) > self.config.block_size
+            continuation.tokens.append(token)
+            continuation.new.append(token)
+            continuation.finished |= len(continuation.new) == continuation.request.max_new_tokens
+
+    def _chosen_alone(
+        self, requests: Sequence[Request], uniforms: Sequence[float], hidden_NC: Tensor
+    ) -> Iterator[tuple[int, LogProbs | None]]:
+        """The next token of each request, one after another, on the CPU."""
         counts = [
             output_layer.candidates_needed(request.sampling, wants_logprobs=request.logprobs is not None)
             for request in requests
         ]
         candidates: list[Candidates] = self._output.candidates(hidden_NC, counts)
-        for continuation, request, row in zip(grown, requests, candidates, strict=True):
-            token = sampling.choose(row, request.sampling, continuation.uniforms.random())
-            if request.logprobs is not None:
-                continuation.logprobs.append(sampling.token_logprobs(row.logits, token, request.logprobs))
-            continuation.window_slid |= len(continuation.tokens) > self.config.block_size
-            continuation.tokens.append(token)
-            continuation.new.append(token)
-            continuation.finished |= len(continuation.new) == request.max_new_tokens
+        for request, row, uniform in zip(requests, candidates, uniforms, strict=True):
+            token = sampling.choose(row, request.sampling, uniform)
+            yield token, _logprobs(request, row.logits, token)
+
+
+def _chosen_together(
+    layer: TensorOutputLayer, requests: Sequence[Request], uniforms: Sequence[float], hidden_NC: Tensor
+) -> Iterator[tuple[int, LogProbs | None]]:
+    """The next token of each request, on the device and in a shape that does not depend on how many there are."""
+    n_beyond = layer.n_rows - len(requests)
+    samplings = [request.sampling for request in requests] + n_beyond * [SamplingConfig(temperature=0)]
+    logits_RV = layer.all_logits(hidden_NC)
+    rules = device_sampling.Rules(samplings, [*uniforms, *n_beyond * [0.0]], logits_RV.shape[1])
+    tokens: list[int] = device_sampling.choose_all(logits_RV, rules)[: len(requests)].tolist()
+    if device_sampling.NOT_FINITE in tokens:
+        raise ValueError(sampling.OVERFLOW)
+    for n, (request, token) in enumerate(zip(requests, tokens, strict=True)):
+        yield token, None if request.logprobs is None else _logprobs(request, logits_RV[n].cpu().numpy(), token)
+
+
+def _logprobs(request: Request, logits_V: Floats, token: int) -> LogProbs | None:
+    if request.logprobs is None:
+        return None
+    return sampling.token_logprobs(logits_V, token, request.logprobs)
 
 
 @torch.no_grad()

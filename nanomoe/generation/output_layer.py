@@ -52,11 +52,12 @@ def candidates_needed(sampling: SamplingConfig, *, wants_logprobs: bool) -> int 
 
 class TensorOutputLayer:
     """The output layer in tensor operations, whose shapes never depend on the number of sequences: one by one on a
-    CPU; elsewhere filled up to `n_rows`."""
+    CPU; all together, where the next tokens are chosen on the device, filled up to `n_rows`."""
 
     def __init__(self, wte_VC: Tensor, n_rows: int) -> None:
         self._wte_VC = wte_VC
-        self._n_rows = n_rows
+        self.n_rows = n_rows
+        """Most sequences whose logits are computed together."""
 
     @property
     def numerics(self) -> str:
@@ -74,27 +75,14 @@ class TensorOutputLayer:
         return self._wte_VC.nbytes
 
     def candidates(self, hidden_NC: Tensor, counts: Sequence[int | None]) -> list[Candidates]:
-        """The candidates of each hidden state, see `OutputLayer`."""
-        if hidden_NC.device.type == "cpu":
-            return [Candidates(torch.mv(self._wte_VC, hidden_C).numpy()) for hidden_C in hidden_NC]
-        padded_RC = hidden_NC.new_zeros(self._n_rows, hidden_NC.shape[1])
-        padded_RC[: len(hidden_NC)] = hidden_NC
-        return self._fewest(torch.mm(padded_RC, self._wte_VC.T)[: len(hidden_NC)], counts)
+        """All tokens for each hidden state, see `OutputLayer`. On a CPU."""
+        return [Candidates(torch.mv(self._wte_VC, hidden_C).numpy()) for hidden_C in hidden_NC]
 
-    def _fewest(self, logits_NV: Tensor, counts: Sequence[int | None]) -> list[Candidates]:
-        """The candidates of each row, sought on the device, so that few numbers have to be copied from it."""
-        V = logits_NV.shape[1]
-        longest = max((count for count in counts if count is not None), default=0)
-        # One more than are needed tells whether the last of them has equals beyond.
-        values_NK, ids_NK = (each.cpu().numpy() for each in logits_NV.topk(min(longest + 1, V)))
-        found = []
-        for n, count in enumerate(counts):
-            if count is None or count >= V or not values_NK[n, count] < values_NK[n, count - 1]:
-                found.append(Candidates(logits_NV[n].cpu().numpy()))
-            else:
-                order = np.argsort(ids_NK[n, :count])
-                found.append(Candidates(values_NK[n, order], ids_NK[n, order]))
-        return found
+    def all_logits(self, hidden_NC: Tensor) -> Tensor:
+        """Logits (`n_rows`, V) on the device: first those of the N hidden states, then rows that mean nothing."""
+        padded_RC = hidden_NC.new_zeros(self.n_rows, hidden_NC.shape[1])
+        padded_RC[: len(hidden_NC)] = hidden_NC
+        return torch.mm(padded_RC, self._wte_VC.T)
 
 
 class CompiledOutputLayer:

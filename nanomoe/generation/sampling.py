@@ -17,6 +17,9 @@ from nanomoe.generation.logprobs import LogProbs, TokenLogProb
 Floats = npt.NDArray[np.floating[Any]]
 Ids = npt.NDArray[np.int64]
 
+OVERFLOW = "the model's logits overflow float32"
+"""What is said where the largest logit is not a finite number."""
+
 
 class Candidates(NamedTuple):
     """A superset of the tokens that can be chosen."""
@@ -47,7 +50,7 @@ def choose(candidates: Candidates, sampling: SamplingConfig, uniform: float) -> 
     logits, ids = candidates
     best = int(logits.argmax())
     if not np.isfinite(logits[best]):
-        raise ValueError("the model's logits overflow float32")
+        raise ValueError(OVERFLOW)
     if sampling.greedy:
         return best if ids is None else int(ids[best])
     with np.errstate(over="ignore"):  # a temperature near 0 overflows to -inf, which has no weight

@@ -16,7 +16,7 @@ takes the low one. Loops that are compiled compute the same where they use it (`
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 
 import numpy as np
@@ -73,6 +73,25 @@ def _mixed(state: npt.NDArray[np.uint64], key: npt.NDArray[np.uint64]) -> npt.ND
     return state ^ (state >> np.uint64(31))
 
 
+def _mixed_on_device(state: Tensor, key: Tensor) -> Tensor:
+    """The same in int64, as devices have it: products wrap around, and a shift to the right brings in the sign's bit,
+    which is masked away."""
+    state = state + key + _signed(_STREAM)
+    state = (state ^ ((state >> 30) & ((1 << 34) - 1))) * _signed(0xBF58476D1CE4E5B9)
+    state = (state ^ ((state >> 27) & ((1 << 37) - 1))) * _signed(0x94D049BB133111EB)
+    return state ^ ((state >> 31) & ((1 << 33) - 1))
+
+
+def _signed(key: int) -> int:
+    """The int64 with the bits of an unsigned 64-bit integer."""
+    return key - (key >> 63 << 64)
+
+
+def window_keys(step: int, windows: Sequence[int], seed: int) -> list[int]:
+    """`mix(seed, step, window)` of each window, as an int64 holds it."""
+    return [_signed(mix(seed, step, window)) for window in windows]
+
+
 def n_planes(config: ModelConfig) -> int:
     """The most planes that a site of this model has."""
     slots = config.k + config.n_shared_experts if config.use_moe else 1
@@ -88,6 +107,15 @@ def plane_keys(config: ModelConfig, step: int, windows: Sequence[int], seed: int
     layers, sites, planes = (np.arange(n, dtype=np.uint64) for n in (config.n_layer + 1, len(Site), n_planes(config)))
     keys = _mixed(of_window, layers[:, None])
     return _mixed(_mixed(keys[:, None], sites[:, None])[..., None], planes)
+
+
+def plane_keys_on_device(config: ModelConfig, keys_B: Tensor) -> Tensor:
+    """The same from the windows' keys, in int64 and without a look from the host."""
+    layers, sites, planes = (
+        torch.arange(n, device=keys_B.device) for n in (config.n_layer + 1, len(Site), n_planes(config))
+    )
+    keys = _mixed_on_device(keys_B, layers[:, None])
+    return _mixed_on_device(_mixed_on_device(keys[:, None], sites[:, None])[..., None], planes)
 
 
 def cut(p: float) -> int:
@@ -114,11 +142,34 @@ class Dropout:
         dtype: torch.dtype,
     ) -> None:
         """`config.dropout` is rounded to a multiple of 1/65,536, and the kept activations are scaled by that."""
+        # One copy to the device for all layers and sites.
+        keys = torch.from_numpy(plane_keys(config, step, windows, seed).view(np.int64)).to(device)
+        self._set(config, lambda: keys, dtype, _kept_counters)
+
+    @classmethod
+    def of_window_keys(
+        cls, config: ModelConfig, keys_B: Tensor, *, dtype: torch.dtype, counters: "Counters"
+    ) -> "Dropout":
+        """The dropout of the windows whose `window_keys` lie on a device, int64: nothing is copied there or read back.
+
+        `counters`: `new_counters`, or what keeps its results for as long as anything captured reads them.
+        """
+        dropout = cls.__new__(cls)
+        # Where nothing is drawn, no key is computed.
+        dropout._set(config, lambda: plane_keys_on_device(config, keys_B), dtype, counters)
+        return dropout
+
+    def _set(self, config: ModelConfig, keys: Callable[[], Tensor], dtype: torch.dtype, counters: "Counters") -> None:
         self.p = config.dropout
         self._dtype = dtype
-        words = plane_keys(config, step, windows, seed).view(np.int32)
-        # One copy to the device for all layers and sites: (layers, sites, B, planes, 2), low word and high word.
-        self._words = torch.from_numpy(words.reshape(*words.shape[:-1], -1, 2)).to(device)
+        self._counters = counters
+        self._keys = keys
+
+    @functools.cached_property
+    def _words(self) -> Tensor:
+        """(layers, sites, B, planes, 2): low word and high word, as all processors that torch runs on store them."""
+        words: Tensor = self._keys().view(torch.int32).unflatten(-1, (-1, 2))
+        return words
 
     def mask(self, layer: int, site: Site, n_planes: int, n_rows: int, n_columns: int) -> Tensor:
         """The mask (B, planes, rows, columns) of a site: 0 where dropped, 1 / (1 - p) where kept."""
@@ -136,7 +187,7 @@ class Dropout:
     def _hash(self, layer: int, site: Site, n_planes: int, n_rows: int, n_words: int) -> Tensor:
         """The hashes (B, planes, rows, words), int32: products of 32-bit integers wrap around on every device."""
         low, high = self._words[layer + 1, site, :, :n_planes, None, None].unbind(-1)
-        x = _counters(n_rows, n_words, low.device) + low
+        x: Tensor = self._counters(n_rows, n_words, low.device) + low
         x ^= (x >> 16) & 0xFFFF
         x *= FIRST_FACTOR
         x ^= high
@@ -146,10 +197,17 @@ class Dropout:
         return x
 
 
-@functools.lru_cache(maxsize=8)
-def _counters(n_rows: int, n_words: int, device: torch.device) -> Tensor:
+Counters = Callable[[int, int, torch.device], Tensor]
+"""From a number of rows, one of words and a device to what is hashed there, (rows, words), int32."""
+
+
+def new_counters(n_rows: int, n_words: int, device: torch.device) -> Tensor:
+    """What is hashed at each row and word, see `Counters`."""
     rows, words = (torch.arange(n, dtype=torch.int32, device=device) for n in (n_rows, n_words))
     return (rows[:, None] << ROW_SHIFT) + words
+
+
+_kept_counters = functools.lru_cache(maxsize=8)(new_counters)
 
 
 class LayerDropout:

@@ -48,7 +48,8 @@ class Execution(Strict):
     """What torch dispatches its CPU kernels to, for example AVX512."""
 
     path: StepPath
-    """How a step is done: `eager`, operator by operator, or `fused`, written out in compiled loops."""
+    """How a step is done: `eager`, operator by operator; `fused`, on a CPU, written out in compiled loops; or
+    `captured`, on a GPU, the operators of `eager` as CUDA graphs."""
 
     path_reason: str | None = None
     """Why this path, in words; it decides nothing."""
@@ -60,8 +61,8 @@ class Execution(Strict):
     """Number of the program's own arithmetic, raised whenever the same seed gives other bits."""
 
     expert_path: ExpertPath | None
-    """How an eager step computes experts; null without a mixture of experts, and where the step is fused: that
-    multiplies the rows of each expert by themselves."""
+    """How an eager or captured step computes experts; null without a mixture of experts, and where the step is fused:
+    that multiplies the rows of each expert by themselves."""
 
     expert_path_reason: str | None = None
     """Why this path, in words; it decides nothing."""
@@ -103,7 +104,7 @@ class Execution(Strict):
         chosen_path, path_reason = choose_path(chosen, path)
         expert_path: ExpertPath | None = None
         reason: str | None = None
-        if config.use_moe and chosen_path == "eager":
+        if config.use_moe and chosen_path != "fused":
             windows = min(config.batch_size, n_windows(n_tokens, config.block_size))
             rows = windows * min(n_tokens, config.block_size)
             expert_path, reason = choose_expert_path(config, rows, chosen, dtype)
@@ -143,7 +144,9 @@ class Execution(Strict):
             return self.model_copy(update={"micro_batch": first.micro_batch})
         kept = ["precision", "n_threads", "deterministic", "micro_batch"]
         if first.path == "eager":
-            kept += ["path", "path_reason", "compiled_for", "expert_path", "expert_path_reason"]
+            kept += ["path", "path_reason", "compiled_for"]
+        if first.path in ("eager", self.path):
+            kept += ["expert_path", "expert_path_reason"]
         return self.model_copy(update={name: getattr(first, name) for name in kept})
 
     def apply(self) -> None:

@@ -294,7 +294,9 @@ class _Report:
         """
         if not self._figures:
             return
-        losses, norms = torch.stack([torch.stack(pair).float() for pair in self._figures]).T.tolist()
+        # One operator and one wait, however many they are.
+        figures = torch.stack([figure for pair in self._figures for figure in pair])
+        losses, norms = figures.view(-1, 2).float().T.tolist()
         seconds = time.monotonic() - self._since
         last = self._run.progress.step
         first = last - len(losses) + 1

@@ -51,8 +51,9 @@ class AdamW:
     def __init__(self, model: nn.Module, config: TrainConfig) -> None:
         """One group of parameters decays and one does not, as `decays` says. Every parameter must get a gradient."""
         named = dict(model.named_parameters())
-        self.lr = config.lr
-        """Learning rate of the next step."""
+        self.lr: float | Tensor = config.lr
+        """Learning rate of the next step. A tensor (0-dim, float32, on the device) where a captured step is to read the
+        rate of its time, not the one at which it was captured."""
         self.groups = [
             ParameterGroup({name: p for name, p in named.items() if decays(name, p)}, config.weight_decay),
             ParameterGroup({name: p for name, p in named.items() if not decays(name, p)}, 0.0),
@@ -61,14 +62,18 @@ class AdamW:
         self._eps = config.eps
 
     @torch.no_grad()
-    def step(self) -> None:
-        """Change the parameters by their gradients."""
+    def step(self, skipped: Tensor | None = None) -> None:
+        """Change the parameters by their gradients. Where `skipped` (0-dim, float32, on the device) is 1 and not 0,
+        change nothing."""
         for group in self.groups:
             if not group.parameters:
                 continue
             gradients = [p.grad for p in group.parameters.values() if p.grad is not None]
             assert len(gradients) == len(group.parameters), "every parameter has a gradient"
-            torch._foreach_add_(group.step, 1)
+            if skipped is None:
+                torch._foreach_add_(group.step, 1)
+            else:  # without an alpha, the number would be read back to the host
+                torch._foreach_add_(group.step, 1 - skipped, alpha=1)
             torch._fused_adamw_(
                 list(group.parameters.values()),
                 gradients,
@@ -76,13 +81,14 @@ class AdamW:
                 group.exp_avg_sq,
                 [],
                 group.step,
-                lr=self.lr,
+                lr=self.lr,  # type: ignore[arg-type] # either, but not what may be either
                 beta1=self._beta1,
                 beta2=self._beta2,
                 weight_decay=group.weight_decay,
                 eps=self._eps,
                 amsgrad=False,
                 maximize=False,
+                found_inf=skipped,
             )
 
     def zero_grad(self) -> None:

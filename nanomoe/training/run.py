@@ -7,6 +7,7 @@ Everything that a resumed run needs is in a `Snapshot`; data order, dropout and 
 import copy
 import gc
 import json
+import logging
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -30,15 +31,15 @@ from nanomoe.plan import OutOfMemory, Plan
 from nanomoe.tokenizer import Tokenizer
 from nanomoe.training.early_stopping import ValidationHistory
 from nanomoe.training.execution import Execution, find_device
+from nanomoe.training.memory import is_out_of_memory
 from nanomoe.training.optim import learning_rate
 from nanomoe.training.steps.choice import StepPath, build_step
+from nanomoe.training.steps.eager import EagerStep
+from nanomoe.training.steps.step import CaptureFailed
 
 Weights = Mapping[str, Tensor]
 
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch found no memory: on a GPU it has a class for that, on a CPU only a message."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -136,8 +137,8 @@ class Run:
             self.model.init_weights(config.seed)
         for moe in self.model.moe_layers.values():
             moe.path = execution.expert_path
-        activations = torch.bfloat16 if execution.precision == "bfloat16" else torch.float32
-        self.step = build_step(execution.path, self.model, self.windows, config, activations)
+        self._activations = torch.bfloat16 if execution.precision == "bfloat16" else torch.float32
+        self.step = build_step(execution.path, self.model, self.windows, config, self._activations)
         """The way in which an optimizer step is done."""
         self.warnings: list[Warned] = []
         """What the steps so far gave rise to; whoever reads them clears them."""
@@ -158,8 +159,8 @@ class Run:
         self.step.lr = learning_rate(self.config, index, self.plan.total_steps)
         loss, counts, dropped = self._gradient(step)
         grad_norm = self.step.update()
-        for layer, moe in self.model.moe_layers.items():
-            moe.update_balance_bias(counts[layer])
+        self.step.balance(self.model.moe_layers, counts)
+        for layer in self.model.moe_layers:
             self.progress.dropped[layer] += dropped[layer]
         self.progress.routed += len(step.windows) * self.windows.length * self.config.k
         self.progress.step += 1
@@ -168,26 +169,38 @@ class Run:
     def _gradient(self, step: Step) -> tuple[Tensor, dict[int, Tensor], dict[int, Tensor]]:
         """Set the step's gradient; its loss, and per MoE layer the assignments to each expert and those dropped.
 
-        Where the memory does not hold a micro-batch, it is halved and the step computed again: the sum is the same.
+        Where the memory does not hold a micro-batch, it is halved and the step computed again: the sum is the same. So
+        it is where the step cannot be captured, operator by operator.
 
         Raises:
             OutOfMemory: a micro-batch cannot be halved.
         """
         while True:
-            self.step.begin()
             n_targets = self.windows.n_targets(step.windows)
             loss = torch.zeros((), device=self.device)
             counts: dict[int, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.int64, device=self.device))
             dropped = counts.copy()
             try:
+                self.step.begin()
                 for windows in step.micro_batches(self.progress.micro_batch):
                     loss += self._backward(windows, n_targets, counts, dropped)
+            except CaptureFailed as error:
+                self._go_on_eagerly(error)
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
                 self._halve_micro_batch(error)
             else:
                 return loss, counts, dropped
+
+    def _go_on_eagerly(self, error: CaptureFailed) -> None:
+        eager = EagerStep(self.model, self.windows, self.config, self._activations)
+        eager.load(self.step.tensors())
+        eager.lr = self.step.lr
+        self.step = eager
+        message = f"from step {self.progress.step + 1} on, steps are done operator by operator: {error}"
+        log.warning("step_not_captured: %s", message)
+        self.warnings.append(Warned("step_not_captured", message))
 
     def _halve_micro_batch(self, error: RuntimeError) -> None:
         size = min(self.progress.micro_batch, self.plan.n_windows)

@@ -32,6 +32,12 @@ COMMANDS = {
         "resume": "Put a paused job back into the queue, to continue where it stopped.",
         "delete": "Delete a finished job, its metrics and its checkpoints.",
     },
+    "Many jobs": {
+        "sweep": "Train many models that differ in a few knobs.",
+        "compare": "Show jobs side by side: what differs, the figures, the best.",
+        "presets": "List the ready experiments.",
+        "run": "Run a ready experiment, and compare its jobs.",
+    },
     "Models": {
         "generate": "Continue a prompt from one checkpoint, or from several with the same seed.",
         "score": "Compute the loss of any text under a checkpoint, and what of it was memorised.",
@@ -55,6 +61,7 @@ _MODULES = {
     "service.cli.examine": ("score", "inspect", "explain"),
     "service.cli.local": ("export", "train"),
     "service.cli.knobs": ("knobs",),
+    "service.cli.sweeps": ("sweep", "compare", "presets", "run"),
 }
 """Modules of the commands that are not in `service.cli.jobs`."""
 

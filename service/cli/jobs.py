@@ -56,7 +56,7 @@ def submit(
         if dry_run:
             _show_estimate(client.estimate(given, job_config), as_json)
             return
-        job = client.submit(given, job_config, name=name, tags=_tags(tag or []), priority=priority)
+        job = client.submit(given, job_config, name=name, tags=tags_of(tag or []), priority=priority)
         if watch_:
             raise typer.Exit(watch_to_the_end(job, as_json=as_json))
     if as_json:
@@ -330,7 +330,8 @@ def _show_job(job: schemas.JobView, as_json: bool) -> None:
         text.console().print(job_text.job_line(job))
 
 
-def _tags(given: list[str]) -> dict[str, str]:
+def tags_of(given: list[str]) -> dict[str, str]:
+    """`["a=b"]` -> `{"a": "b"}`; raises UsageError."""
     tags = {}
     for tag in given:
         key, value = split_tag(tag)

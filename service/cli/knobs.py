@@ -23,9 +23,38 @@ from service.http.patterns import message_of
 
 def config_of(file: Path | None, settings: list[str]) -> JobConfig:
     """The config of a JSON file, changed by `knob=value` settings; raises UsageError."""
+    return validated(JobConfig, given_config(file, settings))
+
+
+def given_config(file: Path | None, settings: list[str]) -> dict[str, Any]:
+    """The knobs of a JSON file, changed by `knob=value` settings, whether they are valid together or not; raises
+    UsageError."""
     given = _read_object(file) if file is not None else {}
-    given |= settings_of(JobConfig.model_fields, settings)
-    return validated(JobConfig, given)
+    return given | settings_of(JobConfig.model_fields, settings)
+
+
+def grid_of(fields: Mapping[str, FieldInfo], settings: Iterable[str]) -> dict[str, list[Any]]:
+    """`["lr=1e-4,5e-3", "bias=true,false"]` -> `{"lr": [0.0001, 0.005], "bias": [True, False]}`; raises UsageError."""
+    grid: dict[str, list[Any]] = {}
+    for setting in settings:
+        name, equals, values = setting.partition("=")
+        if not equals:
+            raise UsageError(f"{setting!r} must look like {name or 'knob'}=value,value")
+        if name not in fields:
+            raise UsageError(f"there is no {name!r}{_suggestion(fields, name)}")
+        if name in grid:
+            raise UsageError(f"--grid {name} is given twice; put all of its values into one")
+        grid[name] = _values(name, fields[name], values)
+    return grid
+
+
+def _values(name: str, field: FieldInfo, values: str) -> list[Any]:
+    try:
+        parsed = json.loads(f"[{values}]")
+    except ValueError:
+        return [_value(name, field, value.strip()) for value in values.split(",")]
+    assert isinstance(parsed, list)
+    return parsed
 
 
 def settings_of(fields: Mapping[str, FieldInfo], settings: Iterable[str]) -> dict[str, Any]:

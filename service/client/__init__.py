@@ -8,7 +8,8 @@ with Client() as client:
 
 from typing import TYPE_CHECKING, Any
 
-from service.client.blocking import Client, JobHandle
+from service.client.blocking import Client, JobHandle, SweepHandle
+from service.client.comparison import Comparison
 from service.client.errors import (
     ClientError,
     Conflict,
@@ -23,13 +24,15 @@ from service.client.errors import (
 from service.client.events import JobEvent
 
 if TYPE_CHECKING:
-    from service.client.asynchronous import AsyncClient, AsyncJobHandle
+    from service.client.asynchronous import AsyncClient, AsyncJobHandle, AsyncSweepHandle
 
 __all__ = [
     "AsyncClient",
     "AsyncJobHandle",
+    "AsyncSweepHandle",
     "Client",
     "ClientError",
+    "Comparison",
     "Conflict",
     "Forbidden",
     "Invalid",
@@ -37,6 +40,7 @@ __all__ = [
     "JobHandle",
     "NotFound",
     "Problem",
+    "SweepHandle",
     "Unavailable",
     "UnexpectedAnswer",
     "Unreachable",
@@ -45,7 +49,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import the asynchronous client at its first use: asyncio takes longer to load than most requests."""
-    if name in ("AsyncClient", "AsyncJobHandle"):
+    if name in ("AsyncClient", "AsyncJobHandle", "AsyncSweepHandle"):
         from service.client import asynchronous
 
         return getattr(asynchronous, name)

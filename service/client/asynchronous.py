@@ -3,7 +3,7 @@
 import asyncio
 import functools
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import TracebackType
@@ -13,12 +13,13 @@ import httpx
 
 from service.client import calls
 from service.client.calls import Call, CheckpointSelector, method_signature
+from service.client.comparison import Comparison
 from service.client.connection import DEFAULT_URL, URL_VARIABLE, connection_settings
 from service.client.continuation import ContinuationReader, Piece
 from service.client.download import Download, file_names, make_folder, recorded_file
 from service.client.errors import ClientError
-from service.client.events import EventCursor, JobEvent
-from service.client.job_fields import JobFields
+from service.client.events import EventCursor, JobEvent, SweepEventCursor
+from service.client.job_fields import JobFields, SweepFields
 from service.client.retry_policy import STREAM_RETRIES, RetryPolicy
 from service.http import schemas
 
@@ -47,6 +48,34 @@ def _returning_handle(
         return AsyncJobHandle(client, await client.send(build(*args, **kwargs)))
 
     method.__signature__ = method_signature(build)  # type: ignore[attr-defined]
+    return method
+
+
+def _returning_sweep(
+    build: Callable[P, Call[schemas.SweepView]],
+) -> Callable[Concatenate["AsyncClient", P], Coroutine[Any, Any, "AsyncSweepHandle"]]:
+    """The method of a client that makes this call and returns a handle of the sweep in its response."""
+
+    @functools.wraps(build)
+    async def method(client: "AsyncClient", /, *args: P.args, **kwargs: P.kwargs) -> "AsyncSweepHandle":
+        return AsyncSweepHandle(client, await client.send(build(*args, **kwargs)))
+
+    method.__signature__ = method_signature(build)  # type: ignore[attr-defined]
+    return method
+
+
+def _sweep_method(
+    build: Callable[Concatenate[str, P], Call[T]],
+) -> Callable[Concatenate["AsyncSweepHandle", P], Coroutine[Any, Any, T]]:
+    """The method of a sweep that makes this call about it."""
+
+    @functools.wraps(build)
+    async def method(sweep: "AsyncSweepHandle", /, *args: P.args, **kwargs: P.kwargs) -> T:
+        answer = await sweep.client.send(build(sweep.id, *args, **kwargs))
+        if isinstance(answer, schemas.SweepView):
+            sweep.view = answer
+        return answer
+
     return method
 
 
@@ -86,11 +115,19 @@ class AsyncClient:
     list_jobs = _client_method(calls.list_jobs)
     workers = _client_method(calls.workers)
     health = _client_method(calls.health)
+    estimate_sweep = _client_method(calls.estimate_sweep)
+    list_sweeps = _client_method(calls.list_sweeps)
+    compare = _client_method(calls.compare)
+    compare_csv = _client_method(calls.compare_csv)
+    compare_series = _client_method(calls.compare_series)
+    presets = _client_method(calls.presets)
     readiness = _client_method(calls.readiness)
 
     submit = _returning_handle(calls.submit)
     import_model = _returning_handle(calls.import_model)
     job = _returning_handle(calls.get_job)
+    sweep = _returning_sweep(calls.sweep)
+    get_sweep = _returning_sweep(calls.get_sweep)
 
     async def jobs(self, *, status: str | None = None, tag: str | None = None) -> "AsyncIterator[AsyncJobHandle]":
         """All jobs, newest first, fetched page by page as they are asked for."""
@@ -194,26 +231,12 @@ class AsyncJobHandle(JobFields):
 
     async def wait(self, on_event: Callable[[JobEvent], Awaitable[None] | None] | None = None) -> schemas.JobView:
         """`JobHandle.wait`; an `on_event` that returns an awaitable is awaited."""
-        async for event in self.events():
-            if on_event is not None and (reaction := on_event(event)) is not None:
-                await reaction
+        await _each(self.events(), on_event)
         return await self.refresh()
 
-    async def events(self, last_event_id: str | None = None) -> AsyncIterator[JobEvent]:
+    def events(self, last_event_id: str | None = None) -> AsyncIterator[JobEvent]:
         """Each event from the first, or after `last_event_id`, until the job has ended."""
-        cursor = EventCursor(self.id, last_event_id)
-        retry_policy = RetryPolicy(True, STREAM_RETRIES)
-        while not cursor.ended:
-            try:
-                async with self.client.open(cursor.call()) as response:
-                    cursor.opened(response)
-                    async for chunk in response.aiter_bytes():
-                        retry_policy = RetryPolicy(True, STREAM_RETRIES)
-                        for event in cursor.feed(chunk):
-                            yield event
-                    cursor.closed(response)
-            except (httpx.TransportError, ClientError) as failure:
-                await asyncio.sleep(retry_policy.delay_after(failure))
+        return _follow(self.client, EventCursor(self.id, last_event_id))
 
     async def download(self, which: CheckpointSelector, name: str, to: str | Path) -> Path:
         """Write a file of a checkpoint to `to`, a folder or a new file's path, its size and sha256 checked."""
@@ -240,3 +263,73 @@ class AsyncJobHandle(JobFields):
 
     def __repr__(self) -> str:
         return f"<AsyncJobHandle {self.id} {self.view.status}>"
+
+
+class AsyncSweepHandle(SweepFields):
+    """`SweepHandle` for an event loop."""
+
+    def __init__(self, client: AsyncClient, view: schemas.SweepView) -> None:
+        self.client = client
+        self.view = view
+
+    refresh = _sweep_method(calls.get_sweep)
+    cancel = _sweep_method(calls.cancel_sweep)
+    pause = _sweep_method(calls.pause_sweep)
+    resume = _sweep_method(calls.resume_sweep)
+    delete = _sweep_method(calls.delete_sweep)
+
+    async def jobs(self) -> AsyncIterator[AsyncJobHandle]:
+        """Its jobs in the order of submission, each fetched as it is asked for."""
+        for job_id in self.view.job_ids or (await self.refresh()).job_ids or ():
+            yield await self.client.job(job_id)
+
+    async def compare(
+        self,
+        metrics: Sequence[str] | None = None,
+        *,
+        perplexity: float | None = None,
+        best: str | None = None,
+        at_step: int | None = None,
+    ) -> Comparison:
+        """`SweepHandle.compare`, awaited."""
+        return await self.client.compare(
+            sweep=self.id, metrics=metrics, perplexity=perplexity, best=best, at_step=at_step
+        )
+
+    async def series(self, points: int | None = None) -> list[schemas.JobEnvelope]:
+        """`SweepHandle.series`, awaited."""
+        return await self.client.compare_series(sweep=self.id, points=points)
+
+    async def wait(self, on_event: Callable[[JobEvent], Awaitable[None] | None] | None = None) -> schemas.SweepView:
+        """`SweepHandle.wait`; an `on_event` that returns an awaitable is awaited."""
+        await _each(self.events(), on_event)
+        return await self.refresh()
+
+    def events(self, last_event_id: str | None = None) -> AsyncIterator[JobEvent]:
+        """Each event of any of its jobs from the first, or after `last_event_id`, until all have ended."""
+        return _follow(self.client, SweepEventCursor(self.id, last_event_id))
+
+    def __repr__(self) -> str:
+        return f"<AsyncSweepHandle {self.id} {self.view.status}>"
+
+
+async def _each(events: AsyncIterator[JobEvent], on_event: Callable[[JobEvent], Awaitable[None] | None] | None) -> None:
+    async for event in events:
+        if on_event is not None and (reaction := on_event(event)) is not None:
+            await reaction
+
+
+async def _follow(client: AsyncClient, cursor: EventCursor) -> AsyncIterator[JobEvent]:
+    """The events of a stream to its end; a broken connection is resumed where it broke."""
+    retry_policy = RetryPolicy(True, STREAM_RETRIES)
+    while not cursor.ended:
+        try:
+            async with client.open(cursor.call()) as response:
+                cursor.opened(response)
+                async for chunk in response.aiter_bytes():
+                    retry_policy = RetryPolicy(True, STREAM_RETRIES)
+                    for event in cursor.feed(chunk):
+                        yield event
+                cursor.closed(response)
+        except (httpx.TransportError, ClientError) as failure:
+            await asyncio.sleep(retry_policy.delay_after(failure))

@@ -4,7 +4,7 @@ for event loops."""
 import functools
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -14,12 +14,13 @@ import httpx
 
 from service.client import calls
 from service.client.calls import Call, CheckpointSelector, method_signature
+from service.client.comparison import Comparison
 from service.client.connection import DEFAULT_URL, URL_VARIABLE, connection_settings
 from service.client.continuation import ContinuationReader, Piece
 from service.client.download import Download, file_names, make_folder, recorded_file
 from service.client.errors import ClientError
-from service.client.events import EventCursor, JobEvent
-from service.client.job_fields import JobFields
+from service.client.events import EventCursor, JobEvent, SweepEventCursor
+from service.client.job_fields import JobFields, SweepFields
 from service.client.retry_policy import STREAM_RETRIES, RetryPolicy
 from service.http import schemas
 
@@ -48,6 +49,32 @@ def _returning_handle(
         return JobHandle(client, client.send(build(*args, **kwargs)))
 
     method.__signature__ = method_signature(build)  # type: ignore[attr-defined]
+    return method
+
+
+def _returning_sweep(
+    build: Callable[P, Call[schemas.SweepView]],
+) -> Callable[Concatenate["Client", P], "SweepHandle"]:
+    """The method of a client that makes this call and returns a handle of the sweep in its response."""
+
+    @functools.wraps(build)
+    def method(client: "Client", /, *args: P.args, **kwargs: P.kwargs) -> "SweepHandle":
+        return SweepHandle(client, client.send(build(*args, **kwargs)))
+
+    method.__signature__ = method_signature(build)  # type: ignore[attr-defined]
+    return method
+
+
+def _sweep_method(build: Callable[Concatenate[str, P], Call[T]]) -> Callable[Concatenate["SweepHandle", P], T]:
+    """The method of a sweep that makes this call about it."""
+
+    @functools.wraps(build)
+    def method(sweep: "SweepHandle", /, *args: P.args, **kwargs: P.kwargs) -> T:
+        answer = sweep.client.send(build(sweep.id, *args, **kwargs))
+        if isinstance(answer, schemas.SweepView):
+            sweep.view = answer
+        return answer
+
     return method
 
 
@@ -90,11 +117,19 @@ class Client:
     list_jobs = _client_method(calls.list_jobs)
     workers = _client_method(calls.workers)
     health = _client_method(calls.health)
+    estimate_sweep = _client_method(calls.estimate_sweep)
+    list_sweeps = _client_method(calls.list_sweeps)
+    compare = _client_method(calls.compare)
+    compare_csv = _client_method(calls.compare_csv)
+    compare_series = _client_method(calls.compare_series)
+    presets = _client_method(calls.presets)
     readiness = _client_method(calls.readiness)
 
     submit = _returning_handle(calls.submit)
     import_model = _returning_handle(calls.import_model)
     job = _returning_handle(calls.get_job)
+    sweep = _returning_sweep(calls.sweep)
+    get_sweep = _returning_sweep(calls.get_sweep)
 
     def jobs(self, *, status: str | None = None, tag: str | None = None) -> "Iterator[JobHandle]":
         """All jobs, newest first, fetched page by page as they are asked for."""
@@ -203,25 +238,12 @@ class JobHandle(JobFields):
 
         A broken connection is resumed where it broke, for about a minute; then `Unreachable` is raised.
         """
-        for event in self.events():
-            if on_event is not None:
-                on_event(event)
+        _each(self.events(), on_event)
         return self.refresh()
 
     def events(self, last_event_id: str | None = None) -> Iterator[JobEvent]:
         """Each event from the first, or after `last_event_id`, until the job has ended."""
-        cursor = EventCursor(self.id, last_event_id)
-        retry_policy = RetryPolicy(True, STREAM_RETRIES)
-        while not cursor.ended:
-            try:
-                with self.client.open(cursor.call()) as response:
-                    cursor.opened(response)
-                    for chunk in response.iter_bytes():
-                        retry_policy = RetryPolicy(True, STREAM_RETRIES)
-                        yield from cursor.feed(chunk)
-                    cursor.closed(response)
-            except (httpx.TransportError, ClientError) as failure:
-                time.sleep(retry_policy.delay_after(failure))
+        return _follow(self.client, EventCursor(self.id, last_event_id))
 
     def download(self, which: CheckpointSelector, name: str, to: str | Path) -> Path:
         """Write a file of a checkpoint to `to`, a folder or a new file's path, and verify its size and SHA-256."""
@@ -247,3 +269,73 @@ class JobHandle(JobFields):
 
     def __repr__(self) -> str:
         return f"<JobHandle {self.id} {self.view.status}>"
+
+
+class SweepHandle(SweepFields):
+    """A sweep of the service: its fields as last answered, and the requests about it."""
+
+    def __init__(self, client: Client, view: schemas.SweepView) -> None:
+        self.client = client
+        self.view = view
+
+    refresh = _sweep_method(calls.get_sweep)
+    cancel = _sweep_method(calls.cancel_sweep)
+    pause = _sweep_method(calls.pause_sweep)
+    resume = _sweep_method(calls.resume_sweep)
+    delete = _sweep_method(calls.delete_sweep)
+
+    def jobs(self) -> Iterator[JobHandle]:
+        """Its jobs in the order of submission, each fetched as it is asked for."""
+        for job_id in self.view.job_ids or self.refresh().job_ids or ():
+            yield self.client.job(job_id)
+
+    def compare(
+        self,
+        metrics: Sequence[str] | None = None,
+        *,
+        perplexity: float | None = None,
+        best: str | None = None,
+        at_step: int | None = None,
+    ) -> Comparison:
+        """Its jobs side by side, as far as they have come: `Client.compare` of this sweep."""
+        return self.client.compare(sweep=self.id, metrics=metrics, perplexity=perplexity, best=best, at_step=at_step)
+
+    def series(self, points: int | None = None) -> list[schemas.JobEnvelope]:
+        """The training curves of its jobs: `Client.compare_series` of this sweep."""
+        return self.client.compare_series(sweep=self.id, points=points)
+
+    def wait(self, on_event: Callable[[JobEvent], None] | None = None) -> schemas.SweepView:
+        """Follow all of its jobs to their ends and return the sweep; `on_event` is called with each event.
+
+        A broken connection is resumed where it broke, for about a minute; then `Unreachable` is raised.
+        """
+        _each(self.events(), on_event)
+        return self.refresh()
+
+    def events(self, last_event_id: str | None = None) -> Iterator[JobEvent]:
+        """Each event of any of its jobs from the first, or after `last_event_id`, until all have ended."""
+        return _follow(self.client, SweepEventCursor(self.id, last_event_id))
+
+    def __repr__(self) -> str:
+        return f"<SweepHandle {self.id} {self.view.status}>"
+
+
+def _each(events: Iterator[JobEvent], on_event: Callable[[JobEvent], None] | None) -> None:
+    for event in events:
+        if on_event is not None:
+            on_event(event)
+
+
+def _follow(client: Client, cursor: EventCursor) -> Iterator[JobEvent]:
+    """The events of a stream to its end; a broken connection is resumed where it broke."""
+    retry_policy = RetryPolicy(True, STREAM_RETRIES)
+    while not cursor.ended:
+        try:
+            with client.open(cursor.call()) as response:
+                cursor.opened(response)
+                for chunk in response.iter_bytes():
+                    retry_policy = RetryPolicy(True, STREAM_RETRIES)
+                    yield from cursor.feed(chunk)
+                cursor.closed(response)
+        except (httpx.TransportError, ClientError) as failure:
+            time.sleep(retry_policy.delay_after(failure))

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 from nanomoe.config import JobConfig
 from nanomoe.import_messages import MODEL_FILES
+from service.client.comparison import Comparison
 from service.client.errors import UnexpectedAnswer, problem_of
 from service.http import schemas
 
@@ -47,7 +48,7 @@ class Call(Generic[T]):
     read: Callable[[httpx.Response], T]
     """Parses the body of a successful response."""
 
-    params: Mapping[str, str | float | bool | None] = field(default_factory=dict)
+    params: Mapping[str, str | float | bool | list[str] | None] = field(default_factory=dict)
     body: Mapping[str, Any] | None = None
     fields: Mapping[str, str] = field(default_factory=dict)
     """Parts of a form that are no files."""
@@ -248,10 +249,7 @@ def download(job_id: str, percent: int, name: str) -> Call[bytes]:
 
 def events(job_id: str, last_event_id: str | None) -> Call[bytes]:
     """The job's events after `last_event_id`, a stream. The service sends a ping every 15 seconds."""
-    headers = {"Accept": "text/event-stream", "Cache-Control": "no-store"}
-    if last_event_id is not None:
-        headers["Last-Event-ID"] = last_event_id
-    return Call("GET", _job(job_id, "events"), _bytes, headers=headers, read_seconds=45)
+    return _stream_of_events(_job(job_id, "events"), last_event_id)
 
 
 def generate(
@@ -288,6 +286,130 @@ def inspect(
     return Call("POST", "/inspect", _model(schemas.InspectResponse), body=body, read_seconds=GENERATE_SECONDS)
 
 
+def sweep(
+    text: str | None = None,
+    config: Config | None = None,
+    *,
+    grid: Mapping[str, Sequence[Any]] | None = None,
+    points: Sequence[Mapping[str, Any]] | None = None,
+    seeds: int = 1,
+    name: str | None = None,
+    tags: Mapping[str, str] | None = None,
+    idempotency_key: str | None = None,
+) -> Call[schemas.SweepView]:
+    """Train many models that differ in a few knobs: each combination of the values in `grid`, or each of `points`, with
+    `seeds` seeds. Without a key of your own each call gets one, so that a retry never submits twice."""
+    return Call(
+        "POST",
+        "/sweeps",
+        _model(schemas.SweepView),
+        body=_sweep_request(text, config, grid, points, seeds, name, tags),
+        headers={"Idempotency-Key": idempotency_key or uuid4().hex},
+    )
+
+
+def estimate_sweep(
+    text: str | None = None,
+    config: Config | None = None,
+    *,
+    grid: Mapping[str, Sequence[Any]] | None = None,
+    points: Sequence[Mapping[str, Any]] | None = None,
+    seeds: int = 1,
+) -> Call[schemas.SweepEstimate]:
+    """Number, sizes, steps, warnings and predicted time that the jobs of a sweep would have. Nothing is submitted."""
+    body = _sweep_request(text, config, grid, points, seeds, None, None)
+    return Call("POST", "/sweeps", _model(schemas.SweepEstimate), params={"dry_run": True}, body=body)
+
+
+def list_sweeps(*, limit: int | None = None, cursor: str | None = None) -> Call[schemas.Page[schemas.SweepView]]:
+    """A page of sweeps, newest first, without the ids of their jobs."""
+    return Call("GET", "/sweeps", _model(schemas.Page[schemas.SweepView]), params={"limit": limit, "cursor": cursor})
+
+
+def get_sweep(sweep_id: str) -> Call[schemas.SweepView]:
+    """The sweep as it is now."""
+    return Call("GET", _sweep(sweep_id), _model(schemas.SweepView))
+
+
+def cancel_sweep(sweep_id: str) -> Call[schemas.SweepView]:
+    """Request that every job of the sweep stops for good; their checkpoints stay."""
+    return Call("POST", _sweep(sweep_id, "cancel"), _model(schemas.SweepView))
+
+
+def pause_sweep(sweep_id: str) -> Call[schemas.SweepView]:
+    """Request that every job of the sweep stops until it is resumed."""
+    return Call("POST", _sweep(sweep_id, "pause"), _model(schemas.SweepView))
+
+
+def resume_sweep(sweep_id: str) -> Call[schemas.SweepView]:
+    """Put the paused jobs of the sweep back into the queue, to continue where they stopped."""
+    return Call("POST", _sweep(sweep_id, "resume"), _model(schemas.SweepView))
+
+
+def delete_sweep(sweep_id: str) -> Call[None]:
+    """Delete a sweep whose jobs have ended, with them and their files. Not repeatable: the second answer would be that
+    there is no such sweep."""
+    return Call("DELETE", _sweep(sweep_id), lambda response: None, repeatable=False)
+
+
+def sweep_events(sweep_id: str, last_event_id: str | None) -> Call[bytes]:
+    """The events of all jobs of the sweep after `last_event_id`, a stream."""
+    return _stream_of_events(_sweep(sweep_id, "events"), last_event_id)
+
+
+def compare(
+    *job_ids: str,
+    sweep: str | None = None,
+    tag: str | None = None,
+    metrics: Sequence[str] | None = None,
+    perplexity: float | None = None,
+    best: str | None = None,
+    at_step: int | None = None,
+) -> Call[Comparison]:
+    """Jobs side by side: these, those of a sweep, or those with a tag. `perplexity`: for which to say when each came to
+    it; `best`: the metric whose best value is named; `at_step`: the step at which to read the step series."""
+    params = {
+        "job": list(job_ids) or None,
+        "sweep": sweep,
+        "tag": tag,
+        "metric": None if metrics is None else list(metrics),
+        "perplexity": perplexity,
+        "best": best,
+        "at": None if at_step is None else f"step:{at_step}",
+    }
+    read = _model(schemas.Comparison)
+    return Call("GET", "/compare", lambda response: Comparison(read(response)), params=params)
+
+
+def compare_csv(
+    *job_ids: str,
+    sweep: str | None = None,
+    tag: str | None = None,
+    metrics: Sequence[str] | None = None,
+    perplexity: float | None = None,
+    best: str | None = None,
+    at_step: int | None = None,
+) -> Call[str]:
+    """`compare` as CSV, a line for each checkpoint of each job."""
+    call = compare(*job_ids, sweep=sweep, tag=tag, metrics=metrics, perplexity=perplexity, best=best, at_step=at_step)
+    return Call("GET", call.path, _text, params={**call.params, "format": "csv"})
+
+
+def compare_series(
+    *job_ids: str, sweep: str | None = None, tag: str | None = None, points: int | None = None
+) -> Call[list[schemas.JobEnvelope]]:
+    """The training curves of the same jobs, each as minima and maxima of buckets of steps: at most `points` figures."""
+    params = {"job": list(job_ids) or None, "sweep": sweep, "tag": tag, "points": points}
+    read = _model(schemas.ComparedSeries)
+    return Call("GET", "/compare/series", lambda response: read(response).jobs, params=params)
+
+
+def presets() -> Call[list[schemas.PresetView]]:
+    """The ready experiments."""
+    read = _model(schemas.Listing[schemas.PresetView])
+    return Call("GET", "/presets", lambda response: read(response).data)
+
+
 def workers() -> Call[list[schemas.WorkerView]]:
     """The workers, as of their last heartbeats."""
     read = _model(schemas.Listing[schemas.WorkerView])
@@ -314,6 +436,17 @@ def _job(job_id: str, *parts: str) -> str:
     return "/".join(["/jobs", *(quote(part, safe="") for part in (job_id, *parts))])
 
 
+def _sweep(sweep_id: str, *parts: str) -> str:
+    return "/".join(["/sweeps", *(quote(part, safe="") for part in (sweep_id, *parts))])
+
+
+def _stream_of_events(path: str, last_event_id: str | None) -> Call[bytes]:
+    headers = {"Accept": "text/event-stream", "Cache-Control": "no-store"}
+    if last_event_id is not None:
+        headers["Last-Event-ID"] = last_event_id
+    return Call("GET", path, _bytes, headers=headers, read_seconds=45)
+
+
 def _submission(
     text: str,
     config: Config | None,
@@ -323,10 +456,9 @@ def _submission(
     run_at: datetime | None,
 ) -> dict[str, Any]:
     """The body of `POST /jobs`, without fields at their defaults. Only the service validates it."""
-    changed = config.model_dump(mode="json", exclude_unset=True) if isinstance(config, JobConfig) else config
     body: dict[str, Any] = {"text": text}
-    if changed:
-        body["config"] = dict(changed)
+    if changed := _changed(config):
+        body["config"] = changed
     if name is not None:
         body["name"] = name
     if tags:
@@ -336,6 +468,32 @@ def _submission(
     if run_at is not None:
         body["run_at"] = run_at.isoformat()
     return body
+
+
+def _sweep_request(
+    text: str | None,
+    config: Config | None,
+    grid: Mapping[str, Sequence[Any]] | None,
+    points: Sequence[Mapping[str, Any]] | None,
+    seeds: int,
+    name: str | None,
+    tags: Mapping[str, str] | None,
+) -> dict[str, Any]:
+    """The body of `POST /sweeps`, without fields at their defaults. Only the service validates it."""
+    given: dict[str, Any] = {
+        "text": text,
+        "config": _changed(config) or None,
+        "grid": None if grid is None else {knob: list(values) for knob, values in grid.items()},
+        "points": None if points is None else [dict(point) for point in points],
+        "seeds": None if seeds == 1 else seeds,
+        "name": name,
+        "tags": dict(tags) if tags else None,
+    }
+    return {field: value for field, value in given.items() if value is not None}
+
+
+def _changed(config: Config | None) -> dict[str, Any]:
+    return dict(config.model_dump(mode="json", exclude_unset=True) if isinstance(config, JobConfig) else config or {})
 
 
 def _model(kind: type[Answer]) -> Callable[[httpx.Response], Answer]:

@@ -1,4 +1,4 @@
-"""Parser of a job's event stream, with the position from which a broken connection resumes.
+"""Parsers of a job's and a sweep's event streams, with the position from which a broken connection resumes.
 
 Knows no connection: `Client` and `AsyncClient` feed it bytes.
 """
@@ -17,8 +17,6 @@ from service.client.sse import EventDecoder, ServerSentEvent
 from service.http import schemas
 from service.jobs.statuses import TERMINAL
 
-EventData = schemas.StatusEvent | schemas.Progress | schemas.CheckpointMetrics | ConfigWarning
-
 _KINDS: dict[str, type[BaseModel]] = {
     "status": schemas.StatusEvent,
     "step": schemas.Progress,
@@ -29,23 +27,32 @@ _KINDS: dict[str, type[BaseModel]] = {
 
 @dataclass(frozen=True)
 class JobEvent:
-    """One event of a job."""
+    """One event of a job, or of a job of a sweep."""
 
     kind: str
     """Kind of the event: `status`, `step`, `checkpoint` or `warning`."""
 
     data: Any
-    """Content of the event: the class of `EventData` for its kind."""
+    """Content of the event: a `StatusEvent`, `Progress`, `CheckpointMetrics` or `ConfigWarning`; of a sweep, whose
+    events name their job, a `SweepStatusEvent` or `SweepCheckpointEvent`."""
 
     id: str | None
-    """Id of the event, increasing within a job; None for steps, which are not stored."""
+    """Id of the event, increasing within the job or the sweep; None for steps, which are not stored."""
+
+
+_SWEEP_KINDS: dict[str, type[BaseModel]] = {
+    "status": schemas.SweepStatusEvent,
+    "checkpoint": schemas.SweepCheckpointEvent,
+}
 
 
 class EventCursor:
     """Position in the stream of a job's events. Each connection begins with `call`; its bytes are given to `feed`."""
 
-    def __init__(self, job_id: str, last_event_id: str | None = None) -> None:
-        self.job_id = job_id
+    _kinds = _KINDS
+
+    def __init__(self, id_: str, last_event_id: str | None = None) -> None:
+        self.id = id_
         self.last_event_id = last_event_id
         self.ended = False
         """Whether the job's last event has been received."""
@@ -55,7 +62,10 @@ class EventCursor:
     def call(self) -> calls.Call[bytes]:
         """The request that resumes after the last event received."""
         self._decoder = EventDecoder()
-        return calls.events(self.job_id, self.last_event_id)
+        return self._call()
+
+    def _call(self) -> calls.Call[bytes]:
+        return calls.events(self.id, self.last_event_id)
 
     def opened(self, response: httpx.Response) -> None:
         """Handle the response's status: 204 means that no event follows."""
@@ -71,16 +81,34 @@ class EventCursor:
         for sent in self._decoder.feed(chunk):
             if sent.id is not None:
                 self.last_event_id = sent.id
-            if sent.event not in _KINDS:
+            if sent.event not in self._kinds:
                 continue
-            event = JobEvent(sent.event, _data(sent), sent.id)
-            if isinstance(event.data, schemas.StatusEvent) and event.data.status in TERMINAL:
-                self.ended = True
+            event = JobEvent(sent.event, _data(self._kinds[sent.event], sent), sent.id)
+            self.ended = self._is_last(event)
             yield event
 
+    def _is_last(self, event: JobEvent) -> bool:
+        return isinstance(event.data, schemas.StatusEvent) and event.data.status in TERMINAL
 
-def _data(sent: ServerSentEvent) -> BaseModel:
+
+class SweepEventCursor(EventCursor):
+    """Position in the stream of the events of a sweep's jobs. Only the service knows which is the last: the stream then
+    ends, and opening it again is answered 204."""
+
+    _kinds = _SWEEP_KINDS
+
+    def _call(self) -> calls.Call[bytes]:
+        return calls.sweep_events(self.id, self.last_event_id)
+
+    def closed(self, response: httpx.Response) -> None:
+        """Handle the end of the stream: of a shutdown, too, the next connection tells."""
+
+    def _is_last(self, event: JobEvent) -> bool:
+        return False
+
+
+def _data(kind: type[BaseModel], sent: ServerSentEvent) -> BaseModel:
     try:
-        return _KINDS[sent.event].model_validate_json(sent.data)
+        return kind.model_validate_json(sent.data)
     except ValidationError as error:
         raise UnexpectedAnswer(f"a {sent.event} event that this version cannot read: {error}") from error

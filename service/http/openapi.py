@@ -19,14 +19,18 @@ from service.http.schemas import (
     Problem,
     StatusEvent,
     SubmitRequest,
+    SweepCheckpointEvent,
+    SweepEstimate,
+    SweepStatusEvent,
 )
+from service.http.schemas.base import SAME_AS
 
 _REF = "#/components/schemas/"
 
 _MEANINGS = {
     400: "The request body cannot be parsed.",
     403: "`Host` or `Origin` is not allowed.",
-    404: "The job, checkpoint or file does not exist.",
+    404: "The job, sweep, checkpoint or file does not exist.",
     409: "The state of the job or checkpoint does not allow the request; `code` names the reason.",
     412: "A precondition of the request (`If-Match`, `If-Unmodified-Since`) is not met.",
     413: "The request body or the training text is too large.",
@@ -67,7 +71,10 @@ def openai_errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 # Schemas that FastAPI does not find, because those bodies, answers and events are read or written by hand.
-_BY_HAND = (Problem, OpenAIError, SubmitRequest, Estimate, StatusEvent, GenerateChunk, GenerateEnd)
+_BY_HAND = (
+    *(Problem, OpenAIError, SubmitRequest, Estimate, StatusEvent, GenerateChunk, GenerateEnd),
+    *(SweepEstimate, SweepStatusEvent, SweepCheckpointEvent),
+)
 # FastAPI documents its own validation error wherever there is a parameter; here it is a problem, or it cannot happen.
 _NOT_OURS = ("HTTPValidationError", "ValidationError")
 
@@ -87,6 +94,7 @@ def document(app: FastAPI) -> dict[str, Any]:
     schemas = made["components"]["schemas"] | by_hand["$defs"]
     schemas["JsonValue"]["description"] = "Any JSON value."
     made["components"]["schemas"] = {name: schemas[name] for name in sorted(schemas) if name not in _NOT_OURS}
+    _refer(made["components"]["schemas"])
     for path in made["paths"].values():
         for operation in path.values():
             for parameter in operation.get("parameters", []):
@@ -95,6 +103,19 @@ def document(app: FastAPI) -> dict[str, Any]:
                 del operation["responses"]["422"]
     app.openapi_schema = made
     return made
+
+
+def _refer(node: Any) -> None:
+    """Turn every schema that says which one it is the same as into a reference to that one."""
+    if isinstance(node, dict):
+        if (name := node.pop(SAME_AS, None)) is not None:
+            node.pop("type")
+            node["$ref"] = _REF + name
+        for value in node.values():
+            _refer(value)
+    elif isinstance(node, list):
+        for value in node:
+            _refer(value)
 
 
 def _is_not_ours(answer: dict[str, Any]) -> bool:

@@ -12,6 +12,7 @@ TAG = r"^[A-Za-z0-9_.-]{1,64}([=:][^\x00-\x1f\x7f]{0,200})?$"
 """A tag filter: a key, and optionally `=` or `:` and a value, which may contain both."""
 IDEMPOTENCY_KEY = r"^[\x21-\x7e]+$"
 SEQUENCE_NUMBER = r"^[0-9]{1,18}$"
+AT_STEP = r"^step:[0-9]{1,18}$"
 
 _MESSAGES = {
     JOB_ID_PATTERN: "must be 32 hexadecimal digits, in lower case",
@@ -20,6 +21,7 @@ _MESSAGES = {
     TAG_KEY: "must consist of the letters A to Z and a to z, digits, _, . and -",
     TAG: "must look like key or key=value, the key of at most 64 letters A to Z and a to z, digits, _, . and -",
     IDEMPOTENCY_KEY: "must consist of visible ASCII characters, without spaces",
+    AT_STEP: "must look like step:200",
     SEQUENCE_NUMBER: "must be a number of at most 18 digits",
 }
 

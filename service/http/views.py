@@ -1,7 +1,8 @@
 """Converts rows to the responses of the HTTP contract. Knows no query and no route."""
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -12,9 +13,15 @@ from nanomoe.evaluation.metrics import perplexity
 from service.generation.admission import EngineResult, Summary
 from service.generation.messages import Chunk, Inspected, LogProbsWithBytes, Scored
 from service.http import schemas
+from service.jobs import sweeps
 from service.jobs.addressing import Address
+from service.jobs.compared_jobs import ComparedJob
+from service.jobs.comparison import Comparison, Group, Spread
+from service.jobs.envelope import LossEnvelope
+from service.jobs.statuses import Status
 from service.jobs.submission import Assessment
-from service.jobs.tables import Checkpoint, Job, Worker
+from service.jobs.tables import LARGE_METRICS, Checkpoint, Job, Sweep, Worker
+from service.presets import Preset
 
 
 def _config(stored: dict[str, Any]) -> JobConfig:
@@ -47,6 +54,7 @@ def job(row: Job, *, queue_position: int | None = None, estimated_start_at: date
         warnings=_warnings(row, config),
         error=None if row.error is None else schemas.JobError.model_validate(row.error),
         parent=_parent(row),
+        sweep_id=row.sweep_id,
     )
 
 
@@ -100,6 +108,144 @@ def estimate(found: Assessment) -> schemas.Estimate:
     )
 
 
+def sweep(row: Sweep, counts: Mapping[Status, int], progress: sweeps.SweepProgress | None = None) -> schemas.SweepView:
+    """A sweep as `GET /sweeps/{id}` answers it; without `progress` as in lists."""
+    together = None if progress is None else schemas.SweepProgress.model_validate(progress, from_attributes=True)
+    return schemas.SweepView(
+        id=row.id,
+        name=row.name,
+        tags=row.tags,
+        status=sweeps.status_of(counts),
+        counts=dict(counts),
+        created_at=row.created_at,
+        config=row.config,
+        parameters=[schemas.SweepParameter.model_validate(parameter) for parameter in row.parameters],
+        job_ids=None if progress is None else progress.job_ids,
+        progress=together,
+        eta_seconds=None if progress is None else progress.eta_seconds,
+    )
+
+
+def sweep_page(rows: Sequence[tuple[Sweep, Mapping[Status, int]]], limit: int) -> schemas.Page[schemas.SweepView]:
+    """A page of at most `limit` sweeps, made from one more than that if there are more."""
+    shown = rows[:limit]
+    return schemas.Page(
+        data=[sweep(row, counts) for row, counts in shown],
+        next_cursor=str(shown[-1][0].seq) if len(rows) > limit else None,
+    )
+
+
+def sweep_estimate(
+    jobs: Sequence[Assessment], parameters: Sequence[Mapping[str, Any]], pace: sweeps.Pace | None
+) -> schemas.SweepEstimate:
+    """What a dry run of a sweep answers. `jobs`: one for each job."""
+    steps = [None if one.plan is None else one.plan.total_steps for one in jobs]
+    work = [
+        None if n is None or one.sizes.n_active_params is None else float(n * one.sizes.n_active_params)
+        for one, n in zip(jobs, steps, strict=True)
+    ]
+    shapes = Counter(
+        (one.sizes.n_params, one.sizes.n_active_params, one.sizes.training_bytes, n)
+        for one, n in zip(jobs, steps, strict=True)
+    )
+    warnings = Counter(warning for one in jobs for warning in one.warnings)
+    total_steps = [n for n in steps if n is not None]
+    return schemas.SweepEstimate(
+        n_jobs=len(jobs),
+        parameters=[schemas.SweepParameter.model_validate(parameter) for parameter in parameters],
+        shapes=[
+            schemas.SweepShape(
+                n_jobs=n,
+                n_params=n_params,
+                n_active_params=n_active_params,
+                training_bytes=training_bytes,
+                total_steps=n_steps,
+            )
+            for (n_params, n_active_params, training_bytes, n_steps), n in shapes.items()
+        ],
+        training_bytes=max((one.sizes.training_bytes for one in jobs if one.sizes.training_bytes), default=None),
+        total_steps=sum(total_steps) if len(total_steps) == len(steps) else None,
+        predicted_seconds=sweeps.predict_seconds(work, pace),
+        warnings=[
+            schemas.SweepWarning(code=warning.code, message=warning.message, n_jobs=n)
+            for warning, n in warnings.items()
+        ],
+    )
+
+
+def sweep_event(event: sweeps.SweepEvent) -> schemas.SweepStatusEvent | schemas.SweepCheckpointEvent:
+    """The data of an event in a sweep's stream, which has those of status and checkpoint."""
+    kind = schemas.SweepStatusEvent if event.kind == "status" else schemas.SweepCheckpointEvent
+    return kind.model_validate(event.data | {"job_id": event.job_id})
+
+
+def comparison(found: Comparison, metrics: Sequence[str]) -> schemas.Comparison:
+    """The answer to `GET /compare`. Validated once, as a whole: it may hold tens of thousands of figures."""
+    return schemas.Comparison.model_validate(
+        {
+            "parameters": [{"name": name, "values": values} for name, values in found.parameters.items()],
+            "metrics": metrics,
+            "jobs": [_compared_job(found, one) for one in found.jobs],
+            "groups": [_compared_group(group) for group in found.groups],
+            "best": None if found.best is None else vars(found.best),
+        }
+    )
+
+
+def _compared_job(found: Comparison, job: ComparedJob) -> dict[str, Any]:
+    until = found.until.get(job.id)
+    return {
+        "job_id": job.id,
+        "name": job.name,
+        "status": job.status,
+        "values": found.values_of(job),
+        "quarters": [{"percent": one.percent, "step": one.step, "metrics": one.figures} for one in job.quarters],
+        "steps_until": None if until is None else vars(until),
+        "at_step": job.at_step,
+    }
+
+
+def _compared_group(group: Group) -> dict[str, Any]:
+    return {
+        "values": group.values,
+        "job_ids": group.job_ids,
+        "quarters": [{"percent": one.percent, "metrics": _spreads(one.figures)} for one in group.quarters],
+        "steps_until": _spread(group.until_step),
+        "seconds_until": _spread(group.until_seconds),
+        "at_step": None if group.at_step is None else _spreads(group.at_step),
+    }
+
+
+def _spread(one: Spread | None) -> dict[str, Any] | None:
+    return None if one is None else vars(one)
+
+
+def _spreads(figures: Mapping[str, Spread | None]) -> dict[str, dict[str, Any] | None]:
+    return {name: _spread(one) for name, one in figures.items()}
+
+
+def compared_series(found: Sequence[tuple[str, LossEnvelope]]) -> schemas.ComparedSeries:
+    """The answer to `GET /compare/series`."""
+    return schemas.ComparedSeries(
+        jobs=[
+            schemas.JobEnvelope(
+                job_id=job_id, bucket_steps=one.width, last_step=one.last_step, low=one.low, high=one.high
+            )
+            for job_id, one in found
+        ]
+    )
+
+
+def preset(found: Preset) -> schemas.PresetView:
+    """An experiment as `GET /presets` answers it."""
+    return schemas.PresetView(
+        name=found.name,
+        look_at=schemas.LookAt(**found.look_at),
+        sweep=schemas.SweepRequest(**found.request()),
+        compare=schemas.PresetCompare(metric=list(found.metrics), perplexity=found.perplexity),
+    )
+
+
 def best_percent(rows: Sequence[Checkpoint]) -> int | None:
     """The percent of the first checkpoint with the lowest validation loss; None where none has one."""
     losses = {row.percent: row.metrics.get("val_loss") for row in rows}
@@ -113,10 +259,15 @@ def _is_best(row: Checkpoint, best: int | None) -> dict[str, bool]:
 
 def checkpoint_metrics(row: Checkpoint, *, best: int | None = None, tokens: bool = True) -> schemas.CheckpointMetrics:
     """A checkpoint as `GET /jobs/{id}/metrics` answers it. `best`: `best_percent` of its job, where it is known."""
-    metrics = dict(row.metrics)
+    metrics = row.metrics | _large(row)
     if not tokens and (reconstruction := metrics.get("reconstruction")) is not None:
         metrics["reconstruction"] = reconstruction | {"tokens": None}
     return schemas.CheckpointMetrics.model_validate(metrics | _identity(row) | _is_best(row, best))
+
+
+def _large(row: Checkpoint) -> dict[str, Any]:
+    """The parts of a checkpoint's metrics that lie in columns of their own."""
+    return {name: value for name in LARGE_METRICS if (value := getattr(row, name)) is not None}
 
 
 _LARGE_PARTS = frozenset({"reconstruction", "continuation", "moe"})
@@ -147,7 +298,7 @@ def metrics(
 
 def reconstruction(row: Checkpoint, start: int, count: int) -> schemas.ReconstructionPage:
     """A page of a checkpoint's reconstruction."""
-    recorded = schemas.Reconstruction.model_validate(row.metrics["reconstruction"])
+    recorded = schemas.Reconstruction.model_validate((row.metrics | _large(row))["reconstruction"])
     tokens = recorded.tokens or []
     end = min(start + count, len(tokens))
     return schemas.ReconstructionPage(

@@ -1,6 +1,6 @@
-"""A job that is ready to be queued."""
+"""A job, and a sweep of jobs, that are ready to be queued."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -31,3 +31,22 @@ class NewJob:
     parent_percent: int | None = None
     idempotency_key: str | None = None
     """The same key with the same request is the same job, however often it is sent."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewSweep:
+    """Jobs to insert together, and the row of the sweep that they form."""
+
+    jobs: Sequence[NewJob]
+    """One or more; none has an idempotency key of its own."""
+
+    config: Mapping[str, Any]
+    """The knobs that the jobs have in common, as submitted."""
+
+    parameters: Sequence[Mapping[str, Any]]
+    """What varies: `{"name", "values"}` each."""
+
+    name: str | None = None
+    tags: Mapping[str, str] = field(default_factory=dict)
+    owner: str = ""
+    idempotency_key: str | None = None

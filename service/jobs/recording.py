@@ -19,7 +19,7 @@ from service.jobs.events import log_event, log_warnings
 from service.jobs.lease import Claim, Intents, renew_lease
 from service.jobs.reads import load_job
 from service.jobs.series import Columns, delete_steps_after, write_steps
-from service.jobs.tables import Checkpoint, Snapshot
+from service.jobs.tables import LARGE_METRICS, Checkpoint, Snapshot
 
 
 def heartbeat(db: Database, claim: Claim, progress: Mapping[str, Any] | None = None) -> Intents:
@@ -63,7 +63,7 @@ def record_prepared(
         job.warnings = [*kept, *(dict(warning) for warning in warnings if warning["code"] not in kinds)]
         job.execution = dict(execution) if job.execution is None else job.execution
         if new:
-            log_warnings(db, session, job.id, renew_lease(db, session, claim, n_events=len(new)).event_seq, new)
+            log_warnings(db, session, job, renew_lease(db, session, claim, n_events=len(new)).event_seq, new)
         return renewed.intents
 
 
@@ -116,13 +116,14 @@ def record_checkpoint(
             "folder": folder,
             "manifest_sha256": manifest_sha256,
             "files": [dict(file) for file in files],
-            "metrics": dict(metrics),
+            "metrics": {name: figure for name, figure in metrics.items() if name not in LARGE_METRICS},
+            **{name: metrics.get(name) for name in LARGE_METRICS},
         }
         insert_or_update(session, Checkpoint, values)
         if steps:
             write_steps(session, claim.job_id, steps)
         data = {"percent": percent, "step": step, "epoch": epoch}
-        log_event(db, session, claim.job_id, renewed.event_seq, "checkpoint", data)
+        log_event(db, session, claim.job, renewed.event_seq, "checkpoint", data)
         return renewed.intents
 
 
@@ -146,7 +147,7 @@ def record_event(db: Database, claim: Claim, kind: str, data: Mapping[str, Any])
     """Record an event; the data of a `warning` are `{"code", "message"}`. Raises LeaseLost."""
     with db.write() as session:
         renewed = renew_lease(db, session, claim, n_events=1)
-        log_event(db, session, claim.job_id, renewed.event_seq, kind, dict(data))
+        log_event(db, session, claim.job, renewed.event_seq, kind, dict(data))
         return renewed.intents
 
 

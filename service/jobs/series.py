@@ -1,4 +1,4 @@
-"""The step series: written in batches, kept with the extremes of its blocks, read thinned to any number of points.
+"""The step series: written in batches, kept with the extremes of its blocks and its envelope, read thinned.
 
 A thousand points of a million steps cost about what a thousand steps do: thinning reads one row per 256 steps (or per
 65,536), picks the steps at which a column is smallest and largest, and fetches those. Knows no job status; whoever
@@ -14,6 +14,7 @@ from sqlmodel import Session
 
 from service.database.schema import table
 from service.database.upsert import insert_or_update
+from service.jobs.envelope import cut_envelope, widen_envelope
 from service.jobs.tables import SERIES, Step, StepBlock
 
 BLOCK_SIZES = (256, 65_536)
@@ -58,6 +59,7 @@ def write_steps(session: Session, job_id: str, columns: Columns) -> None:
         for block, extremes in stored:
             fresh[block] = _widen(extremes, fresh[block])
         _write_blocks(session, job_id, size, fresh)
+    widen_envelope(session, job_id, [(row["step"], row["train_loss"]) for row in rows])
 
 
 def delete_steps_after(session: Session, job_id: str, step: int) -> None:
@@ -81,6 +83,7 @@ def delete_steps_after(session: Session, job_id: str, step: int) -> None:
         if extremes:
             _write_blocks(session, job_id, size, {block: extremes})
         finer = size
+    cut_envelope(session, job_id, step)
 
 
 def read_series(session: Session, job_id: str, points: int) -> dict[str, list[Any]]:

@@ -4,7 +4,7 @@ Only arithmetic and tokenising: no row is read or written, and no model is built
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -91,6 +91,34 @@ class Assessment:
         )
 
 
+@dataclass(frozen=True)
+class Tokenised:
+    """What a tokenizer makes of a text. None stands for what is known only at the start of training."""
+
+    tokenizer: Tokenizer | None
+    n_tokens: int | None
+
+
+class Assessor:
+    """Assesses the jobs of one request. A text is tokenised once for each tokenizer, however many jobs it has."""
+
+    def __init__(self, settings: Settings, parent: Parent | None) -> None:
+        """`parent`: the checkpoint in `init_from` of every job."""
+        self._settings = settings
+        self._parent = parent
+        self._tokenised: dict[tuple[str, str], Tokenised] = {}
+
+    def assess(self, text: str, config: JobConfig) -> Assessment:
+        """`assess` of one of the jobs."""
+        return _assess(text, config, self._settings, self._parent, self._tokenise)
+
+    def _tokenise(self, text: str, name: str, n_bytes: int) -> Tokenised:
+        found = self._tokenised.get((text, name))
+        if found is None:
+            found = self._tokenised[text, name] = _tokenise(text, name, n_bytes, self._settings, self._parent)
+        return found
+
+
 def assess(text: str, config: JobConfig, settings: Settings, parent: Parent | None) -> Assessment:
     """Compute what a job will need, and compare it with the server's limits. `parent`: the checkpoint in `init_from`.
 
@@ -99,15 +127,28 @@ def assess(text: str, config: JobConfig, settings: Settings, parent: Parent | No
         Invalid: `invalid_text`, `text_too_short`, `job_too_large`, `parent_does_not_fit`, or a code of
             `TokenizerError`.
     """
+    return Assessor(settings, parent).assess(text, config)
+
+
+def _tokenise(text: str, name: str, n_bytes: int, settings: Settings, parent: Parent | None) -> Tokenised:
+    tokenizer = _tokenizer(text, name, n_bytes, settings) if parent is None else parent.tokenizer
+    is_known = tokenizer is not None and n_bytes <= TOKENISED_AT_ONCE_BYTES
+    return Tokenised(tokenizer, len(tokenizer.encode(text)) if tokenizer is not None and is_known else None)
+
+
+def _assess(
+    text: str,
+    config: JobConfig,
+    settings: Settings,
+    parent: Parent | None,
+    tokenise: Callable[[str, str, int], Tokenised],
+) -> Assessment:
     n_bytes = _n_bytes(text, settings.max_text_bytes)
     of_parent = [] if parent is None else _warnings_of_parent(text, config, parent, settings)
     # Before a tokenizer is loaded or trained: a model that is too large even with the smallest vocabulary.
     _refuse_if_over(settings, parameters=size.n_params(config, MIN_VOCAB_SIZE))
-    tokenizer = _tokenizer(text, config.tokenizer, n_bytes, settings) if parent is None else parent.tokenizer
-
-    n_tokens: int | None = None
-    if tokenizer is not None and n_bytes <= TOKENISED_AT_ONCE_BYTES:
-        n_tokens = len(tokenizer.encode(text))
+    tokenised = tokenise(text, config.tokenizer, n_bytes)
+    tokenizer, n_tokens = tokenised.tokenizer, tokenised.n_tokens
     plan = None if n_tokens is None else _plan(config, n_tokens)
     # Every token holds a byte or more, so the bytes bound the tokens that are not counted yet; and the N of train:N
     # bounds the entries of a tokenizer that is not trained yet.

@@ -56,6 +56,43 @@ class Text(Row, table=True):
     created_at: datetime = Field(sa_type=UtcTime)
 
 
+class Sweep(Row, table=True):
+    """Jobs that were submitted together to be compared: what they share, and what varies between them."""
+
+    __tablename__ = "sweeps"
+    __table_args__ = (
+        CheckConstraint("event_seq >= 0", name="counts"),
+        Index("ix_sweeps_seq", "seq"),
+        Index("ix_sweeps_idempotency", "owner", "idempotency_key", unique=True,
+              sqlite_where=text("idempotency_key IS NOT NULL"), postgresql_where=text("idempotency_key IS NOT NULL")),
+    )  # fmt: skip
+
+    id: str = Field(default_factory=new_id, primary_key=True)
+    seq: int = Field(sa_type=BigInteger)
+    """`Job.seq` of its first job, by which lists are sorted."""
+
+    owner: str = ""
+    """The user whose key submitted it; empty where no keys are used."""
+
+    name: str | None = None
+    tags: dict[str, str] = Field(default_factory=dict, sa_column=_json())
+    created_at: datetime = Field(sa_type=UtcTime)
+    config: dict[str, Any] = Field(sa_column=_json())
+    """The knobs that its jobs have in common, as submitted."""
+
+    parameters: list[dict[str, Any]] = Field(sa_column=_json())
+    """What varies: `{"name", "values"}` each, in the order given. The name is a knob, `seed`, or `text`, whose values
+    are SHA-256 digests."""
+
+    idempotency_key: str | None = None
+    request_sha256: str | None = None
+    """SHA-256 of the request that came with the idempotency key, hexadecimal."""
+
+    event_seq: int = Field(default=0, sa_type=BigInteger)
+    """Number of the newest event of its jobs, which are numbered through. Whoever adds one locks this row until its
+    commit, after the rows of all jobs that it changes: the numbers are committed in their order."""
+
+
 class Job(Row, table=True):
     """A job: what was submitted, its place in the queue, the lease of the worker that runs it, its progress."""
 
@@ -78,6 +115,8 @@ class Job(Row, table=True):
         Index("ix_jobs_status", "seq", "status"),
         Index("ix_jobs_text", "text_sha256"),
         Index("ix_jobs_parent", "parent_id"),
+        Index("ix_jobs_sweep", "sweep_id", "seq",
+              sqlite_where=text("sweep_id IS NOT NULL"), postgresql_where=text("sweep_id IS NOT NULL")),
         Index("ix_jobs_idempotency", "owner", "idempotency_key", unique=True,
               sqlite_where=text("idempotency_key IS NOT NULL"), postgresql_where=text("idempotency_key IS NOT NULL")),
     )  # fmt: skip
@@ -150,6 +189,7 @@ class Job(Row, table=True):
 
     parent_id: str | None = Field(default=None, foreign_key="jobs.id")
     parent_percent: int | None = None
+    sweep_id: str | None = Field(default=None, foreign_key="sweeps.id")
     idempotency_key: str | None = None
     request_sha256: str | None = None
     """SHA-256 of the request that came with the idempotency key, hexadecimal."""
@@ -190,6 +230,18 @@ class Checkpoint(Row, table=True):
     """`{"name", "size", "sha256"}` of each file."""
 
     metrics: dict[str, Any] = Field(sa_column=_json())
+    """Figures of the checkpoint, without what has a column of its own."""
+
+    reconstruction: dict[str, Any] | None = Field(default=None, sa_column=_json(nullable=True))
+    """Prediction for every target. Apart from `metrics`, so that a comparison of many checkpoints reads none."""
+
+    moe: dict[str, Any] | None = Field(default=None, sa_column=_json(nullable=True))
+    """Figures of the routers; null for a dense model. Apart from `metrics` for the same reason."""
+
+
+LARGE_METRICS = ("reconstruction", "moe")
+"""The parts of a checkpoint's metrics that have columns of their own. A worker of an earlier version leaves them in
+`metrics`."""
 
 
 class Snapshot(Row, table=True):
@@ -233,10 +285,31 @@ class StepBlock(Row, table=True):
     """`{column: [minimum, its step, maximum, its step]}`; a column without a figure is absent."""
 
 
+class Envelope(Row, table=True):
+    """The smallest and the largest training loss of a job in at most 100 stretches of equal length: what a chart of
+    many jobs needs, in one row a job."""
+
+    __tablename__ = "envelopes"
+
+    job_id: str = Field(sa_column=_job_key())
+    width: int = Field(sa_type=BigInteger)
+    """Steps of a bucket, a power of two: bucket b holds the steps b * width + 1 to (b + 1) * width."""
+
+    last_step: int = Field(sa_type=BigInteger)
+    """The last step that is in it."""
+
+    train_loss: list[list[Any]] = Field(sa_column=_json())
+    """Minima and maxima by bucket, `[[...], [...]]`, with five significant digits; null in a bucket without any."""
+
+
 class Event(Row, table=True):
-    """An event of a job, numbered from 1 in each job."""
+    """An event of a job, numbered from 1 in each job, and in its sweep from 1 through all of its jobs."""
 
     __tablename__ = "events"
+    __table_args__ = (
+        Index("ix_events_sweep", "sweep_id", "sweep_seq", unique=True,
+              sqlite_where=text("sweep_id IS NOT NULL"), postgresql_where=text("sweep_id IS NOT NULL")),
+    )  # fmt: skip
 
     job_id: str = Field(sa_column=_job_key())
     seq: int = Field(sa_type=BigInteger, primary_key=True)
@@ -245,6 +318,10 @@ class Event(Row, table=True):
 
     created_at: datetime = Field(sa_type=UtcTime)
     data: dict[str, Any] = Field(sa_column=_json())
+    sweep_id: str | None = None
+    """The sweep of the job, if it has one."""
+
+    sweep_seq: int | None = Field(default=None, sa_type=BigInteger)
 
 
 class Worker(Row, table=True):

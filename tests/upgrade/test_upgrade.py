@@ -22,25 +22,29 @@ from nanomoe.training.run import prepare
 from service.database import migrate
 from service.database.opening import open_database
 from service.database.schema import table
-from service.jobs import queue, reads
+from service.jobs import compared_jobs, queue, reads
+from service.jobs.compared_jobs import Selection
+from service.jobs.envelope import envelope_of_series
 from service.jobs.statuses import TERMINAL
-from service.jobs.tables import Job
+from service.jobs.tables import Envelope, Job
 from service.settings import Settings
 from service.storage import fsck
 from tests.faults.undisturbed import hooked, train_undisturbed
 from tests.upgrade.make_data_folder import BYTES, TEXT
 from tests.worker.workplace import Workplace
 
-RECORDED = Path(__file__).parent / "revision_0001.tar.xz"
+RECORDED = sorted(Path(__file__).parent.glob("revision_*.tar.xz"))
+"""A data folder of each earlier revision of the schema."""
+
 GOES_ON = {"paused": "finished", "crashed": "finished", "killed": "finished", "killed ptbr-8k": "finished ptbr-8k"}
 """What has a snapshot, and the job of equal config and text that ended undisturbed."""
 
 
-@pytest.fixture(scope="module")
-def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=RECORDED, ids=lambda path: path.name.partition(".")[0])
+def recorded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folders `data` and `backup`."""
     folder = tmp_path_factory.mktemp("recorded")
-    with tarfile.open(RECORDED) as archive:
+    with tarfile.open(request.param) as archive:
         archive.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))  # noqa: S202 - filter: since 3.11.4
     return folder
 
@@ -100,6 +104,20 @@ def resume_with_the_library(place: Workplace, job: Job) -> str:
     return hashlib.sha256(files[100]["model.safetensors"]).hexdigest()
 
 
+def check_envelopes(place: Workplace) -> None:
+    """Every job has the envelope of its series, and its reconstructions apart from the figures."""
+    ids = [job.id for job in by_name(place).values()]
+    with place.db.read() as session:
+        made = {job_id: envelope_of_series(session, job_id) for job_id in ids}
+        stored = set(session.scalars(sa.select(table(Envelope).c.job_id)))
+    assert stored == {job_id for job_id in ids if made[job_id].last_step > 0}
+    assert dict(compared_jobs.read_envelopes(place.db, Selection(job_ids=ids))) == made
+    for job_id in ids:
+        for recorded in reads.list_checkpoints(place.db, job_id):
+            assert "reconstruction" not in recorded.metrics
+            assert recorded.reconstruction is not None
+
+
 def test_every_job_of_an_older_data_folder_goes_on_to_its_end(place: Workplace) -> None:
     jobs = by_name(place)
     assert {name: job.status for name, job in jobs.items()} == {
@@ -109,6 +127,7 @@ def test_every_job_of_an_older_data_folder_goes_on_to_its_end(place: Workplace) 
     }  # fmt: skip
     assert {name for name, job in jobs.items() if job.run_at is not None} == {"dated"}
     assert fsck.check(place.db, place.settings.data_dir).is_clean
+    check_envelopes(place)
     expected = {name: resume_with_the_library(place, jobs[name]) for name in GOES_ON}
     rounds_alike = train_undisturbed(JobConfig(**BYTES), TEXT).files[100]["model.safetensors"] == weights(
         place, jobs["finished"]
@@ -124,6 +143,7 @@ def test_every_job_of_an_older_data_folder_goes_on_to_its_end(place: Workplace) 
         ended = place.wait_for(job, *TERMINAL, timeout=120)
         assert (name, ended.status) == (name, job.status if job.status in TERMINAL else "succeeded")
     assert {name: weights(place, jobs[name]) for name in GOES_ON} == expected
+    check_envelopes(place)
     if rounds_alike:
         assert expected == {name: weights(place, jobs[undisturbed]) for name, undisturbed in GOES_ON.items()}
     assert fsck.check(place.db, place.settings.data_dir).is_clean

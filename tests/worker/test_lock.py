@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import psutil
+import pytest
 
 from tests.worker.workplace import is_alive
+from worker import survivors as survivors_module
 from worker.lock import SlotLock
 from worker.survivors import TOKEN_VARIABLE, survivors
 
@@ -57,6 +59,30 @@ def test_orphans_of_a_dead_supervisor_are_killed_by_the_next_one(tmp_path: Path)
     while is_alive(left.pid):
         pass
     assert lock.acquire()
+
+
+def test_a_survivor_is_found_whose_environment_is_empty_for_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is while the kernel loads a program: just after a child was started."""
+    read, looks = survivors_module._read, []
+
+    def read_late(pid: int | str, name: str) -> bytes:
+        if name == "environ" and pid == str(child.pid):
+            looks.append(pid)
+            return b"" if len(looks) < 3 else read(pid, name)
+        return read(pid, name)
+
+    monkeypatch.setattr(survivors_module, "_read", read_late)
+    child = subprocess.Popen(
+        [sys.executable, "-S", "-c", SLEEP],
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, TOKEN_VARIABLE: "late"},
+    )
+    try:
+        assert survivors(None, "late") == {child.pid}
+    finally:
+        child.kill()
+        child.wait()
 
 
 def test_survivors_are_found_in_the_session_and_beyond_it() -> None:

@@ -16,8 +16,8 @@ from nanomoe.model.moe import Assignments, ExpertPath, Experts
 from nanomoe.training.execution import Execution
 from nanomoe.training.run import Run, prepare
 
-WAYS = ("eager", "fused")
-"""All that there may be: operator by operator, and written out in compiled loops."""
+WAYS = ("eager", "fused", "captured")
+"""All that there may be: operator by operator, written out in compiled loops, captured as CUDA graphs."""
 
 _FORCED = "NANOMOE_STEP_PATH"
 """Environment variable that names the way which jobs take."""

@@ -31,35 +31,59 @@ class EagerStep(TrainingStep):
         self._optimizer.zero_grad()
 
     def add(self, index: int, windows: Sequence[int], n_targets: int) -> Part:
-        config = self._config
-        inputs_BT, targets_BT = self._windows.batch(list(windows))
         dropout = Dropout(
-            config, seed=config.seed, step=index, windows=windows, device=self._device, dtype=self._activations
-        )
+            self._config, seed=self._config.seed, step=index, windows=windows, device=self._device,
+            dtype=self._activations,
+        )  # fmt: skip
+        share = self._windows.n_targets(list(windows)) / n_targets
+        objective, part = self.objective(*self._windows.batch(list(windows)), dropout, n_targets, share)
+        torch.autograd.backward(objective)
+        return part
+
+    def update(self) -> Tensor:
+        grad_norm = self.gradient_norm()
+        self.apply_gradients(grad_norm, self.lr)
+        return grad_norm
+
+    def objective(
+        self, inputs_BT: Tensor, targets_BT: Tensor, dropout: Dropout, n_targets: int | Tensor, share: float | Tensor
+    ) -> tuple[Tensor, Part]:
+        """What a micro-batch's gradient is that of, 0-dim, and what else the micro-batch contributes.
+
+        Args:
+            inputs_BT: tokens, int64.
+            targets_BT: their targets, int64.
+            dropout: the micro-batch's own.
+            n_targets: targets of the whole step.
+            share: those of the micro-batch over those of the whole step.
+        """
+        config = self._config
         self._model.train()
         with self._autocast():
             logits_BTV, routings = self._model(inputs_BT, dropout=dropout)
         loss = token_losses(logits_BTV, targets_BT).sum() / n_targets
         objective = loss
-        share = self._windows.n_targets(list(windows)) / n_targets
         for routing in routings.values():
             balance = config.router_aux_loss_coef * routing.aux_loss + config.router_z_loss_coef * routing.z_loss
             objective = objective + balance * share
-        torch.autograd.backward(objective)
-        return Part(
+        return objective, Part(
             loss.detach(),
             {layer: routing.counts_E for layer, routing in routings.items()},
             {layer: routing.dropped for layer, routing in routings.items()},
         )
 
-    def update(self) -> Tensor:
+    def gradient_norm(self) -> Tensor:
+        """The norm of the whole gradient, 0-dim."""
         gradients = [p.grad for p in self._model.parameters() if p.grad is not None]
-        grad_norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+        return torch.nn.utils.get_total_norm(gradients, foreach=True)
+
+    def apply_gradients(self, grad_norm: Tensor, lr: float | Tensor, skipped: Tensor | None = None) -> None:
+        """Clip the gradient, whose norm is given, if the config says so, and change the weights; arguments as of
+        `AdamW`."""
         if self._config.grad_clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self._model.parameters(), self._config.grad_clip, grad_norm)
-        self._optimizer.lr = self.lr
-        self._optimizer.step()
-        return grad_norm
+        self._optimizer.lr = lr
+        self._optimizer.step(skipped)
 
     def tensors(self) -> dict[str, Tensor]:
         return self._optimizer.tensors()

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from nanomoe.model.moe import MoE
+
 
 class Part(NamedTuple):
     """What one micro-batch contributes to an optimizer step, beside its gradient. Nothing of it has been read yet."""
@@ -18,6 +20,10 @@ class Part(NamedTuple):
     """{MoE layer: assignments beyond the capacity}, 0-dim."""
 
 
+class CaptureFailed(RuntimeError):
+    """A step could not be captured; nothing of it has been done."""
+
+
 class TrainingStep(ABC):
     """One way of doing an optimizer step: gradients of its micro-batches, then the update of the weights."""
 
@@ -26,7 +32,12 @@ class TrainingStep(ABC):
 
     @abstractmethod
     def begin(self) -> None:
-        """Forget all gradients."""
+        """Forget all gradients.
+
+        Raises:
+            RuntimeError: memory ran out.
+            CaptureFailed: the step cannot be done in this way after all.
+        """
 
     @abstractmethod
     def add(self, index: int, windows: Sequence[int], n_targets: int) -> Part:
@@ -34,11 +45,18 @@ class TrainingStep(ABC):
 
         Raises:
             RuntimeError: memory ran out; `begin` starts over.
+            CaptureFailed: the step cannot be done in this way after all; `begin` of another starts over.
         """
 
     @abstractmethod
     def update(self) -> Tensor:
         """Clip the gradient if the config says so and change the weights; the gradient's norm before, 0-dim."""
+
+    def balance(self, moe_layers: Mapping[int, MoE], counts: Mapping[int, Tensor]) -> None:
+        """After `update`: change the balance bias of each mixture by the assignments of the whole step to each of its
+        experts, before dropping."""
+        for layer, moe in moe_layers.items():
+            moe.update_balance_bias(counts[layer])
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from nanomoe.compiling import compiled_for
 from nanomoe.config import JobConfig
 from nanomoe.data import Windows
 from nanomoe.model.gpt import GPT
+from nanomoe.model.size import n_params
 from nanomoe.plan import Plan
 from nanomoe.training.steps.fused import FusedStep
 from nanomoe.training.steps.loops.compiling import LOOPS
@@ -22,6 +23,10 @@ from nanomoe.training.steps.loops.compiling import LOOPS
 _TURNS = 5
 _SECONDS = 0.3
 """After which no further turn begins."""
+
+_FEWEST_OPERATIONS = 2_000_000
+"""Multiply-adds of an MLP's product. One of fewer takes a thread some fifty microseconds, about as long as it takes to
+wait for another; assumed, and not measured for each such shape."""
 
 _MOST_WEIGHTS = 20_000_000
 """With more, a step is long enough for all threads, and measuring would take its time."""
@@ -32,14 +37,16 @@ _MOST_TOKENS = 1024
 
 def measured_threads(config: JobConfig, vocab_size: int, n_tokens: int, dtype: torch.dtype, most: int) -> int:
     """One, two, four and so on, or `most`: the fastest for the steps of this job. Takes half a second, and only the
-    first time that a shape is seen."""
+    first time that a shape is seen which is neither tiny nor large."""
     plan = Plan.of(config, n_tokens)
     length = min(plan.n_train_tokens, config.block_size)
     windows = min(config.batch_size, plan.n_windows, max(1, _MOST_TOKENS // length))
-    n_weights = (vocab_size + config.block_size + 12 * config.n_layer * config.n_embd) * config.n_embd
-    if most == 1 or n_weights > _MOST_WEIGHTS:
+    if most == 1 or n_params(config, vocab_size) > _MOST_WEIGHTS:
         return most
-    shape = (windows, length, vocab_size, config.n_embd, config.n_layer, config.n_head, dtype)
+    if windows * length * 4 * config.n_embd**2 < _FEWEST_OPERATIONS:
+        return 1
+    mixture = (config.moe_layers, config.n_experts, config.k, config.n_shared_experts, config.expert_hidden)
+    shape = (windows, length, vocab_size, config.n_embd, config.n_layer, config.n_head, mixture, dtype)
     place = _place((*shape, most, os.cpu_count(), compiled_for(), torch.__version__))
     if not place.exists():
         fastest = _measure(config, vocab_size, windows, length, dtype, most)

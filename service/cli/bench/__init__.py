@@ -7,6 +7,7 @@ import typer
 
 from service.cli import text
 from service.cli.bench import tables
+from service.cli.bench.devices import device_named
 from service.cli.bench.lists import names, numbers
 from service.cli.bench.train import train
 from service.cli.commands import Command
@@ -35,6 +36,9 @@ def generate(
     at_once: Annotated[
         str, typer.Option(metavar="N,...", help="Numbers of texts that are generated at the same time.")
     ] = "1,8,32,128",
+    device: Annotated[
+        str, typer.Option(help="Device to measure: cpu, cuda or cuda:N. Through HTTP it is the service's own.")
+    ] = "cpu",
     turns: Annotated[int, typer.Option(min=1, help="Repetitions of each measurement; medians are shown.")] = 3,
     http: Annotated[bool, typer.Option(help="Also measure through HTTP, with a temporary service.")] = True,
     transformers: Annotated[bool, typer.Option(help="Also measure transformers' cached generate.")] = True,
@@ -44,6 +48,7 @@ def generate(
     from nanomoe.bench import generation
     from nanomoe.bench.models import MODELS
 
+    on = device_named(device)
     chosen = names("--models", models, tuple(MODELS))
     sizes, crowds = numbers("--vocab", vocab), numbers("--at-once", at_once)
     console = text.console(stderr=True)
@@ -54,7 +59,13 @@ def generate(
             with console.status("measuring") as status:
                 figures.append(
                     generation.measure(
-                        name, size, at_once=crowds, turns=turns, with_transformers=transformers, said=status.update
+                        name,
+                        size,
+                        device=on,
+                        at_once=crowds,
+                        turns=turns,
+                        with_transformers=transformers,
+                        said=status.update,
                     )
                 )
                 if http:

@@ -8,9 +8,9 @@ import typer
 
 from service.cli import text
 from service.cli.bench import training_tables
+from service.cli.bench.devices import device_named
 from service.cli.bench.lists import names, numbers
 from service.cli.output import Json, print_json
-from service.cli.usage_error import UsageError
 
 if TYPE_CHECKING:
     from nanomoe.bench.training.evaluation import EvaluationShare
@@ -57,13 +57,9 @@ def train(
     from nanomoe.bench.training import evaluation, growth
     from nanomoe.bench.training import steps as training_steps
     from nanomoe.bench.training.shapes import SHAPES
-    from nanomoe.training.execution import DeviceUnavailable, find_device
 
     wanted = names("--only", only, _MEASUREMENTS)
-    try:
-        on = find_device(device)
-    except (DeviceUnavailable, RuntimeError) as error:
-        raise UsageError(f"--device {device}: {str(error).splitlines()[0]}") from error
+    on = device_named(device)
     suitable = tuple(name for name, shape in SHAPES.items() if on.type == "cuda" or not shape.needs_gpu)
     chosen = suitable if shapes is None else names("--shapes", shapes, tuple(SHAPES))
     lengths = numbers("--texts", texts, largest=100_000_000)

@@ -4,19 +4,17 @@ import asyncio
 from typing import Annotated
 
 from anyio import to_thread
-from fastapi import APIRouter, Header, Query, Response
+from fastapi import APIRouter, Query, Response
 from pydantic import Field, StringConstraints
 
-from nanomoe import checkpoint
-from nanomoe.checkpoint import CheckpointDamaged
-from nanomoe.config import JobConfig
-from service.errors import Conflict, DatabaseUnavailable
+from service.errors import DatabaseUnavailable
 from service.http import files, schemas, views
 from service.http.conditional import ConditionalResponse
 from service.http.context import Context
 from service.http.openapi import NOT_MODIFIED, problems, ref
-from service.http.patterns import IDEMPOTENCY_KEY, SEQUENCE_NUMBER, TAG
-from service.http.routes.parameters import JobId, Service, StrictQuery
+from service.http.parent import find_parent
+from service.http.patterns import SEQUENCE_NUMBER, TAG
+from service.http.routes.parameters import IdempotencyKey, JobId, Service, StrictQuery
 from service.http.routes.submit_body import DOCUMENTED, Submission
 from service.http.schemas import JobView
 from service.http.schemas.jobs import split_tag
@@ -66,12 +64,6 @@ class JobQuery(StrictQuery):
     """The status that the client has already; without it, any change of the status ends the wait."""
 
 
-IdempotencyKey = Annotated[
-    Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=IDEMPOTENCY_KEY)] | None,
-    Header(description="Token that makes the request safe to repeat: the same key and request answer the first job."),
-]
-
-
 @router.post(
     "/jobs",
     summary="Submit a job",
@@ -95,7 +87,9 @@ def submit_job(
     idempotency_key: IdempotencyKey = None,
 ) -> Response | JobView:
     """Train a model on a text. Everything but the text has the reference run's default."""
-    found = submission.assess(request.text, request.config, service.settings, _parent(service, request.config))
+    found = submission.assess(
+        request.text, request.config, service.settings, find_parent(service, request.config.init_from)
+    )
     if query.dry_run:
         return Response(views.estimate(found).model_dump_json(), 200, media_type="application/json")
     new = found.new_job(
@@ -109,26 +103,6 @@ def submit_job(
     response.status_code = 201 if created else 200
     response.headers["Location"] = f"/jobs/{row.id}"
     return _with_queue_position(service, row)
-
-
-def _parent(service: Context, config: JobConfig) -> submission.Parent | None:
-    """The recorded checkpoint that a job is to start from; None for random weights.
-
-    Raises:
-        NotFound: `job_not_found`, `checkpoint_not_found`.
-        Conflict: `checkpoint_damaged`.
-    """
-    origin = config.init_from
-    if origin is None:
-        return None
-    recorded = reads.get_checkpoint(service.database, origin.job_id, origin.checkpoint)
-    job = reads.get_job(service.database, origin.job_id)
-    try:
-        opened = checkpoint.open(service.settings.data_dir / recorded.folder, recorded.manifest_sha256)
-        tokenizer = opened.tokenizer()
-    except CheckpointDamaged as error:
-        raise Conflict(error.code, f"cannot start from {origin.job_id}@{origin.checkpoint}: {error}") from error
-    return submission.Parent(views.job(job).config, tokenizer, job.text_sha256)
 
 
 @router.get(

@@ -6,12 +6,13 @@ A malformed id is answered as an unknown one is: 404.
 import re
 from typing import Annotated, Any, Literal
 
-from fastapi import Depends, Path, Request
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from fastapi import Depends, Header, Path, Request
+from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints
 
 from nanomoe.config import JOB_ID_PATTERN, PERCENTS, Percent
 from service.errors import NotFound
 from service.http.context import Context
+from service.http.patterns import IDEMPOTENCY_KEY
 
 _JOB_ID = re.compile(JOB_ID_PATTERN)
 _CHECKPOINTS: dict[str, Percent | Literal["latest"]] = {
@@ -45,6 +46,24 @@ JobId = Annotated[
     str,
     Path(description="Id of the job: 32 hexadecimal digits.", json_schema_extra={"pattern": JOB_ID_PATTERN}),
     AfterValidator(_job_id),
+]
+
+
+def _sweep_id(given: str) -> str:
+    if not _JOB_ID.fullmatch(given):
+        raise NotFound("sweep_not_found", f"there is no sweep {given!r}")
+    return given
+
+
+SweepId = Annotated[
+    str,
+    Path(description="Id of the sweep: 32 hexadecimal digits.", json_schema_extra={"pattern": JOB_ID_PATTERN}),
+    AfterValidator(_sweep_id),
+]
+
+IdempotencyKey = Annotated[
+    Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=IDEMPOTENCY_KEY)] | None,
+    Header(description="Token that makes the request safe to repeat: the same key and request get the first answer."),
 ]
 
 

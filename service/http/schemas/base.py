@@ -18,6 +18,9 @@ Text = Annotated[str, BeforeValidator(_without_mark)]
 
 T = TypeVar("T")
 
+SAME_AS = "x-same-as"
+"""Key of a JSON schema that stands for another schema, whose name is its value; the OpenAPI document refers to that."""
+
 
 class CheckpointRequest(Strict):
     """The body of a request that is answered from one checkpoint."""

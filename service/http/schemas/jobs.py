@@ -190,6 +190,9 @@ class JobView(View):
     parent: Parent | None
     """The checkpoint whose weights the job started from; null for random weights."""
 
+    sweep_id: str | None = None
+    """Id of the sweep that the job was submitted with; null for a job of its own."""
+
     @property
     def is_terminal(self) -> bool:
         """Whether the status is terminal."""

@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 import torch
 
+from nanomoe import cuda_graphs
 from nanomoe.config import SamplingConfig
-from nanomoe.generation import graphs, sampling
+from nanomoe.generation import sampling
 from nanomoe.generation.decoder import TensorDecoder
 from nanomoe.generation.engine import Continuation, Engine, Request, generate_reference
+from nanomoe.generation.graphs import GraphedStep
 from nanomoe.generation.output_layer import TensorOutputLayer
 from nanomoe.generation.sampling import Candidates
 from nanomoe.model.gpt import GPT
@@ -137,6 +139,8 @@ def _in_one_shape(model: GPT, max_running: int) -> Engine:
     engine = _engine(model, max_running=max_running)
     weights = model.state_dict()
     engine._decoder = TensorDecoder(weights, model.config, torch.device("cpu"), max_running, in_one_shape=True)
+    assert isinstance(engine._output, TensorOutputLayer)
+    engine._chosen_on_device = engine._output
     return engine
 
 
@@ -147,20 +151,6 @@ def test_what_fills_up_the_one_shape_of_a_gpu_does_not_change_a_text(name: str) 
     alone = _in_one_shape(model, 9).run(requests[:1]) + [_in_one_shape(model, 9).run([one])[0] for one in requests[1:9]]
     assert _served_among_others(_in_one_shape(model, 9), requests, 9) == _texts(alone)
     _assert_texts_of_reference(model, alone)
-
-
-def test_candidates_sought_on_a_device_are_the_likeliest_or_all() -> None:
-    logits_NV = torch.tensor([[1.0, 5.0, 3.0, 3.0, 0.0], [1.0, 5.0, 3.0, 2.0, 0.0]])
-    output = TensorOutputLayer(torch.zeros(5, 4), 2)
-    tied, clear = output._fewest(logits_NV, [2, 2])
-    assert tied.ids is None
-    assert tied.logits.tolist() == logits_NV[0].tolist()
-    assert clear.ids is not None
-    assert (clear.ids.tolist(), clear.logits.tolist()) == ([1, 2], [5.0, 3.0])
-    everything, one = output._fewest(logits_NV, [None, 1])
-    assert everything.ids is None
-    assert one.ids is not None
-    assert one.ids.tolist() == [1]
 
 
 @both_ways
@@ -181,6 +171,18 @@ def test_logprobs_are_those_of_the_models_own_softmax(compiled: bool) -> None:
     silent = engine.run([Request([5, 6, 7], 30, how, seed=1)])[0]
     assert silent.new == continuation.new
     assert silent.logprobs == []
+
+
+def test_tokens_chosen_on_a_device_have_the_same_logprobs() -> None:
+    model = random_model()
+    requests = [Request([5, 6, n], 6, MIXED[n % len(MIXED)], seed=n, logprobs=n % 3 or None) for n in range(8)]
+    ours, theirs = (engine.run(requests) for engine in (_in_one_shape(model, 9), _engine(model)))
+    assert _texts(ours) == _texts(theirs)
+    for one, other in zip(ours, theirs, strict=True):
+        assert len(one.logprobs) == len(other.logprobs)
+        for mine, its in zip(one.logprobs, other.logprobs, strict=True):
+            assert [like.token for like in mine.likeliest] == [like.token for like in its.likeliest]
+            assert math.isclose(mine.chosen.logprob, its.chosen.logprob, abs_tol=1e-4)
 
 
 def test_window_slid_tells_whether_a_token_was_chosen_without_the_oldest_ones() -> None:
@@ -254,8 +256,9 @@ def test_a_model_whose_float32_overflows_is_refused_when_that_happens(compiled: 
             block.mlp.c_fc.weight.mul_(1e20)
             block.mlp.c_proj.weight.mul_(1e20)
     for how in (GREEDY, SamplingConfig(top_k=5), SamplingConfig()):
-        with pytest.raises(ValueError, match="overflow float32"):
-            _engine(model, compiled=compiled).run([Request([1, 2], 5, how)])
+        for engine in (_engine(model, compiled=compiled), _in_one_shape(model, 2)):
+            with pytest.raises(ValueError, match="overflow float32"):
+                engine.run([Request([1, 2], 5, how)])
 
 
 @both_ways
@@ -337,11 +340,11 @@ def test_all_engines_of_a_device_capture_on_one_stream(monkeypatch: pytest.Monke
         current[0] = device if isinstance(device, int) else device.index or 0
         yield
 
-    graphs._capture_stream.cache_clear()
+    cuda_graphs.capture_stream.cache_clear()
     monkeypatch.setattr("torch.cuda.device", on)
     monkeypatch.setattr("torch.cuda.current_device", lambda: current[0])
     monkeypatch.setattr("torch.cuda.Stream", lambda: made.append(current[0]))
     for name in ("cuda", "cuda:0", "cuda:1", "cuda:0", "cuda:1"):
-        graphs.GraphedStep(torch.device(name))
-    graphs._capture_stream.cache_clear()
+        GraphedStep(torch.device(name))
+    cuda_graphs.capture_stream.cache_clear()
     assert made == [0, 1]

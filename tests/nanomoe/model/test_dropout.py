@@ -3,7 +3,16 @@ import torch
 from torch import Tensor
 
 from nanomoe.config import ModelConfig
-from nanomoe.model.dropout import EMBEDDING, Dropout, Site, mix, plane_keys
+from nanomoe.model.dropout import (
+    EMBEDDING,
+    Dropout,
+    Site,
+    mix,
+    new_counters,
+    plane_keys,
+    plane_keys_on_device,
+    window_keys,
+)
 
 CPU = torch.device("cpu")
 HEADS = 4
@@ -129,3 +138,17 @@ def test_the_keys_of_all_planes_at_once_are_those_of_one_after_another() -> None
     keys = plane_keys(config, 5, [3, 9], 2**62 + 1)
     assert keys.shape == (3, len(Site), 2, 4)
     assert keys[2, 1, 1, 3] == mix(2**62 + 1, 5, 9, 2, 1, 3)
+
+
+def test_keys_computed_on_a_device_are_those_of_the_host() -> None:
+    config = ModelConfig(n_layer=3, n_head=4, router_noise=True, use_moe=True)
+    for seed, step in ((0, 0), (2**62 + 1, 5), (2**63 - 1, 10**9)):
+        windows = [0, 3, 70_000]
+        keys_B = torch.tensor(window_keys(step, windows, seed))
+        keys = plane_keys_on_device(config, keys_B)
+        assert keys.numpy().tobytes() == plane_keys(config, step, windows, seed).tobytes()
+        there = Dropout.of_window_keys(config, keys_B, dtype=torch.float32, counters=new_counters)
+        here = Dropout(config, seed=seed, step=step, windows=windows, device=CPU, dtype=torch.float32)
+        for layer, site in ((EMBEDDING, Site.ATTENTION_OUTPUT), (2, Site.MLP_OUTPUT)):
+            assert torch.equal(draw(there, layer, site), draw(here, layer, site))
+        assert torch.equal(there.noise(1, 20, 8), here.noise(1, 20, 8))

@@ -36,6 +36,7 @@ def test_generation_is_measured_through_http_too(nanomoe: Run, monkeypatch: pyte
         (["train", "--shapes", "large"], "there are reference, reference-50k, small, gpt2"),
         (["train", "--device", "abacus"], "--device abacus"),
         (["train", "--device", "cuda:77"], "CUDA devices"),
+        (["generate", "--device", "cuda:77"], "CUDA devices"),
     ],
 )
 def test_an_invalid_measurement_is_a_usage_error(nanomoe: Run, options: list[str], said: str) -> None:

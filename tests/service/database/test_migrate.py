@@ -123,8 +123,8 @@ REBUILD = '''
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0003"
-down_revision = "0002"
+revision = "0004"
+down_revision = "0003"
 
 def upgrade() -> None:
     with op.batch_alter_table("jobs") as batch:
@@ -141,7 +141,7 @@ def next_schema(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The product's migrations and one more."""
     scripts = tmp_path / "migrations"
     shutil.copytree(migrate.SCRIPTS, scripts, ignore=shutil.ignore_patterns("__pycache__"))
-    (scripts / "versions" / "0003_rebuild.py").write_text(REBUILD)
+    (scripts / "versions" / "0004_rebuild.py").write_text(REBUILD)
     monkeypatch.setattr(migrate, "SCRIPTS", scripts)
 
 
@@ -149,8 +149,8 @@ def next_schema(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_table_that_is_rebuilt_keeps_its_children(db: Database) -> None:
     job, _ = queue.submit(db, NewJob(text="a b", config={}))
     before = schema(db)
-    migrate.upgrade(db, "0003")
-    assert db.revision() == "0003"
+    migrate.upgrade(db, "0004")
+    assert db.revision() == "0004"
     assert {**schema(db), "jobs": None} == {**before, "jobs": None}
     assert len(reads.events_after(db, job.id, 0)) == 1
     if db.is_sqlite:
@@ -165,17 +165,17 @@ def test_with_foreign_keys_on_a_rebuilt_table_would_lose_its_children(
 ) -> None:
     job, _ = queue.submit(db, NewJob(text="a b", config={}))
     monkeypatch.setattr(migrate, "_pragma", lambda connection, pragma: None)
-    migrate.upgrade(db, "0003")
+    migrate.upgrade(db, "0004")
     assert reads.events_after(db, job.id, 0) == []
 
 
 @pytest.mark.usefixtures("next_schema")
 def test_a_migration_that_fails_leaves_nothing_behind(db: Database) -> None:
-    script = migrate.SCRIPTS / "versions" / "0003_rebuild.py"
+    script = migrate.SCRIPTS / "versions" / "0004_rebuild.py"
     script.write_text(REBUILD + "    raise RuntimeError('half-way')\n")
     before = schema(db)
     with pytest.raises(RuntimeError, match="half-way"):
-        migrate.upgrade(db, "0003")
+        migrate.upgrade(db, "0004")
     assert schema(db) == before
     db.check_revision()
     queue.submit(db, NewJob(text="a b", config={}))

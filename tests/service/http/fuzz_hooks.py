@@ -13,6 +13,7 @@ import schemathesis
 
 JOBS = os.environ["NANOMOE_FUZZ_JOBS"].split(",")
 FINISHED = os.environ["NANOMOE_FUZZ_FINISHED"]
+SWEEPS = os.environ["NANOMOE_FUZZ_SWEEPS"].split(",")
 SOME_ID = re.compile(r"[0-9a-f]{32}")
 NUMBER = re.compile(r"[0-9]+(\.[0-9]+)?(e-?[0-9]+)?")
 SHORT_WAIT = 0.05
@@ -27,6 +28,8 @@ def map_path_parameters(context: Any, path_parameters: dict[str, Any] | None) ->
     """Mostly real jobs and files."""
     if path_parameters and SOME_ID.fullmatch(str(path_parameters.get("job_id"))) and _mostly():
         path_parameters["job_id"] = random.choice(JOBS)
+    if path_parameters and SOME_ID.fullmatch(str(path_parameters.get("sweep_id"))) and _mostly():
+        path_parameters["sweep_id"] = random.choice(SWEEPS)
     if path_parameters and "name" in path_parameters and _mostly():
         path_parameters["name"] = random.choice(["model.safetensors", "config.json"])
     if path_parameters and "model" in path_parameters and _mostly():
@@ -59,6 +62,8 @@ def before_call(context: Any, case: Any, kwargs: Any) -> None:
     """The events of a job that goes on never end, and a wait is as good when it is short."""
     if case.operation.path.endswith("/events") and SOME_ID.fullmatch(str(case.path_parameters.get("job_id"))):
         case.path_parameters["job_id"] = FINISHED
+    if case.operation.path.endswith("/events") and SOME_ID.fullmatch(str(case.path_parameters.get("sweep_id"))):
+        case.path_parameters["sweep_id"] = SWEEPS[0]
     # Waits arrive here as numbers and as strings; above 120 they are illegal.
     if NUMBER.fullmatch(wait := str((case.query or {}).get("wait"))) and float(wait) <= 120:
         case.query["wait"] = SHORT_WAIT

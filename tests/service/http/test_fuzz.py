@@ -24,14 +24,17 @@ CONFIG = """
 negative_data_rejection = { expected-statuses = ["400", "403", "404", "405", "409", "413", "415", "422", "429", "503"] }
 
 [[operations]]
-include-name = ["POST /jobs", "POST /generate", "POST /score", "POST /inspect", "POST /v1/completions"]
+include-name = [
+    "POST /jobs", "POST /sweeps", "GET /compare", "GET /compare/series", "POST /generate", "POST /score",
+    "POST /inspect", "POST /v1/completions",
+]
 checks = { positive_data_acceptance = { expected-statuses = ["2xx", "404", "409", "413", "422", "429", "503"] } }
 """
 
 
 @pytest.fixture
-def seeded(serve: Serve, tmp_path: Path) -> tuple[Api, list[str]]:
-    """A server, and jobs in several states, one that has finished first."""
+def seeded(serve: Serve, tmp_path: Path) -> tuple[Api, list[str], list[str]]:
+    """A server, jobs in several states, one that has finished first, and sweeps, one that has finished first."""
     api = serve(max_text_bytes=100_000)
     finished = api.claim(api.submit()["id"])
     files = tiny_files(tmp_path / "tiny")
@@ -39,19 +42,21 @@ def seeded(serve: Serve, tmp_path: Path) -> tuple[Api, list[str]]:
         api.record_checkpoint(finished, percent, 5 * percent, files)
     api.record_steps(finished, 1, 3)
     queue.finish(api.db, finished, "succeeded")
+    sweeps = [api.submit_finished_sweep()]
     running = api.running()
+    sweeps.append(api.submit_sweep()["id"])
     waiting, cancelled = (api.submit()["id"] for _ in range(2))
     api.http.post(f"/jobs/{cancelled}/cancel")
     # The engine starts with the first question, for seconds; what is judged is how long the others take.
     for route in ("generate", "inspect"):
         answer = api.http.post(f"/{route}", json={"job_id": finished.job_id, "prompt": "O gato"}, timeout=120)
         assert answer.status_code == 200, answer.text
-    return api, [finished.job_id, running.job_id, waiting, cancelled]
+    return api, [finished.job_id, running.job_id, waiting, cancelled], sweeps
 
 
 @pytest.mark.timeout(7200)
-def test_schemathesis_finds_nothing(seeded: tuple[Api, list[str]], tmp_path: Path) -> None:
-    api, jobs = seeded
+def test_schemathesis_finds_nothing(seeded: tuple[Api, list[str], list[str]], tmp_path: Path) -> None:
+    api, jobs, sweeps = seeded
     config = tmp_path / "schemathesis.toml"
     config.write_text(CONFIG, encoding="utf-8")
     found = subprocess.run(
@@ -68,6 +73,7 @@ def test_schemathesis_finds_nothing(seeded: tuple[Api, list[str]], tmp_path: Pat
             "PYTHONPATH": str(HERE),
             "NANOMOE_FUZZ_JOBS": ",".join(jobs),
             "NANOMOE_FUZZ_FINISHED": jobs[0],
+            "NANOMOE_FUZZ_SWEEPS": ",".join(sweeps),
         },
         capture_output=True,
         text=True,

@@ -21,7 +21,15 @@ def test_head_answers_as_get_without_the_content(api: Api, tmp_path: Path) -> No
     claim = api.claim(api.submit()["id"])
     api.record_checkpoint(claim, 100, 500, tiny_files(tmp_path / "tiny"))
     queue.finish(api.db, claim, "succeeded")
-    filled = {"job_id": claim.job_id, "percent": "100", "name": "config.json", "model": claim.job_id}
+    sweep = api.submit_sweep()
+    api.http.post(f"/sweeps/{sweep['id']}/cancel")  # an endless stream is another test's
+    filled = {
+        "sweep_id": sweep["id"],
+        "job_id": claim.job_id,
+        "percent": "100",
+        "name": "config.json",
+        "model": claim.job_id,
+    }
     documented = api.http.get("/openapi.json").json()["paths"]
     paths = [path.format(**filled) for path, operations in documented.items() if "get" in operations]
     for path in [*paths, *UNDOCUMENTED, "/nope", f"/jobs/{'0' * 32}", "/jobs?limit=0"]:

@@ -39,7 +39,7 @@ class Explorer:
 
     def send(self, method: str, path: str, **request: Any) -> None:
         answer = self.api.http.request(method, path, **request)
-        template = next(template for template, route in self._routes if route.fullmatch(path))
+        template = next(template for template, route in self._routes if route.fullmatch(path.partition("?")[0]))
         self.reached.add((method.lower(), template, answer.status_code))
 
 
@@ -60,7 +60,7 @@ def failing(api: Api, error_code: int | None) -> Iterator[None]:
         sa.event.remove(api.db.engine, "begin", refuse)
 
 
-def valid_requests(queued: str, finished: str) -> list[tuple[str, str, Any]]:
+def valid_requests(queued: str, finished: str, sweep: str) -> list[tuple[str, str, Any]]:
     """One legal request to each route, none of which needs another's effect."""
     generate = {"job_id": finished, "prompt": "a", "max_new_tokens": 1}
     return [
@@ -76,6 +76,13 @@ def valid_requests(queued: str, finished: str) -> list[tuple[str, str, Any]]:
         ("GET", f"/jobs/{finished}/checkpoints/latest", None),
         ("GET", f"/jobs/{finished}/checkpoints/0/reconstruction", None),
         ("GET", f"/jobs/{finished}/checkpoints/0/files/config.json", None),
+        ("POST", "/sweeps", {"text": TEXT, "seeds": 2}),
+        ("GET", "/sweeps", None),
+        ("GET", "/presets", None),
+        ("GET", f"/sweeps/{sweep}", None),
+        ("GET", f"/sweeps/{sweep}/events", None),
+        ("GET", f"/compare?sweep={sweep}", None),
+        ("GET", f"/compare/series?sweep={sweep}", None),
         ("POST", "/generate", generate),
         ("POST", "/score", {"job_id": finished, "text": "ab"}),
         ("POST", "/inspect", {"job_id": finished, "prompt": "a"}),
@@ -90,6 +97,10 @@ def valid_requests(queued: str, finished: str) -> list[tuple[str, str, Any]]:
         ("POST", f"/jobs/{queued}/resume", None),
         ("POST", f"/jobs/{queued}/cancel", None),
         ("DELETE", f"/jobs/{queued}", None),
+        ("POST", f"/sweeps/{sweep}/pause", None),
+        ("POST", f"/sweeps/{sweep}/resume", None),
+        ("POST", f"/sweeps/{sweep}/cancel", None),
+        ("DELETE", f"/sweeps/{sweep}", None),
     ]
 
 
@@ -119,7 +130,7 @@ def explore_imports(explorer: Explorer, folder: Path, patch: pytest.MonkeyPatch)
 def test_every_documented_status_is_reached_and_no_other(
     serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    api = serve(max_text_bytes=1000, max_queued=3, engine_max_waiting=1)
+    api = serve(max_text_bytes=1000, max_queued=4, engine_max_waiting=1)
     made = api.http.get("/openapi.json").json()
     explorer = Explorer(api, list(made["paths"]))
     send = explorer.send
@@ -128,8 +139,10 @@ def test_every_documented_status_is_reached_and_no_other(
     queue.finish(api.db, claim, "succeeded")
     damaged = api.running().job_id
     finished, queued = claim.job_id, api.submit()["id"]
+    sweep = api.http.post("/sweeps", json={"text": TEXT, "seeds": 2}).json()["id"]
+    api.http.post(f"/sweeps/{sweep}/cancel")
 
-    requests = valid_requests(queued, finished)
+    requests = valid_requests(queued, finished, sweep)
     for method, path, body in requests:
         send(method, path, json=body, headers={"Host": "evil.example"})
     for error_code in (None, 13):
@@ -143,18 +156,30 @@ def test_every_documented_status_is_reached_and_no_other(
             send(method, path, content=b" " * 2_000_000, headers=JSON)
             send(method, path, json={"nope": 1})
             send(method, path, json=body, headers={"Content-Encoding": "gzip"})
-        if "/jobs/" in path or "/models/" in path:
-            send(method, path.replace(queued, NOBODY).replace(finished, NOBODY), json=body)
+        if any(given in path for given in ("/jobs/", "/models/", "/sweeps/", "?sweep=")):
+            send(method, path.replace(queued, NOBODY).replace(finished, NOBODY).replace(sweep, NOBODY), json=body)
     for path in (
         f"/jobs/{queued}",
         "/jobs",
         f"/jobs/{queued}/metrics",
         f"/jobs/{finished}/checkpoints/0/reconstruction",
+        "/sweeps",
+        "/compare",
+        "/compare/series",
     ):
         send("GET", path, params={"nope": 1})
     send("GET", f"/jobs/{finished}/events", headers={"Last-Event-ID": "x"})
+    send("GET", f"/sweeps/{sweep}/events", headers={"Last-Event-ID": "x"})
+    send("GET", f"/sweeps/{sweep}/events", headers={"Last-Event-ID": "999"})
     send("GET", f"/jobs/{finished}/events", headers={"Last-Event-ID": "999"})
     send("DELETE", f"/jobs/{queued}")
+    waiting_sweep = api.http.post("/sweeps", json={"text": TEXT, "seeds": 2}).json()["id"]
+    send("DELETE", f"/sweeps/{waiting_sweep}")
+    for action in ("pause", "resume", "cancel"):
+        send("POST", f"/sweeps/{waiting_sweep}/{action}")
+    ended = api.submit_finished_sweep()
+    for action in ("pause", "resume", "cancel"):
+        send("POST", f"/sweeps/{ended}/{action}")
     for method, path, body in requests:
         send(method, path, json=body)
 
@@ -175,8 +200,12 @@ def test_every_documented_status_is_reached_and_no_other(
     send("POST", "/jobs", json={"text": TEXT, "config": from_damaged})
     send("POST", "/jobs", data={"text": TEXT})
     send("POST", "/jobs", json={"text": TEXT}, params={"dry_run": True})
-    for _ in range(3):
+    send("POST", "/sweeps", json={"text": TEXT, "seeds": 2}, params={"dry_run": True})
+    send("POST", "/sweeps", json={"text": TEXT, "seeds": 2, "config": {"init_from": {"job_id": NOBODY}}})
+    send("POST", "/sweeps", json={"text": TEXT, "seeds": 2, "config": from_damaged})
+    for _ in range(4):
         send("POST", "/jobs", json={"text": TEXT})
+    send("POST", "/sweeps", json={"text": TEXT, "seeds": 2})
     requests_to_models: list[tuple[str, dict[str, Any]]] = [
         ("/generate", {"prompt": "a"}),
         ("/score", {"text": "ab"}),
@@ -259,7 +288,9 @@ OPERATIONS = {
     "cancel_job", "create_completion", "delete_job", "generate", "get_checkpoint", "get_checkpoint_file", "get_health",
     "get_job", "get_job_events", "get_job_metrics", "get_job_metrics_csv", "get_job_text", "get_model",
     "get_prometheus_metrics", "get_readiness", "get_reconstruction", "inspect", "list_checkpoints", "list_jobs",
-    "list_models", "list_workers", "patch_job", "pause_job", "resume_job", "score", "submit_job",
+    "list_models", "list_workers", "patch_job", "pause_job", "resume_job", "score", "submit_job", "cancel_sweep",
+    "compare_jobs", "compare_series", "delete_sweep", "get_sweep", "get_sweep_events", "list_sweeps", "pause_sweep",
+    "list_presets", "resume_sweep", "submit_sweep",
 }  # fmt: skip
 
 
@@ -323,5 +354,5 @@ def test_a_stream_is_described_in_words_and_has_no_type(made: dict[str, Any]) ->
         for answer in operation["responses"].values()
         if "text/event-stream" in answer.get("content", {})
     ]
-    assert len(streams) == 3
+    assert len(streams) == 4
     assert all(set(stream) == {"schema"} and set(stream["schema"]) == {"description"} for stream in streams)

@@ -24,6 +24,7 @@ def requests(api: Api) -> Requests:
     return {
         ("post", "/jobs"): {"text": TEXT},
         ("patch", "/jobs/{job_id}"): {"name": "gato", "job_id": api.submit()["id"]},
+        ("post", "/sweeps"): {"text": TEXT, "seeds": 2},
         ("post", "/generate"): {"job_id": NOBODY, "prompt": "olá"},
         ("post", "/score"): {"job_id": NOBODY, "text": "olá"},
         ("post", "/inspect"): {"job_id": NOBODY, "prompt": "olá"},

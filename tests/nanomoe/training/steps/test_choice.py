@@ -35,13 +35,23 @@ def test_a_job_whose_loops_are_not_compiled_does_its_steps_without_them_and_says
     assert "numba" in execution.compiled_for
 
 
-def test_a_gpu_does_its_steps_eagerly_even_if_others_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_device_does_not_have_is_done_eagerly_even_if_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choice.choose_path(torch.device("cuda"), "fused")[0] == "eager"
     monkeypatch.setenv("NANOMOE_STEP_PATH", "fused")
     assert choice.choose_path(CPU)[0] == "fused"
     monkeypatch.setenv("NANOMOE_STEP_PATH", "fast")
     with pytest.raises(ValueError, match="eager or fused"):
         choice.choose_path(CPU)
+
+
+def test_on_a_gpu_a_step_is_captured_unless_another_way_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda")
+    assert choice.choose_path(gpu)[0] == "captured"
+    assert choice.choose_path(gpu, "eager") == ("eager", "asked for")
+    assert choice.choose_path(CPU, "captured") == ("eager", "only a GPU has graphs of captured work")
+    monkeypatch.setenv("NANOMOE_STEP_PATH", "eager")
+    assert choice.choose_path(gpu)[0] == "eager"
+    assert choice.choose_path(gpu, "captured")[0] == "captured"
 
 
 def test_a_later_attempt_keeps_the_way_of_the_first_and_says_when_it_cannot() -> None:
@@ -89,6 +99,7 @@ def test_the_number_of_threads_is_measured_once_for_a_shape_and_kept(
     real = threads._measure
     monkeypatch.setattr(threads, "_measure", measure)
     assert [threads_of(87, 2), threads_of(87, 2), threads_of(50, 2), threads_of(87, 1)] == [2, 2, 2, 1]
+    assert [threads_of(20, 2), threads_of(2, 2)] == [1, 1]  # too little to share out
     assert measured == [87, 50]
     before = torch.get_num_threads()
     assert real(JobConfig(n_embd=16, n_layer=1), 256, 2, 20, torch.float32, 3) in (1, 2, 3)

@@ -1,0 +1,117 @@
+"""Sweeps and comparisons as lines and tables of the terminal. Knows no connection."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+from rich.text import Text
+
+from service.cli import job_text, text
+
+if TYPE_CHECKING:
+    from service.http import schemas
+
+
+def sweep_line(sweep: schemas.SweepView) -> Text:
+    """A sweep on one line: `queued  width  6 jobs: n_embd 64, 128; seed 42 to 44`."""
+    n_jobs = sum(sweep.counts.values())
+    line = job_text.status_text(sweep.status)
+    if sweep.name:
+        line.append(f"  {text.visible(sweep.name)}", "default")
+    varied = "; ".join(f"{one.name} {_values(one.values)}" for one in sweep.parameters)
+    return line.append(f"  {n_jobs:,} {'job' if n_jobs == 1 else 'jobs'}{': ' if varied else ''}{varied}", "default")
+
+
+def _values(values: Sequence[Any]) -> str:
+    shown = [value_text(value) for value in values]
+    return ", ".join(shown) if len(shown) <= 4 else f"{shown[0]}, {shown[1]}, ... {shown[-1]}"
+
+
+def value_text(value: Any) -> str:
+    """A knob's value; of a digest the beginning."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return str(value).lower()
+        case float():
+            return f"{value:g}"
+        case str() if len(value) == 64:
+            return value[:8]
+    return text.visible(str(value))
+
+
+def print_comparison(found: schemas.Comparison) -> None:
+    """Print the newest figures: of each group where a group has several jobs, else of each job; and the best."""
+    if not found.jobs:
+        text.console().print("no jobs")
+        return
+    has_seeds = any(len(group.job_ids) > 1 for group in found.groups)
+    text.print_table(group_table(found) if has_seeds else job_table(found))
+    if found.best is not None:
+        best = found.best
+        line = f"best {best.metric}: {text.figure(best.value)}, job {best.job_id} at {best.percent} %"
+        text.console().print(line, soft_wrap=True)
+
+
+def job_table(found: schemas.Comparison) -> Table:
+    """A row for each job: what differs, and the figures of its newest checkpoint."""
+    names = [one.name for one in found.parameters]
+    table = text.new_table("job", "status", *(f">{name}" for name in (*names, "done", *found.metrics, *_extra(found))))
+    for job in found.jobs:
+        quarter = job.quarters[-1] if job.quarters else None
+        table.add_row(
+            job.job_id,
+            job_text.status_text(job.status),
+            *(value_text(job.values[name]) for name in names),
+            "–" if quarter is None else f"{quarter.percent} %",
+            *(text.figure(None if quarter is None else quarter.metrics.get(name)) for name in found.metrics),
+            *_extra_cells(found, job),
+        )
+    return table
+
+
+def _extra(found: schemas.Comparison) -> tuple[str, ...]:
+    """Columns that only some comparisons have."""
+    until = ("steps until", "seconds until") if any(job.steps_until is not None for job in found.jobs) else ()
+    at = ("loss at step",) if any(job.at_step is not None for job in found.jobs) else ()
+    return (*until, *at)
+
+
+def _extra_cells(found: schemas.Comparison, job: schemas.ComparedJob) -> list[str]:
+    cells = []
+    if any(one.steps_until is not None for one in found.jobs):
+        until = job.steps_until
+        cells += ["–", "–"] if until is None else [f"{until.step:,}", text.figure(until.seconds)]
+    if any(one.at_step is not None for one in found.jobs):
+        cells.append(text.figure(None if job.at_step is None else job.at_step.train_loss))
+    return cells
+
+
+def group_table(found: schemas.Comparison) -> Table:
+    """A row for each group of jobs that differ only in the seed: mean and standard deviation of the newest figures."""
+    names = [one.name for one in found.parameters if one.name != "seed"]
+    until = ("steps until", "seconds until") if any(group.steps_until is not None for group in found.groups) else ()
+    at = ("loss at step",) if any(group.at_step is not None for group in found.groups) else ()
+    table = text.new_table(*(f">{name}" for name in (*names, "jobs", "done", *found.metrics, *until, *at)))
+    for group in found.groups:
+        quarter = group.quarters[-1] if group.quarters else None
+        cells = [spread_text(None if quarter is None else quarter.metrics.get(name)) for name in found.metrics]
+        cells += [spread_text(group.steps_until), spread_text(group.seconds_until)][: len(until)]
+        cells += [spread_text(None if group.at_step is None else group.at_step["train_loss"])][: len(at)]
+        table.add_row(
+            *(value_text(group.values[name]) for name in names),
+            str(len(group.job_ids)),
+            "–" if quarter is None else f"{quarter.percent} %",
+            *cells,
+        )
+    return table
+
+
+def spread_text(spread: schemas.Spread | None) -> str:
+    """Mean and standard deviation: `0.396 ± 0.012`."""
+    if spread is None:
+        return "–"
+    return f"{spread.mean:.4g}" if spread.std is None else f"{spread.mean:.4g} ± {spread.std:.2g}"

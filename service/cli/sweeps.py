@@ -1,0 +1,201 @@
+"""The commands about many jobs at once: `sweep`, `compare`, `presets`, `run`."""
+
+import os
+import sys
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.text import Text
+
+from nanomoe.config import JobConfig
+from service.cli import comparison_text, text
+from service.cli.addresses import option_for
+from service.cli.jobs import INTERRUPTED, read_text, tags_of
+from service.cli.knobs import given_config, grid_of
+from service.cli.options import ConfigFile, Set, Url, connect
+from service.cli.output import Json, print_json
+from service.cli.references import LATEST, Reference
+from service.cli.sweep_display import follow_sweep
+from service.cli.usage_error import UsageError
+from service.client import Client, SweepHandle
+from service.http import schemas
+
+Language = Annotated[
+    Literal["en", "pt"] | None, typer.Option("--lang", help="Language of the explanations; by default the terminal's.")
+]
+
+
+def sweep(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="The training text in UTF-8; - is standard input.")],
+    grid: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--grid", "-g", metavar="KNOB=VALUE,VALUE", help="Values of a knob; several knobs give every combination."
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Jobs for each combination, with different seeds.")] = 1,
+    set_: Set = None,
+    config: ConfigFile = None,
+    name: Annotated[str | None, typer.Option(help="Name of the sweep, after which its jobs are named.")] = None,
+    tag: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="A label of the sweep and its jobs; may be repeated.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print number, sizes and warnings of the jobs without submitting them.")
+    ] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", "-w", help="Follow the jobs to their ends, and compare them.")
+    ] = False,
+    url: Url = None,
+    as_json: Json = False,
+) -> None:
+    """Train many models that differ in a few knobs."""
+    base = given_config(config, set_ or [])
+    varied = grid_of(JobConfig.model_fields, grid or []) or None
+    given = read_text(file)
+    with connect(url) as client:
+        if dry_run:
+            _show_estimate(client.estimate_sweep(given, base, grid=varied, seeds=seeds), as_json)
+            return
+        handle = client.sweep(given, base, grid=varied, seeds=seeds, name=name, tags=tags_of(tag or []))
+        if watch:
+            raise typer.Exit(_watch(handle, as_json=as_json))
+    if as_json:
+        print_json(handle.view)
+    else:
+        _introduce(handle)
+        at = option_for(client.base_url)
+        hint = f"compare its jobs: {text.program()} compare --sweep {handle.id}{at}"
+        text.console().print(hint, soft_wrap=True)
+
+
+def compare(
+    jobs: Annotated[list[str] | None, typer.Argument(metavar="[JOB]...", help="Ids of jobs, or latest.")] = None,
+    sweep: Annotated[
+        str | None, typer.Option(metavar="SWEEP", help="Compare the jobs of a sweep, or of latest.")
+    ] = None,
+    tag: Annotated[str | None, typer.Option(metavar="KEY[=VALUE]", help="Compare the jobs with this tag.")] = None,
+    metric: Annotated[
+        list[str] | None, typer.Option("--metric", "-m", help="Metric to compare; may be given several times.")
+    ] = None,
+    perplexity: Annotated[
+        float | None, typer.Option(help="Show after how many steps and seconds each job came to this perplexity.")
+    ] = None,
+    best: Annotated[str | None, typer.Option(help="Metric whose best value is named; by default the first.")] = None,
+    at_step: Annotated[int | None, typer.Option("--at", metavar="STEP", help="Read the series at this step.")] = None,
+    csv: Annotated[bool, typer.Option("--csv", help="Print a line for each checkpoint of each job as CSV.")] = False,
+    url: Url = None,
+    as_json: Json = False,
+) -> None:
+    """Show jobs side by side: what differs, the figures, the best."""
+    with connect(url) as client:
+        ids = [_id_of_job(client, job) for job in jobs or []]
+        which: dict[str, Any] = {"sweep": _id_of_sweep(client, sweep), "tag": tag}
+        asked: dict[str, Any] = {"metrics": metric, "perplexity": perplexity, "best": best, "at_step": at_step}
+        if csv:
+            sys.stdout.write(client.compare_csv(*ids, **which, **asked))
+            return
+        found = client.compare(*ids, **which, **asked)
+    if as_json:
+        print_json(found.view)
+    else:
+        comparison_text.print_comparison(found.view)
+
+
+def presets(lang: Language = None, url: Url = None, as_json: Json = False) -> None:
+    """List the ready experiments."""
+    with connect(url) as client:
+        found = client.presets()
+    if as_json:
+        print_json(found)
+        return
+    console = text.console()
+    for one in found:
+        console.print(Text(one.name, "bold"))
+        console.print(text.hanging(Text(f"  {_look_at(one, lang)}"), console))
+    console.print(Text(f"run one: {text.program()} run {found[0].name}", text.DIM))
+
+
+def run(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the experiment; nanomoe presets lists them.")],
+    lang: Language = None,
+    url: Url = None,
+    as_json: Json = False,
+) -> None:
+    """Run a ready experiment, and compare its jobs."""
+    with connect(url) as client:
+        by_name = {one.name: one for one in client.presets()}
+        if name not in by_name:
+            raise UsageError(f"there is no experiment {name!r}; there are {', '.join(by_name)}")
+        preset = by_name[name]
+        if not as_json:
+            text.console().print(Text(_look_at(preset, lang), text.DIM), soft_wrap=True)
+        request = preset.sweep
+        handle = client.sweep(
+            request.text, request.config, grid=request.grid, points=request.points, seeds=request.seeds, name=name
+        )
+        raise typer.Exit(_watch(handle, preset.compare, as_json=as_json))
+
+
+def _look_at(preset: schemas.PresetView, lang: Literal["en", "pt"] | None) -> str:
+    of_terminal = os.environ.get("LC_ALL") or os.environ.get("LC_MESSAGES") or os.environ.get("LANG") or ""
+    return preset.look_at.pt if (lang or of_terminal[:2]) == "pt" else preset.look_at.en
+
+
+def _id_of_job(client: Client, given: str) -> str:
+    reference = Reference.parse(given)
+    if reference.checkpoint is not None:
+        raise UsageError(f"{given!r} names a checkpoint; whole jobs are compared")
+    return reference.find(client).id if reference.job == LATEST else reference.job
+
+
+def _id_of_sweep(client: Client, given: str | None) -> str | None:
+    if given != LATEST:
+        return given
+    newest = client.list_sweeps(limit=1).data
+    if not newest:
+        raise UsageError(f"there is no sweep yet; submit one: {text.program()} sweep FILE --grid lr=1e-4,5e-3")
+    return newest[0].id
+
+
+def _introduce(handle: SweepHandle) -> None:
+    console = text.console()
+    console.print(Text.assemble(f"sweep {handle.id}  ", comparison_text.sweep_line(handle.view)))
+
+
+def _watch(handle: SweepHandle, asked: schemas.PresetCompare | None = None, *, as_json: bool) -> int:
+    """Show a sweep until all of its jobs have ended, and compare them; returns the exit code."""
+    if not as_json:
+        _introduce(handle)
+    try:
+        code = follow_sweep(handle, as_json=as_json)
+    except KeyboardInterrupt:
+        at = option_for(handle.client.base_url)
+        hint = f"the jobs go on; compare them: {text.program()} compare --sweep {handle.id}{at}"
+        text.console(stderr=True).print(hint, soft_wrap=True)
+        return INTERRUPTED
+    metrics, perplexity = (None, None) if asked is None else (asked.metric, asked.perplexity)
+    found = handle.compare(metrics, perplexity=perplexity)
+    if as_json:
+        print_json(found.view)
+    else:
+        comparison_text.print_comparison(found.view)
+    return code
+
+
+def _show_estimate(estimate: schemas.SweepEstimate, as_json: bool) -> None:
+    if as_json:
+        print_json(estimate)
+        return
+    console = text.console()
+    steps = "" if estimate.total_steps is None else f", {estimate.total_steps:,} steps"
+    time = "" if estimate.predicted_seconds is None else f", about {text.duration(estimate.predicted_seconds)}"
+    console.print(f"{estimate.n_jobs:,} jobs{steps}{time}")
+    table = text.new_table(">jobs", ">parameters", ">steps", ">memory")
+    for shape in estimate.shapes:
+        memory = "–" if shape.training_bytes is None else f"{text.millions(shape.training_bytes)}B"
+        table.add_row(str(shape.n_jobs), text.millions(shape.n_params), text.number(shape.total_steps), memory)
+    text.print_table(table)
+    for warning in estimate.warnings:
+        line = f"{warning.code} ({warning.n_jobs:,} jobs): {text.visible(warning.message)}"
+        console.print(text.hanging(Text.assemble(("warning ", "yellow"), line), console))
