@@ -138,6 +138,8 @@ def _message_and_exit_code(error: Exception) -> tuple[str, int | None]:
             return f"{error}{how_to_reach(address)}", 3
         case Unavailable():
             return str(error), 3
+        case Problem(candidates=[_, *_]):
+            return f"{error.code}: {error.detail}{_candidates(error)}", 2
         case Problem():
             return f"{error.code}: {error.detail}{_places(error)}", 2
         case ClientError():
@@ -148,6 +150,14 @@ def _message_and_exit_code(error: Exception) -> tuple[str, int | None]:
             # A JSON escape such as "\ud800" in a config or a --set.
             return f"what was given holds {error.object[error.start : error.end]!a}, which is no character", 2
     return str(error), None
+
+
+def _candidates(error: Any) -> str:
+    """The jobs that may have been meant, a line each."""
+    from service.cli.text import ago, visible
+
+    lines = (f"{one.id}  {one.status}  {ago(one.created_at)}  {visible(one.name or '')}" for one in error.candidates)
+    return "".join(f"\n  {line.rstrip()}" for line in lines)
 
 
 def _places(error: Any) -> str:

@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 
 Target = Annotated[
     str,
-    typer.Argument(metavar="JOB[@CHECKPOINT]", help="A job's id or latest, and optionally a checkpoint, such as @50."),
+    typer.Argument(
+        metavar="JOB[@CHECKPOINT]",
+        help="A job (id, name, beginning of the id, latest), and optionally a checkpoint, such as @50.",
+    ),
 ]
 
 _LOSS_STYLES = ((1.0, text.GOOD), (3.0, "yellow"))

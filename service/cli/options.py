@@ -17,7 +17,10 @@ Url = Annotated[
         "--url", envvar=URL_VARIABLE, help="Address of the service; by default that of NANOMOE_HOST and NANOMOE_PORT."
     ),
 ]
-Job = Annotated[str, typer.Argument(metavar="JOB", help="A job's id, or latest for the newest job.")]
+Job = Annotated[
+    str,
+    typer.Argument(metavar="JOB", help="A job's id, its name, a unique beginning of its id, or latest for the newest."),
+]
 Set = Annotated[
     list[str] | None,
     typer.Option(

@@ -67,6 +67,11 @@ class Problem(ClientError):
         """Faults of an invalid request: location (`loc`) and message (`msg`) of each."""
         return list(self.problem.errors)
 
+    @property
+    def candidates(self) -> list[schemas.JobCandidate]:
+        """With `ambiguous_job`, the jobs that may have been meant."""
+        return list(self.problem.candidates)
+
 
 class Invalid(Problem):
     """The request is invalid: repeating it will not succeed."""

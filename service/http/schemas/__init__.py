@@ -9,6 +9,7 @@ from nanomoe.config import Percent
 from service.generation.answers import LayerRoutingView, NextTokenView, PromptToken, Timing, TokenLogProb
 from service.http.schemas.base import (
     BYTE_ORDER_MARK,
+    JobCandidate,
     Listing,
     Page,
     Problem,
@@ -132,6 +133,7 @@ __all__ = [
     "Health",
     "InspectRequest",
     "InspectResponse",
+    "JobCandidate",
     "JobEnvelope",
     "JobError",
     "JobPatch",

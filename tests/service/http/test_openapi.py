@@ -114,6 +114,11 @@ def test_every_documented_status_is_reached_and_no_other(serve: Serve, tmp_path:
     sweep = api.http.post("/sweeps", json={"text": TEXT, "seeds": 2}).json()["id"]
     api.http.post(f"/sweeps/{sweep}/cancel")
 
+    for _ in range(2):
+        api.http.post(f"/jobs/{api.submit()['id']}/cancel")
+    for twin in api.http.get("/jobs", params={"status": "cancelled", "limit": 2}).json()["data"]:
+        api.http.patch(f"/jobs/{twin['id']}", json={"name": "twin"})
+
     requests = valid_requests(queued, finished, sweep)
     for method, path, body in requests:
         send(method, path, json=body, headers={"Host": "evil.example"})
@@ -130,6 +135,8 @@ def test_every_documented_status_is_reached_and_no_other(serve: Serve, tmp_path:
             send(method, path, json=body, headers={"Content-Encoding": "gzip"})
         if any(given in path for given in ("/jobs/", "/models/", "/sweeps/", "?sweep=")):
             send(method, path.replace(queued, NOBODY).replace(finished, NOBODY).replace(sweep, NOBODY), json=body)
+        if any(given in path for given in ("/jobs/", "/models/")):
+            send(method, path.replace(queued, "twin").replace(finished, "twin"), json=body)
     for path in (
         f"/jobs/{queued}",
         "/jobs",
