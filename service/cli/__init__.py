@@ -25,8 +25,8 @@ COMMANDS = {
     "Jobs": {
         "submit": "Train a model on a text.",
         "watch": "Follow a job to its end: a bar, and each quarter as it is recorded. Ctrl-C does not stop the job.",
-        "jobs": "List the newest jobs.",
-        "metrics": "Show each quarter: figures, reconstruction and continuation; and the curve of the training loss.",
+        "jobs": "List the newest jobs: loss, perplexity, and the knobs that differ from the defaults.",
+        "metrics": "Show each quarter: figures, reconstruction, continuation; and the curve of the training loss.",
         "cancel": "Stop a job for good; its checkpoints stay.",
         "pause": "Stop a job until it is resumed.",
         "resume": "Put a paused job back into the queue, to continue where it stopped.",
@@ -42,6 +42,7 @@ COMMANDS = {
         "generate": "Continue a prompt from one checkpoint, or from several with the same seed.",
         "score": "Compute the loss of any text under a checkpoint, and what of it was memorised.",
         "inspect": "Show next tokens, attention and routing of a checkpoint at a prompt. --json has every number.",
+        "experts": "Show the experts of a checkpoint: load, importance, loss without each, its top tokens.",
         "explain": "Show how a mixture of experts routes one token: logits, probabilities, choice, gates, sum.",
         "export": "Write a checkpoint in another program's format.",
     },
@@ -57,7 +58,7 @@ all commands for the list would take most of a second."""
 _MODULES = {
     "service.cli.serve": ("serve", "demo"),
     "service.cli.maintenance": ("backup", "fsck"),
-    "service.cli.examine": ("score", "inspect", "explain"),
+    "service.cli.examine": ("score", "inspect", "experts", "explain"),
     "service.cli.local": ("export", "train"),
     "service.cli.knobs": ("knobs",),
     "service.cli.sweeps": ("sweep", "compare", "presets", "run"),

@@ -11,6 +11,8 @@ from service.cli.usage_error import UsageError
 from service.client import Client
 from service.client.connection import URL_VARIABLE
 
+A_JOB = "A job's id, name or unique beginning of its id, or latest for the newest job"
+
 Url = Annotated[
     str | None,
     typer.Option(
@@ -19,7 +21,7 @@ Url = Annotated[
 ]
 Job = Annotated[
     str,
-    typer.Argument(metavar="JOB", help="A job's id, its name, a unique beginning of its id, or latest for the newest."),
+    typer.Argument(metavar="JOB", help=f"{A_JOB}."),
 ]
 Set = Annotated[
     list[str] | None,

@@ -115,7 +115,9 @@ def list_jobs(service: Service, query: Annotated[ListQuery, Query()]) -> schemas
     """The jobs, newest first. Jobs that arrive meanwhile do not shift the pages."""
     tag = None if query.tag is None else split_tag(query.tag)
     before = None if query.cursor is None else int(query.cursor)
-    rows = reads.list_jobs(service.database, status=query.status, tag=tag, before=before, limit=query.limit + 1)
+    rows = reads.list_measured_jobs(
+        service.database, status=query.status, tag=tag, before=before, limit=query.limit + 1
+    )
     return views.job_page(rows, query.limit)
 
 

@@ -9,6 +9,13 @@ from tests.api import Api
 from tests.service.cli.conftest import Run
 
 
+@pytest.fixture
+def at(nanomoe: Run, api: Api, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """The command line with the address of a running API in its environment."""
+    monkeypatch.setenv("NANOMOE_URL", api.url)
+    return nanomoe
+
+
 def test_a_job_is_named_and_an_ambiguous_name_lists_the_jobs(api: Api, at: Run) -> None:
     name = f"meu@gato {uuid4().hex}"
     first = api.finished(name=name)

@@ -240,6 +240,19 @@ def test_a_submission_is_documented_as_json_and_as_a_form(made: dict[str, Any]) 
     assert "required" not in config
 
 
+def test_the_cards_of_the_experts_are_typed(made: dict[str, Any]) -> None:
+    schemas = made["components"]["schemas"]
+    wanted = {"type": "array", "items": {"$ref": "#/components/schemas/CardToken"}}
+    cards, _ = schemas["MixtureLayer"]["properties"]["cards"]["anyOf"]
+    assert cards == {"type": "array", "items": wanted}
+    assert set(schemas["CardToken"]["required"]) == {"token", "id", "times"}
+    moe, _ = schemas["CheckpointMetrics"]["properties"]["moe"]["anyOf"]
+    assert moe == {"$ref": "#/components/schemas/MixtureMetrics"}
+    assert schemas["MixtureMetrics"]["properties"]["layers"]["items"] == {"$ref": "#/components/schemas/MixtureLayer"}
+    routed = schemas["InspectResponse"]["properties"]["routed_tokens"]["items"]
+    assert routed == {"$ref": "#/components/schemas/RoutedToken"}
+
+
 def test_no_parameter_can_be_null(made: dict[str, Any]) -> None:
     parameters = [
         parameter

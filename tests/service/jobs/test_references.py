@@ -49,8 +49,10 @@ def test_a_job_is_found_by_its_id_its_name_and_the_beginning_of_its_id(db: Datab
         assert find_job_id(db, second[:31], certain=certain) == second
 
 
-@pytest.mark.parametrize("reference", ["", "gat", "Gato", "gato ", "019", "0192AAAA1", "0192%", "_192aaaa1", "\0", "g\n",
-                                       "0192b", "x" * 201, "'; --"])  # fmt: skip
+@pytest.mark.parametrize(
+    "reference",
+    ["", "gat", "Gato", "gato ", "019", "0192AAAA1", "0192%", "_192aaaa1", "\0", "g\n", "0192b", "x" * 201, "'; --"],
+)
 def test_nothing_is_found_by_less(db: Database, submit_as: Submit, reference: str) -> None:
     submit_as("0192aaaa1", "gato")
     assert_no_job(db, reference)

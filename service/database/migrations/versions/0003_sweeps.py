@@ -1,6 +1,6 @@
 """Sweeps: jobs that are submitted and compared together, with their events numbered through; and what comparing many
-jobs reads; the index by which jobs are found by name. Reconstructions and routers' figures move from a checkpoint's metrics to columns of their own, and each job
-gets the envelope of its training loss.
+jobs reads; the index by which jobs are found by name. Reconstructions and routers' figures move from a checkpoint's
+metrics to columns of their own, and each job gets the envelope of its training loss.
 """
 
 import json

@@ -76,9 +76,8 @@ def test_a_name_that_is_the_beginning_of_another_id_is_read_but_not_deleted(api:
 
 def test_a_parent_is_named_and_its_id_is_kept(api: Api, named: tuple[str, str]) -> None:
     job_id, name = named
-    for reference in (name, unique_prefix(api, job_id)):
-        config = {"tokenizer": "bytes", "init_from": {"job_id": reference}}
-        child = api.submit(config=config)
+    for find in (lambda: name, lambda: unique_prefix(api, job_id)):
+        child = api.submit(config={"tokenizer": "bytes", "init_from": {"job_id": find()}})
         assert child["parent"] == {"job_id": job_id, "checkpoint": 100}
         assert child["config"]["init_from"]["job_id"] == job_id
     sweep = api.submit_sweep(config={"tokenizer": "bytes", "init_from": {"job_id": name}})
@@ -92,7 +91,7 @@ def test_a_parent_is_named_and_its_id_is_kept(api: Api, named: tuple[str, str]) 
 def test_a_checkpoint_is_named_by_its_job(api: Api, tmp_path: Path) -> None:
     name = f"rato {uuid4().hex}"
     claim = api.claim(api.submit(name=name)["id"])
-    api.record_checkpoint(claim, 25, 3, tiny_files(tmp_path))
+    api.record_checkpoint(claim, 25, 3, tiny_files(tmp_path / "tiny"))
     queue.finish(api.db, claim, "succeeded")
     asked = {"job_id": name, "checkpoint": 25}
     for path, body in (
