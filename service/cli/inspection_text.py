@@ -60,7 +60,7 @@ def experts_table(layer: schemas.MixtureLayer, room: int) -> Table:
     return table
 
 
-_BEFORE_TOKENS = 47
+_BEFORE_TOKENS = 52
 """Columns of `experts_table` before the tokens."""
 
 

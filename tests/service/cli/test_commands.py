@@ -326,7 +326,7 @@ def test_jobs_show_their_last_figures_and_what_differs_from_the_defaults(at: Run
     job_id = api.finished(name="rápida", config=config)
     row = next(line for line in at("jobs").out.splitlines() if line.startswith(job_id))
     assert row.split()[1:6] == ["succeeded", "100", "%", "2.0000", "7.389"]
-    assert row.endswith(f"  rápida  tokenizer=bytes lr=0.005 betas=[0.8, 0.9] init_from={parent}@0")
+    assert row.endswith(f"  rápida  lr=0.005 betas=[0.8, 0.9] init_from={parent}@0 tokenizer=bytes")
     assert at("jobs", "--limit", "1", "--json").json["data"][0]["figures"] == {
         "percent": 100,
         "loss": 2.0,

@@ -65,7 +65,7 @@ def test_every_token_of_a_prompt_is_shown_with_its_experts(nanomoe: Run, api: Ap
     assert len(lines[of_router + 1 :]) == len(prompt) == len(answer["routed_tokens"])
     for line, letter, routed in zip(lines[of_router + 1 :], prompt, answer["routed_tokens"], strict=True):
         assert line.split("  ")[0] == repr(letter) == repr(routed["text"])
-        assert line.endswith(", ".join(map(str, routed["experts"][0])))
+        assert line.rstrip().endswith(", ".join(map(str, routed["experts"][0])))
 
 
 def test_the_experts_of_a_checkpoint_are_shown_with_their_tokens(nanomoe: Run, api: Api) -> None:
@@ -96,7 +96,6 @@ def test_the_experts_of_a_checkpoint_are_shown_with_their_tokens(nanomoe: Run, a
     assert told["layers"][0]["cards"] == cards
     for target, said in (
         (f"{claim.job_id}@50", "checkpoint_not_found: "),
-        (f"{claim.job_id}@0", "has no figures of its experts"),
         (api.finished(), "is dense, it has no experts: train one with --set use_moe=true"),
     ):
         refused = nanomoe("experts", target, "--url", api.url)
@@ -110,7 +109,7 @@ def test_the_tokens_of_an_expert_fit_into_the_terminal() -> None:
     console = Console(width=80, file=StringIO())
     console.print(experts_table(layer, console.width))
     _, row = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
-    assert row.rstrip().endswith("'t0' 0, 't1' 1, 't2' 2, 't3' 3")
+    assert row.rstrip().endswith("'t0' 0, 't1' 1, 't2' 2")
 
 
 @pytest.mark.parametrize(
