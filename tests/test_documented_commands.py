@@ -25,7 +25,7 @@ from nanomoe.generation.kernels.loading import load_all
 from tests.documents import DOCS, PAGES, README, ROOT, tracked
 from tests.markdown import Block, blocks, differences
 
-RUN_HERE = (README, *(DOCS / f"{name}.md" for name in ("routes", "metrics", "mixture_of_experts", "running")))
+RUN_HERE = (README, *(DOCS / f"{name}.md" for name in ("routes", "sweeps", "metrics", "mixture_of_experts", "running")))
 """In this order: the README starts the service, and the last page backs up what the others have made."""
 
 RUN_ELSEWHERE = {

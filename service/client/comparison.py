@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from html import escape
+from importlib import import_module
 from typing import Any
 
 from service.http import schemas
@@ -41,9 +42,7 @@ class Comparison:
 
     def to_pandas(self) -> Any:
         """`rows` as a pandas DataFrame. Raises ImportError where pandas is not installed."""
-        import pandas  # type: ignore[import-untyped, import-not-found, unused-ignore]
-
-        return pandas.DataFrame(self.rows)
+        return import_module("pandas").DataFrame(self.rows)
 
     def _rows_of(
         self, job: schemas.ComparedJob, quarters: Sequence[schemas.ComparedQuarter | None]

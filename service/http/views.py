@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any, TypeVar
+from typing import Any
 
 from nanomoe.checkpoint import stopped_early_at
 from nanomoe.config import ConfigWarning, JobConfig
@@ -15,15 +15,14 @@ from service.generation.messages import Chunk, Inspected, LogProbsWithBytes, Sco
 from service.http import schemas
 from service.jobs import sweeps
 from service.jobs.addressing import Address
-from service.jobs.comparison import Comparison, Spread
+from service.jobs.compared_jobs import ComparedJob
+from service.jobs.comparison import Comparison, Group, Spread
 from service.jobs.envelope import LossEnvelope
 from service.jobs.reads import NewestFigures
 from service.jobs.statuses import Status
 from service.jobs.submission import Assessment
 from service.jobs.tables import LARGE_METRICS, Checkpoint, Job, Sweep, Worker
 from service.presets import Preset
-
-V = TypeVar("V", bound=schemas.View)
 
 
 def _config(stored: dict[str, Any]) -> JobConfig:
@@ -189,50 +188,48 @@ def sweep_event(event: sweeps.SweepEvent) -> schemas.SweepStatusEvent | schemas.
 
 
 def comparison(found: Comparison, metrics: Sequence[str]) -> schemas.Comparison:
-    """The answer to `GET /compare`."""
-    return schemas.Comparison(
-        parameters=[schemas.SweepParameter(name=name, values=values) for name, values in found.parameters.items()],
-        metrics=list(metrics),
-        jobs=[
-            schemas.ComparedJob(
-                job_id=one.id,
-                name=one.name,
-                status=one.status,
-                values=found.values_of(one),
-                quarters=[
-                    schemas.ComparedQuarter(percent=quarter.percent, step=quarter.step, metrics=dict(quarter.figures))
-                    for quarter in one.quarters
-                ],
-                steps_until=_from(schemas.StepsUntil, found.until.get(one.id)),
-                at_step=None if one.at_step is None else schemas.StepFigures.model_validate(one.at_step),
-            )
-            for one in found.jobs
-        ],
-        groups=[
-            schemas.ComparedGroup(
-                values=group.values,
-                job_ids=group.job_ids,
-                quarters=[
-                    schemas.GroupQuarter(percent=quarter.percent, metrics=_spreads(quarter.figures))
-                    for quarter in group.quarters
-                ],
-                steps_until=_from(schemas.Spread, group.until_step),
-                seconds_until=_from(schemas.Spread, group.until_seconds),
-                at_step=None if group.at_step is None else _spreads(group.at_step),
-            )
-            for group in found.groups
-        ],
-        best=_from(schemas.BestFigure, found.best),
+    """The answer to `GET /compare`. Validated once, as a whole: it may hold tens of thousands of figures."""
+    return schemas.Comparison.model_validate(
+        {
+            "parameters": [{"name": name, "values": values} for name, values in found.parameters.items()],
+            "metrics": metrics,
+            "jobs": [_compared_job(found, one) for one in found.jobs],
+            "groups": [_compared_group(group) for group in found.groups],
+            "best": None if found.best is None else vars(found.best),
+        }
     )
 
 
-def _from(kind: type[V], given: object) -> V | None:
-    """The schema's object with the attributes of `given`."""
-    return None if given is None else kind.model_validate(given, from_attributes=True)
+def _compared_job(found: Comparison, job: ComparedJob) -> dict[str, Any]:
+    until = found.until.get(job.id)
+    return {
+        "job_id": job.id,
+        "name": job.name,
+        "status": job.status,
+        "values": found.values_of(job),
+        "quarters": [{"percent": one.percent, "step": one.step, "metrics": one.figures} for one in job.quarters],
+        "steps_until": None if until is None else vars(until),
+        "at_step": job.at_step,
+    }
 
 
-def _spreads(figures: Mapping[str, Spread | None]) -> dict[str, schemas.Spread | None]:
-    return {name: _from(schemas.Spread, one) for name, one in figures.items()}
+def _compared_group(group: Group) -> dict[str, Any]:
+    return {
+        "values": group.values,
+        "job_ids": group.job_ids,
+        "quarters": [{"percent": one.percent, "metrics": _spreads(one.figures)} for one in group.quarters],
+        "steps_until": _spread(group.until_step),
+        "seconds_until": _spread(group.until_seconds),
+        "at_step": None if group.at_step is None else _spreads(group.at_step),
+    }
+
+
+def _spread(one: Spread | None) -> dict[str, Any] | None:
+    return None if one is None else vars(one)
+
+
+def _spreads(figures: Mapping[str, Spread | None]) -> dict[str, dict[str, Any] | None]:
+    return {name: _spread(one) for name, one in figures.items()}
 
 
 def compared_series(found: Sequence[tuple[str, LossEnvelope]]) -> schemas.ComparedSeries:

@@ -6,14 +6,42 @@ ids.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import sqlalchemy as sa
 from sqlmodel import Session
 
 from service.database.database import Database
 from service.database.schema import table
+from service.jobs.statuses import Status
 from service.jobs.tables import Event, Job, Sweep
+
+
+class HasStatus(Protocol):
+    """What an event with a status is made from: a job's row, or what stands for many of them."""
+
+    id: str
+    sweep_id: str | None
+    status: Status
+    status_reason: str | None
+    attempt: int
+    error: dict[str, Any] | None
+    event_seq: int
+    """Number of the event."""
+
+
+@dataclass
+class Submitted:
+    """A job that has just been queued."""
+
+    id: str
+    sweep_id: str | None
+    status: Status = "queued"
+    status_reason: str | None = None
+    attempt: int = 0
+    error: dict[str, Any] | None = None
+    event_seq: int = 1
 
 
 def log_status(db: Database, session: Session, job: Job) -> None:
@@ -21,7 +49,7 @@ def log_status(db: Database, session: Session, job: Job) -> None:
     log_event(db, session, job, job.event_seq, "status", _status(job))
 
 
-def log_statuses(db: Database, session: Session, jobs: Sequence[Job]) -> None:
+def log_statuses(db: Database, session: Session, jobs: Sequence[HasStatus]) -> None:
     """Add an event with the status of each of some jobs of one sweep. `event_seq` of a job is its event's number."""
     if not jobs:
         return
@@ -51,7 +79,7 @@ def log_event(db: Database, session: Session, job: Job, seq: int, kind: str, dat
     session.execute(sa.insert(table(Event)).values(**values, sweep_seq=number))
 
 
-def _status(job: Job) -> dict[str, Any]:
+def _status(job: HasStatus) -> dict[str, Any]:
     return {
         "status": job.status,
         "status_reason": job.status_reason,

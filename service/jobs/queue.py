@@ -26,7 +26,7 @@ from service.database.schema import REVISION, alembic_version, table
 from service.database.upsert import insert_unless_there
 from service.errors import Conflict, Invalid, NotFound, SchemaMismatch, TooManyRequests
 from service.jobs.claim_order import CLAIM_ORDER, QUEUED, RUNNING, claimable, jobs
-from service.jobs.events import log_status, log_statuses, log_warnings
+from service.jobs.events import Submitted, log_status, log_statuses, log_warnings
 from service.jobs.ids import new_id
 from service.jobs.lease import Claim, renew_lease
 from service.jobs.new_job import NewJob, NewSweep
@@ -133,7 +133,7 @@ def submit_sweep(db: Database, new: NewSweep, *, max_queued: int | None = None) 
             for seq, job in enumerate(new.jobs, first)
         ]
         session.execute(sa.insert(jobs).values(created_at=db.now), rows)
-        log_statuses(db, session, [Job(**row) for row in rows])
+        log_statuses(db, session, [Submitted(row["id"], sweep.id) for row in rows])
         session.refresh(sweep)
         return sweep, True
 

@@ -96,10 +96,10 @@ class Spread(View):
     """Sample standard deviation of the figure, with n - 1 in the denominator; null for a single job."""
 
     min: float
-    """Smallest value."""
+    """Smallest value of the figure."""
 
     max: float
-    """Largest value."""
+    """Largest value of the figure."""
 
 
 class GroupQuarter(View):
