@@ -137,6 +137,8 @@ def test_every_documented_status_is_reached_and_no_other(serve: Serve, tmp_path:
             send(method, path.replace(queued, NOBODY).replace(finished, NOBODY).replace(sweep, NOBODY), json=body)
         if any(given in path for given in ("/jobs/", "/models/")):
             send(method, path.replace(queued, "twin").replace(finished, "twin"), json=body)
+    for path in ("/compare", "/compare/series"):
+        send("GET", path, params={"job": "twin"})
     for path in (
         f"/jobs/{queued}",
         "/jobs",

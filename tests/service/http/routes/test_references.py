@@ -88,6 +88,18 @@ def test_a_parent_is_named_and_its_id_is_kept(api: Api, named: tuple[str, str]) 
     assert (answer.status_code, code(answer)) == (409, "ambiguous_job")
 
 
+@pytest.mark.parametrize("path", ["/compare", "/compare/series"])
+def test_jobs_are_compared_by_name(api: Api, named: tuple[str, str], path: str) -> None:
+    job_id, name = named
+    other = api.finished()
+    for mine in (name, unique_prefix(api, job_id)):
+        answer = api.http.get(path, params={"job": [mine, other, job_id]})
+        assert [job.get("id") or job["job_id"] for job in answer.json()["jobs"]] == [job_id, other]
+    api.finished(name=name)
+    answer = api.http.get(path, params={"job": [other, name]})
+    assert (answer.status_code, code(answer)) == (409, "ambiguous_job")
+
+
 def test_a_checkpoint_is_named_by_its_job(api: Api, tmp_path: Path) -> None:
     name = f"rato {uuid4().hex}"
     claim = api.claim(api.submit(name=name)["id"])
