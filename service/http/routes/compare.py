@@ -52,7 +52,7 @@ class SelectionQuery(StrictQuery):
     """Compare the jobs with this tag, at most 1,000: `key`, or `key=value`, for which `key:value` does as well."""
 
     job: list[AJob] = Field(default_factory=list, max_length=MAX_NAMED)
-    """Compare this job with the others that are named, at most 100; each by its id, its name, or a unique beginning of its
+    """Compare this job with the others that are named, at most 100: by id, by name, or by a unique beginning of the
     id."""
 
     @model_validator(mode="after")
