@@ -64,6 +64,8 @@ class Conflict(ServiceError):
 class AmbiguousJob(Conflict):
     """Several jobs fit the name or the beginning of an id that stood for one: nothing was done."""
 
+    title = "Several jobs may be meant"
+
     def __init__(self, detail: str, candidates: Sequence[Any]) -> None:
         """`candidates`: those jobs, the newest first, each with `id`, `name`, `status` and `created_at`."""
         super().__init__("ambiguous_job", detail)
