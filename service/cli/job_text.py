@@ -117,7 +117,7 @@ def changed_knobs(config: JobConfig) -> str:
 
 def jobs_table(jobs: Iterable[schemas.JobView]) -> Table:
     """A table of jobs."""
-    table = text.new_table("job", "status", ">done", ">loss", ">perplexity", ">submitted")
+    table = text.new_table("job", "status", ">done", ">loss", ">ppl", ">submitted")
     for job in jobs:
         table.add_row(
             job.id,

@@ -388,7 +388,7 @@ def test_the_table_of_jobs_is_not_cut_in_a_pipe(at: Run, api: Api) -> None:
     ids = [api.submit(name=name)["id"] for _ in range(2)]
     done = at("jobs", "--limit", "2")
     header, *rows = done.out.splitlines()
-    assert header.split() == ["job", "status", "done", "loss", "perplexity", "submitted"]
+    assert header.split() == ["job", "status", "done", "loss", "ppl", "submitted"]
     assert [row.split()[0] for row in rows] == ids[::-1]
     assert [row.partition(" s  ")[2] for row in rows] == [
         f"{name}  tokenizer=bytes  1 ahead",
