@@ -38,6 +38,9 @@ PERCENTS: tuple[Percent, ...] = get_args(Percent)
 JOB_ID_PATTERN = r"^[0-9a-f]{32}$"
 """Pattern of a job's id: 32 hexadecimal digits."""
 
+JOB_REFERENCE_PATTERN = r"^[^\x00-\x1f\x7f]{1,200}$"
+"""Pattern of what stands for a job in a request: its id, its name, or a unique beginning of its id."""
+
 
 class Strict(BaseModel):
     """A frozen value that refuses unknown keys, coercions (`"1"` or `true` for a number), NaN and infinity."""
@@ -64,8 +67,8 @@ class ConfigWarning(Strict):
 class InitFrom(Strict):
     """The checkpoint whose weights a job starts from."""
 
-    job_id: str = Field(pattern=JOB_ID_PATTERN)
-    """Id of the job that recorded the checkpoint."""
+    job_id: str = Field(max_length=200, pattern=JOB_REFERENCE_PATTERN)
+    """The job that recorded the checkpoint: its id; in a request its name or a unique beginning of its id as well."""
 
     checkpoint: Annotated[Percent, Whole] = 100
     """Percent of the checkpoint."""

@@ -6,6 +6,7 @@
     |   +-- Forbidden                403  origin_not_allowed, host_not_allowed
     |   +-- NotFound                 404  job_not_found, text_not_found, checkpoint_not_found, file_not_found, ...
     |   +-- Conflict                 409  job_not_finished, has_dependents, no_checkpoint_yet, not_cancellable, ...
+    |   |   +-- AmbiguousJob              ambiguous_job
     |   +-- TooLarge                 413  body_too_large, text_too_large
     |   +-- Invalid                  422  invalid_request, invalid_text, idempotency_key_reused, job_too_large, ...
     |   +-- TooManyRequests          429  queue_full, generation_queue_full
@@ -58,6 +59,17 @@ class NotFound(ServiceError):
 class Conflict(ServiceError):
     status = 409
     title = "Not allowed in this state"
+
+
+class AmbiguousJob(Conflict):
+    """Several jobs fit the name or the beginning of an id that stood for one: nothing was done."""
+
+    title = "Several jobs may be meant"
+
+    def __init__(self, detail: str, candidates: Sequence[Any]) -> None:
+        """`candidates`: those jobs, the newest first, each with `id`, `name`, `status` and `created_at`."""
+        super().__init__("ambiguous_job", detail)
+        self.candidates = list(candidates)
 
 
 class TooLarge(ServiceError):

@@ -25,8 +25,8 @@ COMMANDS = {
     "Jobs": {
         "submit": "Train a model on a text.",
         "watch": "Follow a job to its end: a bar, and each quarter as it is recorded. Ctrl-C does not stop the job.",
-        "jobs": "List the newest jobs.",
-        "metrics": "Show each quarter: figures, reconstruction and continuation; and the curve of the training loss.",
+        "jobs": "List the newest jobs: loss, perplexity, and the knobs that differ from the defaults.",
+        "metrics": "Show each quarter: figures, reconstruction, continuation; and the curve of the training loss.",
         "cancel": "Stop a job for good; its checkpoints stay.",
         "pause": "Stop a job until it is resumed.",
         "resume": "Put a paused job back into the queue, to continue where it stopped.",
@@ -42,6 +42,7 @@ COMMANDS = {
         "generate": "Continue a prompt from one checkpoint, or from several with the same seed.",
         "score": "Compute the loss of any text under a checkpoint, and what of it was memorised.",
         "inspect": "Show next tokens, attention and routing of a checkpoint at a prompt. --json has every number.",
+        "experts": "Show the experts of a checkpoint: load, importance, loss without each, its top tokens.",
         "explain": "Show how a mixture of experts routes one token: logits, probabilities, choice, gates, sum.",
         "import": "Bring in weights of another program: nanoGPT's ckpt.pt, or the folder of a Hugging Face GPT-2.",
         "export": "Write a checkpoint in another program's format.",
@@ -58,7 +59,7 @@ all commands for the list would take most of a second."""
 _MODULES = {
     "service.cli.serve": ("serve", "demo"),
     "service.cli.maintenance": ("backup", "fsck"),
-    "service.cli.examine": ("score", "inspect", "explain"),
+    "service.cli.examine": ("score", "inspect", "experts", "explain"),
     "service.cli.local": ("export", "train"),
     "service.cli.knobs": ("knobs",),
     "service.cli.sweeps": ("sweep", "compare", "presets", "run"),
@@ -141,6 +142,8 @@ def _message_and_exit_code(error: Exception) -> tuple[str, int | None]:
             return f"{error}{how_to_reach(address)}", 3
         case Unavailable():
             return str(error), 3
+        case Problem(candidates=[_, *_]):
+            return f"{error.code}: {error.detail}{_candidates(error)}", 2
         case Problem():
             return f"{error.code}: {error.detail}{_places(error)}", 2
         case ClientError():
@@ -151,6 +154,14 @@ def _message_and_exit_code(error: Exception) -> tuple[str, int | None]:
             # A JSON escape such as "\ud800" in a config or a --set.
             return f"what was given holds {error.object[error.start : error.end]!a}, which is no character", 2
     return str(error), None
+
+
+def _candidates(error: Any) -> str:
+    """The jobs that may have been meant, a line each."""
+    from service.cli.text import ago, visible
+
+    lines = (f"{one.id}  {one.status}  {ago(one.created_at)}  {visible(one.name or '')}" for one in error.candidates)
+    return "".join(f"\n  {line.rstrip()}" for line in lines)
 
 
 def _places(error: Any) -> str:

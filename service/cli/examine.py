@@ -1,4 +1,4 @@
-"""Commands that evaluate a checkpoint: `score`, `inspect` and `explain`."""
+"""Commands that look into a checkpoint: `score`, `inspect`, `experts` and `explain`."""
 
 import codecs
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from nanomoe.config import JobConfig
 from nanomoe.evaluation.explain import Explanation, LayerExplanation
 from service.cli import inspection_text, text
 from service.cli.jobs import read_text
-from service.cli.options import Url, connect
+from service.cli.options import A_JOB, Url, connect
 from service.cli.output import Json, print_json
 from service.cli.references import Reference
 from service.cli.usage_error import UsageError
@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 
 Target = Annotated[
     str,
-    typer.Argument(metavar="JOB[@CHECKPOINT]", help="A job's id or latest, and optionally a checkpoint, such as @50."),
+    typer.Argument(
+        metavar="JOB[@CHECKPOINT]",
+        help=f"{A_JOB}; and optionally a checkpoint, such as @50.",
+    ),
 ]
 
 _LOSS_STYLES = ((1.0, text.GOOD), (3.0, "yellow"))
@@ -78,6 +81,34 @@ def inspect(
     text.print_table(inspection_text.attention_table(answer))
     if answer.routing:
         text.print_table(inspection_text.router_table(answer))
+
+
+def experts(target: Target, url: Url = None, as_json: Json = False) -> None:
+    """Show the experts of a checkpoint: load, importance, loss without each, its top tokens."""
+    reference = Reference.parse(target)
+    with connect(url) as client:
+        job = reference.find(client)
+        _check_is_mixture(str(reference), job.view.config)
+        percent = job.checkpoint(reference.checkpoint or "latest").percent
+        measured = {one.percent: one for one in job.metrics(points=_FEW_POINTS, tokens=False).checkpoints}[percent]
+    if measured.moe is None:
+        raise UsageError(f"{job.id}@{percent} has no figures of its experts")
+    if as_json:
+        print_json(measured.moe)
+        return
+    config, console = job.view.config, text.console()
+    console.print(
+        f"{job.id}@{percent}  loss {text.number(measured.loss, 4)}, k = {config.k} of {config.n_experts} experts: "
+        f"an equal load is {1 / config.n_experts:.4f}",
+        soft_wrap=True,
+    )
+    for layer in measured.moe.layers:
+        console.print()
+        text.print_table(inspection_text.experts_table(layer, console.width if console.is_terminal else 10_000))
+
+
+_FEW_POINTS = 8
+"""Points of a step series that is not looked at: few enough to cost nothing."""
 
 
 def explain(
@@ -138,7 +169,7 @@ def _inspect_folder(folder: Path, prompt: str) -> "tuple[JobConfig, Inspected]":
 
 def _check_is_mixture(source: str, config: JobConfig) -> None:
     if not config.use_moe:
-        raise UsageError(f"{source} is dense, it has no router to explain: train one with --set use_moe=true")
+        raise UsageError(f"{source} is dense, it has no experts: train one with --set use_moe=true")
 
 
 def _of_last_token(answer: "schemas.InspectResponse | Inspected") -> Explanation:

@@ -28,10 +28,6 @@ _N_SHOWN = 3
 """Number of tokens shown for each head: those it attends to most."""
 
 
-_N_ROUTED = 12
-"""Number of tokens whose experts are shown: the last ones."""
-
-
 def attention_table(answer: schemas.InspectResponse) -> Table:
     """The tokens that the last token attends to most, for each head."""
     last = len(answer.tokens) - 1
@@ -45,12 +41,38 @@ def attention_table(answer: schemas.InspectResponse) -> Table:
 
 
 def router_table(answer: schemas.InspectResponse) -> Table:
-    """The experts that the last tokens read were sent to, in gate order: one row a token, one column a layer."""
+    """The experts that every token read was sent to, in gate order: one row a token, one column a layer."""
     table = text.new_table("read and sent to experts", *(f"layer {layer.layer}" for layer in answer.routing))
-    for t in range(len(answer.tokens))[-_N_ROUTED:]:
-        experts = (", ".join(map(str, layer.chosen[t])) for layer in answer.routing)
-        table.add_row(repr(answer.tokens[t].text), *experts)
+    for token in answer.routed_tokens:
+        table.add_row(repr(token.text), *(", ".join(map(str, experts)) for experts in token.experts))
     return table
+
+
+def experts_table(layer: schemas.MixtureLayer, room: int) -> Table:
+    """The experts of a layer: share of the load, importance, the loss without each, and the tokens that it was given
+    most often, as many as fit into `room` columns."""
+    table = text.new_table(f"layer {layer.layer}", ">expert", ">load", ">importance", ">loss without", "top tokens")
+    figures = (layer.load, layer.importance, layer.loss_without)
+    for expert in range(max(len(found or ()) for found in (*figures, layer.cards))):
+        numbers = [text.number(None if of is None else of[expert], 4) for of in figures]
+        card = [] if layer.cards is None else layer.cards[expert]
+        table.add_row("", str(expert), *numbers, _card_text(card, room - _BEFORE_TOKENS))
+    return table
+
+
+_BEFORE_TOKENS = 52
+"""Columns of `experts_table` before the tokens."""
+
+
+def _card_text(card: Iterable[schemas.CardToken], room: int) -> str:
+    """`' uma' 12, ',' 9`: the tokens that fit, with how often each was given."""
+    shown = ""
+    for one in card:
+        more = f"{shown}, {one.token!r} {one.times}".removeprefix(", ")
+        if shown and len(more) > room:
+            break
+        shown = more
+    return shown or "–"
 
 
 def routing_table(layer: LayerExplanation) -> Table:

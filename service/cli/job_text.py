@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
+from json import dumps
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -95,21 +96,36 @@ def warning_line(code: str, message: str, console: Console) -> Text:
 
 
 def print_jobs(jobs: Sequence[schemas.JobView]) -> None:
-    """Print one row for each job, with its queue position, or why it waits or ended early."""
-    notes = [", ".join(filter(None, [queue_text(job), text.visible(job.status_reason or "")])) for job in jobs]
-    text.print_table(jobs_table(jobs), notes)
+    """Print one row for each job, with its name, the knobs that differ from the defaults, its queue position, or why it
+    waits or ended early."""
+    text.print_table(jobs_table(jobs), [_note(job) for job in jobs])
+
+
+def _note(job: schemas.JobView) -> str:
+    place = ", ".join(filter(None, [queue_text(job), text.visible(job.status_reason or "")]))
+    return "  ".join(filter(None, [text.visible(job.name or ""), changed_knobs(job.config), place]))
+
+
+def changed_knobs(config: JobConfig) -> str:
+    """The knobs that differ from the reference run's, as they are set: `lr=0.005 n_embd=64`."""
+    given, defaults = config.model_dump(mode="json"), type(config)().model_dump(mode="json")
+    changed = {name: value for name, value in given.items() if value != defaults[name]}
+    if config.init_from is not None:
+        changed["init_from"] = f"{config.init_from.job_id}@{config.init_from.checkpoint}"
+    return " ".join(f"{name}={value if isinstance(value, str) else dumps(value)}" for name, value in changed.items())
 
 
 def jobs_table(jobs: Iterable[schemas.JobView]) -> Table:
     """A table of jobs."""
-    table = text.new_table("job", "status", ">done", ">submitted", "name")
+    table = text.new_table("job", "status", ">done", ">loss", ">ppl", ">submitted")
     for job in jobs:
         table.add_row(
             job.id,
             status_text(job.status),
             f"{job.progress.percent:.0f} %",
-            text.ago(job.created_at),
-            text.visible(job.name or ""),
+            text.number(None if job.figures is None else job.figures.loss, 4),
+            text.figure(None if job.figures is None else job.figures.perplexity),
+            text.ago(job.created_at).removesuffix(" ago"),
         )
     return table
 

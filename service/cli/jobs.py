@@ -12,7 +12,7 @@ from service.cli import checkpoint_text, glossary, job_text, text
 from service.cli.addresses import option_for
 from service.cli.display import JsonDisplay, TextDisplay, follow
 from service.cli.knobs import config_of, settings_of
-from service.cli.options import ConfigFile, Job, Set, Url, connect
+from service.cli.options import A_JOB, ConfigFile, Job, Set, Url, connect
 from service.cli.output import Json, print_json, to_json
 from service.cli.references import LATEST, Reference
 from service.cli.usage_error import UsageError
@@ -80,7 +80,7 @@ def jobs(
     url: Url = None,
     as_json: Json = False,
 ) -> None:
-    """List the newest jobs."""
+    """List the newest jobs: loss, perplexity, and the knobs that differ from the defaults."""
     with connect(url) as client:
         page = client.list_jobs(status=status, tag=tag, limit=limit)
         shown = page.data if as_json else _with_positions(client, page.data)
@@ -100,30 +100,56 @@ _N_POSITIONS = 20
 def _with_positions(client: Client, jobs: list[schemas.JobView]) -> list[schemas.JobView]:
     """The jobs of a list, newest first, with queue positions, which a list does not have."""
     first = [job.id for job in jobs if job.status == "queued"][-_N_POSITIONS:]
-    return [client.job(job.id).view if job.id in first else job for job in jobs]
+    return [_with_position(client, job) if job.id in first else job for job in jobs]
+
+
+def _with_position(client: Client, job: schemas.JobView) -> schemas.JobView:
+    return client.job(job.id).view.model_copy(update={"figures": job.figures})
 
 
 def metrics(
-    job: Job = LATEST,
+    jobs: Annotated[list[str] | None, typer.Argument(metavar="[JOB]...", help=f"{A_JOB}; several in turn.")] = None,
     points: Annotated[int, typer.Option(help="Most points of the step series.")] = 1000,
     csv: Annotated[bool, typer.Option("--csv", help="Print the step series as CSV.")] = False,
     explain: Annotated[bool, typer.Option("--explain", help="Print what each figure means, and nothing else.")] = False,
     url: Url = None,
     as_json: Json = False,
 ) -> None:
-    """Show each quarter: figures, reconstruction and continuation; and the curve of the training loss."""
+    """Show each quarter: figures, reconstruction, continuation; and the curve of the training loss."""
     if explain:
         _show_glossary(as_json)
         return
+    references = [Reference.parse(job) for job in jobs or [LATEST]]
     with connect(url) as client:
-        handle = Reference.parse(job).find(client)
+        handles = [reference.find(client) for reference in references]
         if csv:
-            sys.stdout.write(handle.metrics_csv())
+            _print_csv(handles)
             return
-        measured = handle.metrics(points=points)
+        measured = []
+        for place, handle in enumerate(handles):
+            measured.append(handle.metrics(points=points))
+            if not as_json:
+                if place:
+                    text.console().print()
+                _show_metrics(handle, measured[-1])
     if as_json:
-        print_json(measured)
+        print_json(measured[0] if len(measured) == 1 else measured)
+    else:
+        text.console().print(checkpoint_text.glossary_hint())
+
+
+def _print_csv(handles: list[JobHandle]) -> None:
+    """The step series of a job; of several in one table, whose first column is the job's id."""
+    if len(handles) == 1:
+        sys.stdout.write(handles[0].metrics_csv())
         return
+    for place, handle in enumerate(handles):
+        header, *rows = handle.metrics_csv().splitlines()
+        lines = [*([] if place else [f"job_id,{header}"]), *(f"{handle.id},{row}" for row in rows)]
+        sys.stdout.write("".join(f"{line}\n" for line in lines))
+
+
+def _show_metrics(handle: JobHandle, measured: schemas.Metrics) -> None:
     console = text.console()
     console.print(job_text.job_line(handle.view))
     with TextDisplay(console, introduced=handle.view, n_lines=3) as display:
@@ -134,7 +160,6 @@ def metrics(
     if handle.view.config.use_moe and measured.checkpoints:
         console.print()
         text.print_table(checkpoint_text.mixture_table(measured.checkpoints))
-    console.print(checkpoint_text.glossary_hint())
 
 
 def _show_glossary(as_json: bool) -> None:

@@ -11,13 +11,18 @@ from service.cli.usage_error import UsageError
 from service.client import Client
 from service.client.connection import URL_VARIABLE
 
+A_JOB = "A job's id, name or unique beginning of its id, or latest for the newest job"
+
 Url = Annotated[
     str | None,
     typer.Option(
         "--url", envvar=URL_VARIABLE, help="Address of the service; by default that of NANOMOE_HOST and NANOMOE_PORT."
     ),
 ]
-Job = Annotated[str, typer.Argument(metavar="JOB", help="A job's id, or latest for the newest job.")]
+Job = Annotated[
+    str,
+    typer.Argument(metavar="JOB", help=f"{A_JOB}."),
+]
 Set = Annotated[
     list[str] | None,
     typer.Option(

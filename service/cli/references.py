@@ -18,7 +18,7 @@ class Reference:
     """A job, and optionally one of its checkpoints."""
 
     job: str
-    """A job's id, or `latest` for the newest job."""
+    """A job's id, its name, a unique beginning of its id, or `latest` for the newest job."""
 
     checkpoint: CheckpointSelector | None
     """Percent or `latest`; None when none was named."""
@@ -26,7 +26,7 @@ class Reference:
     @classmethod
     def parse(cls, given: str) -> Self:
         """From `JOB` or `JOB@CHECKPOINT`; raises UsageError."""
-        job, at, which = given.partition("@")
+        job, at, which = given.rpartition("@") if "@" in given else (given, "", "")
         if not job:
             raise UsageError(f"{given!r} names no job; it must look like JOB@50, or latest@50")
         if not at:

@@ -12,7 +12,7 @@ from service.cli import comparison_text, text
 from service.cli.addresses import option_for
 from service.cli.jobs import INTERRUPTED, read_text, tags_of
 from service.cli.knobs import given_config, grid_of
-from service.cli.options import ConfigFile, Set, Url, connect
+from service.cli.options import A_JOB, ConfigFile, Set, Url, connect
 from service.cli.output import Json, print_json
 from service.cli.references import LATEST, Reference
 from service.cli.sweep_display import follow_sweep
@@ -70,7 +70,7 @@ def sweep(
 
 
 def compare(
-    jobs: Annotated[list[str] | None, typer.Argument(metavar="[JOB]...", help="Ids of jobs, or latest.")] = None,
+    jobs: Annotated[list[str] | None, typer.Argument(metavar="[JOB]...", help=f"{A_JOB}.")] = None,
     sweep: Annotated[
         str | None, typer.Option(metavar="SWEEP", help="Compare the jobs of a sweep, or of latest.")
     ] = None,

@@ -174,7 +174,8 @@ def list_jobs(
 
 
 def get_job(job_id: str, *, wait: float = 0, seen: schemas.Status | None = None) -> Call[schemas.JobView]:
-    """The job as it is now; with `wait`, once its status differs from `seen`, or after that many seconds."""
+    """The job of that id, name, or unique beginning of an id, as it is now; with `wait`, once its status differs from
+    `seen`, or after that many seconds."""
     params = {"wait": wait or None, "seen": seen}
     return Call("GET", _job(job_id), _model(schemas.JobView), params=params, read_seconds=30 + wait)
 

@@ -7,7 +7,7 @@
         ├── Invalid        400, 413, 422: the request itself is wrong; `errors` names the fields
         ├── Forbidden      401, 403: no key, a wrong key, or a foreign origin
         ├── NotFound       404: no such job, checkpoint or file
-        ├── Conflict       409: the job's state does not allow it
+        ├── Conflict       409: the job's state does not allow it, or several `candidates` may be meant
         └── Unavailable    429, 5xx: temporarily; `retry_after` seconds if the service named them
 
 Knows no request and no command line.
@@ -67,6 +67,11 @@ class Problem(ClientError):
         """Faults of an invalid request: location (`loc`) and message (`msg`) of each."""
         return list(self.problem.errors)
 
+    @property
+    def candidates(self) -> list[schemas.JobCandidate]:
+        """With `ambiguous_job`, the jobs that may have been meant."""
+        return list(self.problem.candidates)
+
 
 class Invalid(Problem):
     """The request is invalid: repeating it will not succeed."""
@@ -81,7 +86,7 @@ class NotFound(Problem):
 
 
 class Conflict(Problem):
-    """The state of the job does not allow the request."""
+    """The state of the job does not allow the request, or several jobs may be meant: `candidates`."""
 
 
 class Unavailable(Problem):

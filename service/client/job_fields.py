@@ -71,6 +71,7 @@ class JobFields:
     error = ViewField(lambda view: view.error, JobView)
     parent = ViewField(lambda view: view.parent, JobView)
     sweep_id = ViewField(lambda view: view.sweep_id, JobView)
+    figures = ViewField(lambda view: view.figures, JobView)
 
 
 class SweepFields:

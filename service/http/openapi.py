@@ -31,7 +31,7 @@ _MEANINGS = {
     400: "The request body cannot be parsed.",
     403: "`Host` or `Origin` is not allowed.",
     404: "The job, sweep, checkpoint or file does not exist.",
-    409: "The state of the job or checkpoint does not allow the request; `code` names the reason.",
+    409: "The state of the job or checkpoint does not allow it, or several jobs may be meant; `code` names the reason.",
     412: "A precondition of the request (`If-Match`, `If-Unmodified-Since`) is not met.",
     413: "The request body or the training text is too large.",
     415: "The body is of another media type, compressed, or JSON in another charset than UTF-8.",

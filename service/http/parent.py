@@ -7,6 +7,7 @@ from service.errors import Conflict
 from service.http import views
 from service.http.context import Context
 from service.jobs import reads
+from service.jobs.references import find_job_id
 from service.jobs.submission import Parent
 
 
@@ -15,15 +16,15 @@ def find_parent(service: Context, origin: InitFrom | None) -> Parent | None:
 
     Raises:
         NotFound: `job_not_found`, `checkpoint_not_found`.
-        Conflict: `checkpoint_damaged`.
+        Conflict: `checkpoint_damaged`, `ambiguous_job`.
     """
     if origin is None:
         return None
-    recorded = reads.get_checkpoint(service.database, origin.job_id, origin.checkpoint)
-    job = reads.get_job(service.database, origin.job_id)
+    job = reads.get_job(service.database, find_job_id(service.database, origin.job_id))
+    recorded = reads.get_checkpoint(service.database, job.id, origin.checkpoint)
     try:
         opened = checkpoint.open(service.settings.data_dir / recorded.folder, recorded.manifest_sha256)
         tokenizer = opened.tokenizer()
     except CheckpointDamaged as error:
         raise Conflict(error.code, f"cannot start from {origin.job_id}@{origin.checkpoint}: {error}") from error
-    return Parent(views.job(job).config, tokenizer, job.text_sha256)
+    return Parent(job.id, views.job(job).config, tokenizer, job.text_sha256)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from nanomoe.config import JOB_ID_PATTERN
+from nanomoe.config import JOB_ID_PATTERN, JOB_REFERENCE_PATTERN
 
 PRINTABLE = r"^[^\x00-\x1f\x7f]+$"
 PRINTABLE_OR_EMPTY = r"^[^\x00-\x1f\x7f]*$"
@@ -16,6 +16,7 @@ AT_STEP = r"^step:[0-9]{1,18}$"
 
 _MESSAGES = {
     JOB_ID_PATTERN: "must be 32 hexadecimal digits, in lower case",
+    JOB_REFERENCE_PATTERN: "must be a job's id, name, or beginning of its id, without control characters",
     PRINTABLE: "must not hold control characters, such as line ends",
     PRINTABLE_OR_EMPTY: "must not hold control characters, such as line ends",
     TAG_KEY: "must consist of the letters A to Z and a to z, digits, _, . and -",

@@ -18,9 +18,9 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.routing import Match, Mount
 
-from service.errors import Invalid, ServiceError
+from service.errors import AmbiguousJob, Invalid, ServiceError
 from service.http.patterns import message_of
-from service.http.schemas import OpenAIError, OpenAIErrorDetail, Problem, ProblemError
+from service.http.schemas import JobCandidate, OpenAIError, OpenAIErrorDetail, Problem, ProblemError
 
 MEDIA_TYPE = "application/problem+json"
 OPENAI_PREFIX = "/v1/"
@@ -93,7 +93,11 @@ def respond(path: str, status: int, code: str, detail: str, headers: Mapping[str
 
 def of_service_error(error: ServiceError) -> Problem:
     """The problem document of a `ServiceError`."""
-    return _problem(error.status, error.code, error.detail, error.title, error.errors)
+    problem = _problem(error.status, error.code, error.detail, error.title, error.errors)
+    if not isinstance(error, AmbiguousJob):
+        return problem
+    candidates = [JobCandidate.model_validate(one, from_attributes=True) for one in error.candidates]
+    return problem.model_copy(update={"candidates": candidates})
 
 
 def from_service_error(path: str, error: ServiceError) -> Response:

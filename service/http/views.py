@@ -18,6 +18,7 @@ from service.jobs.addressing import Address
 from service.jobs.compared_jobs import ComparedJob
 from service.jobs.comparison import Comparison, Group, Spread
 from service.jobs.envelope import LossEnvelope
+from service.jobs.reads import NewestFigures
 from service.jobs.statuses import Status
 from service.jobs.submission import Assessment
 from service.jobs.tables import LARGE_METRICS, Checkpoint, Job, Sweep, Worker
@@ -80,10 +81,17 @@ def _stopped_early_reason(row: Job) -> str | None:
     return stopped_early_at(step)
 
 
-def job_page(rows: Sequence[Job], limit: int) -> schemas.Page[schemas.JobView]:
+def job_page(rows: Sequence[tuple[Job, NewestFigures | None]], limit: int) -> schemas.Page[schemas.JobView]:
     """A page of at most `limit` jobs, made from one more than that if there are more."""
     shown = rows[:limit]
-    return schemas.Page(data=[job(row) for row in shown], next_cursor=str(shown[-1].seq) if len(rows) > limit else None)
+    return schemas.Page(
+        data=[job(row).model_copy(update={"figures": _job_figures(figures)}) for row, figures in shown],
+        next_cursor=str(shown[-1][0].seq) if len(rows) > limit else None,
+    )
+
+
+def _job_figures(figures: NewestFigures | None) -> schemas.JobFigures | None:
+    return None if figures is None else schemas.JobFigures(**figures._asdict())
 
 
 def _parent(row: Job) -> schemas.Parent | None:
@@ -411,4 +419,12 @@ def inspected(address: Address, answer: Inspected) -> schemas.InspectResponse:
         likeliest=answer.likeliest,
         attention=answer.attention,
         routing=answer.routing,
+        routed_tokens=[
+            schemas.RoutedToken(
+                **token.model_dump(),
+                experts=[layer.chosen[t] for layer in answer.routing],
+                gates=[layer.gates[t] for layer in answer.routing],
+            )
+            for t, token in enumerate(answer.tokens if answer.routing else ())
+        ],
     )

@@ -2,7 +2,6 @@
 replaces a newest one that is damaged. Knows no HTTP.
 """
 
-import re
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime
 from typing import Literal, NamedTuple, TypeVar
@@ -11,22 +10,23 @@ import sqlalchemy as sa
 import structlog
 
 from nanomoe.checkpoint import CheckpointDamaged
-from nanomoe.config import JOB_ID_PATTERN, PERCENTS
+from nanomoe.config import PERCENTS
 from service.database.database import Database
 from service.database.schema import table
-from service.errors import Conflict, NotFound
+from service.errors import AmbiguousJob, Conflict, NotFound
 from service.jobs import reads
+from service.jobs.references import find_job_id
 from service.jobs.tables import Checkpoint, Job
 
 T = TypeVar("T")
 
 log = structlog.get_logger(__name__)
 
-MODEL_ID_PATTERN = rf"{JOB_ID_PATTERN.removesuffix('$')}(@({'|'.join(map(str, PERCENTS))}))?$"
-"""Pattern of a model id: `JOB_ID@PERCENT`, or `JOB_ID` for the newest checkpoint of that job."""
-
 MAX_MODELS = 1000
 """Most models in a list: OpenAI's list of models has no pages."""
+
+
+_PERCENTS = tuple(map(str, PERCENTS))
 
 
 class Address(NamedTuple):
@@ -52,13 +52,15 @@ checkpoints = table(Checkpoint)
 _addresses = sa.select(*(checkpoints.c[name] for name in Address._fields))
 
 
-def find_checkpoints(db: Database, job_id: str, which: int | Literal["latest"]) -> list[Address]:
+def find_checkpoints(db: Database, job: str, which: int | Literal["latest"]) -> list[Address]:
     """The checkpoint `which` of a job; for `latest` all of them, the newest first, since the newest may be damaged.
+    `job`: as `find_job_id` takes it.
 
     Raises:
         NotFound: `job_not_found`, `checkpoint_not_found`.
-        Conflict: `no_checkpoint_yet`.
+        Conflict: `no_checkpoint_yet`, `ambiguous_job`.
     """
+    job_id = find_job_id(db, job)
     with db.read() as session:
         of_job = session.execute(_addresses.where(checkpoints.c.job_id == job_id))
         recorded = {row.percent: Address(*row) for row in of_job}
@@ -93,14 +95,23 @@ async def first_undamaged(addresses: Sequence[Address], use: Callable[[Address],
 
 
 def find_models(db: Database, model: str) -> list[Address]:
-    """The checkpoints of a model id, as `find_checkpoints` returns them. Raises NotFound `model_not_found`."""
-    job_id, _, percent = model.partition("@")
-    if re.fullmatch(MODEL_ID_PATTERN, model) is None:
-        raise _no_model(f"a model id is JOB_ID@PERCENT, or JOB_ID for its newest checkpoint, not {model!r}")
+    """The checkpoints of a model id, as `find_checkpoints` returns them; a job may be named as `find_job_id` takes it.
+
+    Raises:
+        NotFound: `model_not_found`.
+        AmbiguousJob: several jobs are meant.
+    """
+    job, _, percent = model.rpartition("@")
+    of_job: str
+    which: int | Literal["latest"]
+    of_job, which = (job, int(percent)) if job and percent in _PERCENTS else (model, "latest")
     try:
-        return find_checkpoints(db, job_id, int(percent) if percent else "latest")
+        return find_checkpoints(db, of_job, which)
+    except AmbiguousJob:
+        raise
     except (NotFound, Conflict) as error:
-        raise _no_model(error.detail) from error
+        hint = "; a model id is JOB_ID@PERCENT, or JOB_ID for its newest checkpoint"
+        raise _no_model(error.detail + (hint if error.code == "job_not_found" else "")) from error
 
 
 def list_models(db: Database) -> list[Address]:

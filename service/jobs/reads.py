@@ -1,6 +1,6 @@
 """What is read of jobs and of what they recorded: texts, checkpoints, snapshots, steps, events. Changes nothing."""
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import sqlalchemy as sa
 from sqlmodel import Session, col, select
@@ -27,6 +27,39 @@ def load_job(session: Session, job_id: str) -> Job:
     return job
 
 
+class NewestFigures(NamedTuple):
+    """Figures of the newest checkpoint of a job."""
+
+    percent: int
+    loss: float | None
+    perplexity: float | None
+
+
+def list_measured_jobs(
+    db: Database,
+    *,
+    status: Status | None = None,
+    tag: tuple[str, str | None] | None = None,
+    before: int | None = None,
+    limit: int = 50,
+) -> list[tuple[Job, NewestFigures | None]]:
+    """`list_jobs`, each with the figures of its newest checkpoint: one query, which reads no reconstruction."""
+    c = table(Checkpoint).c
+    newest = sa.select(sa.func.max(c.percent)).where(c.job_id == Job.id).correlate(Job).scalar_subquery()
+    of = table(Checkpoint).alias("newest").c
+    figures = (of.percent, of.metrics["loss"].as_float(), of.metrics["perplexity"].as_float())
+    query = (
+        _newest_first(sa.select(Job, *figures), status, tag, before)
+        .outerjoin(of.percent.table, sa.and_(of.job_id == Job.id, of.percent == newest))
+        .limit(limit)
+    )
+    with db.read() as session:
+        return [
+            (job, None if percent is None else NewestFigures(percent, loss, perplexity))
+            for job, percent, loss, perplexity in session.execute(query)
+        ]
+
+
 def list_jobs(
     db: Database,
     *,
@@ -39,17 +72,22 @@ def list_jobs(
 
     `tag`: its key, which must have no quotes, and its value; None stands for any value.
     """
-    query = select(Job).order_by(col(Job.seq).desc()).limit(limit)
+    with db.read() as session:
+        return list(session.scalars(_newest_first(sa.select(Job), status, tag, before).limit(limit)))
+
+
+def _newest_first(
+    query: "sa.Select[Any]", status: Status | None, tag: tuple[str, str | None] | None, before: int | None
+) -> "sa.Select[Any]":
+    """A query of jobs, filtered, the newest first."""
+    query = query.order_by(col(Job.seq).desc())
     if status is not None:
         query = query.where(col(Job.status) == status)
     if tag is not None:
         key, value = tag
         stored = table(Job).c.tags[key].as_string()
         query = query.where(stored.is_not(None) if value is None else stored == value)
-    if before is not None:
-        query = query.where(col(Job.seq) < before)
-    with db.read() as session:
-        return list(session.exec(query))
+    return query if before is None else query.where(col(Job.seq) < before)
 
 
 def count_jobs(db: Database) -> dict[str, int]:

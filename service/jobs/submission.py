@@ -34,8 +34,11 @@ TOKENISED_AT_ONCE_BYTES = 256 * 1024
 class Parent:
     """The checkpoint that a job starts from (`init_from`)."""
 
+    job_id: str
+    """Id of the job that recorded the checkpoint; the request may have named it otherwise."""
+
     config: JobConfig
-    """Config of the job that recorded the checkpoint."""
+    """Config of that job."""
 
     tokenizer: Tokenizer
     """The tokenizer in the checkpoint's files. The job uses it, even where its name stands for another by now."""
@@ -143,6 +146,9 @@ def _assess(
     parent: Parent | None,
     tokenise: Callable[[str, str, int], Tokenised],
 ) -> Assessment:
+    if parent is not None and config.init_from is not None:
+        origin = config.init_from.model_copy(update={"job_id": parent.job_id})
+        config = config.model_copy(update={"init_from": origin})
     n_bytes = _n_bytes(text, settings.max_text_bytes)
     of_parent = [] if parent is None else _warnings_of_parent(text, config, parent, settings)
     # Before a tokenizer is loaded or trained: a model that is too large even with the smallest vocabulary.

@@ -114,6 +114,7 @@ class Job(Row, table=True):
         # By seq, not by status: SQLite would prefer an index that starts with the status to the claim's own, and sort.
         Index("ix_jobs_status", "seq", "status"),
         Index("ix_jobs_text", "text_sha256"),
+        Index("ix_jobs_name", "name", sqlite_where=text("name IS NOT NULL"), postgresql_where=text("name IS NOT NULL")),
         Index("ix_jobs_parent", "parent_id"),
         Index("ix_jobs_sweep", "sweep_id", "seq",
               sqlite_where=text("sweep_id IS NOT NULL"), postgresql_where=text("sweep_id IS NOT NULL")),

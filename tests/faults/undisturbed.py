@@ -12,7 +12,7 @@ from typing import Any
 from nanomoe import checkpoint
 from nanomoe.config import JobConfig
 from service.jobs import reads
-from service.jobs.tables import Job
+from service.jobs.tables import LARGE_METRICS, Job
 from tests.worker.workplace import HERE, Workplace
 
 TEXT = "O rato roeu a roupa do rei de Roma; a rainha, com raiva, resolveu remendar a roupa do rei. " * 2
@@ -71,7 +71,8 @@ def assert_undisturbed(place: Workplace, job: Job, expected: Undisturbed) -> Non
         assert files == expected.files[row.percent], f"at {row.percent} %"
         checkpoint.verify(place.settings.data_dir / row.folder, row.manifest_sha256)
         metrics = {name: value for name, value in row.metrics.items() if name != "tok_per_sec"}
-        assert metrics == json.loads(json.dumps(expected.metrics[row.percent]))
+        metrics |= {name: getattr(row, name) for name in LARGE_METRICS}
+        assert metrics == dict.fromkeys(LARGE_METRICS) | json.loads(json.dumps(expected.metrics[row.percent]))
     steps = [tuple(row) for row in reads.steps_after(place.db, job.id, 0, 100_000)]
     assert steps == expected.steps
 

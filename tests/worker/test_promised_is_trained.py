@@ -123,7 +123,7 @@ def promised_and_prepared(
         folder = Folder(folder=str(parent.folder), manifest_sha256=parent.manifest_sha256)
         origin = {"parent": folder}
         tokenizer = checkpoint.open(parent.folder, parent.manifest_sha256).tokenizer()
-        of_parent = Parent(parent.config, tokenizer, hashlib.sha256(OTHER.encode()).hexdigest())
+        of_parent = Parent("0" * 32, parent.config, tokenizer, hashlib.sha256(OTHER.encode()).hexdigest())
     found = assess(text, config, place.settings, of_parent)
     channel = RecordingChannel()
     run = _prepare(place.start(config, text, **origin), channel)

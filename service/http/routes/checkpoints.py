@@ -31,7 +31,7 @@ class ReconstructionQuery(StrictQuery):
     "",
     summary="List a job's checkpoints",
     response_description="The recorded checkpoints, by percent.",
-    responses=problems(404, 503),
+    responses=problems(404, 409, 503),
 )
 def list_checkpoints(service: Service, job_id: JobId) -> schemas.Listing[schemas.CheckpointView]:
     """The recorded checkpoints of a job, by percent."""
@@ -44,7 +44,7 @@ def list_checkpoints(service: Service, job_id: JobId) -> schemas.Listing[schemas
     "/{percent}",
     summary="Get a checkpoint",
     response_description="The recorded checkpoint, with its files.",
-    responses=problems(404, 503),
+    responses=problems(404, 409, 503),
 )
 def get_checkpoint(service: Service, job_id: JobId, percent: CheckpointPath) -> schemas.CheckpointView:
     """One recorded checkpoint of a job, by percent or the newest."""
@@ -56,7 +56,7 @@ def get_checkpoint(service: Service, job_id: JobId, percent: CheckpointPath) -> 
     "/{percent}/reconstruction",
     summary="Page through a reconstruction",
     response_description="A page of the reconstruction.",
-    responses=problems(404, 422, 503),
+    responses=problems(404, 409, 422, 503),
 )
 def get_reconstruction(
     service: Service, job_id: JobId, percent: CheckpointPath, query: Annotated[ReconstructionQuery, Query()]

@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal, Self
 from fastapi import APIRouter, Query, Response
 from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
-from nanomoe.config import JOB_ID_PATTERN
+from nanomoe.config import JOB_ID_PATTERN, JOB_REFERENCE_PATTERN
+from service.database.database import Database
 from service.http import schemas, views
 from service.http.openapi import problems
 from service.http.patterns import AT_STEP, TAG
@@ -21,6 +22,7 @@ from service.jobs import compared_jobs
 from service.jobs.compared_jobs import Selection
 from service.jobs.comparison import Comparison, compare
 from service.jobs.envelope import MAX_BUCKETS
+from service.jobs.references import find_job_id
 from service.jobs.tables import SERIES
 
 router = APIRouter(tags=["comparison"])
@@ -37,6 +39,7 @@ def _metric(given: str) -> str:
 
 Metric = Annotated[str, AfterValidator(_metric), Field(json_schema_extra={"enum": list[Any](METRICS)})]
 AnId = Annotated[str, StringConstraints(pattern=JOB_ID_PATTERN)]
+AJob = Annotated[str, StringConstraints(pattern=JOB_REFERENCE_PATTERN)]
 
 
 class SelectionQuery(StrictQuery):
@@ -48,8 +51,9 @@ class SelectionQuery(StrictQuery):
     tag: Annotated[str, StringConstraints(pattern=TAG)] | None = None
     """Compare the jobs with this tag, at most 1,000: `key`, or `key=value`, for which `key:value` does as well."""
 
-    job: list[AnId] = Field(default_factory=list, max_length=MAX_NAMED)
-    """Compare this job with the others that are named, at most 100."""
+    job: list[AJob] = Field(default_factory=list, max_length=MAX_NAMED)
+    """Compare this job with the others that are named, at most 100: by id, by name, or by a unique beginning of the
+    id."""
 
     @model_validator(mode="after")
     def _one_selection(self) -> Self:
@@ -57,10 +61,12 @@ class SelectionQuery(StrictQuery):
             raise ValueError("name one of sweep, tag and job")
         return self
 
-    def selection(self) -> Selection:
-        """The jobs that are meant."""
+    def selection(self, db: Database) -> Selection:
+        """The jobs that are meant. Raises NotFound `job_not_found`, AmbiguousJob."""
         tag = None if self.tag is None else split_tag(self.tag)
-        return Selection(sweep_id=self.sweep, tag=tag, job_ids=list(dict.fromkeys(self.job)))
+        return Selection(
+            sweep_id=self.sweep, tag=tag, job_ids=list(dict.fromkeys(find_job_id(db, job) for job in self.job))
+        )
 
 
 class CompareQuery(SelectionQuery):
@@ -99,13 +105,13 @@ class SeriesQuery(SelectionQuery):
     summary="Compare jobs",
     response_description="The comparison, as far as the jobs have come.",
     response_model=schemas.Comparison,
-    responses={200: {"content": {"text/csv": {"schema": {"type": "string"}}}}, **problems(404, 422, 503)},
+    responses={200: {"content": {"text/csv": {"schema": {"type": "string"}}}}, **problems(404, 409, 422, 503)},
 )
 def compare_jobs(service: Service, query: Annotated[CompareQuery, Query()]) -> Response:
     """What differs between jobs, their figures by quarter, groups that differ only in the seed, and the best."""
     best_by = query.best or query.metric[0]
     metrics = list(dict.fromkeys([*query.metric, best_by]))
-    jobs = compared_jobs.read_jobs(service.database, query.selection(), metrics, query.at_step)
+    jobs = compared_jobs.read_jobs(service.database, query.selection(service.database), metrics, query.at_step)
     found = compare(jobs, best_by=best_by, perplexity=query.perplexity)
     if query.format == "csv":
         return Response(_csv(found, metrics, query), media_type="text/csv; charset=utf-8")
@@ -117,11 +123,11 @@ def compare_jobs(service: Service, query: Annotated[CompareQuery, Query()]) -> R
     summary="Compare the training curves of jobs",
     response_description="The curve of each job.",
     response_model=schemas.ComparedSeries,
-    responses=problems(404, 422, 503),
+    responses=problems(404, 409, 422, 503),
 )
 def compare_series(service: Service, query: Annotated[SeriesQuery, Query()]) -> Response:
     """Minimum and maximum of the training loss of each job in buckets of steps, for a chart of all."""
-    found = compared_jobs.read_envelopes(service.database, query.selection())
+    found = compared_jobs.read_envelopes(service.database, query.selection(service.database))
     for _, envelope in found:
         while 2 * len(envelope.low) > query.points:
             envelope.double()

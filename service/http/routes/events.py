@@ -71,7 +71,7 @@ async def _resume_after(service: Service, job_id: JobId, last_event_id: LastEven
             ),
         },
         204: {"description": "The job has ended, and the client has its last event."},
-        **problems(404, 422, 503),
+        **problems(404, 409, 422, 503),
     },
 )
 async def get_job_events(service: Service, job_id: JobId, after: Annotated[int, Depends(_resume_after)]) -> EventStream:

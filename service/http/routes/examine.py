@@ -31,7 +31,7 @@ async def score(service: Service, request: ScoreRequest, connection: Request) ->
     scored = await cancel_on_disconnect(connection, scoring)
     if scored is None:
         return CLIENT_CLOSED_REQUEST
-    copied = await to_thread.run_sync(_copied, service, request, limiter=service.comparing)
+    copied = await to_thread.run_sync(_copied, service, scored[0].job_id, request.text, limiter=service.comparing)
     return as_json(views.scored(scored[0], request.text, scored[1], copied))
 
 
@@ -57,10 +57,10 @@ def _folder_of(service: Context, address: Address) -> tuple[str, str]:
     return str(service.settings.data_dir / address.folder), address.manifest_sha256
 
 
-def _copied(service: Context, request: ScoreRequest) -> CopiedSpan | None:
-    """The longest span shared with the training text, in whole characters."""
-    training = reads.get_text(service.database, reads.get_job(service.database, request.job_id).text_sha256)
-    scored = request.text.encode()
+def _copied(service: Context, job_id: str, text: str) -> CopiedSpan | None:
+    """The longest span of `text` that occurs in the job's training text, in whole characters."""
+    training = reads.get_text(service.database, reads.get_job(service.database, job_id).text_sha256)
+    scored = text.encode()
     found = longest_copied_span(scored, training)
     start, end = found.start, found.start + found.n_bytes
     # The bytes that two texts share may begin and end within a character.

@@ -14,7 +14,7 @@ from service.http.context import Context
 from service.http.openapi import NOT_MODIFIED, problems, ref
 from service.http.parent import find_parent
 from service.http.patterns import SEQUENCE_NUMBER, TAG
-from service.http.routes.parameters import IdempotencyKey, JobId, Service, StrictQuery
+from service.http.routes.parameters import CertainJobId, IdempotencyKey, JobId, Service, StrictQuery
 from service.http.routes.submit_body import DOCUMENTED, Submission
 from service.http.schemas import JobView
 from service.http.schemas.jobs import split_tag
@@ -115,7 +115,9 @@ def list_jobs(service: Service, query: Annotated[ListQuery, Query()]) -> schemas
     """The jobs, newest first. Jobs that arrive meanwhile do not shift the pages."""
     tag = None if query.tag is None else split_tag(query.tag)
     before = None if query.cursor is None else int(query.cursor)
-    rows = reads.list_jobs(service.database, status=query.status, tag=tag, before=before, limit=query.limit + 1)
+    rows = reads.list_measured_jobs(
+        service.database, status=query.status, tag=tag, before=before, limit=query.limit + 1
+    )
     return views.job_page(rows, query.limit)
 
 
@@ -123,7 +125,7 @@ def list_jobs(service: Service, query: Annotated[ListQuery, Query()]) -> schemas
     "/jobs/{job_id}",
     summary="Get a job, or wait for its status",
     response_description="The job as it is now.",
-    responses=problems(404, 422, 503),
+    responses=problems(404, 409, 422, 503),
 )
 async def get_job(service: Service, job_id: JobId, query: Annotated[JobQuery, Query()]) -> JobView:
     """One job. With `wait`, answers once its status differs from `seen` or is terminal, or after that time.
@@ -165,7 +167,7 @@ def _with_queue_position(service: Context, row: Job) -> JobView:
     "/jobs/{job_id}",
     summary="Rename or retag a job",
     response_description="The changed job.",
-    responses=problems(400, 404, 413, 415, 422, 503, 507),
+    responses=problems(400, 404, 409, 413, 415, 422, 503, 507),
 )
 def patch_job(service: Service, job_id: JobId, patch: schemas.JobPatch) -> JobView:
     """Change the name or the tags of a job."""
@@ -182,7 +184,7 @@ def patch_job(service: Service, job_id: JobId, patch: schemas.JobPatch) -> JobVi
             "content": {"text/plain": {"schema": {"type": "string"}}},
         },
         304: NOT_MODIFIED,
-        **problems(404, 412, 503),
+        **problems(404, 409, 412, 503),
     },
 )
 def get_job_text(service: Service, job_id: JobId) -> Response:
@@ -202,7 +204,7 @@ def get_job_text(service: Service, job_id: JobId) -> Response:
     status_code=202,
     responses=problems(404, 409, 503, 507),
 )
-def cancel_job(service: Service, job_id: JobId) -> JobView:
+def cancel_job(service: Service, job_id: CertainJobId) -> JobView:
     """Request that the job stops for good. Its checkpoints stay."""
     return views.job(queue.request_cancel(service.database, job_id))
 
@@ -238,7 +240,7 @@ def resume_job(service: Service, job_id: JobId) -> JobView:
     status_code=204,
     responses=problems(404, 409, 503, 507),
 )
-def delete_job(service: Service, job_id: JobId) -> None:
+def delete_job(service: Service, job_id: CertainJobId) -> None:
     """Delete a finished job, its files, and its text if no other job has it."""
     queue.delete(service.database, job_id)
     files.remove_job(job_id, service.settings.data_dir)

@@ -33,7 +33,7 @@ class MetricsQuery(StrictQuery):
     "/jobs/{job_id}/metrics",
     summary="Get a job's figures",
     response_description="The figures of each checkpoint, and the step series.",
-    responses=problems(404, 422, 503),
+    responses=problems(404, 409, 422, 503),
 )
 def get_job_metrics(service: Service, job_id: JobId, query: Annotated[MetricsQuery, Query()]) -> schemas.Metrics:
     """The figures of each checkpoint of a job, and its step series."""
@@ -52,7 +52,7 @@ def get_job_metrics(service: Service, job_id: JobId, query: Annotated[MetricsQue
             "description": "The step series, a line for each step.",
             "content": {"text/csv": {"schema": {"type": "string"}}},
         },
-        **problems(404, 503),
+        **problems(404, 409, 503),
     },
 )
 def get_job_metrics_csv(service: Service, job_id: JobId) -> StreamingResponse:

@@ -28,7 +28,7 @@ from service.http.routes.parameters import Service
 from service.http.routes.responses import as_json
 from service.http.schemas import Completion, CompletionRequest, Model, ModelList
 from service.jobs import addressing
-from service.jobs.addressing import MODEL_ID_PATTERN, Address, first_undamaged
+from service.jobs.addressing import Address, first_undamaged
 from service.settings import Settings
 
 router = APIRouter(prefix="/v1", tags=["openai"])
@@ -224,12 +224,16 @@ def list_models(service: Service) -> ModelList:
     "/models/{model}",
     summary="Get a checkpoint as OpenAI's model",
     response_description="The checkpoint as a model.",
-    responses=openai_errors(404, 503),
+    responses=openai_errors(404, 409, 503),
 )
 def get_model(
     service: Service,
     model: Annotated[
-        str, Path(description="`JOB_ID@PERCENT`, or a job's id.", json_schema_extra={"pattern": MODEL_ID_PATTERN})
+        str,
+        Path(
+            description="`JOB@PERCENT`, or a job alone: by its id, its name, or a unique beginning of its id.",
+            json_schema_extra={"pattern": r"^[^\x00-\x1f\x7f/]{1,204}$"},
+        ),
     ],
 ) -> Model:
     """A recorded checkpoint; a job's id alone is its newest."""

@@ -1,11 +1,13 @@
 """Parameters of several routes: the service's context, and the ids and names in paths.
 
-A malformed id is answered as an unknown one is: 404.
+A job is looked up before its route is called. A malformed id is answered as an unknown one is: 404.
 """
 
 import re
+from functools import partial
 from typing import Annotated, Any, Literal
 
+from anyio import to_thread
 from fastapi import Depends, Header, Path, Request
 from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints
 
@@ -13,6 +15,7 @@ from nanomoe.config import JOB_ID_PATTERN, PERCENTS, Percent
 from service.errors import NotFound
 from service.http.context import Context
 from service.http.patterns import IDEMPOTENCY_KEY
+from service.jobs.references import MIN_PREFIX, find_job_id
 
 _JOB_ID = re.compile(JOB_ID_PATTERN)
 _CHECKPOINTS: dict[str, Percent | Literal["latest"]] = {
@@ -36,17 +39,32 @@ class StrictQuery(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
-def _job_id(given: str) -> str:
-    if not _JOB_ID.fullmatch(given):
-        raise NotFound("job_not_found", f"there is no job {given!r}")
-    return given
-
-
-JobId = Annotated[
+_JobReference = Annotated[
     str,
-    Path(description="Id of the job: 32 hexadecimal digits.", json_schema_extra={"pattern": JOB_ID_PATTERN}),
-    AfterValidator(_job_id),
+    Path(
+        description=f"The job: its id, its name, or a unique beginning of its id of {MIN_PREFIX} characters or more.",
+        json_schema_extra={"pattern": r"^[^\x00-\x1f\x7f/]{1,200}$"},
+    ),
 ]
+
+
+async def _job_id(service: Service, job_id: _JobReference) -> str:
+    if _JOB_ID.fullmatch(job_id):
+        return job_id
+    return await to_thread.run_sync(find_job_id, service.database, job_id)
+
+
+async def _certain_job_id(service: Service, job_id: _JobReference) -> str:
+    if _JOB_ID.fullmatch(job_id):
+        return job_id
+    return await to_thread.run_sync(partial(find_job_id, service.database, job_id, certain=True))
+
+
+JobId = Annotated[str, Depends(_job_id)]
+"""Id of the job that the path names."""
+
+CertainJobId = Annotated[str, Depends(_certain_job_id)]
+"""`JobId` of a route that cannot be undone."""
 
 
 def _sweep_id(given: str) -> str:

@@ -9,6 +9,7 @@ from nanomoe.config import Percent
 from service.generation.answers import LayerRoutingView, NextTokenView, PromptToken, Timing, TokenLogProb
 from service.http.schemas.base import (
     BYTE_ORDER_MARK,
+    JobCandidate,
     Listing,
     Page,
     Problem,
@@ -49,6 +50,7 @@ from service.http.schemas.examination import (
     CopiedSpan,
     InspectRequest,
     InspectResponse,
+    RoutedToken,
     ScoredToken,
     ScoreRequest,
     ScoreResponse,
@@ -64,6 +66,7 @@ from service.http.schemas.generation import (
 from service.http.schemas.jobs import (
     Estimate,
     JobError,
+    JobFigures,
     JobPatch,
     JobView,
     ModelSize,
@@ -132,8 +135,10 @@ __all__ = [
     "Health",
     "InspectRequest",
     "InspectResponse",
+    "JobCandidate",
     "JobEnvelope",
     "JobError",
+    "JobFigures",
     "JobPatch",
     "JobView",
     "LayerRoutingView",
@@ -162,6 +167,7 @@ __all__ = [
     "ReconstructedToken",
     "Reconstruction",
     "ReconstructionPage",
+    "RoutedToken",
     "ScoreRequest",
     "ScoreResponse",
     "ScoredToken",

@@ -1,10 +1,12 @@
 """What requests and responses share: the checkpoint that is meant, views, pages of lists, and errors."""
 
+from datetime import datetime
 from typing import Annotated, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from nanomoe.config import JOB_ID_PATTERN, Percent, Strict, Whole
+from nanomoe.config import JOB_REFERENCE_PATTERN, Percent, Strict, Whole
+from service.jobs.statuses import Status
 
 BYTE_ORDER_MARK = "\ufeff"
 
@@ -18,6 +20,11 @@ Text = Annotated[str, BeforeValidator(_without_mark)]
 
 T = TypeVar("T")
 
+
+def _is_empty(values: list[object]) -> bool:
+    return not values
+
+
 SAME_AS = "x-same-as"
 """Key of a JSON schema that stands for another schema, whose name is its value; the OpenAPI document refers to that."""
 
@@ -25,8 +32,8 @@ SAME_AS = "x-same-as"
 class CheckpointRequest(Strict):
     """The body of a request that is answered from one checkpoint."""
 
-    job_id: str = Field(pattern=JOB_ID_PATTERN)
-    """Id of the job whose checkpoint is used."""
+    job_id: str = Field(max_length=200, pattern=JOB_REFERENCE_PATTERN)
+    """The job whose checkpoint is used: its id, its name, or a unique beginning of its id."""
 
     checkpoint: Annotated[Percent, Whole] | Literal["latest"] = "latest"
     """Percent of a recorded checkpoint, or the newest that is not damaged."""
@@ -70,6 +77,22 @@ class ProblemError(View):
     """What is wrong with the field."""
 
 
+class JobCandidate(View):
+    """A job that may have been meant."""
+
+    id: str
+    """Id of the job."""
+
+    name: str | None
+    """Name of the job; null for none."""
+
+    status: Status
+    """Status of the job."""
+
+    created_at: datetime
+    """Time at which the job was submitted."""
+
+
 class Problem(View):
     """An error (RFC 9457, `application/problem+json`)."""
 
@@ -90,3 +113,6 @@ class Problem(View):
 
     errors: list[ProblemError] = []
     """Each fault of an invalid request, up to 20."""
+
+    candidates: list[JobCandidate] = Field(default_factory=list, exclude_if=_is_empty)
+    """With `ambiguous_job` the jobs that may have been meant, newest first, up to 20; otherwise left out."""

@@ -32,6 +32,16 @@ class ScoredToken(PromptToken):
     """Cross-entropy of the token, in nats; null for the first, which nothing predicts, and where it is not finite."""
 
 
+class RoutedToken(PromptToken):
+    """A token that was read, and the experts that it was sent to."""
+
+    experts: list[list[int]]
+    """The chosen experts of each MoE layer, in gate order; the layers are those of `routing`, in the same order."""
+
+    gates: list[list[float]]
+    """The weight of each chosen expert's output, in the same order."""
+
+
 class CopiedSpan(View):
     """The longest span of the text that occurs in the training text verbatim; of several the first."""
 
@@ -103,3 +113,6 @@ class InspectResponse(View):
 
     routing: list[LayerRoutingView]
     """How each mixture of experts routed the tokens that were read; empty in a dense model."""
+
+    routed_tokens: list[RoutedToken] = Field(default_factory=list)
+    """The same choices, token by token: where every token that was read went; empty in a dense model."""

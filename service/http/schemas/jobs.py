@@ -122,6 +122,19 @@ class Parent(View):
     """Percent of the checkpoint."""
 
 
+class JobFigures(View):
+    """Figures of the newest checkpoint of a job."""
+
+    percent: int
+    """Percent of the checkpoint: 100 for the last."""
+
+    loss: float | None
+    """Cross-entropy on the training text, in nats per token, dropout off."""
+
+    perplexity: float | None
+    """exp(`loss`); null where that is too large for a number."""
+
+
 class JobView(View):
     """A training job: its config, status and progress."""
 
@@ -192,6 +205,9 @@ class JobView(View):
 
     sweep_id: str | None = None
     """Id of the sweep that the job was submitted with; null for a job of its own."""
+
+    figures: JobFigures | None = None
+    """Figures of the newest checkpoint; null before the first one, and everywhere but in lists."""
 
     @property
     def is_terminal(self) -> bool:

@@ -82,7 +82,7 @@ class CompletionRequest(SamplingConfig):
 
     model_config = ConfigDict(extra="allow", json_schema_extra=_accept_null)
 
-    model: str = Field(min_length=1, max_length=100)
+    model: str = Field(min_length=1, max_length=204)
     """`JOB_ID@PERCENT`, or `JOB_ID` for its newest checkpoint."""
 
     prompt: Prompt

@@ -129,7 +129,10 @@ def test_a_dry_run_prints_the_steps_and_submits_no_job(at: Run, text_file: str, 
         (["submit", "-", "--tag", "ç=1"], "must consist of the letters A to Z and a to z, digits, _, . and -"),
         (["submit", "-", "--name", "a\nb"], "body.name: must not hold control characters, such as line ends"),
         (["submit", "-", "--set", 'tokenizer="a\\nb"'], "tokenizer must not hold control characters"),
-        (["submit", "-", "--set", "init_from=x@50"], "init_from.job_id must be 32 hexadecimal digits"),
+        (
+            ["submit", "-", "--set", "init_from=x\n@50"],
+            "init_from.job_id must be a job's id, name, or",
+        ),
         (["jobs", "--tag", "ç"], "query.tag: must look like key or key=value"),
         (["submit", "-"], "invalid_request: "),
         (["watch", "@50"], "'@50' names no job"),
@@ -317,6 +320,31 @@ def test_metrics_show_the_quarters_and_the_curve(at: Run, api: Api) -> None:
     assert at("metrics", job_id, "--csv").out.startswith("step,train_loss,lr,grad_norm\n1,10.0,")
 
 
+def test_jobs_show_their_last_figures_and_what_differs_from_the_defaults(at: Run, api: Api) -> None:
+    parent = api.finished()
+    config = {"tokenizer": "bytes", "lr": 0.005, "betas": [0.8, 0.9], "init_from": {"job_id": parent, "checkpoint": 0}}
+    job_id = api.finished(name="rápida", config=config)
+    row = next(line for line in at("jobs").out.splitlines() if line.startswith(job_id))
+    assert row.split()[1:6] == ["succeeded", "100", "%", "2.0000", "7.389"]
+    assert row.endswith(f"  rápida  lr=0.005 betas=[0.8, 0.9] init_from={parent}@0 tokenizer=bytes")
+    assert at("jobs", "--limit", "1", "--json").json["data"][0]["figures"] == {
+        "percent": 100,
+        "loss": 2.0,
+        "perplexity": 7.389,
+    }
+
+
+def test_the_metrics_of_several_jobs_are_shown_in_turn(at: Run, api: Api) -> None:
+    ids = [api.finished() for _ in range(2)]
+    lines = at("metrics", *ids).out.splitlines()
+    assert [line.split()[0] for line in lines if line.endswith("succeeded")] == ids
+    assert sum(line.startswith("what the words mean") for line in lines) == 1
+    assert [one["job_id"] for one in at("metrics", *ids, "--json").json] == ids
+    header, *rows = at("metrics", *ids, "--csv").out.splitlines()
+    assert header == "job_id,step,train_loss,lr,grad_norm"
+    assert [row.split(",")[:2] for row in rows] == [[job_id, step] for job_id in ids for step in "123"]
+
+
 def test_the_metrics_of_a_mixture_show_its_figures_quarter_by_quarter(at: Run, api: Api) -> None:
     claim = api.running(config={"tokenizer": "bytes", "use_moe": True})
     figures = {"load_cv": 0.25, "max_violation": 0.5, "dead_experts": 1, "dropped_fraction": 0.0, "churn": 0.125}
@@ -360,9 +388,12 @@ def test_the_table_of_jobs_is_not_cut_in_a_pipe(at: Run, api: Api) -> None:
     ids = [api.submit(name=name)["id"] for _ in range(2)]
     done = at("jobs", "--limit", "2")
     header, *rows = done.out.splitlines()
-    assert header.split() == ["job", "status", "done", "submitted", "name"]
+    assert header.split() == ["job", "status", "done", "loss", "ppl", "submitted"]
     assert [row.split()[0] for row in rows] == ids[::-1]
-    assert [row.partition(" ago  ")[2] for row in rows] == [f"{name}  1 ahead", f"{name}  next"]
+    assert [row.partition(" s  ")[2] for row in rows] == [
+        f"{name}  tokenizer=bytes  1 ahead",
+        f"{name}  tokenizer=bytes  next",
+    ]
     assert [job["id"] for job in at("jobs", "--limit", "2", "--json").json["data"]] == ids[::-1]
     assert at("jobs", "--tag", "nobody").out == "no jobs\n"
 

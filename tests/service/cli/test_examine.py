@@ -1,10 +1,14 @@
 """`nanomoe score`, `inspect` and `explain` against a real server, and `explain` of a folder."""
 
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from nanomoe import checkpoint
+from nanomoe.evaluation.metrics import CardToken, MixtureLayer
+from service.cli.inspection_text import experts_table
 from service.client import JobHandle
 from service.jobs import queue
 from tests.api import TEXT, Api
@@ -51,6 +55,61 @@ def test_a_prompt_is_inspected(nanomoe: Run, api: Api, job_id: str) -> None:
     assert [line.split() for line in lines[of_router + 1 :]] == [
         [repr(letter), f"{first},", str(second)] for letter, (first, second) in zip("Era", layer["chosen"], strict=True)
     ]
+
+
+def test_every_token_of_a_prompt_is_shown_with_its_experts(nanomoe: Run, api: Api, job_id: str) -> None:
+    prompt = "Era uma vez um gato que"
+    answer = nanomoe("inspect", job_id, prompt, "--url", api.url, "--json").json
+    lines = nanomoe("inspect", job_id, prompt, "--url", api.url).out.splitlines()
+    (of_router,) = (n for n, line in enumerate(lines) if line.startswith("read and sent to experts"))
+    assert len(lines[of_router + 1 :]) == len(prompt) == len(answer["routed_tokens"])
+    for line, letter, routed in zip(lines[of_router + 1 :], prompt, answer["routed_tokens"], strict=True):
+        assert line.split("  ")[0] == repr(letter) == repr(routed["text"])
+        assert line.rstrip().endswith(", ".join(map(str, routed["experts"][0])))
+
+
+def test_the_experts_of_a_checkpoint_are_shown_with_their_tokens(nanomoe: Run, api: Api) -> None:
+    claim = api.running(config={"tokenizer": "bytes", "use_moe": True, "n_experts": 2, "k": 1})
+    cards = [[{"token": " uma", "id": 7, "times": 12}, {"token": "\n", "id": 9, "times": 3}], []]
+    layer = {"layer": 1, "load": [0.75, 0.25], "importance": [0.6, 0.4], "loss_without": [3.5, 2.25], "cards": cards}
+    several = {"layer": 3, "load": [1.0, 0.0], "importance": [0.5, 0.5], "cards": cards}
+    api.record_checkpoint(claim, 25, 125, moe={"layers": [layer, several], "mean": {}, "max": {}})
+    queue.finish(api.db, claim, "succeeded")
+    for target in (f"{claim.job_id}@25", claim.job_id):
+        done = nanomoe("experts", target, "--url", api.url)
+        assert done.code == 0, done.err
+        assert [line.split() for line in done.out.splitlines()] == [
+            [
+                f"{claim.job_id}@25",
+                *["loss", "2.0000,", "k", "=", "1", "of", "2", "experts:", "an", "equal", "load", "is", "0.5000"],
+            ],
+            [],
+            ["layer", "1", "expert", "load", "importance", "loss", "without", "top", "tokens"],
+            ["0", "0.7500", "0.6000", "3.5000", "'", "uma'", "12,", r"'\n'", "3"],
+            ["1", "0.2500", "0.4000", "2.2500", "–"],
+            [],
+            ["layer", "3", "expert", "load", "importance", "loss", "without", "top", "tokens"],
+            ["0", "1.0000", "0.5000", "–", "'", "uma'", "12,", r"'\n'", "3"],
+            ["1", "0.0000", "0.5000", "–", "–"],
+        ]
+    told = nanomoe("experts", claim.job_id, "--url", api.url, "--json").json
+    assert told["layers"][0]["cards"] == cards
+    for target, said in (
+        (f"{claim.job_id}@50", "checkpoint_not_found: "),
+        (api.finished(), "is dense, it has no experts: train one with --set use_moe=true"),
+    ):
+        refused = nanomoe("experts", target, "--url", api.url)
+        assert (refused.code, refused.out) == (2, "")
+        assert said in refused.err
+
+
+def test_the_tokens_of_an_expert_fit_into_the_terminal() -> None:
+    card = [CardToken(token=f"t{n}", id=n, times=n) for n in range(9)]
+    layer = MixtureLayer(layer=1, load=[1.0], importance=[1.0], loss_without=[1.0], cards=[card])
+    console = Console(width=80, file=StringIO())
+    console.print(experts_table(layer, console.width))
+    _, row = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert row.rstrip().endswith("'t0' 0, 't1' 1, 't2' 2")
 
 
 @pytest.mark.parametrize(
@@ -118,9 +177,7 @@ def test_what_cannot_be_explained_is_one_line_and_exit_code_2(
     for source in (f"{job}@100", "dense"):
         done = nanomoe("explain", source, "Era")
         assert (done.code, done.out) == (2, "")
-        assert done.err == (
-            f"nanomoe: {source} is dense, it has no router to explain: train one with --set use_moe=true\n"
-        )
+        assert done.err == (f"nanomoe: {source} is dense, it has no experts: train one with --set use_moe=true\n")
     write_tiny_checkpoint(tmp_path / "mixture", use_moe=True)
     assert nanomoe("explain", "mixture", "").err == "nanomoe: mixture cannot be explained: the prompt has no token\n"
     (tmp_path / "empty").mkdir()

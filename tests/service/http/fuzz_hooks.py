@@ -15,6 +15,7 @@ JOBS = os.environ["NANOMOE_FUZZ_JOBS"].split(",")
 FINISHED = os.environ["NANOMOE_FUZZ_FINISHED"]
 SWEEPS = os.environ["NANOMOE_FUZZ_SWEEPS"].split(",")
 SOME_ID = re.compile(r"[0-9a-f]{32}")
+SOME_JOB = re.compile(r"[^\x00-\x1f\x7f/]{1,200}")
 NUMBER = re.compile(r"[0-9]+(\.[0-9]+)?(e-?[0-9]+)?")
 SHORT_WAIT = 0.05
 
@@ -26,7 +27,7 @@ def _mostly() -> bool:
 @schemathesis.hook
 def map_path_parameters(context: Any, path_parameters: dict[str, Any] | None) -> dict[str, Any] | None:
     """Mostly real jobs and files."""
-    if path_parameters and SOME_ID.fullmatch(str(path_parameters.get("job_id"))) and _mostly():
+    if path_parameters and SOME_JOB.fullmatch(str(path_parameters.get("job_id", ""))) and _mostly():
         path_parameters["job_id"] = random.choice(JOBS)
     if path_parameters and SOME_ID.fullmatch(str(path_parameters.get("sweep_id"))) and _mostly():
         path_parameters["sweep_id"] = random.choice(SWEEPS)
@@ -45,7 +46,7 @@ def map_body(context: Any, body: Any) -> Any:
     config = body.get("config")
     if isinstance(config, dict) and isinstance(config.get("tokenizer"), str) and _mostly():
         config["tokenizer"] = random.choice(["bytes", "ptbr-8k", "train:300"])
-    if SOME_ID.fullmatch(str(body.get("job_id"))) and _mostly():
+    if SOME_JOB.fullmatch(str(body.get("job_id", ""))) and _mostly():
         body["job_id"] = FINISHED
         if type(body.get("checkpoint", 0)) is int and body.get("checkpoint", 0) in (0, 25, 50, 75, 100):
             body["checkpoint"] = "latest"
@@ -60,7 +61,7 @@ def map_body(context: Any, body: Any) -> Any:
 @schemathesis.hook
 def before_call(context: Any, case: Any, kwargs: Any) -> None:
     """The events of a job that goes on never end, and a wait is as good when it is short."""
-    if case.operation.path.endswith("/events") and SOME_ID.fullmatch(str(case.path_parameters.get("job_id"))):
+    if case.operation.path.endswith("/events") and SOME_JOB.fullmatch(str(case.path_parameters.get("job_id", ""))):
         case.path_parameters["job_id"] = FINISHED
     if case.operation.path.endswith("/events") and SOME_ID.fullmatch(str(case.path_parameters.get("sweep_id"))):
         case.path_parameters["sweep_id"] = SWEEPS[0]

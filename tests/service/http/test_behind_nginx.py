@@ -124,8 +124,10 @@ def test_a_jobs_events_arrive_as_they_happen(api: Api, proxied: httpx.Client) ->
 
 def test_every_stream_says_that_it_must_not_be_buffered(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     job_id = api.finished()
+    sweep_id = api.submit_sweep()["id"]
     requests: dict[tuple[str, str], dict[str, Any] | None] = {
         ("get", "/jobs/{job_id}/events"): None,
+        ("get", "/sweeps/{sweep_id}/events"): None,
         ("post", "/generate"): {"job_id": job_id, "prompt": "a", "stream": True},
         ("post", "/v1/completions"): {"model": job_id, "prompt": "a", "stream": True},
     }
@@ -138,7 +140,7 @@ def test_every_stream_says_that_it_must_not_be_buffered(api: Api, monkeypatch: p
     assert set(requests) == documented
     for (method, path), body in requests.items():
         monkeypatch.setattr(api.context.generation, "stream", Pieces(api.loop).stream)
-        with api.http.stream(method, path.format(job_id=job_id), json=body) as answer:
+        with api.http.stream(method, path.format(job_id=job_id, sweep_id=sweep_id), json=body) as answer:
             assert answer.headers["content-type"] == "text/event-stream; charset=utf-8", path
             assert answer.headers["cache-control"] == "no-cache", path
             assert answer.headers["x-accel-buffering"] == "no", path

@@ -142,6 +142,11 @@ def test_every_documented_status_is_reached_and_no_other(
     sweep = api.http.post("/sweeps", json={"text": TEXT, "seeds": 2}).json()["id"]
     api.http.post(f"/sweeps/{sweep}/cancel")
 
+    for _ in range(2):
+        api.http.post(f"/jobs/{api.submit()['id']}/cancel")
+    for twin in api.http.get("/jobs", params={"status": "cancelled", "limit": 2}).json()["data"]:
+        api.http.patch(f"/jobs/{twin['id']}", json={"name": "twin"})
+
     requests = valid_requests(queued, finished, sweep)
     for method, path, body in requests:
         send(method, path, json=body, headers={"Host": "evil.example"})
@@ -158,6 +163,10 @@ def test_every_documented_status_is_reached_and_no_other(
             send(method, path, json=body, headers={"Content-Encoding": "gzip"})
         if any(given in path for given in ("/jobs/", "/models/", "/sweeps/", "?sweep=")):
             send(method, path.replace(queued, NOBODY).replace(finished, NOBODY).replace(sweep, NOBODY), json=body)
+        if any(given in path for given in ("/jobs/", "/models/")):
+            send(method, path.replace(queued, "twin").replace(finished, "twin"), json=body)
+    for path in ("/compare", "/compare/series"):
+        send("GET", path, params={"job": "twin"})
     for path in (
         f"/jobs/{queued}",
         "/jobs",
@@ -260,6 +269,19 @@ def test_a_submission_is_documented_as_json_and_as_a_form(made: dict[str, Any]) 
     config = made["components"]["schemas"]["JobConfig"]
     assert config["properties"]["lr"]["description"].startswith("Peak learning rate")
     assert "required" not in config
+
+
+def test_the_cards_of_the_experts_are_typed(made: dict[str, Any]) -> None:
+    schemas = made["components"]["schemas"]
+    wanted = {"type": "array", "items": {"$ref": "#/components/schemas/CardToken"}}
+    cards, _ = schemas["MixtureLayer"]["properties"]["cards"]["anyOf"]
+    assert cards == {"type": "array", "items": wanted}
+    assert set(schemas["CardToken"]["required"]) == {"token", "id", "times"}
+    moe, _ = schemas["CheckpointMetrics"]["properties"]["moe"]["anyOf"]
+    assert moe == {"$ref": "#/components/schemas/MixtureMetrics"}
+    assert schemas["MixtureMetrics"]["properties"]["layers"]["items"] == {"$ref": "#/components/schemas/MixtureLayer"}
+    routed = schemas["InspectResponse"]["properties"]["routed_tokens"]["items"]
+    assert routed == {"$ref": "#/components/schemas/RoutedToken"}
 
 
 def test_no_parameter_can_be_null(made: dict[str, Any]) -> None:

@@ -44,7 +44,7 @@ def test_every_pattern_of_a_request_has_an_error_message() -> None:
         (schemas.SubmitRequest, {"text": "a", "tags": {"a": "\n"}}),
         (schemas.SubmitRequest, {"text": "a", "tags": {"ç": ""}}),
         (JobConfig, {"tokenizer": "\n"}),
-        (InitFrom, {"job_id": "x"}),
+        (InitFrom, {"job_id": "\n"}),
     ],
 )
 def test_an_error_about_a_pattern_shows_its_message(kind: type, given: dict[str, Any]) -> None:

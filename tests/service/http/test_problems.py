@@ -35,7 +35,7 @@ def _bodies(api: Api) -> Iterator[tuple[str, str, Any]]:
     """Every field of every body, and of a job's config, with every bad value; and bodies that are no object."""
     job_id = api.submit()["id"]
     document = api.http.get("/openapi.json").json()
-    for method, path, body in valid_requests(job_id, job_id):
+    for method, path, body in valid_requests(job_id, job_id, api.submit_sweep()["id"]):
         if body is None:
             continue
         template = path.replace(job_id, "{job_id}")

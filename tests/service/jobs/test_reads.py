@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
 from service.database.database import Database
 from service.errors import NotFound
@@ -75,6 +76,31 @@ def test_jobs_are_listed_in_the_order_of_their_submission_whatever_their_ids(
     listed = [job.id for job in reads.list_jobs(db)]
     assert listed == ["b" * 32, "a" * 32, "c" * 32]
     assert [job.id for job in reads.list_jobs(db, before=jobs[1].seq)] == ["c" * 32]
+
+
+def test_a_list_has_the_figures_of_the_newest_checkpoints_and_reads_no_reconstruction(db: Database) -> None:
+    waiting = submit(db)
+    queue.request_pause(db, waiting.id)
+    worker = WorkerIdentity()
+    done = finished(db, worker, (0, 50, 25))
+    statements: list[str] = []
+
+    @sa.event.listens_for(db.engine, "before_cursor_execute")
+    def keep(connection: object, cursor: object, statement: str, *_: object) -> None:
+        statements.append(statement)
+
+    try:
+        listed = reads.list_measured_jobs(db)
+    finally:
+        sa.event.remove(db.engine, "before_cursor_execute", keep)
+    assert [(job.id, figures) for job, figures in listed] == [
+        (done.id, reads.NewestFigures(50, 1.5, None)),
+        (waiting.id, None),
+    ]
+    (query,) = [statement for statement in statements if "SELECT" in statement]
+    assert "reconstruction" not in query
+    assert [job.id for job, _ in reads.list_measured_jobs(db, status="paused", limit=1)] == [waiting.id]
+    assert [job.id for job, _ in reads.list_measured_jobs(db, before=done.seq)] == [waiting.id]
 
 
 def test_jobs_are_counted_by_status(db: Database) -> None:

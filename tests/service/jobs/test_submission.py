@@ -107,7 +107,7 @@ def test_traps_are_told() -> None:
 
 @pytest.mark.parametrize("change", [{"n_layer": 2}, {"block_size": 50}, {"bias": False}, {"tokenizer": "ptbr-8k"}])
 def test_weights_of_another_shape_are_no_start(change: dict[str, Any]) -> None:
-    parent = Parent(JobConfig(tokenizer="bytes"), load_tokenizer("bytes"), "")
+    parent = Parent("0" * 32, JobConfig(tokenizer="bytes"), load_tokenizer("bytes"), "")
     assessed(parent=parent, tokenizer="bytes", epochs=5, dropout=0.0)
     with pytest.raises(Invalid) as refused:
         assessed(parent=parent, **({"tokenizer": "bytes"} | change))
@@ -120,7 +120,7 @@ def codes(found: Assessment) -> list[str]:
 
 
 def parent_of(tokenizer: Tokenizer, text: str = "outro texto") -> Parent:
-    return Parent(JobConfig(tokenizer=tokenizer.name), tokenizer, hashlib.sha256(text.encode()).hexdigest())
+    return Parent("0" * 32, JobConfig(tokenizer=tokenizer.name), tokenizer, hashlib.sha256(text.encode()).hexdigest())
 
 
 def test_a_child_is_told_when_its_parents_tokenizer_is_another_than_the_name_gives_today() -> None:

@@ -1,6 +1,6 @@
 """Sweeps: jobs that are submitted and compared together, with their events numbered through; and what comparing many
-jobs reads. Reconstructions and routers' figures move from a checkpoint's metrics to columns of their own, and each job
-gets the envelope of its training loss.
+jobs reads; the index by which jobs are found by name. Reconstructions and routers' figures move from a checkpoint's
+metrics to columns of their own, and each job gets the envelope of its training loss.
 """
 
 import json
@@ -81,6 +81,8 @@ def _add_sweeps() -> None:
         postgresql_where=queued,
     )
     member = sa.text("sweep_id IS NOT NULL")
+    named = sa.text("name IS NOT NULL")
+    op.create_index("ix_jobs_name", "jobs", ["name"], sqlite_where=named, postgresql_where=named)
     op.create_index("ix_jobs_sweep", "jobs", ["sweep_id", "seq"], sqlite_where=member, postgresql_where=member)
     op.add_column("events", sa.Column("sweep_id", sa.String(), nullable=True))
     op.add_column("events", sa.Column("sweep_seq", sa.BigInteger(), nullable=True))

@@ -112,6 +112,10 @@ def test_a_prompt_is_inspected_as_the_model_reads_it(api: Api, job_id: str, mode
         ):
             torch.testing.assert_close(torch.tensor(layer[name]), expected, rtol=0, atol=2e-6)
         assert (layer["balance_bias"], layer["n_shared_experts"]) == (None, 0)
+    for t, (routed, read) in enumerate(zip(answer["routed_tokens"], answer["tokens"], strict=True)):
+        assert {name: routed[name] for name in read} == read
+        assert routed["experts"] == [layer["chosen"][t] for layer in answer["routing"]]
+        assert routed["gates"] == [layer["gates"][t] for layer in answer["routing"]]
     assert answer["n_unread"] == 0
     long = api.http.post("/inspect", json={"job_id": job_id, "prompt": "a" * 50}).json()
     assert (long["n_unread"], len(long["tokens"]), long["tokens"][0]["byte_offset"]) == (18, 32, 18)

@@ -143,7 +143,9 @@ def test_a_text_that_is_cut_at_once_is_a_choice_without_tokens(api: Api, job_id:
     [
         ({"prompt": ""}, 422, "empty_prompt"),
         ({"prompt": None}, 422, "invalid_request"),
-        ({"job_id": "../etc"}, 422, "invalid_request"),
+        ({"job_id": "../etc"}, 404, "job_not_found"),
+        ({"job_id": "\0"}, 422, "invalid_request"),
+        ({"job_id": ""}, 422, "invalid_request"),
         ({"job_id": NOBODY}, 404, "job_not_found"),
         ({"checkpoint": 50}, 404, "checkpoint_not_found"),
         ({"checkpoint": 51}, 422, "invalid_request"),

@@ -119,7 +119,8 @@ def test_a_text_over_256_kib_is_tokenised_later(api: Api) -> None:
         (b'{"text": "ab", "priority": 101}', 422, "invalid_request"),
         (b'{"text": "ab", "run_at": "2030-01-01"}', 422, "invalid_request"),
         (b'{"text": "ab", "run_at": "2030-01-01T00:00:00"}', 422, "invalid_request"),
-        (b'{"text": "ab", "config": {"init_from": {"job_id": "../x"}}}', 422, "invalid_request"),
+        (b'{"text": "ab", "config": {"init_from": {"job_id": "../x"}}}', 404, "job_not_found"),
+        (b'{"text": "ab", "config": {"init_from": {"job_id": ""}}}', 422, "invalid_request"),
         (b'{"text": "ab", "config": {"init_from": {"job_id": "%s"}}}' % NOBODY.encode(), 404, "job_not_found"),
     ],
 )
