@@ -3,13 +3,14 @@
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 RUN = Path(__file__).with_name("run")
 
 
 def test_without_a_gpu_everything_is_skipped_for_a_named_reason() -> None:
-    command = [RUN, "--tests", "tests/nanomoe/model/test_dropout.py"]
+    command = [sys.executable, RUN, "--tests", "tests/nanomoe/model/test_dropout.py"]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr

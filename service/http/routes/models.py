@@ -34,7 +34,7 @@ class ImportRequestForm(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    files: list[UploadFile]
+    files: list[UploadFile] = Field(min_length=1)
     """Files of the model: nanoGPT's `ckpt.pt`; or `config.json` and `model.safetensors` of a Hugging Face GPT-2. Beside
     them those of the tokenizer: `tokenizer.json`, or `vocab.json` and `merges.txt`."""
 

@@ -136,9 +136,8 @@ def test_a_short_list_is_nearly_always_found_and_short(count: int) -> None:
             assert len(found.ids) < 8 * count + 8
 
 
-@pytest.mark.skipif(not compiling.HAS_INT8_PRODUCTS, reason="this processor has no 8-bit products")
 def test_a_list_cut_without_the_bound_misses_likely_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bound is what makes short lists complete."""
+    """The bound is what makes short lists complete where 8-bit products cut them; nothing else reads it."""
     monkeypatch.setattr(short_list, "_quantize", _without_bound(short_list._quantize))
     missed = 0
     for seed in range(10):
@@ -146,7 +145,7 @@ def test_a_list_cut_without_the_bound_misses_likely_tokens(monkeypatch: pytest.M
         all_ = [row.logits.copy() for row in output.candidates(x_NC, [None] * 8)]
         for found, logits_V in zip(output.candidates(x_NC, [40] * 8), all_, strict=True):
             missed += found.ids is None or not set(np.argsort(-logits_V)[:40]) <= set(found.ids.tolist())
-    assert missed > 0
+    assert (missed > 0) == compiling.HAS_INT8_PRODUCTS
 
 
 def _without_bound(quantize):  # type: ignore[no-untyped-def]

@@ -26,7 +26,7 @@ negative_data_rejection = { expected-statuses = ["400", "403", "404", "405", "40
 [[operations]]
 include-name = [
     "POST /jobs", "POST /sweeps", "GET /compare", "GET /compare/series", "POST /generate", "POST /score",
-    "POST /inspect", "POST /v1/completions",
+    "POST /inspect", "POST /v1/completions", "POST /models",
 ]
 checks = { positive_data_acceptance = { expected-statuses = ["2xx", "404", "409", "413", "422", "429", "503"] } }
 """

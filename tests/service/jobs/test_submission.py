@@ -105,7 +105,7 @@ def test_traps_are_told() -> None:
     assert {"prefix_longer_than_text", "router_starved", "more_experts_than_tokens"} <= codes
 
 
-@pytest.mark.parametrize("change", [{"n_layer": 2}, {"block_size": 50}, {"bias": False}, {"tokenizer": "ptbr-8k"}])
+@pytest.mark.parametrize("change", [{"n_layer": 2}, {"block_size": 150}, {"bias": False}, {"tokenizer": "ptbr-8k"}])
 def test_weights_of_another_shape_are_no_start(change: dict[str, Any]) -> None:
     parent = Parent("0" * 32, JobConfig(tokenizer="bytes"), load_tokenizer("bytes"), "")
     assessed(parent=parent, tokenizer="bytes", epochs=5, dropout=0.0)
