@@ -1,21 +1,17 @@
-"""Write and read a checkpoint's folder, all or nothing.
+"""Write and read a checkpoint's folder, all or nothing, on a disk or in a bucket (`nanomoe.store`).
 
-A folder is written under a `.tmp` name, every file and the manifest flushed to the disk, and renamed at the end:
-a folder without that suffix is complete. The manifest holds each file's size and sha256; whoever knows the manifest's
-own sha256 (the job's row does) can tell that no byte has changed since. safetensors itself loads a flipped bit without
-complaint. Nothing here is ever unpickled, and no file holds a wall-clock value: equal runs give equal bytes.
+The manifest is written last, and a folder without it is not complete. It holds each file's size and sha256; whoever
+knows the manifest's own sha256 (the job's row does) can tell that no byte has changed since. safetensors itself loads a
+flipped bit without complaint. Nothing here is ever unpickled, and no file holds a wall-clock value: equal runs give
+equal bytes.
 
 Knows no torch until weights are read; the service lists and serves checkpoints with it.
 """
 
 import errno
 import hashlib
-import json
-import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +21,9 @@ from pydantic import ValidationError
 from nanomoe.config import JobConfig, Strict
 from nanomoe.errors import NanomoeError
 from nanomoe.evaluation.metrics import CheckpointMetrics
+from nanomoe.indented_json import indented
+from nanomoe.store.opening import as_store
+from nanomoe.store.store import Store, StoreError
 from nanomoe.tokenizer import TOKENIZER_FILES, Tokenizer
 
 if TYPE_CHECKING:
@@ -44,12 +43,6 @@ RESUME_UNTRAINED = "untrained.safetensors"
 
 FOLDER_NAME = r"f(\d+)-s?\d+"
 """What `folder_name` and `snapshot_name` give; the group is the fence."""
-
-UNFINISHED = ".tmp"
-"""Suffix of a folder's name until the folder is complete."""
-
-_PIECE_BYTES = 1 << 20
-"""Read and hashed at once where a file is only verified: milliseconds of work, however large the file."""
 
 
 def stopped_early_reason(metrics: CheckpointMetrics) -> str:
@@ -103,23 +96,18 @@ def snapshot_name(fence: int, step: int) -> str:
 
 
 def to_json(value: object) -> bytes:
-    """The bytes of a JSON file: one form for one value, no NaN."""
-    return json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False).encode() + b"\n"
+    """The bytes of a JSON file: one form for one value, an entry a line, no NaN."""
+    return indented(value).encode() + b"\n"
 
 
-def reached(point: str) -> None:
-    """Does nothing. The commit calls it between its steps, so that a test can let the process die exactly there."""
-
-
-def write(folder: Path, files: Mapping[str, bytes]) -> tuple[Manifest, str]:
+def write(folder: Store | Path, files: Mapping[str, bytes]) -> tuple[Manifest, str]:
     """Write `files` ({name: bytes}) as `folder`, which must not exist; returns the manifest and its sha256.
 
     Raises:
         FileExistsError: the folder is there already.
+        StoreError: the bucket is out of reach, or refuses.
         OSError: the disk is full or refuses; `folder` does not exist then.
     """
-    if folder.exists():
-        raise FileExistsError(f"{folder} exists already")
     manifest = Manifest(
         files=[
             FileEntry(name=name, size=len(content), sha256=hashlib.sha256(content).hexdigest())
@@ -127,18 +115,7 @@ def write(folder: Path, files: Mapping[str, bytes]) -> tuple[Manifest, str]:
         ]
     )
     manifest_bytes = to_json(manifest.model_dump())
-    unfinished = folder.with_name(folder.name + UNFINISHED)
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
-        _write_flushed(unfinished, [*sorted(files.items()), (MANIFEST, manifest_bytes)])
-        reached("flushed")
-        unfinished.rename(folder)
-        reached("renamed")
-        _flush_folder(folder.parent)
-    except OSError:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
+    as_store(folder).write({**dict(sorted(files.items())), MANIFEST: manifest_bytes})
     return manifest, hashlib.sha256(manifest_bytes).hexdigest()
 
 
@@ -147,84 +124,64 @@ def is_disk_full(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def _write_flushed(folder: Path, files: Sequence[tuple[str, bytes]]) -> None:
-    """Write files, and return once all of them and their names are on the disk.
-
-    They are flushed at the same time. One after the other, each waits for the file system's journal: that took three to
-    nine times as long on a busy disk (measured).
-    """
-    with ExitStack() as opened:
-        descriptors = []
-        for name, content in files:
-            file = opened.enter_context((folder / name).open("wb"))
-            file.write(content)
-            file.flush()
-            descriptors.append(file.fileno())
-            reached(f"wrote {name}")
-        descriptors.append(os.open(folder, os.O_RDONLY))
-        opened.callback(os.close, descriptors[-1])
-        with ThreadPoolExecutor(len(descriptors), thread_name_prefix="flush") as pool:
-            for _ in pool.map(os.fsync, descriptors):
-                pass
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def read_manifest(folder: Path, manifest_sha256: str) -> Manifest:
+def read_manifest(folder: Store, manifest_sha256: str) -> Manifest:
     """The manifest, if it is the one that was recorded.
 
     Raises:
         CheckpointDamaged: it is missing or another.
+        StoreError: it cannot be read now.
     """
     try:
-        content = (folder / MANIFEST).read_bytes()
+        content = _read_bytes(folder, MANIFEST, manifest_sha256)
         if hashlib.sha256(content).hexdigest() != manifest_sha256:
             raise CheckpointDamaged(f"{folder.name}/{MANIFEST} is not the one that was recorded")
         return Manifest.model_validate_json(content)
-    except (OSError, ValidationError) as error:
+    except ValidationError as error:
         raise CheckpointDamaged(f"{folder.name}/{MANIFEST}: {error}") from error
 
 
-def read_file(folder: Path, entry: FileEntry) -> bytes:
+def read_file(folder: Store, entry: FileEntry) -> bytes:
     """The verified bytes of one file.
 
     Raises:
         CheckpointDamaged: it is missing, or a byte is wrong.
+        StoreError: it cannot be read now.
     """
-    content = _read_bytes(folder, entry.name)
+    content = _read_bytes(folder, entry.name, entry.sha256)
     _compare(folder, entry, hashlib.sha256(content).hexdigest(), len(content))
     return content
 
 
-def _read_bytes(folder: Path, name: str) -> bytes:
-    try:
-        return (folder / name).read_bytes()
-    except OSError as error:
-        raise CheckpointDamaged(f"{folder.name}/{name}: {error}") from error
+def _read_bytes(folder: Store, name: str, sha256: str | None = None) -> bytes:
+    with _damaged_if_unreadable(folder, name):
+        return folder.read(name, sha256=sha256)
 
 
-def _compare(folder: Path, entry: FileEntry, sha256: str, n_bytes: int) -> None:
+def _compare(folder: Store, entry: FileEntry, sha256: str, n_bytes: int) -> None:
     if sha256 != entry.sha256:
         raise CheckpointDamaged(f"{folder.name}/{entry.name}: {n_bytes} bytes, not those that were written")
 
 
-def verify(folder: Path, manifest_sha256: str, *, meanwhile: Callable[[], None] = lambda: None) -> Manifest:
+def verify(
+    folder: Store | Path,
+    manifest_sha256: str,
+    *,
+    meanwhile: Callable[[], None] = lambda: None,
+    to_be_read: bool = False,
+) -> Manifest:
     """The manifest of a folder, after every byte of every file was checked, a piece at a time. `meanwhile` is called
-    after each piece, for what cannot wait until gigabytes are read.
+    after each piece, for what cannot wait until gigabytes are read. With `to_be_read` it is enough that the bytes lie
+    on this machine: the files of a bucket are copied into its cache, or found there.
 
     Raises:
         CheckpointDamaged: naming the file.
+        StoreError: a file cannot be read now.
     """
+    folder = as_store(folder)
     manifest = read_manifest(folder, manifest_sha256)
     for entry in manifest.files:
         digest, n_bytes = hashlib.sha256(), 0
-        for piece in _pieces(folder, entry):
+        for piece in _pieces(folder, entry, to_be_read=to_be_read):
             digest.update(piece)
             n_bytes += len(piece)
             meanwhile()
@@ -232,25 +189,32 @@ def verify(folder: Path, manifest_sha256: str, *, meanwhile: Callable[[], None] 
     return manifest
 
 
-def _pieces(folder: Path, entry: FileEntry) -> Iterator[bytes]:
+def _pieces(folder: Store, entry: FileEntry, *, to_be_read: bool = False) -> Iterator[bytes]:
+    with _damaged_if_unreadable(folder, entry.name):
+        yield from folder.pieces(entry.name, sha256=entry.sha256 if to_be_read else None)
+
+
+@contextmanager
+def _damaged_if_unreadable(folder: Store, name: str) -> Iterator[None]:
+    """A file that is missing, or that the disk cannot read, is damage; a store that is out of reach is none."""
     try:
-        with (folder / entry.name).open("rb") as file:
-            while piece := file.read(_PIECE_BYTES):
-                yield piece
+        yield
+    except StoreError:
+        raise
     except OSError as error:
-        raise CheckpointDamaged(f"{folder.name}/{entry.name}: {error}") from error
+        raise CheckpointDamaged(f"{folder.name}/{name}: {error}") from error
 
 
 @dataclass(frozen=True)
 class OpenCheckpoint:
-    """A checkpoint or snapshot on the disk. Each file is read once, when it is asked for, and its bytes are verified
+    """A checkpoint or snapshot. Each file is read once, when it is asked for, and its bytes are verified
     before anything is made of them.
 
     Every method raises CheckpointDamaged, naming the file, where one is missing or its bytes are not those that were
-    written.
+    written; StoreError where the store cannot be read now.
     """
 
-    folder: Path
+    folder: Store
     manifest: Manifest | None
     """Size and hash of each file; None for a folder that nothing vouches for, whose files are taken as they are."""
 
@@ -288,7 +252,7 @@ class OpenCheckpoint:
         return weights
 
 
-def open(folder: Path, manifest_sha256: str | None) -> OpenCheckpoint:  # noqa: A001 # as `tarfile.open`
+def open(folder: Store | Path, manifest_sha256: str | None) -> OpenCheckpoint:  # noqa: A001 # as `tarfile.open`
     """Open a checkpoint or snapshot.
 
     `manifest_sha256` is that of the manifest as it was recorded, which vouches for every byte. None is for a folder of
@@ -296,8 +260,10 @@ def open(folder: Path, manifest_sha256: str | None) -> OpenCheckpoint:  # noqa: 
 
     Raises:
         CheckpointDamaged: the manifest is missing or another.
+        StoreError: it cannot be read now.
     """
-    return OpenCheckpoint(folder, None if manifest_sha256 is None else read_manifest(folder, manifest_sha256))
+    store = as_store(folder)
+    return OpenCheckpoint(store, None if manifest_sha256 is None else read_manifest(store, manifest_sha256))
 
 
 def load_model(opened: OpenCheckpoint, device: "torch.device | str" = "cpu") -> tuple["GPT", JobConfig, Tokenizer]:

@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -54,12 +55,29 @@ class Graphs(Protocol):
         """To be called after each step: wait until the device is not far behind the host."""
 
 
+@dataclass(frozen=True)
+class _Captured:
+    graph: torch.cuda.CUDAGraph
+    device: torch.device
+
+    def replay(self) -> None:
+        """Replay on the current stream of the graph's own device."""
+        with torch.cuda.device(self.device):
+            self.graph.replay()
+
+
 @functools.cache
 def capture_stream(device_index: int) -> torch.cuda.Stream:
     """The stream on which this process captures on a device. There is one, because cuBLAS keeps a workspace of 32 MiB
     for each stream that it has ever run on, and never frees it."""
     with torch.cuda.device(device_index):
         return torch.cuda.Stream()
+
+
+@functools.cache
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which this process does what is done beside the steps on a device: one, as for captures."""
+    return torch.cuda.Stream(device)
 
 
 class CudaGraphs:
@@ -69,7 +87,7 @@ class CudaGraphs:
         self._device = device
         with torch.cuda.device(device):
             self._stream = capture_stream(torch.cuda.current_device())
-        self._newest: Callable[[], torch.cuda.CUDAGraph | None] = lambda: None
+        self._graphs = weakref.WeakSet[torch.cuda.CUDAGraph]()
         self._under_way: deque[torch.cuda.Event] = deque()
 
     def capture(self, work: Callable[[], None], unchanged: Sequence[Tensor] = (), *, is_warm: bool = False) -> Program:
@@ -77,8 +95,8 @@ class CudaGraphs:
         with torch.cuda.device(self._device), _ONE_CAPTURE_AT_A_TIME:
             if not is_warm:
                 self._warm_up(work, unchanged)
-            newest, graph = self._newest(), torch.cuda.CUDAGraph()
-            pool = None if newest is None else newest.pool()  # a pool ends with the last graph that has it
+            earlier, graph = next(iter(self._graphs), None), torch.cuda.CUDAGraph()
+            pool = None if earlier is None else earlier.pool()  # a pool ends with the last graph that has it
             # The outer context puts the stream back even where the end of a failed capture raises. Only what this
             # thread does is captured: others load checkpoints or evaluate meanwhile.
             with (
@@ -86,8 +104,8 @@ class CudaGraphs:
                 torch.cuda.graph(graph, pool, self._stream, capture_error_mode="thread_local"),
             ):
                 work()
-            self._newest = weakref.ref(graph)
-        return graph
+            self._graphs.add(graph)
+        return _Captured(graph, self._device)
 
     def _warm_up(self, work: Callable[[], None], unchanged: Sequence[Tensor]) -> None:
         before = [tensor.clone() for tensor in unchanged]

@@ -38,6 +38,15 @@ class Windows:
         """The device that batches are on."""
         return self._tokens.device
 
+    def overwrite(self, tokens_N: Tensor) -> None:
+        """Take another text of as many tokens, in the same place."""
+        self._tokens[:-1].copy_(tokens_N)
+
+    @property
+    def padded_tokens(self) -> Tensor:
+        """The text's token ids (N + 1), int64, and an ignored target after them."""
+        return self._tokens
+
     @property
     def tokens(self) -> list[int]:
         """The text's token ids."""

@@ -23,7 +23,7 @@ class ImportRequest(Strict):
     """Folder of the files to read."""
 
     to: str
-    """Folder of the checkpoint to write, which must not exist."""
+    """Folder of the checkpoint to write, which must not exist: its path, or its URL in a bucket."""
 
     text: str
     """The text that the figures are measured on."""

@@ -34,6 +34,8 @@ from nanomoe.model.gpt import GPT
 from nanomoe.model.size import Sizes
 from nanomoe.plan import Plan, TextTooShort
 from nanomoe.processes import die_with_parent
+from nanomoe.store.opening import open_store
+from nanomoe.store.store import StoreError
 from nanomoe.tokenizer import TOKENIZER_FILES, Tokenizer, TokenizerError, load_tokenizer
 
 PADDED_TO = 128
@@ -277,7 +279,7 @@ def import_checkpoint(request: ImportRequest) -> Imported:
         train_dropped={},
     )
     manifest, sha256 = checkpoint.write(
-        Path(request.to),
+        open_store(request.to),
         {
             checkpoint.WEIGHTS: save_tensors(foreign.weights),
             checkpoint.CONFIG: checkpoint.to_json(config.model_dump(mode="json")),
@@ -320,6 +322,8 @@ def main() -> None:
     try:
         answer: Imported | Refused = import_checkpoint(request)
     except (NotImportable, TokenizerError, TextTooShort) as error:
+        answer = Refused(code=error.code, message=str(error))
+    except StoreError as error:
         answer = Refused(code=error.code, message=str(error))
     except OSError as error:
         if not checkpoint.is_disk_full(error):

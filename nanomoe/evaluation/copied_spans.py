@@ -1,11 +1,16 @@
-"""Memorised or learned? The longest span that a text shares with the training text. Knows no model and no torch."""
+"""Memorised or learned? The longest span that a text shares with the training text. Knows no model and no torch.
+
+numpy is imported with the first comparison: every start of the API imports this module, and few ever compare.
+"""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
-_MODULUS = np.uint64((1 << 31) - 1)
+_MODULUS = (1 << 31) - 1
 _BASE = 1_000_003
 _PART = 1 << 22
 """Bytes of the training text that are hashed at once: bounds the memory to some 150 MB."""
@@ -42,6 +47,8 @@ def longest_copied_span(scored: bytes, training: bytes) -> CopiedSpan:
 
 
 def _shared_span(scored: bytes, training: bytes, length: int) -> CopiedSpan | None:
+    import numpy as np
+
     mine = _hashes(scored, length)
     known = np.zeros(len(mine), dtype=bool)
     for at in range(0, len(training) - length + 1, _PART):
@@ -53,18 +60,21 @@ def _shared_span(scored: bytes, training: bytes, length: int) -> CopiedSpan | No
     return None
 
 
-def _hashes(text: bytes, length: int) -> NDArray[np.uint64]:
+def _hashes(text: bytes, length: int) -> "NDArray[np.uint64]":
     """The hash of every span of `length` bytes, built from those of spans of 1, 2, 4, ... bytes."""
+    import numpy as np
+
+    modulus = np.uint64(_MODULUS)
     total = np.zeros(len(text) - length + 1, dtype=np.uint64)
     doubled = np.frombuffer(text, dtype=np.uint8).astype(np.uint64) + np.uint64(1)
     size, done = 1, 0
     while True:
         if length & size:
-            shift = np.uint64(pow(_BASE, size, int(_MODULUS)))
-            total = (total * shift + doubled[done : done + len(total)]) % _MODULUS
+            shift = np.uint64(pow(_BASE, size, _MODULUS))
+            total = (total * shift + doubled[done : done + len(total)]) % modulus
             done += size
         if size * 2 > length:
             return total
-        shift = np.uint64(pow(_BASE, size, int(_MODULUS)))
-        doubled = (doubled[:-size] * shift + doubled[size:]) % _MODULUS
+        shift = np.uint64(pow(_BASE, size, _MODULUS))
+        doubled = (doubled[:-size] * shift + doubled[size:]) % modulus
         size *= 2

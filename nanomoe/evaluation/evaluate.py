@@ -4,15 +4,16 @@ Whoever loads the weights can recompute every metric. Knows no optimizer, no fil
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+import operator
+from collections import Counter
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from nanomoe.config import JobConfig, SamplingConfig
-from nanomoe.data import IGNORE, Windows
+from nanomoe.data import Windows
 from nanomoe.evaluation.evaluated_text import EvaluatedText, RaiseIfStopped, go_on
 from nanomoe.evaluation.metrics import (
     CheckpointMetrics,
@@ -23,23 +24,14 @@ from nanomoe.evaluation.metrics import (
     Reconstruction,
     perplexity,
 )
-from nanomoe.evaluation.moe_metrics import LayerRouting, expert_cards, moe_metrics, moe_warnings
+from nanomoe.evaluation.moe_metrics import expert_cards, moe_metrics, moe_warnings
+from nanomoe.evaluation.reader import PlainReader, Reader, Reading, evaluating
 from nanomoe.generation.continuation import continue_tokens
 from nanomoe.model.gpt import GPT, token_losses
 from nanomoe.tokenizer import Tokenizer
 
 MAX_RECONSTRUCTED = 2048
 """Targets that a reconstruction holds."""
-
-BATCH_BYTES = {"cpu": 16 * 2**20, "cuda": 256 * 2**20}
-"""Activations of a block that are held at once, by the kind of device: windows are evaluated together as long as these
-fit. On a CPU a larger batch is no faster, 43,000 tokens a second and core at 768 tokens of 128 channels, 41,000 at
-2,048 and at 8,192 (measured), and a stop is noticed between two batches. The bound on a GPU is assumed."""
-
-LOGITS_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
-"""Logits that are held at once, by the kind of device. On a CPU larger blocks are slower: of tokens with 8,192 logits
-26,000 a second and core in blocks of 1 and of 4 MB, 19,000 in 16 MB, 15,000 in 64 MB (measured). The bound on a GPU is
-assumed."""
 
 Choices = dict[int, Tensor]
 """{layer: (targets, K) int16}: the experts of each token whose successor is a target that is read, in the text's order.
@@ -61,63 +53,11 @@ class Evaluation:
         return moe_warnings(moe, after_half=after_half) if moe is not None else []
 
 
-@contextmanager
-def _evaluating(model: GPT) -> Iterator[None]:
-    """Evaluation mode (no capacity, no noise), and back."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
-def _windows_per_batch(model: GPT, windows: Windows) -> int:
-    """The number of windows whose activations of one block `BATCH_BYTES` hold; at least one."""
-    config = model.config
-    hidden = max(4 * config.n_embd, (config.k + config.n_shared_experts) * config.expert_hidden * config.use_moe)
-    token_bytes = 4 * (8 * config.n_embd + hidden)
-    return max(1, BATCH_BYTES[windows.device.type] // (token_bytes * windows.length))
-
-
-def _logits_in_blocks(model: GPT, hidden_BTC: Tensor, targets_BT: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Logits (N, V) and targets (N,) of as many tokens at a time as `LOGITS_BYTES` hold, at least one."""
-    at_once = max(1, LOGITS_BYTES[hidden_BTC.device.type] // (4 * model.vocab_size))
-    hidden, targets = hidden_BTC.flatten(0, 1).split(at_once), targets_BT.flatten().split(at_once)
-    for hidden_NC, targets_N in zip(hidden, targets, strict=True):
-        yield model.logits(hidden_NC), targets_N
-
-
-def _losses(model: GPT, hidden_BTC: Tensor, targets_BT: Tensor) -> Tensor:
-    """The loss (B, T) of each target, 0 where it is ignored."""
-    blocks = _logits_in_blocks(model, hidden_BTC, targets_BT)
-    losses = [token_losses(logits_NV[None], targets_N[None])[0] for logits_NV, targets_N in blocks]
-    return torch.cat(losses).view_as(targets_BT)
-
-
-def _losses_and_predictions(model: GPT, hidden_BTC: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """`_losses`, and the likeliest token (B, T) in place of each target."""
-    losses: list[Tensor] = []
-    predicted: list[Tensor] = []
-    for logits_NV, targets_N in _logits_in_blocks(model, hidden_BTC, targets_BT):
-        losses.append(token_losses(logits_NV[None], targets_N[None])[0])
-        predicted.append(logits_NV.argmax(-1))
-    return torch.cat(losses).view_as(targets_BT), torch.cat(predicted).view_as(targets_BT)
-
-
-@torch.no_grad()
-def evaluate_loss(model: GPT, text: EvaluatedText, raise_if_stopped: RaiseIfStopped = go_on) -> float:
+def evaluate_loss(reader: Reader, text: EvaluatedText, raise_if_stopped: RaiseIfStopped = go_on) -> float:
     """Mean cross-entropy of the targets that are read of `text`, nats per token. `raise_if_stopped` is called before
     every batch."""
-    windows = text.all_windows
-    total = 0.0
-    with _evaluating(model):
-        for batch in text.batches(_windows_per_batch(model, windows)):
-            raise_if_stopped()
-            inputs_BT, targets_BT = windows.batch(batch)
-            hidden_BTC, _ = model.hidden(inputs_BT)
-            total += _losses(model, hidden_BTC, targets_BT).double().sum().item()
-    return total / text.n_targets
+    read = reader.read(text.all_windows, text.windows, raise_if_stopped)
+    return read.total / len(read.losses)
 
 
 def evaluate(
@@ -131,45 +71,45 @@ def evaluate(
     previous_choices: Choices,
     train_loss: float | None,
     train_dropped: dict[int, float],
+    reader: Reader | None = None,
     raise_if_stopped: RaiseIfStopped = go_on,
 ) -> Evaluation:
     """All metrics of the model as it stands, at `position` of its training.
 
-    `text` is the training text, `val_text` the one held out. `raise_if_stopped` is called between two batches.
+    `text` is the training text, `val_text` the one held out. `reader` passes their windows through the model, the plain
+    one where it is None. `raise_if_stopped` is called between two batches.
 
     `previous_choices`: those of the checkpoint before, empty at percent 0. `train_dropped`: per MoE layer, the share
     of assignments that the training steps since then dropped.
     """
-    with _evaluating(model):
+    reader = reader or PlainReader(model)
+    with evaluating(model):
         windows = text.all_windows
-        read = _read(model, windows, text.windows, raise_if_stopped)
+        read = reader.read(windows, text.windows, raise_if_stopped)
         tokens = windows.tokens
-        inputs = text.positions().tolist()
-        targets = [tokens[i + 1] for i in inputs]
-        loss = sum(read.losses) / len(targets)
-        n_bytes = sum(len(tokenizer.token_bytes(target)) for target in targets)
+        positions = text.positions().tolist()
+        targets = [tokens[i + 1] for i in positions]
+        loss = read.total / len(targets)
+        n_bytes = sum(n * len(tokenizer.token_bytes(target)) for target, n in Counter(targets).items())
         metrics = CheckpointMetrics(
             **dict(position),
             loss=loss,
             perplexity=perplexity(loss),
-            bits_per_byte=sum(read.losses) / math.log(2) / n_bytes,
+            bits_per_byte=read.total / math.log(2) / n_bytes,
             train_loss=train_loss,
-            accuracy=sum(p == t for p, t in zip(read.predicted, targets, strict=True)) / len(targets),
-            val_loss=evaluate_loss(model, val_text, raise_if_stopped) if val_text is not None else None,
+            accuracy=sum(map(operator.eq, read.predicted, targets)) / len(targets),
+            val_loss=evaluate_loss(reader, val_text, raise_if_stopped) if val_text is not None else None,
             baselines=text.baselines(tokenizer.vocab_size, raise_if_stopped),
             eval_targets=len(targets),
             loss_stderr=text.standard_error(read.losses),
-            reconstruction=_reconstruction(
-                tokens,
-                read if text.is_whole else _read(model, windows, _first_windows(windows), raise_if_stopped),
-                tokenizer,
-            ),
+            reconstruction=_reconstruction(tokens, _beginning(reader, windows, read, raise_if_stopped), tokenizer),
             continuation=_continuation(model, tokens, tokenizer, config, raise_if_stopped),
             moe=_moe(
                 model,
+                reader,
                 windows,
                 read,
-                [tokens[i] for i in inputs],
+                [tokens[i] for i in positions],
                 tokenizer,
                 config,
                 previous_choices,
@@ -182,8 +122,9 @@ def evaluate(
 
 def _moe(
     model: GPT,
+    reader: Reader,
     windows: Windows,
-    read: "_Reading",
+    read: Reading,
     inputs: list[int],
     tokenizer: Tokenizer,
     config: JobConfig,
@@ -201,7 +142,7 @@ def _moe(
         previous_choices=previous_choices,
         train_dropped=train_dropped,
         router_grad_norms=_router_grad_norms(model, windows),
-        losses_without=_losses_without(model, windows, config, raise_if_stopped),
+        losses_without=_losses_without(reader, windows, config, raise_if_stopped),
         cards={
             layer: expert_cards(routing.chosen_TK, inputs, config.n_experts, tokenizer)
             for layer, routing in read.routing.items()
@@ -209,66 +150,59 @@ def _moe(
     )
 
 
-@dataclass(frozen=True)
-class _Reading:
-    """The model's losses, predictions and routing at every target of some windows, in the text's order."""
+class _Beginning(NamedTuple):
+    """What was read at the text's first targets, at least as many as a reconstruction shows."""
 
     losses: list[float]
     predicted: list[int]
-    routing: dict[int, LayerRouting]
-    """{layer: routing of the tokens that have a target}."""
+    chosen: list[list[list[int]]]
+    """Per MoE layer, each token's experts."""
 
 
-@torch.no_grad()
-def _read(model: GPT, windows: Windows, chosen: list[int], raise_if_stopped: RaiseIfStopped) -> _Reading:
-    """Read the windows `chosen`, ascending."""
-    per_batch = _windows_per_batch(model, windows)
-    losses: list[float] = []
-    predicted: list[int] = []
-    parts: dict[int, list[LayerRouting]] = {layer: [] for layer in model.moe_layers}
-    for first in range(0, len(chosen), per_batch):
-        raise_if_stopped()
-        inputs_BT, targets_BT = windows.batch(chosen[first : first + per_batch])
-        hidden_BTC, routings = model.hidden(inputs_BT)
-        losses_BT, predicted_BT = _losses_and_predictions(model, hidden_BTC, targets_BT)
-        real_BT = targets_BT != IGNORE
-        losses += losses_BT[real_BT].tolist()
-        predicted += predicted_BT[real_BT].tolist()
-        for layer, routing in routings.items():
-            parts[layer].append(LayerRouting.of(routing, real_BT.flatten()))
-    return _Reading(losses, predicted, {layer: LayerRouting.join(rows) for layer, rows in parts.items()})
+def _beginning(reader: Reader, windows: Windows, read: Reading, raise_if_stopped: RaiseIfStopped) -> _Beginning:
+    """The windows that a reconstruction shows: taken from `read`, and read where they are not in it."""
+    first = range(min(windows.count, -(-MAX_RECONSTRUCTED // windows.length)))
+    places = read.places()
+    missing = [window for window in first if window not in places]
+    other = reader.read(windows, missing, raise_if_stopped) if missing else read
+    others = other.places()
+    parts = [(read, places[window]) if window in places else (other, others[window]) for window in first]
+    return _Beginning(
+        losses=[loss for source, place in parts for loss in source.losses[place]],
+        predicted=[token for source, place in parts for token in source.predicted[place]],
+        chosen=[
+            torch.cat([source.routing[layer].chosen_TK[place] for source, place in parts]).tolist()
+            for layer in read.routing
+        ],
+    )
 
 
-def _first_windows(windows: Windows) -> list[int]:
-    """The windows that hold the targets of a reconstruction."""
-    return list(range(min(windows.count, -(-MAX_RECONSTRUCTED // windows.length))))
-
-
-def _reconstruction(tokens: list[int], read: _Reading, tokenizer: Tokenizer) -> Reconstruction:
-    """The model's prediction in place of every target: the first `MAX_RECONSTRUCTED` of them, which `read` begins with.
+def _reconstruction(tokens: list[int], beginning: _Beginning, tokenizer: Tokenizer) -> Reconstruction:
+    """The model's prediction in place of every target: the first `MAX_RECONSTRUCTED` of them.
 
     Position i holds the token that was seen and routed there, `input`, and what was predicted after it: `experts` are
     those of `input`, `target` is the token that follows it.
     """
     shown = min(len(tokens) - 1, MAX_RECONSTRUCTED)
-    chosen = [routing.chosen_TK[:shown].tolist() for routing in read.routing.values()]
+    predicted = beginning.predicted[:shown]
+    text_of = {token: tokenizer.decode([token]) for token in {*tokens[: shown + 1], *predicted}}
     entries = []
     byte_offset = len(tokenizer.token_bytes(tokens[0]))
     for i, target in enumerate(tokens[1 : shown + 1]):
-        entry = ReconstructedToken(
-            input=tokenizer.decode([tokens[i]]),
-            target=tokenizer.decode([target]),
-            predicted=tokenizer.decode([read.predicted[i]]),
-            loss=read.losses[i],
-            id=target,
-            byte_offset=byte_offset,
+        experts = {"experts": [layer[i] for layer in beginning.chosen]} if beginning.chosen else {}
+        entries.append(
+            ReconstructedToken(
+                input=text_of[tokens[i]],
+                target=text_of[target],
+                predicted=text_of[predicted[i]],
+                loss=beginning.losses[i],
+                id=target,
+                byte_offset=byte_offset,
+                **experts,
+            )
         )
-        if chosen:
-            entry = entry.model_copy(update={"experts": [layer[i] for layer in chosen]})
-        entries.append(entry)
         byte_offset += len(tokenizer.token_bytes(target))
-    text = tokenizer.decode(read.predicted[:shown])
-    return Reconstruction(text=text, tokens=entries, truncated=shown < len(tokens) - 1)
+    return Reconstruction(text=tokenizer.decode(predicted), tokens=entries, truncated=shown < len(tokens) - 1)
 
 
 def _continuation(
@@ -301,20 +235,11 @@ MAX_LOSSES_WITHOUT = 64
 """Experts, over all layers, up to which each is removed in turn."""
 
 
-@torch.no_grad()
 def _losses_without(
-    model: GPT, windows: Windows, config: JobConfig, raise_if_stopped: RaiseIfStopped
+    reader: Reader, windows: Windows, config: JobConfig, raise_if_stopped: RaiseIfStopped
 ) -> dict[int, list[float]] | None:
     """{layer: loss with expert e's output removed, for each e}, on at most 2,048 tokens; None for too many experts."""
-    if len(model.moe_layers) * config.n_experts > MAX_LOSSES_WITHOUT:
+    if len(config.moe_layers) * config.n_experts > MAX_LOSSES_WITHOUT:
         return None
-    batch = list(range(min(windows.count, max(1, 2048 // windows.length))))
-    inputs_BT, targets_BT = windows.batch(batch)
-    n_targets = windows.n_targets(batch)
-
-    def loss(layer: int, expert: int) -> float:
-        raise_if_stopped()
-        hidden_BTC, _ = model.hidden(inputs_BT, without=(layer, expert))
-        return _losses(model, hidden_BTC, targets_BT).double().sum().item() / n_targets
-
-    return {layer: [loss(layer, expert) for expert in range(config.n_experts)] for layer in model.moe_layers}
+    chosen = range(min(windows.count, max(1, 2048 // windows.length)))
+    return reader.losses_without(windows, chosen, raise_if_stopped)

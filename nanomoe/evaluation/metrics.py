@@ -25,6 +25,17 @@ def perplexity(loss: float) -> float | None:
     return math.exp(loss) if loss < _LARGEST_EXPONENT else None
 
 
+def largest_loss(of_perplexity: float) -> float:
+    """The largest loss whose perplexity is at most `of_perplexity` (finite, above 0): to compare losses with it is to
+    compare perplexities with that, to the last bit."""
+    loss = math.log(of_perplexity)
+    while math.exp(loss) > of_perplexity:
+        loss = math.nextafter(loss, -math.inf)
+    while math.exp(above := math.nextafter(loss, math.inf)) <= of_perplexity:
+        loss = above
+    return loss
+
+
 class Measured(BaseModel):
     """A frozen record without NaN or infinity; the docstring under a field is its public description."""
 

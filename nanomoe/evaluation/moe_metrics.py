@@ -5,9 +5,9 @@ no file.
 """
 
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Self
 
 import torch
@@ -53,12 +53,17 @@ class LayerRouting:
     @classmethod
     def of(cls, routing: Routing, counted_T: Tensor) -> Self:
         """The tokens of a pass for which `counted_T` (bool) is true."""
-        probs_TE = routing.probs_TE[counted_T].double()
+        return cls.of_tokens(*(each[counted_T] for each in (routing.chosen_TK, routing.probs_TE, routing.logits_TE)))
+
+    @classmethod
+    def of_tokens(cls, chosen_TK: Tensor, probs_TE: Tensor, logits_TE: Tensor) -> Self:
+        """All of these tokens; arguments as in `Routing`."""
+        wide_TE = probs_TE.double()
         return cls(
-            chosen_TK=routing.chosen_TK[counted_T],
-            probs_E=probs_TE.sum(0),
-            entropy=torch.special.entr(probs_TE).sum(),
-            squared_logsumexp=routing.logits_TE[counted_T].double().logsumexp(-1).square().sum(),
+            chosen_TK=chosen_TK,
+            probs_E=wide_TE.sum(0),
+            entropy=torch.special.entr(wide_TE).sum(),
+            squared_logsumexp=logits_TE.double().logsumexp(-1).square().sum(),
         )
 
     @classmethod
@@ -169,17 +174,16 @@ def expert_cards(
 
     `tokens` are the T inputs that were routed. Ties go to the lower token id.
     """
-    counts = [Counter[int]() for _ in range(n_experts)]
-    for token, experts in zip(tokens, chosen_TK.tolist(), strict=True):
-        for expert in experts:
-            counts[expert][token] += 1
-    return [
-        [
-            CardToken(token=tokenizer.decode([token]), id=token, times=times)
-            for token, times in sorted(count.items(), key=lambda item: (-item[1], item[0]))[:n_tokens]
-        ]
-        for count in counts
-    ]
+    n_ids = max(tokens) + 1
+    pairs_TK = chosen_TK * n_ids + torch.tensor(tokens, device=chosen_TK.device)[:, None]
+    pairs, times = torch.unique(pairs_TK, return_counts=True)  # ascending: expert by expert, token by token
+    starts = torch.searchsorted(pairs, torch.arange(n_experts + 1, device=pairs.device) * n_ids).tolist()
+    cards = []
+    for first, end in pairwise(starts):
+        most = times[first:end].sort(stable=True, descending=True).indices[:n_tokens] + first
+        ids, counts = (pairs[most] % n_ids).tolist(), times[most].tolist()
+        cards.append([CardToken(token=tokenizer.decode([i]), id=i, times=n) for i, n in zip(ids, counts, strict=True)])
+    return cards
 
 
 def moe_warnings(moe: MixtureMetrics, *, after_half: bool) -> list[tuple[str, str]]:

@@ -13,9 +13,11 @@ Shape letters: G guesses, T tokens, N positions whose next token is not certain 
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from nanomoe.config import SamplingConfig
 from nanomoe.generation import sampling
+from nanomoe.generation.device_sampling import choose_all
 from nanomoe.generation.engine import Engine, Request
 from nanomoe.generation.sampling import Candidates
 from nanomoe.model.gpt import GPT
@@ -73,20 +75,26 @@ def _drafted(model: GPT, request: Request, expected: Sequence[int], before_pass:
         # What comes after the last token of all is not asked.
         tokens_GT = torch.tensor([[*certain, *each[:-1]] for each in guesses], device=device)
         hidden_GTC, _ = model.hidden(tokens_GT)
-        logits_GNV = model.logits(hidden_GTC[:, -n_left:]).cpu().numpy()
-        chosen = [
-            [
-                sampling.choose(Candidates(logits_V), request.sampling, uniform)
-                for logits_V, uniform in zip(logits_NV, uniforms[-n_left:], strict=True)
-            ]
-            for logits_NV in logits_GNV
-        ]
+        logits_GNV = model.logits(hidden_GTC[:, -n_left:])
+        chosen = _choices(logits_GNV, request.sampling, uniforms[-n_left:])
         # A choice is certain if all guesses before it were right.
         n_certain = [1 + _n_equal(each, choices[:-1]) for each, choices in zip(guesses, chosen, strict=True)]
         best = max(range(len(guesses)), key=n_certain.__getitem__)
         certain += chosen[best][: n_certain[best]]
         guess = chosen[0][n_certain[best] :]
     return certain[len(request.prompt) :]
+
+
+def _choices(logits_GNV: Tensor, how: SamplingConfig, uniforms: Sequence[float]) -> list[list[int]]:
+    """The next token at each position of each guess, chosen where the logits are."""
+    n_guesses, n_positions, _ = logits_GNV.shape
+    logits, uniforms = logits_GNV.flatten(0, 1), [*uniforms] * n_guesses
+    if logits.is_cuda:
+        tokens = choose_all(logits, [how] * len(uniforms), uniforms)
+    else:
+        rows = zip(logits.numpy(), uniforms, strict=True)
+        tokens = [sampling.choose(Candidates(logits_V), how, uniform) for logits_V, uniform in rows]
+    return [tokens[n : n + n_positions] for n in range(0, len(tokens), n_positions)]
 
 
 def _n_equal(some: Sequence[int], others: Sequence[int]) -> int:

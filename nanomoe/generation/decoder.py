@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nanomoe.config import ModelConfig
-from nanomoe.generation.graphs import GraphedStep
 from nanomoe.model.gpt import GPT, MLP
 
 
@@ -83,6 +82,8 @@ class CompiledDecoder:
 class TensorDecoder:
     """A step in tensor operations."""
 
+    numerics = "tensor operations"
+
     def __init__(
         self,
         weights: Mapping[str, Tensor],
@@ -91,19 +92,16 @@ class TensorDecoder:
         n_rows: int,
         *,
         in_one_shape: bool,
-        graphed: bool = False,
     ) -> None:
         """`weights`: float32, on the device, by nanoGPT's names. `n_rows`: most sequences that are cached.
-        `in_one_shape`: whether the single tokens of all rows are computed together. `graphed`: whether a captured CUDA
-        graph does that."""
+        `in_one_shape`: whether the single tokens of all rows are computed together."""
         vocab_size = len(weights["transformer.wte.weight"])
         with torch.device("meta"):
             self._model = GPT(config, vocab_size).eval()
         self._model.load_state_dict(dict(weights), assign=True)
         self.config = config
-        self._device = device
+        self.device = device
         self._in_one_shape = in_one_shape
-        self._graphed = GraphedStep(device) if graphed else None
         self._n_rows = n_rows
         self._positions_B = torch.arange(config.block_size, device=device)
         self._keys, self._values = self._new_cache(n_rows if in_one_shape else 1)
@@ -113,12 +111,7 @@ class TensorDecoder:
         config = self.config
         H = config.n_head
         shape = (2, config.n_layer, n_rows, config.block_size, H, config.n_embd // H)
-        return torch.zeros(shape, device=self._device)
-
-    @property
-    def numerics(self) -> str:
-        """How a step is computed, in words."""
-        return "tensor operations" if self._graphed is None else "a captured CUDA graph"
+        return torch.zeros(shape, device=self.device)
 
     @property
     def n_bytes(self) -> int:
@@ -139,12 +132,12 @@ class TensorDecoder:
             tokens_R, positions_R = [0] * self._n_rows, [0] * self._n_rows
             for span in singles:
                 tokens_R[span.row], positions_R[span.row] = span.tokens[0], span.start
-            hidden_RC = self._step_all_rows(tokens_R, positions_R)
+            hidden_RC = self.advance(torch.tensor([tokens_R, positions_R], device=self.device))
             found = {span.row: hidden_RC[span.row] for span in singles}
         # After the single tokens, which write something to the first position of every other row.
         for span in spans:
             if span.row not in found:
-                tokens_1T = torch.tensor([span.tokens], device=self._device)
+                tokens_1T = torch.tensor([span.tokens], device=self.device)
                 end = span.start + len(span.tokens)
                 positions_1T = self._positions_B[None, span.start : end]
                 found[span.row] = self._forward(tokens_1T, positions_1T, slice(span.row, span.row + 1), end)[0]
@@ -157,15 +150,9 @@ class TensorDecoder:
             grown[0, :, :before], grown[1, :, :before] = self._keys, self._values
             self._keys, self._values = grown
 
-    def _step_all_rows(self, tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
-        given_2R = torch.tensor([tokens, positions])
-        if self._graphed is not None:
-            return self._graphed(self._advance, given_2R)
-        return self._advance(given_2R.to(self._device))
-
-    def _advance(self, given_2R: Tensor) -> Tensor:
-        """(R, C): one token, given with its position, for every row of the cache."""
-        tokens_R1, positions_R1 = given_2R[0, :, None], given_2R[1, :, None]
+    def advance(self, newest_2R: Tensor) -> Tensor:
+        """(R, C): the hidden states of one token for every row of the cache, given with its position."""
+        tokens_R1, positions_R1 = newest_2R[0, :, None], newest_2R[1, :, None]
         return self._forward(tokens_R1, positions_R1, slice(0, self._n_rows), self.config.block_size)
 
     def _forward(self, tokens_NT: Tensor, positions_NT: Tensor, rows: slice, length: int) -> Tensor:
@@ -176,7 +163,7 @@ class TensorDecoder:
         parts = self._model.transformer
         x_NTC = parts.wte(tokens_NT) + parts.wpe(positions_NT)
         seen_N1TL = (self._positions_B[:length] <= positions_NT[..., None])[:, None]
-        places = torch.arange(N, device=self._device)[:, None], positions_NT
+        places = torch.arange(N, device=self.device)[:, None], positions_NT
         for block, keys, values in zip(self._model.blocks, self._keys, self._values, strict=True):
             queries, new_keys, new_values = block.attn.c_attn(block.ln_1(x_NTC)).view(N, T, 3, H, C // H).unbind(2)
             keys_NBHD, values_NBHD = keys[rows], values[rows]

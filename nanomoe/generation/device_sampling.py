@@ -5,17 +5,19 @@ Sums are float64 and taken in an order that depends on the shape alone, where to
 promise the same twice. Rounded otherwise than the rule's, they could choose another token where a uniform number lies
 within some 1e-15 of the border between two.
 
-Shape letters: N sequences, V vocabulary, P = 5 numbers that say how to choose, B blocks of W tokens.
+Shape letters: N sequences, V vocabulary, P = 4 numbers that say how to choose, B blocks of W tokens.
 """
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from nanomoe.config import SamplingConfig
+from nanomoe.generation.sampling import OVERFLOW
 
 _BLOCK = 256
 """Tokens whose running sum is one matrix product."""
@@ -24,35 +26,62 @@ NOT_FINITE = -1
 """What is chosen where the largest logit is not a finite number."""
 
 
+class Kind(NamedTuple):
+    """What has to be computed to choose the tokens of a batch: the same operators for all batches of a kind."""
+
+    draws: bool
+    """Whether any token is drawn; the likeliest is taken of all otherwise."""
+
+    n_likeliest: int
+    """How many of the likeliest tokens are looked for, because some `top_k` cuts the others off; 0 where none does."""
+
+    has_top_p: bool
+    """Whether any `top_p` cuts tokens off."""
+
+
 class Rules:
     """How the tokens of a batch are to be chosen."""
 
-    def __init__(self, samplings: Sequence[SamplingConfig], uniforms: Sequence[float], vocab_size: int) -> None:
-        """`uniforms`: numbers in [0, 1), one for each sequence."""
+    NAMES = ("temperature", "top_k", "top_p", "takes the likeliest")
+
+    def __init__(self, samplings: Sequence[SamplingConfig], vocab_size: int) -> None:
+        """One sampling for each sequence."""
         top_ks = [min(one.top_k or vocab_size, vocab_size) for one in samplings]
         top_ps = [1.0 if one.top_p is None else one.top_p for one in samplings]
         drawn = [n for n, one in enumerate(samplings) if not one.greedy]
-        self.are_all_greedy = not drawn
-        self.longest = max((top_ks[n] for n in drawn if top_ks[n] < vocab_size), default=0)
-        """The largest `top_k`; 0 where none cuts anything off."""
-        self.has_top_p = any(top_ps[n] < 1 for n in drawn)
+        longest = max((top_ks[n] for n in drawn if top_ks[n] < vocab_size), default=0)
+        self.kind = Kind(
+            draws=bool(drawn),
+            # The next power of two, so that there are few kinds.
+            n_likeliest=min(1 << (longest - 1).bit_length(), vocab_size) if longest else 0,
+            has_top_p=any(top_ps[n] < 1 for n in drawn),
+        )
         temperatures = [1.0 if one.greedy else one.temperature for one in samplings]
         are_greedy = [float(one.greedy) for one in samplings]
-        self.numbers_PN = torch.tensor([temperatures, top_ks, top_ps, are_greedy, uniforms], dtype=torch.float64)
-        """On the CPU, float64: temperature, top_k, top_p, whether the likeliest is taken, uniform number."""
+        self.numbers_PN = torch.tensor([temperatures, top_ks, top_ps, are_greedy], dtype=torch.float64)
+        """On the CPU, float64: `NAMES` by sequences."""
 
 
-def choose_all(logits_NV: Tensor, rules: Rules) -> Tensor:
-    """The next tokens (N,), int64, on the device of the logits; `NOT_FINITE` where there is none."""
+def choose(logits_NV: Tensor, numbers_PN: Tensor, uniform_N: Tensor, kind: Kind) -> Tensor:
+    """The next tokens (N,), int64; `NOT_FINITE` where there is none. Can be captured as a CUDA graph.
+
+    Args:
+        logits_NV: float32.
+        numbers_PN: `Rules.numbers_PN`, on the device of the logits.
+        uniform_N: numbers in [0, 1), float64, on that device.
+        kind: `Rules.kind`.
+    """
     best_N1 = logits_NV.argmax(-1, keepdim=True)
     largest_N1 = logits_NV.gather(-1, best_N1)
-    chosen_N: Tensor = best_N1[:, 0] if rules.are_all_greedy else _drawn(logits_NV, best_N1[:, 0], largest_N1, rules)
-    return chosen_N.where(largest_N1[:, 0].isfinite(), NOT_FINITE)
+    chosen_N: Tensor = best_N1[:, 0]
+    if kind.draws:
+        is_greedy_N = numbers_PN[3] > 0
+        chosen_N = chosen_N.where(is_greedy_N, _drawn(logits_NV, largest_N1, numbers_PN, uniform_N, kind))
+    return chosen_N.masked_fill(~largest_N1[:, 0].isfinite(), NOT_FINITE)
 
 
-def _drawn(logits_NV: Tensor, best_N: Tensor, largest_N1: Tensor, rules: Rules) -> Tensor:
-    numbers_PN = rules.numbers_PN.to(logits_NV.device)
-    temperature_N, top_k_N, top_p_N, is_greedy_N, uniform_N = numbers_PN
+def _drawn(logits_NV: Tensor, largest_N1: Tensor, numbers_PN: Tensor, uniform_N: Tensor, kind: Kind) -> Tensor:
+    temperature_N, top_k_N, top_p_N, _ = numbers_PN
     V = logits_NV.shape[1]
 
     def scaled(logits: Tensor) -> Tensor:
@@ -61,15 +90,16 @@ def _drawn(logits_NV: Tensor, best_N: Tensor, largest_N1: Tensor, rules: Rules) 
 
     scaled_NV = scaled(logits_NV)
     allowed_NV: Tensor | None = None
-    if rules.longest or rules.has_top_p:
-        falling = scaled(logits_NV.topk(V if rules.has_top_p else rules.longest).values)
+    if kind.n_likeliest or kind.has_top_p:
+        falling = scaled(logits_NV.topk(V if kind.has_top_p else kind.n_likeliest).values)
         least_N1 = falling.gather(-1, (top_k_N.long()[:, None] - 1).clamp(max=falling.shape[1] - 1))
-        least_N1 = least_N1.where(top_k_N[:, None] < V, -torch.inf)
-        if rules.has_top_p:
+        # Not `where` with a number, which would be copied to the device: a capture refuses that.
+        least_N1 = least_N1.masked_fill(top_k_N[:, None] >= V, -torch.inf)
+        if kind.has_top_p:
             sums = RunningSum(falling.exp() * (falling >= least_N1))
             # A token is allowed if those before it hold less than top_p.
             last_N = sums.first(top_p_N * sums.total_N, reached=True)
-            least_by_p_N1 = falling.gather(-1, last_N[:, None]).where(top_p_N[:, None] < 1, -torch.inf)
+            least_by_p_N1 = falling.gather(-1, last_N[:, None]).masked_fill(top_p_N[:, None] >= 1, -torch.inf)
             least_N1 = torch.maximum(least_N1, least_by_p_N1)
         allowed_NV = scaled_NV >= least_N1
     weights_NV = scaled_NV.exp()
@@ -78,7 +108,21 @@ def _drawn(logits_NV: Tensor, best_N: Tensor, largest_N1: Tensor, rules: Rules) 
     sums = RunningSum(weights_NV)
     # Rounding can lift the target to the sum itself: then the last token with a weight.
     target_N = torch.minimum(uniform_N * sums.total_N, sums.total_N.nextafter(torch.zeros_like(sums.total_N)))
-    return best_N.where(is_greedy_N > 0, sums.first(target_N, reached=False))
+    return sums.first(target_N, reached=False)
+
+
+def choose_all(logits_NV: Tensor, samplings: Sequence[SamplingConfig], uniforms: Sequence[float]) -> list[int]:
+    """The next token of each sequence, see `choose`.
+
+    Raises:
+        ValueError: the largest logit of some sequence is not a finite number.
+    """
+    rules, device = Rules(samplings, logits_NV.shape[1]), logits_NV.device
+    uniform_N = torch.tensor(uniforms, dtype=torch.float64, device=device)
+    tokens: list[int] = choose(logits_NV, rules.numbers_PN.to(device), uniform_N, rules.kind).tolist()
+    if NOT_FINITE in tokens:
+        raise ValueError(OVERFLOW)
+    return tokens
 
 
 class RunningSum:
@@ -109,7 +153,7 @@ class RunningSum:
         return block_N1[:, 0] * _BLOCK + place(sums_NW, inside_NW)
 
 
-@functools.lru_cache(maxsize=8)
+@functools.cache  # few and small, and for good: captured graphs read them where they lie
 def _upper(n: int, device: torch.device) -> Tensor:
     """Ones on and above the diagonal: a product with it sums up what stands before and in each column."""
     return torch.ones(n, n, dtype=torch.float64, device=device).triu_()

@@ -1,6 +1,7 @@
 """An engine that makes many continuations from one checkpoint at once.
 
-A continuation joins and leaves between steps; a step adds one token to every running one. While prompt and new tokens
+A continuation joins and leaves between steps; a step adds a token to every running one, or several where captured
+graphs do. While prompt and new tokens
 fit `block_size`, keys and values are cached. Beyond, the window slides as nanoGPT's does: the newest `block_size`
 tokens at positions from 0, and since every token's position changes, the window is computed anew for each token.
 
@@ -21,8 +22,10 @@ import torch
 from torch import Tensor
 
 from nanomoe.config import ModelConfig, SamplingConfig
+from nanomoe.cuda_graphs import CudaGraphs
 from nanomoe.generation import decoder, device_sampling, output_layer, sampling
 from nanomoe.generation.decoder import CompiledDecoder, Decoder, Span, TensorDecoder
+from nanomoe.generation.graphs import TOKENS_AT_ONCE, Newest, TokenGraphs
 from nanomoe.generation.logprobs import LogProbs
 from nanomoe.generation.output_layer import CompiledOutputLayer, OutputLayer, TensorOutputLayer
 from nanomoe.generation.sampling import Candidates, Floats
@@ -64,6 +67,9 @@ class Request:
 
     logprobs: int | None = None
     """How many of the likeliest tokens to report beside the chosen one; None reports nothing."""
+
+    may_end_early: bool = False
+    """Whether it may be cancelled for what its newest token says, so that no step may add two."""
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -129,6 +135,8 @@ class Engine:
         on_gpu = device.type == "cuda"
         self._chosen_on_device: TensorOutputLayer | None = None
         """Where the next tokens are chosen on the device, what computes their logits."""
+        self._token_graphs: TokenGraphs | None = None
+        """What adds tokens to the continuations that are cached, where captured graphs do."""
         if on_gpu:
             torch.backends.cuda.matmul.allow_tf32 = False  # some containers allow it; texts are float32's
         if compiled and not on_gpu:
@@ -136,11 +144,11 @@ class Engine:
             self.max_running = max(1, min(max_running, cache_bytes // self._decoder.row_bytes))
         else:
             self.max_running = max(1, min(max_running, cache_bytes // decoder.row_bytes(config)))
-            self._decoder = TensorDecoder(
-                weights, config, device, self.max_running, in_one_shape=on_gpu, graphed=on_gpu and compiled
-            )
+            self._decoder = TensorDecoder(weights, config, device, self.max_running, in_one_shape=on_gpu)
             self._output = TensorOutputLayer(wte_VC, self.max_running)
             self._chosen_on_device = self._output if on_gpu else None
+            if on_gpu and compiled:
+                self._token_graphs = TokenGraphs(self._decoder, self._output, CudaGraphs(device))
         self._waiting: deque[Continuation] = deque()
         self._rows: list[Continuation | None] = [None] * self.max_running
         """The running continuations, by their rows of the decoder's cache."""
@@ -163,7 +171,8 @@ class Engine:
     @property
     def numerics(self) -> str:
         """How tokens are computed, in words."""
-        return f"{self._output.numerics}; {self._decoder.numerics}"
+        how = self._decoder.numerics if self._token_graphs is None else "captured CUDA graphs"
+        return f"{self._output.numerics}; {how}"
 
     @property
     def output_bytes_per_token(self) -> int:
@@ -192,21 +201,28 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Continuation]:
-        """Add one token to every running continuation, after letting waiting ones join. Returns those that got one.
+        """Add a token to every running continuation, after letting waiting ones join; captured graphs add several to
+        those that are cached (`graphs.TOKENS_AT_ONCE`). Returns those that got any.
 
         Raises:
             ValueError: a hidden state or logit overflows float32.
         """
-        for row, running in enumerate(self._rows):
-            if running is None and self._waiting:
+        for row, occupant in enumerate(self._rows):
+            if occupant is None and self._waiting:
                 self._rows[row] = self._waiting.popleft()
-        spans = [self._span(row, running) for row, running in enumerate(self._rows) if running is not None]
-        if not spans:
-            return []
-        grown = [continuation for continuation in self._rows if continuation is not None]
-        self._extend(grown, self._decoder.step(spans))
+        running = [(row, continuation) for row, continuation in enumerate(self._rows) if continuation is not None]
+        others = running
+        if self._token_graphs is not None:
+            cached = [(row, continuation) for row, continuation in running if self._is_cached(continuation)]
+            others = [one for one in running if one not in cached]
+            # First, since a replay writes something to the first positions of every other row.
+            if cached:
+                self._add_captured(self._token_graphs, cached)
+        if others:
+            spans = [self._span(row, continuation) for row, continuation in others]
+            self._extend([continuation for _, continuation in others], self._decoder.step(spans))
         self._free_rows()
-        return grown
+        return [continuation for _, continuation in running]
 
     def run(self, requests: Sequence[Request]) -> list[Continuation]:
         """All of these continuations, finished."""
@@ -215,13 +231,40 @@ class Engine:
             self.step()
         return continuations
 
+    def _is_cached(self, continuation: Continuation) -> bool:
+        """Whether keys and values of all its tokens but the newest are cached, and stay: no position changes."""
+        n_tokens = len(continuation.tokens)
+        return (bool(continuation.new) or n_tokens == 1) and n_tokens <= self.config.block_size
+
     def _span(self, row: int, continuation: Continuation) -> Span:
         """What has to be computed for a continuation's next token: its newest one; all, where none was computed before
         or their positions change."""
-        tokens, block_size = continuation.tokens, self.config.block_size
-        if continuation.new and len(tokens) <= block_size:
+        tokens = continuation.tokens
+        if self._is_cached(continuation):
             return Span(row, len(tokens) - 1, tokens[-1:])
-        return Span(row, 0, tokens[-block_size:])
+        return Span(row, 0, tokens[-self.config.block_size :])
+
+    def _add_captured(self, graphs: TokenGraphs, cached: Sequence[tuple[int, Continuation]]) -> None:
+        """Add tokens to continuations by captured graphs: several where nobody looks at each."""
+        requests = [continuation.request for _, continuation in cached]
+        one_by_one = any(request.may_end_early or request.logprobs is not None for request in requests)
+        most = 1 if one_by_one else TOKENS_AT_ONCE
+        newest = []
+        for row, continuation in cached:
+            request, tokens = continuation.request, continuation.tokens
+            n_left = request.max_new_tokens - len(continuation.new)
+            n_wanted = min(most, n_left, self.config.block_size + 1 - len(tokens))
+            uniforms = continuation.uniforms.random(n_wanted).tolist()
+            newest.append(Newest(row, tokens[-1], len(tokens) - 1, request.sampling, uniforms))
+        for (row, continuation), tokens in zip(cached, graphs.add(newest), strict=True):
+            if device_sampling.NOT_FINITE in tokens:
+                raise ValueError(sampling.OVERFLOW)
+            request = continuation.request
+            for token in tokens:
+                logprobs = None
+                if request.logprobs is not None:
+                    logprobs = _logprobs(request, graphs.logits(row).cpu().numpy(), token)
+                self._append(continuation, token, logprobs)
 
     def _free_rows(self) -> None:
         self._rows = [None if running is None or running.finished else running for running in self._rows]
@@ -233,12 +276,15 @@ class Engine:
         layer = self._chosen_on_device
         choose = self._chosen_alone if layer is None else functools.partial(_chosen_together, layer)
         for continuation, (token, logprobs) in zip(grown, choose(requests, uniforms, hidden_NC), strict=True):
-            if logprobs is not None:
-                continuation.logprobs.append(logprobs)
-            continuation.window_slid |= len(continuation.tokens) > self.config.block_size
-            continuation.tokens.append(token)
-            continuation.new.append(token)
-            continuation.finished |= len(continuation.new) == continuation.request.max_new_tokens
+            self._append(continuation, token, logprobs)
+
+    def _append(self, continuation: Continuation, token: int, logprobs: LogProbs | None) -> None:
+        if logprobs is not None:
+            continuation.logprobs.append(logprobs)
+        continuation.window_slid |= len(continuation.tokens) > self.config.block_size
+        continuation.tokens.append(token)
+        continuation.new.append(token)
+        continuation.finished |= len(continuation.new) == continuation.request.max_new_tokens
 
     def _chosen_alone(
         self, requests: Sequence[Request], uniforms: Sequence[float], hidden_NC: Tensor
@@ -261,11 +307,8 @@ def _chosen_together(
     n_beyond = layer.n_rows - len(requests)
     samplings = [request.sampling for request in requests] + n_beyond * [SamplingConfig(temperature=0)]
     logits_RV = layer.all_logits(hidden_NC)
-    rules = device_sampling.Rules(samplings, [*uniforms, *n_beyond * [0.0]], logits_RV.shape[1])
-    tokens: list[int] = device_sampling.choose_all(logits_RV, rules)[: len(requests)].tolist()
-    if device_sampling.NOT_FINITE in tokens:
-        raise ValueError(sampling.OVERFLOW)
-    for n, (request, token) in enumerate(zip(requests, tokens, strict=True)):
+    tokens = device_sampling.choose_all(logits_RV, samplings, [*uniforms, *n_beyond * [0.0]])
+    for n, (request, token) in enumerate(zip(requests, tokens, strict=False)):
         yield token, None if request.logprobs is None else _logprobs(request, logits_RV[n].cpu().numpy(), token)
 
 

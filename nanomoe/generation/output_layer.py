@@ -60,6 +60,11 @@ class TensorOutputLayer:
         """Most sequences whose logits are computed together."""
 
     @property
+    def vocab_size(self) -> int:
+        """Tokens that have a logit."""
+        return len(self._wte_VC)
+
+    @property
     def numerics(self) -> str:
         """How logits are computed, in words."""
         return "float32"
@@ -82,7 +87,11 @@ class TensorOutputLayer:
         """Logits (`n_rows`, V) on the device: first those of the N hidden states, then rows that mean nothing."""
         padded_RC = hidden_NC.new_zeros(self.n_rows, hidden_NC.shape[1])
         padded_RC[: len(hidden_NC)] = hidden_NC
-        return torch.mm(padded_RC, self._wte_VC.T)
+        return self.logits(padded_RC)
+
+    def logits(self, hidden_RC: Tensor) -> Tensor:
+        """Logits (R, V) on the device, with R = `n_rows`."""
+        return torch.mm(hidden_RC, self._wte_VC.T)
 
 
 class CompiledOutputLayer:

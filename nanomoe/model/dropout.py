@@ -18,6 +18,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from enum import IntEnum
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -128,6 +129,20 @@ def scale(p: float) -> float:
     return 65_536 / (65_536 - cut(p))
 
 
+class Rate(NamedTuple):
+    """How much is dropped: numbers, or tensors on the device where models of several rates are computed together."""
+
+    cut: int | Tensor
+    """How many of 65,536 draws drop an element."""
+    scale: float | Tensor
+    """What a kept element is multiplied by; float32 where it is a tensor."""
+
+    @classmethod
+    def of(cls, p: float) -> "Rate":
+        """The rate of a dropout of `p`."""
+        return cls(cut(p), scale(p))
+
+
 class Dropout:
     """The dropout of one micro-batch: which windows it holds, at which step."""
 
@@ -144,23 +159,33 @@ class Dropout:
         """`config.dropout` is rounded to a multiple of 1/65,536, and the kept activations are scaled by that."""
         # One copy to the device for all layers and sites.
         keys = torch.from_numpy(plane_keys(config, step, windows, seed).view(np.int64)).to(device)
-        self._set(config, lambda: keys, dtype, _kept_counters)
+        self._set(Rate.of(config.dropout), lambda: keys, dtype, _kept_counters)
 
     @classmethod
     def of_window_keys(
-        cls, config: ModelConfig, keys_B: Tensor, *, dtype: torch.dtype, counters: "Counters"
+        cls,
+        config: ModelConfig,
+        keys_B: Tensor,
+        *,
+        dtype: torch.dtype,
+        counters: "Counters",
+        planes: Tensor | None = None,
+        rate: Rate | None = None,
     ) -> "Dropout":
         """The dropout of the windows whose `window_keys` lie on a device, int64: nothing is copied there or read back.
 
-        `counters`: `new_counters`, or what keeps its results for as long as anything captured reads them.
+        `counters`: `new_counters`, or what keeps its results for as long as anything captured reads them. `planes`: the
+        `plane_keys_on_device` of these windows, where they have been computed. `rate`: in place of the config's; at
+        those sites that a model of the config drops at.
         """
         dropout = cls.__new__(cls)
         # Where nothing is drawn, no key is computed.
-        dropout._set(config, lambda: plane_keys_on_device(config, keys_B), dtype, counters)
+        keys = (lambda: plane_keys_on_device(config, keys_B)) if planes is None else (lambda: planes)
+        dropout._set(rate or Rate.of(config.dropout), keys, dtype, counters)
         return dropout
 
-    def _set(self, config: ModelConfig, keys: Callable[[], Tensor], dtype: torch.dtype, counters: "Counters") -> None:
-        self.p = config.dropout
+    def _set(self, rate: Rate, keys: Callable[[], Tensor], dtype: torch.dtype, counters: "Counters") -> None:
+        self._rate = rate
         self._dtype = dtype
         self._counters = counters
         self._keys = keys
@@ -174,7 +199,7 @@ class Dropout:
     def mask(self, layer: int, site: Site, n_planes: int, n_rows: int, n_columns: int) -> Tensor:
         """The mask (B, planes, rows, columns) of a site: 0 where dropped, 1 / (1 - p) where kept."""
         bits = self._hash(layer, site, n_planes, n_rows, -(-n_columns // 2)).view(torch.int16)[..., :n_columns]
-        return (bits >= cut(self.p) - 32_768).to(self._dtype).mul_(scale(self.p))
+        return (bits >= self._rate.cut - 32_768).to(self._dtype).mul_(self._rate.scale)
 
     def noise(self, layer: int, n_tokens: int, n_columns: int) -> Tensor:
         """Standard normal noise (B, n_tokens, n_columns) for the router of one layer, by Box and Muller's formula."""

@@ -12,6 +12,7 @@ from typing import NamedTuple, Self, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from nanomoe.config import ModelConfig
 from nanomoe.model.dropout import EMBEDDING, Dropout, LayerDropout, Site
@@ -97,7 +98,7 @@ class Block(nn.Module):
         self.mlp: MLP | MoE = MoE(config) if config.is_moe_layer(layer) else MLP(config)
 
     def forward(
-        self, x_BTC: Tensor, dropout: Dropout | None, without_expert: int | None = None
+        self, x_BTC: Tensor, dropout: Dropout | None, without_expert: int | None = None, n_tokens: Tensor | None = None
     ) -> tuple[Tensor, Routing | None]:
         _, T, C = x_BTC.shape
         own = LayerDropout(dropout, self.layer) if dropout is not None and self.config.dropout > 0 else None
@@ -108,7 +109,9 @@ class Block(nn.Module):
         if dropout is not None and self.config.router_noise:
             noise_TE = dropout.noise(self.layer, T, self.config.n_experts).flatten(0, 1)
         keep = None if own is None else own.of_experts(T, self.config.k + self.config.n_shared_experts, C)
-        y_BTC, routing = self.mlp(self.ln_2(x_BTC), keep=keep, noise_TE=noise_TE, without_expert=without_expert)
+        y_BTC, routing = self.mlp(
+            self.ln_2(x_BTC), keep=keep, noise_TE=noise_TE, without_expert=without_expert, n_tokens=n_tokens
+        )
         return x_BTC + y_BTC, routing
 
 
@@ -137,6 +140,9 @@ class GPT(nn.Module):
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
         self.config = config
+        self.recomputes = False
+        """Whether a backward pass computes each block again instead of keeping its activations (Chen et al., arXiv
+        1604.06174): the gradient is the same, bit for bit."""
         self.transformer = Transformer(config, vocab_size)
 
     @classmethod
@@ -201,9 +207,18 @@ class GPT(nn.Module):
         return F.linear(hidden, self.transformer.wte.weight)
 
     def hidden(
-        self, tokens_BT: Tensor, *, dropout: Dropout | None = None, without: tuple[int, int] | None = None
+        self,
+        tokens_BT: Tensor,
+        *,
+        dropout: Dropout | None = None,
+        without: tuple[int, int] | None = None,
+        n_tokens: Tensor | None = None,
     ) -> tuple[Tensor, dict[int, Routing]]:
-        """Hidden states (B, T, C) that `logits` reads, and the routing of each MoE layer; arguments as of `forward`."""
+        """Hidden states (B, T, C) that `logits` reads, and the routing of each MoE layer; arguments as of `forward`.
+
+        `n_tokens` (0-dim, int64, on the device): the tokens after the first so many, window by window, are padding,
+        which no mixture counts.
+        """
         _, T = tokens_BT.shape
         assert self.config.block_size >= T, f"{T} tokens do not fit block_size {self.config.block_size}"
         wte, wpe = self.transformer.wte, self.transformer.wpe
@@ -213,7 +228,12 @@ class GPT(nn.Module):
         routings = {}
         for block in self.blocks:
             removed = without[1] if without is not None and without[0] == block.layer else None
-            x_BTC, routing = block(x_BTC, dropout, removed)
+            if self.recomputes and torch.is_grad_enabled():
+                # No random state to restore: dropout is a pure function.
+                arguments = block, x_BTC, dropout, removed, n_tokens
+                x_BTC, routing = checkpoint(*arguments, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_BTC, routing = block(x_BTC, dropout, removed, n_tokens)
             if routing is not None:
                 routings[block.layer] = routing
         hidden_BTC: Tensor = self.transformer.ln_f(x_BTC)

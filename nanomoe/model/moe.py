@@ -122,8 +122,9 @@ class Assignments:
     def of(cls, chosen_TK: Tensor, n_experts: int) -> Self:
         """Sort the choices. Shapes depend on T, K and E only, so no device is waited for."""
         sorted_A, order_A = chosen_TK.flatten().sort(dim=0, stable=True)
-        position_A = torch.empty_like(order_A).scatter_(0, order_A, torch.arange(len(order_A), device=order_A.device))
-        experts_E = torch.arange(n_experts, device=sorted_A.device)
+        position_A = torch.empty_like(order_A).scatter(0, order_A, torch.arange(len(order_A), device=order_A.device))
+        # Made from the choices, so that it lies contiguous where this is mapped over several models.
+        experts_E = chosen_TK.new_zeros(n_experts) + torch.arange(n_experts, device=sorted_A.device)
         ends_E = torch.searchsorted(sorted_A, experts_E, right=True)
         return cls(chosen_TK, order_A, position_A, ends_E, ends_E - torch.searchsorted(sorted_A, experts_E))
 
@@ -185,13 +186,14 @@ class Experts(nn.Module):
             if not too_long or self._not_grouped_because(x_TC):
                 return self._in_padded_groups(x_TC, assignments, longest)
         elif path == "masked":
-            return self._everywhere(x_TC, assignments)
+            return self.everywhere(x_TC, assignments.chosen_TK)
         elif reason := self._not_grouped_because(x_TC):
             raise ValueError(f"the grouped path cannot run: {reason}")
         return self._in_grouped_product(x_TC, assignments)
 
-    def _everywhere(self, x_TC: Tensor, assignments: Assignments) -> Tensor:
-        slot_TK = assignments.chosen_TK * len(x_TC) + torch.arange(len(x_TC), device=x_TC.device)[:, None]
+    def everywhere(self, x_TC: Tensor, chosen_TK: Tensor) -> Tensor:
+        """`forward` on the masked path, for which no assignment has to be sorted."""
+        slot_TK = chosen_TK * len(x_TC) + torch.arange(len(x_TC), device=x_TC.device)[:, None]
         return _rows(self.all_outputs(x_TC).flatten(0, 1), slot_TK)
 
     def _in_padded_groups(self, x_TC: Tensor, assignments: Assignments, longest: int) -> Tensor:
@@ -279,31 +281,88 @@ class MoE(nn.Module):
         keep: Tensor | None = None,
         noise_TE: Tensor | None = None,
         without_expert: int | None = None,
+        n_tokens: Tensor | None = None,
     ) -> tuple[Tensor, Routing]:
         """(B, T, C) -> (B, T, C), and where its tokens, flattened, were sent.
 
         `keep` (B, T, K + n_shared_experts, C) is a ready dropout mask, 0 or 1 / (1 - p), for the output of each token's
         j-th choice, then of the shared experts; None drops nothing. `noise_TE` is standard normal noise for
-        `router_noise`; None adds none. `without_expert` leaves one routed expert's output out of the sum.
+        `router_noise`; None adds none. `without_expert` leaves one routed expert's output out of the sum. `n_tokens`
+        (0-dim, int64, on the device): the tokens after the first so many are padding, of which the output means
+        nothing, and which neither losses nor counts nor the capacity know.
         """
-        k, x_TC = self.config.k, x_BTC.flatten(0, -2)
+        x_TC = x_BTC.flatten(0, -2)
         logits_TE, probs_TE, chosen_TK, gates_TK = self.router(x_TC, noise_TE)
         assignments = Assignments.of(chosen_TK, self.config.n_experts)
+        y_TC, dropped = self.mix(
+            x_TC, chosen_TK, gates_TK, assignments=assignments, keep=keep, without_expert=without_expert,
+            n_tokens=n_tokens,
+        )  # fmt: skip
+        squares_T = logits_TE.logsumexp(-1).square()
+        if n_tokens is None:
+            counts_E, n = assignments.counts_E, chosen_TK.numel()
+            share_E, mean_E, z_loss = counts_E.to(probs_TE.dtype) / n, probs_TE.mean(0), squares_T.mean()
+        else:
+            is_token_T = torch.arange(len(x_TC), device=x_TC.device) < n_tokens
+            chosen_TKE = chosen_TK[..., None] == torch.arange(self.config.n_experts, device=x_TC.device)
+            counts_E = (chosen_TKE & is_token_T[:, None, None]).sum((0, 1))
+            some = n_tokens.clamp(min=1)
+            share_E = counts_E.to(probs_TE.dtype) / (some * self.config.k)
+            mean_E = (probs_TE * is_token_T[:, None]).sum(0) / some
+            z_loss = (squares_T * is_token_T).sum() / some
+        return y_TC.to(x_BTC.dtype).view_as(x_BTC), Routing(
+            logits_TE=logits_TE,
+            probs_TE=probs_TE,
+            chosen_TK=chosen_TK,
+            gates_TK=gates_TK,
+            counts_E=counts_E,
+            dropped=dropped,
+            aux_loss=self.config.n_experts * (share_E @ mean_E),
+            z_loss=z_loss,
+        )
+
+    def mix(
+        self,
+        x_TC: Tensor,
+        chosen_TK: Tensor,
+        gates_TK: Tensor,
+        *,
+        assignments: Assignments | None = None,
+        keep: Tensor | None = None,
+        without_expert: int | None = None,
+        n_tokens: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(T, C): what the chosen experts make of their tokens, weighted by the gates and added up with the shared
+        experts; and how many assignments exceeded the capacity, int64.
+
+        `assignments` are those of `chosen_TK`; None sorts them here, if anything needs them. The others as of
+        `forward`.
+        """
+        k, path = self.config.k, self.path if self.training else None
+        if path is None:
+            path, _ = choose_expert_path(self.config, len(x_TC), x_TC.device, _product_dtype(x_TC))
+        factor = self.config.capacity_factor if self.training else None
+        if assignments is None and (factor is not None or path != "masked"):
+            assignments = Assignments.of(chosen_TK, self.config.n_experts)
 
         weights_TK = gates_TK
-        dropped = assignments.counts_E.new_zeros(())
-        if self.training and self.config.capacity_factor is not None:
-            capacity = expert_capacity(self.config.capacity_factor, len(x_TC), k, self.config.n_experts)
-            dropped_TK = assignments.ranks() >= capacity
+        dropped = chosen_TK.new_zeros(())
+        if assignments is not None and factor is not None:
+            if n_tokens is None:
+                dropped_TK = assignments.ranks() >= expert_capacity(factor, len(x_TC), k, self.config.n_experts)
+            else:  # what comes first has the lower ranks, so padding takes no place
+                capacity = (factor * n_tokens.double() * k / self.config.n_experts).ceil().clamp(min=1)
+                is_token_T1 = torch.arange(len(x_TC), device=x_TC.device)[:, None] < n_tokens
+                dropped_TK = (assignments.ranks() >= capacity) & is_token_T1
             weights_TK = weights_TK.masked_fill(dropped_TK, 0.0)
             dropped = dropped_TK.sum()
         if without_expert is not None:
             weights_TK = weights_TK.masked_fill(chosen_TK == without_expert, 0.0)
 
-        path = self.path if self.training else None
-        if path is None:
-            path, _ = choose_expert_path(self.config, len(x_TC), x_TC.device, _product_dtype(x_TC))
-        out_TKC = self.experts(x_TC, assignments, path)
+        if assignments is None:
+            out_TKC = self.experts.everywhere(x_TC, chosen_TK)
+        else:
+            out_TKC = self.experts(x_TC, assignments, path)
         keep_TNC = None if keep is None else keep.flatten(0, -3)
         if keep_TNC is not None:
             out_TKC = out_TKC * keep_TNC[:, :k]
@@ -313,18 +372,7 @@ class MoE(nn.Module):
             if keep_TNC is not None:
                 shared_TNC = shared_TNC * keep_TNC[:, k:]
             y_TC = y_TC + shared_TNC.sum(1)
-
-        share_E = assignments.counts_E.to(probs_TE.dtype) / chosen_TK.numel()
-        return y_TC.to(x_BTC.dtype).view_as(x_BTC), Routing(
-            logits_TE=logits_TE,
-            probs_TE=probs_TE,
-            chosen_TK=chosen_TK,
-            gates_TK=gates_TK,
-            counts_E=assignments.counts_E,
-            dropped=dropped,
-            aux_loss=self.config.n_experts * (share_E @ probs_TE.mean(0)),
-            z_loss=logits_TE.logsumexp(-1).square().mean(),
-        )
+        return y_TC, dropped
 
     @torch.no_grad()
     def update_balance_bias(self, counts_E: Tensor) -> None:
@@ -333,12 +381,15 @@ class MoE(nn.Module):
         `counts_E` are the assignments before dropping of the whole step: all its micro-batches. Without a balance bias
         (a rate of 0) nothing is done.
         """
-        bias_E = self.router.balance_bias
-        if bias_E is None:
-            return
-        # E * mean(n) is the sum of n: integers, so that a perfectly balanced step moves nothing.
-        shortage_E = counts_E.sum() - len(counts_E) * counts_E
-        bias_E.add_(shortage_E.sign(), alpha=self.config.router_bias_update_rate)
+        if self.router.balance_bias is not None:
+            shift_balance_bias(self.router.balance_bias, counts_E, self.config.router_bias_update_rate)
+
+
+def shift_balance_bias(bias: Tensor, counts: Tensor, rate: float) -> None:
+    """`MoE.update_balance_bias` of one bias (E,), or of several at once (..., E), with counts of the same shape."""
+    # E * mean(n) is the sum of n: integers, so that a perfectly balanced step moves nothing.
+    shortage = counts.sum(-1, keepdim=True) - counts.shape[-1] * counts
+    bias.add_(shortage.sign(), alpha=rate)
 
 
 def expert_capacity(capacity_factor: float, n_tokens: int, k: int, n_experts: int) -> int:

@@ -5,12 +5,10 @@ while the caller holds what was yielded.
 """
 
 import math
-import threading
 import time
 from collections.abc import Generator, Iterator
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from concurrent.futures import wait as wait_for
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -18,9 +16,11 @@ import torch
 from torch import Tensor
 
 from nanomoe.errors import NanomoeError
-from nanomoe.evaluation.evaluated_text import RaiseIfStopped
+from nanomoe.evaluation.evaluated_text import RaiseIfStopped, go_on
 from nanomoe.plan import OutOfMemory
+from nanomoe.training.beside import Beside, FirstCheckpoint
 from nanomoe.training.run import Recorded, Run, Snapshot, Warned
+from nanomoe.training.steps.step import MOST_UNREAD
 
 __all__ = [
     "Control",
@@ -31,18 +31,17 @@ __all__ = [
     "Run",
     "Snapshot",
     "Steps",
+    "StopAfter",
     "StopReason",
     "Stopped",
     "Undisturbed",
     "Warned",
     "train",
+    "train_in_turns",
 ]
 
 REPORT_SECONDS = 0.25
 """Step figures are gathered this long before they are yielded: reading them waits for the device."""
-
-STOP_SECONDS = 0.05
-"""Time between two looks for a stop while the first checkpoint is waited for."""
 
 StopReason = Literal["cancel", "pause", "drain"]
 
@@ -102,6 +101,17 @@ class Undisturbed:
         return False
 
 
+class StopAfter(Undisturbed):
+    """Ends a run after so many more steps, without a snapshot."""
+
+    def __init__(self, run: Run, steps: int) -> None:
+        self._run = run
+        self._last = run.progress.step + steps
+
+    def stop(self) -> StopReason | None:
+        return "cancel" if self._run.progress.step >= self._last else None
+
+
 def train(run: Run, control: Control | None = None) -> Iterator[Happened]:
     """Train to the end of the plan, from wherever `run` stands.
 
@@ -110,15 +120,38 @@ def train(run: Run, control: Control | None = None) -> Iterator[Happened]:
         OutOfMemory: a step does not fit, however it is cut.
     """
     control = control or Undisturbed()
-    first = _FirstCheckpoint(run)
+    with closing(_train(run, control, FirstCheckpoint(run, has_thread=True), Beside(run.device))) as turns:
+        for happened in turns:
+            if happened is not None:
+                yield happened
+
+
+def train_in_turns(run: Run, control: Control, beside: ThreadPoolExecutor | None = None) -> Generator[Happened | None]:
+    """What `train` does, by whoever has other runs to advance too: yields None as well, after each step and before
+    anything that comes of it is looked at.
+
+    What `train` makes beside the steps is made in the thread `beside`, which other runs share; without one, by whoever
+    advances the generator, the first checkpoint right after the first step: on a CPU, threads would only take the cores
+    from the other runs. Events, and every bit of them, are those of `train`.
+
+    Raises:
+        As `train`.
+    """
+    first = FirstCheckpoint(run, has_thread=beside is not None, shared=beside)
+    return _train(run, control, first, Beside(run.device, shared=beside))
+
+
+def _train(run: Run, control: Control, first: FirstCheckpoint, later: Beside) -> Generator[Happened | None]:
     try:
-        yield from _steps(run, control, first)
+        yield from _steps(run, control, first, later)
     except (LossNotFinite, OutOfMemory):
         with suppress(_StopAsked):
             yield from first.collect(_raiser(control))
+            yield from later.collect(_raiser(control))
         raise
     finally:
         first.abandon()
+        later.abandon()
 
 
 class _StopAsked(Exception):
@@ -140,19 +173,23 @@ def _raiser(control: Control) -> RaiseIfStopped:
     return raise_if_stopped
 
 
-def _steps(run: Run, control: Control, first: "_FirstCheckpoint") -> Iterator[Happened]:
+def _steps(run: Run, control: Control, first: FirstCheckpoint, later: Beside) -> Iterator[Happened | None]:
     progress, quarters = run.progress, run.plan.quarters
     report = _Report(run)
 
     def catch_up() -> Iterator[Happened]:
         """All that waits for nothing: the first checkpoint of a long text would hold up a stop until it is too late."""
+        run.read_evaluations()
         if first.ready:
             yield from first.collect(_raiser(control))
+        if later.ready:
+            yield from later.collect(_raiser(control))
         yield from report.flush()
 
     def stop(reason: StopReason) -> Iterator[Happened]:
         yield from catch_up()
         if reason != "cancel" and progress.step > 0:
+            yield from later.collect(go_on)  # whoever resumes does not make what is under way
             yield run.snapshot(first.untrained)
         yield Stopped(reason, progress.step)
 
@@ -163,33 +200,47 @@ def _steps(run: Run, control: Control, first: "_FirstCheckpoint") -> Iterator[Ha
             return
         if not progress.evaluation_is_due:
             report.add(*run.train_step())
+            yield None
+            waits_for_it = run.may_end and not run.launch_evaluation()
+            progress.evaluation_is_due = progress.step in quarters or waits_for_it
             yield from run.warnings
             run.warnings.clear()
-            if report.due():
+            if report.due() or run.may_have_ended:
                 yield from catch_up()
                 first.begin()
-            progress.evaluation_is_due = progress.step in quarters or run.may_end
+            if first.waits_for_its_turn:
+                try:
+                    yield from first.collect(_raiser(control))
+                except _StopAsked as asked:
+                    yield from stop(asked.reason)
+                    return
+                report.restart_clock()
         if progress.evaluation_is_due:
+            run.read_evaluations()
             validation = progress.validation
             try:
-                last = yield from _evaluate(run, _raiser(control), first, report)
+                last = yield from _evaluate(run, _raiser(control), first, later, report)
             except _StopAsked as asked:
                 progress.validation = validation  # whoever resumes evaluates anew
                 yield from stop(asked.reason)
                 return
             if last is not None:
-                if last.percent == 100:
+                if last == 100:
                     return
                 report.restart_clock()
         if control.snapshot_due():
             yield from catch_up()
-            yield run.snapshot(first.untrained)
+            if later.may_begin:
+                yield from later.collect(go_on)
+                later.begin(run.frozen_snapshot(first.untrained))
+            else:
+                yield run.snapshot(first.untrained)
 
 
 def _evaluate(
-    run: Run, raise_if_stopped: RaiseIfStopped, first: "_FirstCheckpoint", report: "_Report"
-) -> Generator[Happened, None, Recorded | None]:
-    """Make the evaluations that are due after this step; the checkpoint, if one was recorded.
+    run: Run, raise_if_stopped: RaiseIfStopped, first: FirstCheckpoint, later: Beside, report: "_Report"
+) -> Generator[Happened, None, int | None]:
+    """Make the evaluations that are due after this step, or begin to; the percent of the checkpoint, if it has one.
 
     Raises:
         _StopAsked: before anything is recorded.
@@ -200,68 +251,32 @@ def _evaluate(
         run.progress.evaluation_is_due = False
         return None
     yield from first.collect(raise_if_stopped)
+    yield from later.collect(raise_if_stopped)
     yield from report.flush()
-    recorded, warnings = run.record(
-        100 if ends else quarters[step],
-        stopped_early=ends and step < run.plan.total_steps,
-        tok_per_sec=report.speed_since_checkpoint(),
-        raise_if_stopped=raise_if_stopped,
-    )
+    percent, tok_per_sec = 100 if ends else quarters[step], report.speed_since_checkpoint()
+
+    def record(of: Run, raise_if_stopped: RaiseIfStopped) -> list[Recorded | Warned]:
+        recorded, warnings = of.record(
+            percent,
+            stopped_early=ends and step < run.plan.total_steps,
+            tok_per_sec=tok_per_sec,
+            raise_if_stopped=raise_if_stopped,
+        )
+        return [recorded, *warnings]
+
+    if percent < 100 and later.may_begin:
+        of = run.copy()
+
+        def take_over() -> None:
+            run.progress.choices = of.progress.choices
+
+        later.begin(lambda raise_if_abandoned: record(of, raise_if_abandoned), take_over)
+        run.progress.evaluation_is_due = False
+        return percent
+    happened = record(run, raise_if_stopped)
     run.progress.evaluation_is_due = False
-    yield recorded
-    yield from warnings
-    return recorded
-
-
-class _FirstCheckpoint:
-    """Percent 0, evaluated on a copy of the model in a thread: it does not stand in the way of the first steps."""
-
-    def __init__(self, run: Run) -> None:
-        self._run = run
-        self.untrained = run.untrained_copy()
-        """The copy, until the checkpoint is yielded."""
-        self._future: Future[tuple[Recorded, list[Warned]]] | None = None
-        self._abandoned = threading.Event()
-
-    def begin(self) -> None:
-        """Start the thread, unless that was done: after the first step, so that this one has the machine for itself."""
-        if self.untrained is not None and self._future is None:
-            # One thread, whatever the steps have, leaves them the other cores (assumed to be better; measured only on a
-            # machine with other work). The reference run's figures are the same bytes as with two (measured).
-            pool = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
-            self._future = pool.submit(
-                self.untrained.record,
-                0,
-                stopped_early=False,
-                tok_per_sec=None,
-                raise_if_stopped=self._raise_if_abandoned,
-            )
-            pool.shutdown(wait=False)
-
-    @property
-    def ready(self) -> bool:
-        """Whether `collect` would not wait."""
-        return self._future is not None and self._future.done()
-
-    def abandon(self) -> None:
-        """Let the thread end before its next batch: nobody will collect the checkpoint."""
-        self._abandoned.set()
-
-    def _raise_if_abandoned(self) -> None:
-        if self._abandoned.is_set():
-            raise CancelledError
-
-    def collect(self, raise_if_stopped: RaiseIfStopped) -> Iterator[Recorded | Warned]:
-        """Yield the checkpoint, once; its choices are what the next one's churn is measured against."""
-        self.begin()
-        if self.untrained is not None and self._future is not None:
-            while wait_for([self._future], STOP_SECONDS).not_done:
-                raise_if_stopped()
-            recorded, warnings = self._future.result()
-            self._run.progress.choices = self.untrained.progress.choices
-            self.untrained = self._future = None
-            yield recorded
-            yield from warnings
+    yield from happened
+    return percent
 
 
 class _Report:
@@ -271,7 +286,9 @@ class _Report:
         self._run = run
         self._figures: list[tuple[Tensor, Tensor]] = []
         self._lr: list[float] = []
-        self._targets = 0
+        self._targets: list[int] = []
+        self._read = run.progress.step
+        """Steps before the gathered ones."""
         self._quarter_targets = 0
         self._quarter_seconds = 0.0
         self._since = time.monotonic()
@@ -280,26 +297,27 @@ class _Report:
         self._figures.append((loss, grad_norm))
         self._lr.append(self._run.step.lr)
         step = self._run.order.step(self._run.progress.step - 1)
-        self._targets += self._run.windows.n_targets(step.windows)
+        self._targets.append(self._run.windows.n_targets(step.windows))
 
     def due(self) -> bool:
         """The first step is news at once; later ones are read together."""
-        return self._run.progress.step == 1 or time.monotonic() - self._since >= REPORT_SECONDS
+        is_full = len(self._figures) >= MOST_UNREAD
+        return self._run.progress.step == 1 or is_full or time.monotonic() - self._since >= REPORT_SECONDS
 
     def flush(self) -> Iterator[Steps]:
-        """Yield the gathered figures, if there are any.
+        """Yield the gathered figures, if there are any, but those of steps that were taken back.
 
         Raises:
             LossNotFinite: at the first step that is not; the steps before it are yielded first.
         """
         if not self._figures:
             return
+        last, first = self._run.progress.step, self._read + 1
+        done = slice(last - self._read)
         # One operator and one wait, however many they are.
-        figures = torch.stack([figure for pair in self._figures for figure in pair])
+        figures = torch.stack([figure for pair in self._figures[done] for figure in pair])
         losses, norms = figures.view(-1, 2).float().T.tolist()
-        seconds = time.monotonic() - self._since
-        last = self._run.progress.step
-        first = last - len(losses) + 1
+        seconds, n_targets = time.monotonic() - self._since, sum(self._targets[done])
         good = next(
             (i for i, pair in enumerate(zip(losses, norms, strict=True)) if not all(map(math.isfinite, pair))),
             len(losses),
@@ -312,16 +330,16 @@ class _Report:
                 lr=self._lr[:good],
                 grad_norm=norms[:good],
                 epoch=self._run.plan.epoch_of(first + good - 1),
-                tok_per_sec=self._targets / max(seconds, 1e-9),
+                tok_per_sec=n_targets / max(seconds, 1e-9),
             )
         if good < len(losses):
             raise LossNotFinite(
                 f"at step {first + good} the loss is {losses[good]} and the gradient norm {norms[good]}; "
                 "a lower lr, warmup_steps or grad_clip usually helps"
             )
-        self._quarter_targets += self._targets
+        self._quarter_targets += n_targets
         self._quarter_seconds += seconds
-        self._figures, self._lr, self._targets = [], [], 0
+        self._figures, self._lr, self._targets, self._read = [], [], [], last
         self._since = time.monotonic()
 
     def speed_since_checkpoint(self) -> float | None:

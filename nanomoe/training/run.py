@@ -9,9 +9,9 @@ import gc
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load as load_tensors
@@ -24,19 +24,25 @@ from nanomoe.config_warnings import config_warnings
 from nanomoe.data import Order, Step, Windows
 from nanomoe.evaluation.evaluate import Choices, evaluate, evaluate_loss
 from nanomoe.evaluation.evaluated_text import EvaluatedText, RaiseIfStopped, go_on
-from nanomoe.evaluation.metrics import CheckpointMetrics, Position, perplexity
+from nanomoe.evaluation.metrics import CheckpointMetrics, Position
+from nanomoe.evaluation.reader import PlainReader
 from nanomoe.model.gpt import GPT
 from nanomoe.model.upcycle import starting_weights
 from nanomoe.plan import OutOfMemory, Plan
 from nanomoe.tokenizer import Tokenizer
-from nanomoe.training.early_stopping import ValidationHistory
+from nanomoe.training.early_stopping import EndingRule, Losses, ValidationHistory
+from nanomoe.training.ending import Ending
 from nanomoe.training.execution import Execution, find_device
 from nanomoe.training.memory import is_out_of_memory
 from nanomoe.training.optim import learning_rate
-from nanomoe.training.steps.choice import StepPath, build_step
+from nanomoe.training.steps.captured import CapturedStep
+from nanomoe.training.steps.choice import StepPath, build_reader, build_step
 from nanomoe.training.steps.eager import EagerStep
-from nanomoe.training.steps.step import CaptureFailed
+from nanomoe.training.steps.kept import Kept, KeptSteps, shape_of
+from nanomoe.training.steps.stacked import Lane
+from nanomoe.training.steps.step import CaptureFailed, Figures, Planned, TrainingStep
 
+Key = TypeVar("Key")
 Weights = Mapping[str, Tensor]
 
 log = logging.getLogger(__name__)
@@ -110,15 +116,35 @@ class Run:
         device: torch.device,
         parent: Weights | None = None,
         resume: Mapping[str, bytes] | None = None,
+        kept_steps: KeptSteps | None = None,
     ) -> None:
         """Prefer `prepare`, which decides the execution. `parent`: weights of a model of this config to start from
-        instead of random ones. `resume`: the files of a `Snapshot`."""
+        instead of random ones. `resume`: the files of a `Snapshot`. `kept_steps`: those of earlier jobs."""
         self.config = config
         self.tokenizer = tokenizer
         self.device = device
+        self.n_threads = execution.n_threads
+        """Threads that share its steps on a CPU, which whoever advances it in another thread sets there."""
         self.plan = Plan.of(config, len(tokens))
         text = torch.tensor(tokens, device=device)
-        self.windows = Windows(text[: self.plan.n_train_tokens], config.block_size)
+        self._kept_steps = kept_steps
+        self._shape = shape_of(
+            config,
+            n_tokens=len(tokens),
+            vocab_size=tokenizer.vocab_size,
+            device=str(device),
+            path=execution.path,
+            precision_used=execution.precision,
+            experts=execution.expert_path,
+            recomputes=execution.recomputes_activations,
+        )
+        kept = None if kept_steps is None else kept_steps.take(self._shape)
+        if kept is None:
+            self.windows = Windows(text[: self.plan.n_train_tokens], config.block_size)
+            self.model = GPT.build(config, tokenizer.vocab_size, device)
+        else:
+            self.model, self.windows = kept.model, kept.windows
+            self.windows.overwrite(text[: self.plan.n_train_tokens])
         self.val_windows = (
             Windows(text[self.plan.n_train_tokens :], config.block_size) if self.plan.n_val_tokens else None
         )
@@ -128,27 +154,41 @@ class Run:
         self.val_text = None if self.val_windows is None else EvaluatedText(self.val_windows, max_targets)
         """What evaluations read of the held-out text."""
         self.order = Order(config, self.plan)
-        self.model = GPT.build(config, tokenizer.vocab_size, device)
         if resume is not None:
             self.model.load_state_dict(load_tensors(resume[checkpoint.WEIGHTS]))
         elif parent is not None:
             self.model.load_state_dict(parent)
         else:
             self.model.init_weights(config.seed)
+        self.model.recomputes = execution.recomputes_activations
         for moe in self.model.moe_layers.values():
             moe.path = execution.expert_path
-        self._activations = torch.bfloat16 if execution.precision == "bfloat16" else torch.float32
-        self.step = build_step(execution.path, self.model, self.windows, config, self._activations)
+        self.activations = torch.bfloat16 if execution.precision == "bfloat16" else torch.float32
+        """Type of activations and matrix products."""
+        self.step: TrainingStep
         """The way in which an optimizer step is done."""
+        if kept is None:
+            self.step = build_step(execution.path, self.model, self.windows, config, self.activations)
+        else:
+            kept.step.restart(config.seed)
+            self.step = kept.step
+        self.path = execution.path
+        """The way in which its first step was to be done."""
+        self.reader = build_reader(self.path, self.model)
+        """The way in which evaluations pass windows through the model."""
+        self._ending = self._build_ending()
+        """What may end training early; None where nothing does."""
         self.warnings: list[Warned] = []
         """What the steps so far gave rise to; whoever reads them clears them."""
         self.progress = self._nothing_counted(execution.micro_batch)
+        self._order_ahead = Order(config, self.plan)
+        self.step.look_ahead(self._planned)
         self._untrained: Weights | None = None
         """Those of the snapshot that this run goes on from, where percent 0 was not recorded before it."""
         if resume is not None:
             self._load(resume)
 
-    def train_step(self) -> tuple[Tensor, Tensor]:
+    def train_step(self) -> Figures:
         """Do one optimizer step; its cross-entropy (nats per target, dropout on) and gradient norm, 0-dim, unread.
 
         The gradient is that of the sum of the targets' losses over their number in the whole step, however the step is
@@ -157,17 +197,43 @@ class Run:
         index = self.progress.step
         step = self.order.step(index)
         self.step.lr = learning_rate(self.config, index, self.plan.total_steps)
-        loss, counts, dropped = self._gradient(step)
-        grad_norm = self.step.update()
+        counts, dropped = self._gradient(step)
+        figures = self.step.update()
         self.step.balance(self.model.moe_layers, counts)
         for layer in self.model.moe_layers:
             self.progress.dropped[layer] += dropped[layer]
-        self.progress.routed += len(step.windows) * self.windows.length * self.config.k
+        self.progress.routed += self._n_routed(step)
         self.progress.step += 1
-        return loss, grad_norm
+        return figures
 
-    def _gradient(self, step: Step) -> tuple[Tensor, dict[int, Tensor], dict[int, Tensor]]:
-        """Set the step's gradient; its loss, and per MoE layer the assignments to each expert and those dropped.
+    def _n_routed(self, step: Step) -> int:
+        """Assignments of a step's tokens to experts, per MoE layer."""
+        return len(step.windows) * self.windows.length * self.config.k
+
+    def keep_step(self) -> None:
+        """Leave what was captured to the next job of this shape. This run is over then, and all that it evaluated."""
+        if self._kept_steps is not None and isinstance(self.step, CapturedStep):
+            self.step.restart(self.config.seed)  # nothing of this run is referred to any more
+            self._kept_steps.put(self._shape, Kept(self.model, self.windows, self.step))
+
+    def join(self, lane: Lane) -> None:
+        """Have the steps from here on done by a program that trains other runs too."""
+        lane.load(self.step.tensors())
+        for layer, dropped in self.progress.dropped.items():
+            lane.dropped[layer].copy_(dropped)
+        self.progress.dropped = lane.dropped
+        self.step = lane
+        self.step.look_ahead(self._planned)
+        self._ending = self._build_ending()
+
+    def _planned(self, index: int) -> Planned | None:
+        if index >= self.plan.total_steps:
+            return None
+        micro_batches = self._order_ahead.step(index).micro_batches(self.progress.micro_batch)
+        return Planned(micro_batches, learning_rate(self.config, index, self.plan.total_steps))
+
+    def _gradient(self, step: Step) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        """Set the step's gradient; per MoE layer the assignments to each expert and those dropped.
 
         Where the memory does not hold a micro-batch, it is halved and the step computed again: the sum is the same. So
         it is where the step cannot be captured, operator by operator.
@@ -177,13 +243,12 @@ class Run:
         """
         while True:
             n_targets = self.windows.n_targets(step.windows)
-            loss = torch.zeros((), device=self.device)
             counts: dict[int, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.int64, device=self.device))
             dropped = counts.copy()
             try:
                 self.step.begin()
                 for windows in step.micro_batches(self.progress.micro_batch):
-                    loss += self._backward(windows, n_targets, counts, dropped)
+                    self._backward(windows, n_targets, counts, dropped)
             except CaptureFailed as error:
                 self._go_on_eagerly(error)
             except RuntimeError as error:
@@ -191,12 +256,14 @@ class Run:
                     raise
                 self._halve_micro_batch(error)
             else:
-                return loss, counts, dropped
+                return counts, dropped
 
     def _go_on_eagerly(self, error: CaptureFailed) -> None:
-        eager = EagerStep(self.model, self.windows, self.config, self._activations)
+        eager = EagerStep(self.model, self.windows, self.config, self.activations)
         eager.load(self.step.tensors())
         eager.lr = self.step.lr
+        if isinstance(self.step, CapturedStep):
+            eager.is_skipped = self.step.is_skipped
         self.step = eager
         message = f"from step {self.progress.step + 1} on, steps are done operator by operator: {error}"
         log.warning("step_not_captured: %s", message)
@@ -224,13 +291,12 @@ class Run:
 
     def _backward(
         self, windows: list[int], n_targets: int, counts: dict[int, Tensor], dropped: dict[int, Tensor]
-    ) -> Tensor:
-        """Add one micro-batch's gradient and counts; its part of the loss of a step of `n_targets`."""
+    ) -> None:
+        """Add one micro-batch's gradient and counts, of a step of `n_targets`."""
         part = self.step.add(self.progress.step, windows, n_targets)
         for layer, counts_E in part.counts.items():
             counts[layer] = counts[layer] + counts_E
             dropped[layer] = dropped[layer] + part.dropped[layer]
-        return part.loss
 
     def untrained_copy(self) -> "Run | None":
         """This run before its first step, to be evaluated while this one goes on; None where percent 0 was recorded
@@ -238,7 +304,8 @@ class Run:
         if self.progress.step > 0 and self._untrained is None:
             return None
         untrained = copy.copy(self)
-        untrained.model = copy.deepcopy(self.model)
+        untrained.model = self._copied_model()
+        untrained.reader = build_reader(self.path, untrained.model)
         untrained.progress = self._nothing_counted(self.progress.micro_batch)
         if self._untrained is not None:
             untrained.model.load_state_dict(self._untrained)
@@ -249,29 +316,68 @@ class Run:
         zero = torch.zeros((), dtype=torch.int64, device=self.device)
         return _Progress(micro_batch, dropped={layer: zero.clone() for layer in self.config.moe_layers})
 
+    def _build_ending(self) -> Ending | None:
+        rule = EndingRule.of(self.config)
+        if rule is None:
+            return None
+
+        def evaluate_now(raise_if_stopped: RaiseIfStopped) -> Losses:
+            loss = val_loss = 0.0
+            if rule.most_loss is not None:
+                loss = evaluate_loss(self.reader, self.text, raise_if_stopped)
+            if rule.patience is not None:
+                assert self.val_text is not None, "the config has a val_fraction"
+                val_loss = evaluate_loss(self.reader, self.val_text, raise_if_stopped)
+            return Losses(loss, val_loss)
+
+        captured = None
+        if isinstance(self.step, CapturedStep | Lane) and isinstance(self.reader, PlainReader):
+            captured = self.step.ending(rule, self.reader, self.text, self.val_text)
+        return Ending(rule, evaluate_now, captured)
+
     @property
     def may_end(self) -> bool:
         """Whether the evaluation after this step may end training early."""
-        config, step = self.config, self.progress.step
-        if config.stop_at_perplexity is None and config.early_stopping_patience is None:
+        if self._ending is None:
             return False
-        return step % (config.eval_interval or self.plan.steps_per_epoch) == 0
+        return self.progress.step % (self.config.eval_interval or self.plan.steps_per_epoch) == 0
+
+    def launch_evaluation(self) -> bool:
+        """Begin the evaluation after this step that may end training, without waiting for it; False where that is not
+        done, and it is still due. Until it is read, later steps may turn out to have changed nothing."""
+        assert self._ending is not None, "it may end"
+        try:
+            return self._ending.launch(self.progress.step, self.progress.validation)
+        except CaptureFailed as error:
+            message = f"steps wait for the evaluations that may end training: {error}"
+            log.warning("evaluation_not_captured: %s", message)
+            self.warnings.append(Warned("evaluation_not_captured", message))
+            return False
+
+    @property
+    def may_have_ended(self) -> bool:
+        """Whether steps are known to change nothing any more: their evaluations or figures will say why."""
+        return self._ending is not None and self._ending.may_have_come
+
+    def read_evaluations(self) -> None:
+        """Wait for the evaluations that were launched. Where one of them ends training, this run is as it was after its
+        step, and that evaluation is due: later steps changed nothing."""
+        if self._ending is None:
+            return
+        progress = self.progress
+        due = progress.step if progress.evaluation_is_due else None
+        progress.validation, ended_after = self._ending.read(progress.validation, due)
+        if ended_after is not None:
+            undone = [self.order.step(index) for index in range(ended_after, progress.step)]
+            progress.routed -= sum(map(self._n_routed, undone))
+            progress.step, progress.evaluation_is_due = ended_after, True
 
     def has_reached_its_end(self, raise_if_stopped: RaiseIfStopped = go_on) -> bool:
-        """Evaluate what may end training early, and whether it does."""
-        config, progress = self.config, self.progress
-        is_good = False
-        if config.stop_at_perplexity is not None:
-            reached = perplexity(evaluate_loss(self.model, self.text, raise_if_stopped))
-            is_good = reached is not None and reached <= config.stop_at_perplexity
-        if config.early_stopping_patience is None:
-            return is_good
-        assert self.val_text is not None, "the config has a val_fraction"
-        val_loss = evaluate_loss(self.model, self.val_text, raise_if_stopped)
-        progress.validation = progress.validation.after(
-            val_loss, progress.step, min_delta=config.early_stopping_min_delta
-        )
-        return is_good or progress.validation.without_improvement >= config.early_stopping_patience
+        """Whether training ends early with the evaluation after this step, which is made now unless it was launched."""
+        assert self._ending is not None, "it may end"
+        progress = self.progress
+        ends, progress.validation = self._ending.has_come(progress.step, progress.validation, raise_if_stopped)
+        return ends
 
     def record(
         self,
@@ -296,6 +402,7 @@ class Run:
             previous_choices=progress.choices,
             train_loss=progress.train_loss,
             train_dropped={layer: int(n) / max(1, progress.routed) for layer, n in progress.dropped.items()},
+            reader=self.reader,
             raise_if_stopped=raise_if_stopped,
         )
         metrics = evaluation.metrics
@@ -304,7 +411,7 @@ class Run:
             metrics = metrics.model_copy(update=best)
         if stopped_early:
             metrics = metrics.model_copy(update={"stopped_early": True})
-        files = self._model_files() | {checkpoint.METRICS: checkpoint.to_json(metrics.to_file())}
+        files = self._model_files(self.model.state_dict()) | {checkpoint.METRICS: checkpoint.to_json(metrics.to_file())}
         if evaluation.choices:
             routing = {f"layer.{n}": c for n, c in evaluation.choices.items()}
             if not self.text.is_whole:
@@ -319,21 +426,53 @@ class Run:
             Warned(code, message) for code, message in evaluation.warnings(after_half=late)
         ]
 
+    def copy(self) -> "Run":
+        """This run as it stands, to be recorded while this one goes on and counts anew for the next checkpoint."""
+        copied = copy.copy(self)
+        copied.model = self._copied_model()
+        copied.reader = build_reader(self.path, copied.model)
+        copied.progress = replace(self.progress, dropped=_clones(self.progress.dropped))
+        self.progress.routed = 0
+        for dropped in self.progress.dropped.values():  # in its place, where the program of a cohort adds to it
+            dropped.zero_()
+        return copied
+
+    def _copied_model(self) -> GPT:
+        """A copy of the model in memory of its own: the weights may be views of what is others' too."""
+        copied = GPT.build(self.config, self.model.vocab_size, self.device)
+        copied.load_state_dict(self.model.state_dict())
+        for layer, moe in copied.moe_layers.items():
+            moe.path = self.model.moe_layers[layer].path
+        return copied
+
     def snapshot(self, untrained: "Run | None" = None) -> Snapshot:
         """The state after the last step. `untrained`: the copy that percent 0 is still to be recorded from."""
+        return self._snapshot_of(self._state(untrained))
+
+    def frozen_snapshot(self, untrained: "Run | None" = None) -> Callable[[RaiseIfStopped], list[Snapshot]]:
+        """What makes the `snapshot` of now, in any thread, however far this run has gone meanwhile."""
+        state = self._state(untrained)
+        copied = replace(state, tensors=_clones(state.tensors), weights=_clones(state.weights))
+        return lambda _: [self._snapshot_of(copied)]
+
+    def _state(self, untrained: "Run | None") -> "_State":
         progress = self.progress
         tensors = {f"dropped.{layer}": n for layer, n in progress.dropped.items()}
         tensors |= {f"choices.{layer}": chosen for layer, chosen in progress.choices.items()}
         tensors |= self.step.tensors()
         counted = ("micro_batch", "step", "train_loss", "routed", "evaluation_is_due")
-        state = {name: getattr(progress, name) for name in counted} | {"validation": asdict(progress.validation)}
-        files = self._model_files() | {
-            checkpoint.RESUME_TENSORS: save_tensors({name: t.cpu().contiguous() for name, t in tensors.items()}),
-            checkpoint.RESUME_STATE: checkpoint.to_json(state),
+        numbers = {name: getattr(progress, name) for name in counted} | {"validation": asdict(progress.validation)}
+        before = None if untrained is None else untrained.model.state_dict()
+        return _State(numbers, tensors, self.model.state_dict(), before)
+
+    def _snapshot_of(self, state: "_State") -> Snapshot:
+        files = self._model_files(state.weights) | {
+            checkpoint.RESUME_TENSORS: save_tensors(_on_host(state.tensors)),
+            checkpoint.RESUME_STATE: checkpoint.to_json(state.numbers),
         }
-        if untrained is not None:
-            files[checkpoint.RESUME_UNTRAINED] = save_tensors(untrained._weights())
-        return Snapshot(progress.step, files)
+        if state.untrained is not None:
+            files[checkpoint.RESUME_UNTRAINED] = save_tensors(_on_host(state.untrained))
+        return Snapshot(state.numbers["step"], files)
 
     def _load(self, files: Mapping[str, bytes]) -> None:
         state = json.loads(files[checkpoint.RESUME_STATE])
@@ -355,15 +494,39 @@ class Run:
         if checkpoint.RESUME_UNTRAINED in files:
             self._untrained = load_tensors(files[checkpoint.RESUME_UNTRAINED])
 
-    def _weights(self) -> dict[str, Tensor]:
-        return {name: tensor.cpu().contiguous() for name, tensor in self.model.state_dict().items()}
-
-    def _model_files(self) -> dict[str, bytes]:
+    def _model_files(self, weights: Weights) -> dict[str, bytes]:
         return {
-            checkpoint.WEIGHTS: save_tensors(self._weights()),
+            checkpoint.WEIGHTS: save_tensors(_on_host(weights)),
             checkpoint.CONFIG: checkpoint.to_json(self.config.model_dump(mode="json")),
             **self.tokenizer.files(),
         }
+
+
+@dataclass(frozen=True)
+class _State:
+    """What a snapshot holds, on the device."""
+
+    numbers: dict[str, Any]
+    tensors: Weights
+    weights: Weights
+    untrained: Weights | None
+    """Those that percent 0 is still to be recorded from."""
+
+
+def _clones(tensors: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def _on_host(tensors: Weights) -> dict[str, Tensor]:
+    """The tensors in the host's memory. From a GPU all are copied at once into pinned memory, in this thread's stream,
+    and waited for together: other streams go on."""
+    if not any(tensor.is_cuda for tensor in tensors.values()):
+        return {name: tensor.contiguous() for name, tensor in tensors.items()}
+    host = {name: torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for name, t in tensors.items()}
+    for name, tensor in tensors.items():
+        host[name].copy_(tensor, non_blocking=True)
+    torch.cuda.current_stream().synchronize()
+    return host
 
 
 @dataclass(frozen=True)
@@ -389,13 +552,19 @@ def prepare(
     parent: Weights | None = None,
     resume: Mapping[str, bytes] | None = None,
     path: StepPath | None = None,
+    n_threads: int | None = None,
+    width: int | None = None,
+    kept_steps: KeptSteps | None = None,
 ) -> Prepared:
     """Everything from a config and a text to a run on its device; this process then computes as was decided.
 
     `device` is `auto`, `cpu`, `cuda` or `cuda:N`. `recorded_execution`: what the job's first attempt decided, which is
     kept as far as this machine can. `parent`: weights to start from, those of another config where a dense model grows
     into a mixture. `resume`: the files of a snapshot. `path`: the way of doing a step where it covers the job, for
-    whoever compares them.
+    whoever compares them. `n_threads`: threads of a step on a CPU, for a run that shares the cores with others; the
+    first attempt's number goes before it. `width`: models of a stacked program, which the run still has to join
+    (`nanomoe.training.cohort.stack`). `kept_steps`: those that earlier jobs left, and where this one leaves its
+    own.
 
     Raises:
         DeviceUnavailable: a GPU was asked for and there is none.
@@ -409,6 +578,8 @@ def prepare(
         n_tokens=len(tokens),
         vocab_size=tokenizer.vocab_size if is_first else None,
         path=path,
+        n_threads=n_threads,
+        width=width,
     )
     differences: list[str] = []
     if recorded_execution is not None:
@@ -424,8 +595,22 @@ def prepare(
         device=find_device(device),
         parent=None if parent is None else starting_weights(parent, config, seed=config.seed),
         resume=resume,
+        kept_steps=kept_steps,
     )
     warnings = config_warnings(config, run.plan, n_bytes=len(text.encode()), vocab_size=tokenizer.vocab_size)
+    if execution.recomputes_activations:
+        message = (
+            "the memory holds the activations of no micro-batch: each block is computed again in the backward pass"
+        )
+        log.warning("activations_recomputed: %s", message)
+        warnings.append(ConfigWarning(code="activations_recomputed", message=message))
+    if is_first and execution.micro_batch < config.batch_size:
+        message = (
+            f"a micro-batch of {config.batch_size} windows would not fit the memory; it has {execution.micro_batch}: a "
+            "step trains on the same windows in more parts"
+        )
+        log.warning("micro_batch_reduced: %s", message)
+        warnings.append(ConfigWarning(code="micro_batch_reduced", message=message))
     if differences:
         message = f"this attempt computes otherwise than the first one did: {'; '.join(differences)}"
         warnings.append(ConfigWarning(code="resume_not_exact", message=message))

@@ -7,6 +7,7 @@ import torch
 from nanomoe import checkpoint
 from nanomoe.checkpoint import CheckpointDamaged
 from nanomoe.evaluation.metrics import CheckpointMetrics
+from nanomoe.store import commit
 from tests.service.tiny_checkpoint import write_tiny_checkpoint
 
 FILES = {"a.txt": b"one", "b.bin": bytes(range(256)), "config.json": checkpoint.to_json({})}
@@ -50,7 +51,7 @@ def test_death_before_the_rename_leaves_no_folder_and_the_next_attempt_succeeds(
         if reached == point:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "reached", die)
+    monkeypatch.setattr(commit, "reached", die)
     with pytest.raises(KeyboardInterrupt):
         checkpoint.write(tmp_path / "c", FILES)
     assert not (tmp_path / "c").exists()
@@ -65,7 +66,7 @@ def test_without_the_other_name_death_leaves_a_folder_that_looks_whole_and_bars_
     def die(_: str) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "reached", die)
+    monkeypatch.setattr(commit, "reached", die)
     monkeypatch.setattr(Path, "with_name", lambda self, name: self)
     with pytest.raises(KeyboardInterrupt):
         checkpoint.write(tmp_path / "c", FILES)
@@ -110,7 +111,7 @@ def test_a_folder_has_its_name_only_after_every_file_was_flushed(
             seen["all"] = {path.stat().st_ino for path in (unfinished, *unfinished.iterdir())} <= flushed
 
     monkeypatch.setattr("os.fsync", lambda descriptor: flushed.add(os.fstat(descriptor).st_ino))
-    monkeypatch.setattr(checkpoint, "reached", look)
+    monkeypatch.setattr(commit, "reached", look)
     checkpoint.write(tmp_path / "c", FILES)
     assert seen == {"all": True}
 

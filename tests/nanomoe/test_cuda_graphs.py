@@ -109,7 +109,9 @@ def test_warm_ups_run_where_the_capture_runs_and_what_they_change_is_put_back(fa
         ("exit", ("capture", None, "capturing")),
         ("exit", "capturing"),
         ("exit", "device"),
+        ("enter", "device"),
         "replay",
+        ("exit", "device"),
     ]
 
 
@@ -132,8 +134,11 @@ def test_graphs_share_their_memory_until_none_of_them_is_left(fake: Torch) -> No
     first = graphs.capture(lambda: None)
     assert pool() is None
     second = graphs.capture(lambda: None)
-    assert pool() == first.pool()  # type: ignore[attr-defined]
-    del first, second
+    assert pool() == first.graph.pool()  # type: ignore[attr-defined]
+    del second  # the newest
+    third = graphs.capture(lambda: None)
+    assert pool() == first.graph.pool()  # type: ignore[attr-defined]
+    del first, third
     graphs.capture(lambda: None)
     assert pool() is None
 

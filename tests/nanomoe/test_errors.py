@@ -1,4 +1,4 @@
-import importlib
+import importlib.util
 import pkgutil
 import re
 import subprocess
@@ -12,8 +12,11 @@ from nanomoe.tokenizer import TokenizerError
 
 def defined() -> dict[str, type[NanomoeError]]:
     """Every error of the library by its name."""
+    without = ("nanomoe.assets", "nanomoe.kernels.__main__")
+    if not importlib.util.find_spec("triton"):  # an extra; in CI it is installed
+        without += ("nanomoe.training.steps.kernels.",)
     for module in pkgutil.walk_packages(nanomoe.__path__, "nanomoe."):
-        if not module.name.startswith(("nanomoe.assets", "nanomoe.kernels.__main__")):
+        if not module.name.startswith(without):
             importlib.import_module(module.name)
     return {kind.__name__: kind for kind in NanomoeError.__subclasses__() if kind.__module__.startswith("nanomoe.")}
 

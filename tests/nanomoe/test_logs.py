@@ -103,7 +103,7 @@ _FAULT_IN_A_TRAINER = """
 import os, sys, time
 from worker import trainer
 
-def fault():
+def fault(**_):
     raise ValueError("a fault of ours")
 
 trainer._warm_up = fault

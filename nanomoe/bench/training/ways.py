@@ -16,8 +16,9 @@ from nanomoe.model.moe import Assignments, ExpertPath, Experts
 from nanomoe.training.execution import Execution
 from nanomoe.training.run import Run, prepare
 
-WAYS = ("eager", "fused", "captured")
-"""All that there may be: operator by operator, written out in compiled loops, captured as CUDA graphs."""
+WAYS = ("eager", "fused", "captured", "triton")
+"""All that there may be: operator by operator, written out in compiled loops, captured as CUDA graphs, captured with
+kernels of our own."""
 
 _FORCED = "NANOMOE_STEP_PATH"
 """Environment variable that names the way which jobs take."""

@@ -15,7 +15,7 @@ from nanomoe.model.gpt import GPT
 from nanomoe.training.steps.loops.keys import plane_keys
 from nanomoe.training.steps.micro_batch import MicroBatch
 from nanomoe.training.steps.parameters import FlatParameters
-from nanomoe.training.steps.step import Part, TrainingStep
+from nanomoe.training.steps.step import Figures, Part, TrainingStep
 from nanomoe.training.steps.team import Team
 
 
@@ -34,10 +34,13 @@ class FusedStep(TrainingStep):
         """By the number of their windows: the last of an epoch may have fewer."""
         self._n_parts = 0
         self._n_steps = 0
+        self._loss = torch.zeros(())
+        """That of the step so far."""
         self.lr = config.lr
 
     def begin(self) -> None:
         self._n_parts = 0
+        self._loss = torch.zeros(())
         self._parameters.forget_gradients()
 
     def add(self, index: int, windows: Sequence[int], n_targets: int) -> Part:
@@ -57,19 +60,21 @@ class FusedStep(TrainingStep):
         loss = micro_batch.gradient(inputs_BT.numpy(), targets_BT.flatten().numpy(), keys, 1 / n_targets, adds=adds)
         self._n_parts += 1
         mixtures = micro_batch.mixtures
+        part_loss = torch.tensor(loss, dtype=torch.float32)
+        self._loss += part_loss
         return Part(
-            torch.tensor(loss, dtype=torch.float32),
+            part_loss,
             {layer: mixture.counts for layer, mixture in mixtures.items()},
             {layer: mixture.dropped for layer, mixture in mixtures.items()},
         )
 
-    def update(self) -> Tensor:
+    def update(self) -> Figures:
         is_gathered = self._n_parts > 1
         if is_gathered:
             self._parameters.gather_gradients(is_first=False)
         self._n_steps += 1
         norm = self._parameters.update(self.lr, self._n_steps, is_gathered=is_gathered)
-        return torch.tensor(norm, dtype=torch.float32)
+        return Figures(self._loss, torch.tensor(norm, dtype=torch.float32))
 
     def gradients(self) -> dict[str, Tensor]:
         """The gradient of each parameter since `begin`, products in float32; views of what the next step overwrites."""

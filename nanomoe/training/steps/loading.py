@@ -26,6 +26,7 @@ def load_all() -> float:
         execution = Execution.decide(config, "cpu", n_tokens=len(tokens), path="fused")
         run = Run(config, tokens, tokenizer, execution, device=torch.device("cpu"))
         run.train_step()  # two micro-batches
+        run.reader.read(run.windows, [0])
         single = config.model_copy(update={"gradient_accumulation_steps": 1})
         Run(single, tokens, tokenizer, execution, device=torch.device("cpu")).train_step()
     LOOPS.mark_compiled()

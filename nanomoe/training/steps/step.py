@@ -1,12 +1,15 @@
 """What every way of doing an optimizer step offers to a run."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
 from nanomoe.model.moe import MoE
+
+MOST_UNREAD = 4096
+"""Steps whose figures are kept where nobody reads them."""
 
 
 class Part(NamedTuple):
@@ -18,6 +21,24 @@ class Part(NamedTuple):
     """{MoE layer: assignments to each expert, before dropping}."""
     dropped: dict[int, Tensor]
     """{MoE layer: assignments beyond the capacity}, 0-dim."""
+
+
+class Planned(NamedTuple):
+    """An optimizer step that is still to be done."""
+
+    micro_batches: list[list[int]]
+    """The windows of each."""
+    lr: float
+    """Its learning rate."""
+
+
+class Figures(NamedTuple):
+    """What a step reports, 0-dim tensors that nobody has read yet. They are to be read within `MOST_UNREAD` steps."""
+
+    loss: Tensor
+    """Cross-entropy in nats per target, dropout on."""
+    grad_norm: Tensor
+    """Norm of the whole gradient before clipping."""
 
 
 class CaptureFailed(RuntimeError):
@@ -49,8 +70,12 @@ class TrainingStep(ABC):
         """
 
     @abstractmethod
-    def update(self) -> Tensor:
-        """Clip the gradient if the config says so and change the weights; the gradient's norm before, 0-dim."""
+    def update(self) -> Figures:
+        """Clip the gradient if the config says so and change the weights; what the step reports."""
+
+    def look_ahead(self, plan: Callable[[int], Planned | None]) -> None:  # noqa: B027 - few care what comes
+        """Be told which steps are to come: `plan` gives that of an index (from 0), None after the last. What is done
+        may differ from it."""
 
     def balance(self, moe_layers: Mapping[int, MoE], counts: Mapping[int, Tensor]) -> None:
         """After `update`: change the balance bias of each mixture by the assignments of the whole step to each of its

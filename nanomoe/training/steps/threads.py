@@ -3,22 +3,18 @@
 More are not always faster: threads of a small model wait longer for each other than they save.
 """
 
-import hashlib
-import os
 import statistics
 import time
-from pathlib import Path
 
 import torch
 
-from nanomoe.compiling import compiled_for
 from nanomoe.config import JobConfig
 from nanomoe.data import Windows
 from nanomoe.model.gpt import GPT
 from nanomoe.model.size import n_params
 from nanomoe.plan import Plan
+from nanomoe.training.measured_once import measured_once
 from nanomoe.training.steps.fused import FusedStep
-from nanomoe.training.steps.loops.compiling import LOOPS
 
 _TURNS = 5
 _SECONDS = 0.3
@@ -47,19 +43,7 @@ def measured_threads(config: JobConfig, vocab_size: int, n_tokens: int, dtype: t
         return 1
     mixture = (config.moe_layers, config.n_experts, config.k, config.n_shared_experts, config.expert_hidden)
     shape = (windows, length, vocab_size, config.n_embd, config.n_layer, config.n_head, mixture, dtype)
-    place = _place((*shape, most, os.cpu_count(), compiled_for(), torch.__version__))
-    if not place.exists():
-        fastest = _measure(config, vocab_size, windows, length, dtype, most)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        new = place.with_suffix(f".{os.getpid()}")
-        new.write_text(str(fastest))
-        new.replace(place)
-    return int(place.read_text())
-
-
-def _place(key: tuple[object, ...]) -> Path:
-    digest = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
-    return LOOPS.folder / f"threads-{digest}"
+    return measured_once("threads", (*shape, most), lambda: _measure(config, vocab_size, windows, length, dtype, most))
 
 
 def _measure(config: JobConfig, vocab_size: int, windows: int, length: int, dtype: torch.dtype, most: int) -> int:

@@ -8,16 +8,10 @@ from torch.nn import functional as F
 
 from nanomoe.config import JobConfig
 from nanomoe.data import Windows
-from nanomoe.evaluation.evaluate import (
-    BATCH_BYTES,
-    LOGITS_BYTES,
-    MAX_RECONSTRUCTED,
-    Evaluation,
-    evaluate,
-    evaluate_loss,
-)
+from nanomoe.evaluation.evaluate import MAX_RECONSTRUCTED, Evaluation, evaluate, evaluate_loss
 from nanomoe.evaluation.evaluated_text import EvaluatedText, entropy_baselines
 from nanomoe.evaluation.metrics import Position
+from nanomoe.evaluation.reader import BATCH_BYTES, LOGITS_BYTES, PlainReader
 from nanomoe.model.gpt import GPT
 from nanomoe.tokenizer import load_tokenizer
 
@@ -58,7 +52,7 @@ def test_loss_accuracy_and_bits_per_byte_are_those_of_the_plain_formulas() -> No
     assert metrics.perplexity == pytest.approx(math.exp(loss), rel=1e-6)
     assert metrics.bits_per_byte == pytest.approx(loss / math.log(2), rel=1e-6)
     assert metrics.accuracy == pytest.approx((logits.argmax(-1) == tokens[1:]).double().mean().item())
-    assert evaluate_loss(model, EvaluatedText(windows, WHOLE)) == pytest.approx(metrics.loss, rel=1e-9)
+    assert evaluate_loss(PlainReader(model), EvaluatedText(windows, WHOLE)) == pytest.approx(metrics.loss, rel=1e-9)
 
 
 def test_the_loss_of_a_long_text_does_not_depend_on_how_many_windows_are_held_at_once(
@@ -163,7 +157,9 @@ def test_the_loss_without_an_expert_is_that_of_a_model_whose_expert_answers_zero
         moe.experts.w_out[2] = 0
         if moe.experts.b_out is not None:
             moe.experts.b_out[2] = 0
-    assert metrics.loss_without[2] == pytest.approx(evaluate_loss(model, EvaluatedText(windows, WHOLE)), rel=1e-6)
+    assert metrics.loss_without[2] == pytest.approx(
+        evaluate_loss(PlainReader(model), EvaluatedText(windows, WHOLE)), rel=1e-6
+    )
 
 
 def test_the_router_gradient_is_zero_where_the_gates_are_a_constant() -> None:
@@ -194,7 +190,7 @@ def test_of_a_long_text_the_losses_are_those_of_the_windows_that_are_read() -> N
     assert metrics.accuracy == guessed / 256
     assert metrics.bits_per_byte == pytest.approx(sum(losses) / math.log(2) / n_bytes, rel=1e-6)
     assert metrics.loss_stderr == pytest.approx(text.standard_error(losses), rel=1e-4)
-    assert evaluate_loss(model, text) == pytest.approx(metrics.loss, rel=1e-9)
+    assert evaluate_loss(PlainReader(model), text) == pytest.approx(metrics.loss, rel=1e-9)
     whole = evaluated(config, LONG).metrics
     assert whole.eval_targets == len(LONG.encode()) - 1
     assert whole.loss_stderr == 0

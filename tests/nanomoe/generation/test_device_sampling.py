@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from nanomoe.config import SamplingConfig
-from nanomoe.generation.device_sampling import NOT_FINITE, Rules, RunningSum, choose_all
+from nanomoe.generation.device_sampling import RunningSum, choose_all
 from nanomoe.generation.sampling import Candidates, choose
 
 SAMPLINGS = [
@@ -28,7 +28,7 @@ WITHOUT_TOP_P = [one for one in SAMPLINGS if one.top_p is None]
 def assert_chosen_as_by_the_rule(
     logits_NV: torch.Tensor, samplings: list[SamplingConfig], uniforms: list[float]
 ) -> None:
-    found = choose_all(logits_NV, Rules(samplings, uniforms, logits_NV.shape[1])).tolist()
+    found = choose_all(logits_NV, samplings, uniforms)
     rows = zip(logits_NV.numpy(), samplings, uniforms, strict=True)
     assert found == [choose(Candidates(logits_V), sampling, uniform) for logits_V, sampling, uniform in rows]
 
@@ -55,13 +55,14 @@ def test_the_least_and_the_largest_uniform_number_choose_a_token_with_a_weight()
     logits[0, [300, 600]] = 0.0
     for uniform, token in ((0.0, 300), (0.499, 300), (0.501, 600), (1 - 2**-53, 600)):
         for sampling in (SamplingConfig(), SamplingConfig(top_k=2), SamplingConfig(top_p=0.99)):
-            assert choose_all(logits, Rules([sampling], [uniform], 700)).tolist() == [token]
+            assert choose_all(logits, [sampling], [uniform]) == [token]
 
 
 def test_frequencies_are_the_probabilities_of_the_softmax() -> None:
     n, logits_V = 20_000, torch.linspace(-2, 2, 300)[torch.randperm(300, generator=torch.Generator().manual_seed(1))]
-    rules = Rules([SamplingConfig(temperature=1.3)] * n, np.random.default_rng(2).random(n).tolist(), 300)
-    counts = torch.bincount(choose_all(logits_V.expand(n, -1), rules), minlength=300)
+    uniforms = np.random.default_rng(2).random(n).tolist()
+    chosen = choose_all(logits_V.expand(n, -1), [SamplingConfig(temperature=1.3)] * n, uniforms)
+    counts = torch.bincount(torch.tensor(chosen), minlength=300)
     expected = (logits_V.double() / 1.3).softmax(-1) * n
     chi_square = ((counts - expected) ** 2 / expected).sum().item()
     assert chi_square < 300 + 5 * (2 * 300) ** 0.5
@@ -73,8 +74,9 @@ def test_frequencies_are_the_probabilities_of_the_softmax() -> None:
 )
 def test_logits_that_are_not_finite_choose_nothing(broken: float, sampling: SamplingConfig) -> None:
     logits = torch.tensor([[0.0, broken, 1.0], [0.0, 5.0, -torch.inf]])
-    found = choose_all(logits, Rules([sampling, SAMPLINGS[0]], [0.5, 0.5], 3)).tolist()
-    assert found == [NOT_FINITE, 1]
+    assert choose_all(logits[1:], [SAMPLINGS[0]], [0.5]) == [1]
+    with pytest.raises(ValueError, match="overflow float32"):
+        choose_all(logits, [sampling, SAMPLINGS[0]], [0.5, 0.5])
 
 
 def test_running_sums_are_those_of_float64() -> None:
@@ -92,5 +94,4 @@ def test_a_gpu_chooses_as_the_rule_does() -> None:
     generator = np.random.default_rng(7)
     logits = torch.from_numpy(generator.normal(0, 2, (64, 50_257)).astype(np.float32))
     samplings, uniforms = [SAMPLINGS[n % len(SAMPLINGS)] for n in range(64)], generator.random(64).tolist()
-    there = choose_all(logits.cuda(), Rules(samplings, uniforms, 50_257))
-    assert there.tolist() == choose_all(logits, Rules(samplings, uniforms, 50_257)).tolist()
+    assert choose_all(logits.cuda(), samplings, uniforms) == choose_all(logits, samplings, uniforms)

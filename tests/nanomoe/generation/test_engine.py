@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -17,14 +19,17 @@ import torch
 
 from nanomoe import cuda_graphs
 from nanomoe.config import SamplingConfig
+from nanomoe.cuda_graphs import CudaGraphs
 from nanomoe.generation import sampling
 from nanomoe.generation.decoder import TensorDecoder
 from nanomoe.generation.engine import Continuation, Engine, Request, generate_reference
-from nanomoe.generation.graphs import GraphedStep
+from nanomoe.generation.graphs import TOKENS_AT_ONCE, TokenGraphs
 from nanomoe.generation.output_layer import TensorOutputLayer
 from nanomoe.generation.sampling import Candidates
+from nanomoe.model import moe
 from nanomoe.model.gpt import GPT
 from tests.nanomoe.generation.models import BLOCK_SIZE, CONFIGS, random_model
+from tests.nanomoe.training.steps.graphs_stand_in import RecordedGraphs
 
 GREEDY = SamplingConfig(temperature=0)
 MIXED = [
@@ -118,18 +123,22 @@ def _served_among_others(engine: Engine, requests: Sequence[Request], n: int) ->
     return _texts(continuations[:n])
 
 
+@cache
+def _texts_alone(name: str, compiled: bool) -> list[list[int]]:
+    """Each text from an engine that serves nobody else, with the threads that there are at the first call."""
+    model = random_model(vocab_size=700, **CONFIGS[name])
+    return [_engine(model, compiled=compiled).run([one])[0].new for one in _requests(40, 700, MIXED)[:15]]
+
+
 @both_ways
 @pytest.mark.parametrize("n_threads", [1, 2])
 @pytest.mark.parametrize("name", ["dense", "wide", "moe", "moe, every option"])
 def test_a_text_does_not_depend_on_who_else_is_served(name: str, n_threads: int, compiled: bool) -> None:
-    model = random_model(vocab_size=700, **CONFIGS[name])
-    requests = _requests(40, 700, MIXED)
-    alone = [_engine(model, compiled=compiled).run([request])[0].new for request in requests[:15]]
     before = torch.get_num_threads()
     torch.set_num_threads(n_threads)
     try:
-        crowded = _engine(model, max_running=17, compiled=compiled)
-        assert _served_among_others(crowded, requests, 15) == alone
+        crowded = _engine(random_model(vocab_size=700, **CONFIGS[name]), max_running=17, compiled=compiled)
+        assert _served_among_others(crowded, _requests(40, 700, MIXED), 15) == _texts_alone(name, compiled)
     finally:
         torch.set_num_threads(before)
 
@@ -144,6 +153,16 @@ def _in_one_shape(model: GPT, max_running: int) -> Engine:
     return engine
 
 
+def _captured(model: GPT, max_running: int) -> Engine:
+    """An engine that works as on a GPU, with what stands in for its graphs."""
+    engine = _in_one_shape(model, max_running)
+    assert isinstance(engine._decoder, TensorDecoder)
+    assert isinstance(engine._output, TensorOutputLayer)
+    graphs = RecordedGraphs(torch.device("cpu"))
+    engine._token_graphs = TokenGraphs(engine._decoder, engine._output, graphs)
+    return engine
+
+
 @pytest.mark.parametrize("name", ["dense", "moe", "moe, every option"])
 def test_what_fills_up_the_one_shape_of_a_gpu_does_not_change_a_text(name: str) -> None:
     model = random_model(vocab_size=300, **CONFIGS[name])
@@ -151,6 +170,56 @@ def test_what_fills_up_the_one_shape_of_a_gpu_does_not_change_a_text(name: str) 
     alone = _in_one_shape(model, 9).run(requests[:1]) + [_in_one_shape(model, 9).run([one])[0] for one in requests[1:9]]
     assert _served_among_others(_in_one_shape(model, 9), requests, 9) == _texts(alone)
     _assert_texts_of_reference(model, alone)
+
+
+@pytest.mark.parametrize("name", ["dense", "moe, every option"])
+def test_texts_of_which_a_replay_adds_several_tokens_equal_those_made_token_by_token(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long and short ones, some of one token, some whose window slides, some of which nobody may add two."""
+    monkeypatch.setattr(moe, "choose_expert_path", lambda *_: ("masked", "as on a GPU"))
+    model = random_model(vocab_size=300, **CONFIGS[name])
+    requests = [
+        replace(request, may_end_early=n % 7 == 3, logprobs=2 if n % 11 == 5 else None)
+        for n, request in enumerate([*_requests(18, 300, MIXED), Request([7], 9, seed=50)])
+    ]
+    expected = _in_one_shape(model, 9).run(requests)
+    ours = _captured(model, 9).run(requests)
+    assert _texts(ours) == _texts(expected)
+    assert [one.logprobs for one in ours] == [one.logprobs for one in expected]
+    assert [one.window_slid for one in ours] == [one.window_slid for one in expected]
+    crowded = _captured(model, 9)
+    assert _served_among_others(crowded, requests, 9) == _texts(expected[:9])
+
+
+def test_a_replay_adds_several_tokens_unless_one_of_them_may_be_the_last() -> None:
+    engine = _captured(random_model(), 3)
+    long = engine.submit(Request([1, 2], 20, GREEDY))
+    engine.step()
+    assert len(long.new) == 1  # a prompt is read for its first token
+    engine.step()
+    assert len(long.new) == 1 + TOKENS_AT_ONCE
+    looked_at = engine.submit(Request([3, 4], 20, GREEDY, may_end_early=True))
+    for n in range(1, 4):
+        engine.step()
+        assert len(looked_at.new) == n
+
+
+def test_programs_are_captured_once_for_each_kind_of_choice() -> None:
+    engine = _captured(random_model(), 3)
+    graphs = engine._token_graphs
+    assert graphs is not None
+
+    def n_captured(*samplings: SamplingConfig) -> int:
+        before = len(graphs._programs)
+        engine.run([Request([1, 2], 6, how, seed=n) for n, how in enumerate(samplings)])
+        return len(graphs._programs) - before
+
+    assert n_captured(GREEDY) == 1
+    assert n_captured(GREEDY, SamplingConfig(top_k=1)) == 0
+    assert n_captured(SamplingConfig(top_k=30), GREEDY) == 1
+    assert n_captured(SamplingConfig(top_k=20), SamplingConfig(top_k=32, temperature=0.3)) == 0
+    assert n_captured(SamplingConfig(top_p=0.9)) == 1
 
 
 @both_ways
@@ -256,7 +325,7 @@ def test_a_model_whose_float32_overflows_is_refused_when_that_happens(compiled: 
             block.mlp.c_fc.weight.mul_(1e20)
             block.mlp.c_proj.weight.mul_(1e20)
     for how in (GREEDY, SamplingConfig(top_k=5), SamplingConfig()):
-        for engine in (_engine(model, compiled=compiled), _in_one_shape(model, 2)):
+        for engine in (_engine(model, compiled=compiled), _in_one_shape(model, 2), _captured(model, 2)):
             with pytest.raises(ValueError, match="overflow float32"):
                 engine.run([Request([1, 2], 5, how)])
 
@@ -345,6 +414,6 @@ def test_all_engines_of_a_device_capture_on_one_stream(monkeypatch: pytest.Monke
     monkeypatch.setattr("torch.cuda.current_device", lambda: current[0])
     monkeypatch.setattr("torch.cuda.Stream", lambda: made.append(current[0]))
     for name in ("cuda", "cuda:0", "cuda:1", "cuda:0", "cuda:1"):
-        GraphedStep(torch.device(name))
+        CudaGraphs(torch.device(name))
     cuda_graphs.capture_stream.cache_clear()
     assert made == [0, 1]

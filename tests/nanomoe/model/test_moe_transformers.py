@@ -11,10 +11,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import MixtralConfig, OlmoeConfig, Qwen3MoeConfig
-from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
-from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from nanomoe.config import ModelConfig
 from nanomoe.model.moe import MoE
@@ -23,7 +19,11 @@ C, E, F = 8, 5, 16
 GELU_OF_1 = 0.5 * (1 + math.erf(1 / math.sqrt(2)))
 
 
+# Their models are imported when a test builds one: every process that collects this file would pay for it.
 def olmoe(k: int, normalise: bool) -> nn.Module:
+    from transformers import OlmoeConfig
+    from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
+
     return OlmoeSparseMoeBlock(
         OlmoeConfig(
             hidden_size=C + 1,
@@ -37,6 +37,9 @@ def olmoe(k: int, normalise: bool) -> nn.Module:
 
 
 def qwen3(k: int, normalise: bool) -> nn.Module:
+    from transformers import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
+
     return Qwen3MoeSparseMoeBlock(
         Qwen3MoeConfig(
             hidden_size=C + 1,
@@ -50,6 +53,9 @@ def qwen3(k: int, normalise: bool) -> nn.Module:
 
 
 def mixtral(k: int, normalise: bool) -> nn.Module:
+    from transformers import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
     assert normalise, "Mixtral always normalises"
     return MixtralSparseMoeBlock(
         MixtralConfig(

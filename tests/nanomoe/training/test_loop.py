@@ -12,13 +12,14 @@ from safetensors.torch import load as load_tensors
 
 from nanomoe import checkpoint
 from nanomoe.config import JobConfig
-from nanomoe.evaluation.evaluate import BATCH_BYTES
+from nanomoe.evaluation.reader import BATCH_BYTES
 from nanomoe.model.dropout import Dropout
 from nanomoe.model.gpt import token_losses
 from nanomoe.plan import OutOfMemory
 from nanomoe.tokenizer import load_tokenizer
 from nanomoe.training.loop import Happened, LossNotFinite, Steps, Stopped, StopReason, Undisturbed, train
 from nanomoe.training.run import Recorded, Run, Snapshot, Warned, prepare
+from nanomoe.training.steps import fused_reader
 
 TEXT = "o rato roeu a roupa do rei de roma, e a rainha com raiva resolveu remendar. " * 4
 SHAPE = {"tokenizer": "bytes", "block_size": 32, "n_layer": 2, "n_head": 2, "n_embd": 16}
@@ -55,19 +56,20 @@ class StopAt(Undisturbed):
     "config",
     [{}, MOE, BIAS, MOE | {"eval_max_tokens": 256}, {"val_fraction": 0.3, "precision": "bfloat16"}],
 )
-def test_a_run_resumed_from_any_step_ends_byte_for_byte_as_an_undisturbed_one(config: dict[str, object]) -> None:
-    undisturbed = list(train(start(config)))
-    expected = checkpoints(undisturbed)
+def test_a_run_resumed_from_every_step_ends_byte_for_byte_as_an_undisturbed_one(config: dict[str, object]) -> None:
+    expected = checkpoints(train(start(config)))
     assert list(expected) == [0, 25, 50, 75, 100]
-    total = start(config).plan.total_steps
-    for stopped_after in range(1, total):
-        first = start(config)
-        before = list(train(first, StopAt(first, stopped_after)))
-        assert isinstance(before[-1], Stopped)
-        snapshot = next(event for event in reversed(before) if isinstance(event, Snapshot))
-        after = list(train(start(config, resume=snapshot.files)))
-        found = checkpoints(before) | checkpoints(after)
-        assert found == expected, f"stopped after step {stopped_after}"
+    found: dict[int, dict[str, bytes]] = {}
+    resume = None
+    for step in range(1, start(config).plan.total_steps + 2):  # the last attempt does what is due after the last step
+        run = start(config, resume=resume)
+        happened = list(train(run, StopAt(run, step)))
+        for percent, files in checkpoints(happened).items():
+            assert files == expected[percent], f"{percent} %, in the attempt that was to stop after step {step}"
+            found[percent] = files
+        if isinstance(happened[-1], Stopped):
+            resume = next(event for event in reversed(happened) if isinstance(event, Snapshot)).files
+    assert found == expected
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others() -> None:
@@ -150,7 +152,7 @@ def test_without_the_manifest_a_run_goes_on_from_a_flipped_bit(tmp_path: Path, m
     weights.write_bytes(content)
     with pytest.raises(checkpoint.CheckpointDamaged):
         checkpoint.open(tmp_path / "s", sha256).read_all()
-    monkeypatch.setattr(checkpoint, "read_file", lambda folder, entry: (folder / entry.name).read_bytes())
+    monkeypatch.setattr(checkpoint, "read_file", lambda folder, entry: folder.read(entry.name))
     resumed = start({}, resume=checkpoint.open(tmp_path / "s", sha256).read_all())
     undisturbed = start({}, resume=snapshot.files)
     assert list(train(resumed))[-1] != list(train(undisturbed))[-1]
@@ -212,11 +214,14 @@ class StopAtCall(Undisturbed):
         return self.reason if self.left < 0 else None
 
 
-@pytest.mark.parametrize("config", [EARLY | {"epochs": 4, "early_stopping_patience": 2}, MOE | {"epochs": 2}])
+@pytest.mark.parametrize(
+    ("config", "apart"), [(EARLY | {"epochs": 4, "early_stopping_patience": 2}, 7), (MOE | {"epochs": 2}, 7)]
+)
 def test_a_run_that_was_stopped_between_any_two_batches_of_an_evaluation_ends_with_the_same_bytes(
-    config: dict[str, object], monkeypatch: pytest.MonkeyPatch
+    config: dict[str, object], apart: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(BATCH_BYTES, "cpu", 1)  # a window a batch
+    monkeypatch.setattr(fused_reader, "_TOKENS", 1)
     expected = checkpoints(train(start(config)))
     in_evaluation = n = 0
     while True:
@@ -229,7 +234,7 @@ def test_a_run_that_was_stopped_between_any_two_batches_of_an_evaluation_ends_wi
         in_evaluation += json.loads(snapshot.files[checkpoint.RESUME_STATE])["evaluation_is_due"]
         found = checkpoints(before) | checkpoints(train(start(config, resume=snapshot.files)))
         assert found == expected, f"stopped at call {n}"
-        n += 7
+        n += apart
     assert in_evaluation > 5
 
 

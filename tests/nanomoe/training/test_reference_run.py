@@ -1,4 +1,4 @@
-"""The reference run itself: no config, the bundled paragraph, 500 epochs."""
+"""The reference run itself, as a job does it on a CPU: no config, the bundled paragraph, 500 epochs."""
 
 from importlib.resources import files
 from pathlib import Path
@@ -22,7 +22,7 @@ def test_the_text_is_learnt_by_heart_and_transformers_finds_the_same_losses(tmp_
     config = JobConfig()
     tokenizer = load_tokenizer(config.tokenizer)
     tokens = tokenizer.encode(text)
-    run = prepare(config, text, tokenizer).run
+    run = prepare(config, text, tokenizer, path="fused").run
     quarters = [happened for happened in train(run) if isinstance(happened, Recorded)]
     assert [(quarter.percent, quarter.metrics.step) for quarter in quarters] == [
         (0, 0),

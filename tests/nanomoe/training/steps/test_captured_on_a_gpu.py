@@ -1,4 +1,4 @@
-"""The captured step on a GPU: the same curves as eager steps, the same bytes as before, no waiting, no memory kept."""
+"""Captured steps on a GPU, with and without kernels: the curves of eager ones, the same bytes as before, no waiting."""
 
 import gc
 import math
@@ -10,11 +10,16 @@ import pytest
 import torch
 
 from nanomoe.config import JobConfig
+from nanomoe.cuda_graphs import CudaGraphs
+from nanomoe.evaluation.captured import CapturedLoss
+from nanomoe.evaluation.evaluate import evaluate_loss
+from nanomoe.evaluation.reader import PlainReader
 from nanomoe.model.dropout import plane_keys, plane_keys_on_device, window_keys
 from nanomoe.tokenizer import load_tokenizer
 from nanomoe.training.loop import train
-from nanomoe.training.run import Prepared, Recorded, prepare
+from nanomoe.training.run import Prepared, Recorded, Run, prepare
 from nanomoe.training.steps.choice import StepPath
+from nanomoe.training.steps.kept import KeptSteps
 
 pytestmark = pytest.mark.gpu
 
@@ -44,20 +49,22 @@ def curve(config: dict[str, Any], path: StepPath, n_steps: int) -> torch.Tensor:
     return losses
 
 
+@pytest.mark.parametrize("path", ["captured", "triton"])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_loss_curves_equal_the_eager_ones(config: dict[str, Any]) -> None:
+def test_loss_curves_equal_the_eager_ones(config: dict[str, Any], path: StepPath) -> None:
     """Over 10 steps at a high rate, and over 100 at a low one: rounding grows with every step."""
     for lr, n_steps, tolerance in ((5e-3, 10, 1e-5), (1e-4, 100, 1e-4)):
-        ours, reference = (curve(config | {"lr": lr}, path, n_steps) for path in ("captured", "eager"))  # type: ignore[arg-type]
+        ours, reference = (curve(config | {"lr": lr}, path, n_steps) for path in (path, "eager"))
         assert ((ours - reference) / reference).abs().max() < tolerance
 
 
+@pytest.mark.parametrize("path", ["captured", "triton"])
 @pytest.mark.parametrize("config", [{}, CONFIGS["mixture"] | {"n_experts": 8}], ids=["dense", "mixture"])
-def test_in_bfloat16_the_loss_ends_near_float32s(config: dict[str, Any]) -> None:
+def test_in_bfloat16_the_loss_ends_near_float32s(config: dict[str, Any], path: StepPath) -> None:
     config = config | {"epochs": 60, "lr": 3e-3}
     ends = []
     for precision in ("float32", "bfloat16"):
-        happened = list(train(start(config | {"precision": precision}).run))
+        happened = list(train(start(config | {"precision": precision}, path).run))
         ends.append([event for event in happened if isinstance(event, Recorded)][-1].metrics.loss)
     assert ends[1] == pytest.approx(ends[0], rel=2e-2)
 
@@ -79,6 +86,51 @@ def test_a_step_waits_for_nothing() -> None:
     try:
         for _ in range(20):
             run.train_step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+ENDS = {"epochs": 60, "lr": 3e-3, "eval_interval": 1, "stop_at_perplexity": 60.0, "deterministic": True}
+
+
+@pytest.mark.parametrize("path", ["captured", "triton"])
+@pytest.mark.parametrize("config", [{}, CONFIGS["mixture"]], ids=["dense", "mixture"])
+def test_a_job_ends_at_the_step_and_with_the_bytes_of_one_whose_steps_wait_for_their_evaluations(
+    config: dict[str, Any], path: StepPath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends = []
+    for waits in (False, True):
+        if waits:
+            monkeypatch.setattr(Run, "launch_evaluation", lambda run: False)
+        run = start(config | ENDS, path).run
+        recorded = [event for event in train(run) if isinstance(event, Recorded)]
+        assert run.warnings == [], "nothing fell back"
+        ends.append((recorded[-1].metrics, recorded[-1].files))
+    assert ends[0] == ends[1]
+    assert ends[0][0].stopped_early
+
+
+def test_the_captured_loss_of_a_text_is_that_of_the_plain_reader_bit_for_bit() -> None:
+    run = start(CONFIGS["mixture"] | {"deterministic": True}).run
+    reader = PlainReader(run.model)
+    captured = CapturedLoss(reader, run.text, CudaGraphs(run.device))
+    for _ in range(3):
+        run.train_step()
+        captured.launch()
+        assert captured.take().item() == evaluate_loss(reader, run.text)
+
+
+def test_neither_steps_nor_the_evaluations_that_may_end_them_wait() -> None:
+    run = start(ENDS | {"stop_at_perplexity": 1.01}).run
+    for _ in range(run.plan.steps_per_epoch):
+        run.train_step()
+        assert run.launch_evaluation()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(20):
+            run.train_step()
+            assert run.launch_evaluation()
+            assert not run.may_have_ended
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -116,8 +168,8 @@ class StopAt(Undisturbed):
         return "drain" if self.run.progress.step >= 2 else None
 
 def start(resume=None):
-    prepared = prepare(config, text, load_tokenizer("bytes"), device="cuda", path="captured", resume=resume)
-    assert prepared.execution.deterministic and prepared.execution.path == "captured"
+    prepared = prepare(config, text, load_tokenizer("bytes"), device="cuda", path=sys.argv[3], resume=resume)
+    assert prepared.execution.deterministic and prepared.execution.path == sys.argv[3]
     return prepared.run
 
 def checkpoints(happened):
@@ -137,13 +189,27 @@ print("equal")
 """
 
 
+@pytest.mark.parametrize("path", ["captured", "triton"])
 @pytest.mark.parametrize("config", [{}, CONFIGS["mixture"]], ids=["dense", "mixture"])
-def test_deterministic_runs_repeat_byte_for_byte_and_so_does_one_that_was_stopped(config: dict[str, Any]) -> None:
+def test_deterministic_runs_repeat_byte_for_byte_and_so_does_one_that_was_stopped(
+    config: dict[str, Any], path: StepPath
+) -> None:
     parsed = JobConfig.model_validate(TINY | config | {"deterministic": True, "epochs": 3})
     done = subprocess.run(
-        [sys.executable, "-c", _DETERMINISTIC, parsed.model_dump_json(), TEXT], capture_output=True, text=True
+        [sys.executable, "-c", _DETERMINISTIC, parsed.model_dump_json(), TEXT, path], capture_output=True, text=True
     )
     assert done.stdout == "equal\n", done.stderr
+
+
+def test_a_job_on_a_kept_step_ends_with_the_same_bytes() -> None:
+    config, ends, kept_steps = {"epochs": 2, "deterministic": True}, [], KeptSteps()
+    for seed, kept in ((1, None), (2, kept_steps), (1, kept_steps)):
+        parsed = JobConfig.model_validate(TINY | config | {"seed": seed})
+        run = prepare(parsed, TEXT, load_tokenizer("bytes"), device="cuda", path="captured", kept_steps=kept).run
+        happened = list(train(run))
+        run.keep_step()
+        ends.append([event.files["model.safetensors"] for event in happened if isinstance(event, Recorded)])
+    assert ends[2] == ends[0] != ends[1]
 
 
 def test_a_job_that_has_ended_keeps_no_memory_of_the_device() -> None:

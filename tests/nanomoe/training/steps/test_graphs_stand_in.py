@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.nanomoe.training.steps.graphs_stand_in import RecordedGraphs
+from tests.nanomoe.training.steps.graphs_stand_in import WARM_UPS, RecordedGraphs
 
 CPU = torch.device("cpu")
 
@@ -46,7 +46,7 @@ def test_nothing_that_was_allocated_survives_to_the_next_replay(graphs: Recorded
     kept: list[Tensor] = []
 
     def work() -> None:
-        if len(kept) < 3:  # two warm-ups and the capture
+        if len(kept) <= WARM_UPS:  # in the warm-up and the capture
             kept.append(torch.arange(2.0))
         out.copy_(kept[-1] + 1)
 
