@@ -1,13 +1,18 @@
-"""One attempt at a job, from the claim to the job's next status: it starts the trainer, records the trainer's messages,
-forwards cancel and pause requests, and kills the trainer when it stalls, ignores a stop request or the lease is lost.
+"""One attempt at a job, from the claim to the job's next status: it says what the trainer is to begin with, takes in
+the trainer's messages, forwards cancel and pause requests, and has the trainer killed when it stalls or ignores a stop
+request.
 
-Knows no HTTP and no torch. A lost lease ends the attempt at once, and nothing more is written to the job.
+One thread advances it together with those at the other jobs of its trainer, and records what they have to record
+(`attempts.py`). A lost lease or a failure of one has the trainer leave that job, and kills it only where it does not.
+Knows no HTTP and no torch. A lost lease ends the attempt, and nothing more is written to the job.
 """
 
+import math
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import structlog
 
@@ -15,18 +20,21 @@ from nanomoe.checkpoint import is_disk_full
 from nanomoe.config import JobConfig
 from nanomoe.lineage import ParentUnusable
 from nanomoe.plan import OutOfMemory, Plan
+from nanomoe.store.store import StoreError, StoreRefused, StoreUnavailable
 from service.database.database import Database
 from service.errors import DatabaseUnavailable, LeaseLost, StorageFull
-from service.jobs import queue, reads, recording
 from service.jobs.lease import Intents
+from service.jobs.queue import Finish, Release
+from service.jobs.recording import Report
 from service.jobs.statuses import TERMINAL
 from service.jobs.tables import Job
 from service.settings import Settings
-from worker.held_lease import Lease, LeaseUncertain
-from worker.lock import SlotLock
+from service.storage.opening import open_store
+from worker.company import Member
+from worker.held_lease import LeaseUncertain
 from worker.memory import oom_kills
-from worker.process import Ended, TrainerProcess, WakeUp
-from worker.protocol import Done, Failure, FromTrainer, Idle, Ready, Stop, StopReason
+from worker.process import Ended
+from worker.protocol import AboutJob, Done, Failure, Start, StopReason
 from worker.recorder import Recorder
 from worker.start import build_start
 from worker.timing import Timing
@@ -37,6 +45,9 @@ EXTERNAL_FAILURES = (OSError, MemoryError, DatabaseUnavailable)
 """Exceptions in the supervisor whose cause is not the job: the data folder or the database is unreachable, or the
 process has no file descriptor or memory left."""
 
+STORE_FAILURES = ("storage_failed", StoreUnavailable.code, StoreRefused.code)
+"""Codes of a trainer's failures whose cause is the store of files, and not the job."""
+
 TERMINATION_SIGNALS = frozenset({signal.SIGHUP, signal.SIGINT, signal.SIGTERM})
 """Signals that ask a process to end: from a system that shuts down, or from a person. No crash causes one of them."""
 
@@ -45,40 +56,41 @@ _PRECEDENCE = {None: 0, "drain": 1, "pause": 2, "cancel": 3}
 
 
 class Attempt:
-    """A claimed job that is trained by one trainer process."""
+    """A claimed job that is trained by one trainer process, by itself or beside others."""
 
     def __init__(
         self,
         db: Database,
-        lease: Lease,
-        trainer: TrainerProcess,
-        lock: SlotLock,
+        member: Member,
         *,
         device: str,
         settings: Settings,
         timing: Timing,
-        draining: threading.Event,
         force_stop: threading.Event,
     ) -> None:
-        """`lock`: the slot's, taken for this job. `draining`: the worker is to end once its jobs have snapshots;
-        `force_stop`: at once."""
+        """`member`: the job's share of a trainer. `force_stop`: the worker is to end at once."""
         self._db = db
-        self._lease = lease
+        self.member = member
+        self.lease = lease = member.lease
         self._claim = lease.claim
         self._job = lease.claim.job
-        self._trainer = trainer
-        self._lock = lock
+        self._cohort_size = self._job.cohort_size or 1
         self._device = device
         self._settings = settings
         self._timing = timing
-        self._draining = draining
         self._force_stop = force_stop
-        self._log = log.bind(job=self._job.id, fence=self._claim.fence, trainer=trainer.pid)
+        self._log = log.bind(job=self._job.id, fence=self._claim.fence, trainer=member.pid)
 
+        self.has_begun = False
+        """Whether there was something for the trainer to begin with."""
+        self.is_abandoned = False
+        """Whether nothing more of it is recorded but its end: it waits for the trainer to leave the job."""
+        self._is_recorded = False
+        """Whether the job's next status is."""
         self._done: Done | None = None
         """The trainer's final message about the job."""
-        self.trainer_is_idle = False
-        """Whether the trainer has outlived its job, with nothing of it left: it can be given the next one."""
+        self._end: Finish | Release | None = None
+        """How it ends, once that is decided."""
         self._stopping: StopReason | None = None
         """Why the trainer was asked to stop."""
         self._kill_at: float | None = None
@@ -93,138 +105,114 @@ class Attempt:
         self._trainer_timed_out = False
         """Whether the trainer received no keep-alive for so long that it killed itself."""
         self._oom_kills = oom_kills()
+        self._recorder = Recorder(lease.claim, open_store(settings))
 
-        self._poll_due: float | None = 0.0
-        """Monotonic time at which cancel and pause requests are read next; None while nothing has changed."""
-        self._last_poll = 0.0
-        self._recorder = Recorder(db, lease, settings.data_dir, timing, self._apply)
+    # -- The beginning, and messages -------------------------------------------------------------------------------
 
-    def run(self) -> None:
-        """Run the attempt until no process of it is left, then record the job's next status."""
-        try:
-            self._start()
-            self._follow()
-        except LeaseLost as error:
-            self._log.warning("lease_lost", reason=str(error))
-            self._lost, self.trainer_is_idle = True, False
-        except LeaseUncertain:
-            self._log.warning("lease_uncertain")
-            # The final message may have come, but not all before it is recorded.
-            self._done, self.trainer_is_idle = None, False
-        except ParentUnusable as error:
-            self._done = Done(outcome="failed", error=Failure(code=error.code, message=str(error)))
-            self.trainer_is_idle = True  # it was given nothing
-        except Exception as error:
-            self.trainer_is_idle = False
-            # Whatever it is, the trainer must not outlive the attempt, and the slot must go on with the next job.
-            self._disk_full = isinstance(error, StorageFull) or is_disk_full(error)
-            reason = f"the supervisor failed: {error!r}"
-            if isinstance(error, EXTERNAL_FAILURES):
-                self._external_cause = reason
-            else:
-                self._crash = reason
-            self._log.exception("attempt_failed")
-        self._end_processes_left()
-        if not self._lost:
-            self._settle()
-
-    # -- Messages -----------------------------------------------------------------------------------------------
-
-    def _start(self) -> None:
+    def begin(self, meanwhile: Callable[[], None]) -> Start | None:
+        """What the trainer is to begin with; None where it is to be given nothing of the job. `meanwhile` is called
+        again and again while large files are verified."""
         self._log.info("attempt_started", attempt=self._job.attempt)
-        start, snapshot_folder, warnings = self._lease.read(
-            lambda: build_start(
-                self._db, self._job, device=self._device, settings=self._settings, meanwhile=self._heartbeat_when_due
+
+        def read() -> Start:
+            start, self._recorder.snapshot_folder, warnings = build_start(
+                self._db, self._job, device=self._device, settings=self._settings, meanwhile=self._unless(meanwhile)
             )
-        )
-        self._recorder.snapshot_folder = snapshot_folder
-        self._trainer.start(start, self._lock)
-        for warning in warnings:
-            self._recorder.handle(warning)
+            for warning in warnings:
+                self._recorder.handle(warning)
+            return start
 
-    def _follow(self) -> None:
-        """Handle the trainer's messages and run due work until the trainer is idle or has ended."""
-        while True:
-            match message := self._next_message():
-                case Ended(protocol_error=protocol_error, timed_out=timed_out):
-                    self._crash = self._crash or ("the trainer violated the protocol" if protocol_error else None)
-                    self._trainer_timed_out = timed_out
-                    break
-                case None | Ready():
-                    pass
-                case WakeUp():
-                    self._poll_due = self._poll_due or max(time.monotonic(), self._last_poll + self._timing.poll)
-                case Done():
-                    self._done = message
-                    self._kill_within(self._timing.exit_grace)
-                case Idle():
-                    if self._done is None:
-                        self._crash = self._crash or "the trainer did not report how its job ended"
-                    else:
-                        self.trainer_is_idle = True
-                    break
-                case _:
-                    self._recorder.handle(message)
-            self._run_due_work()
-        self._recorder.flush()
+        start: Start | None = None
+        with self._failures():
+            start = self.lease.read(read)
+        self.has_begun = start is not None
+        return start
 
-    def _next_message(self) -> FromTrainer | Ended | WakeUp | None:
-        """The next message, or None when work is due before one comes."""
-        due = [self._lease.heartbeat_due]
-        due += [at for at in (self._kill_at, self._poll_due, self._recorder.due) if at is not None]
-        due += [self._stalled_at] if self._crash is None else []
-        return self._trainer.next_message(max(0.0, min(due) - time.monotonic()))
+    def _unless(self, meanwhile: Callable[[], None]) -> Callable[[], None]:
+        """`meanwhile`, until the job turns out to be lost."""
 
-    # -- Due work -------------------------------------------------------------------------------------------------
+        def check() -> None:
+            meanwhile()
+            if self._lost:
+                raise LeaseLost(f"job {self._job.id} was lost while it began")
+            if self.lease.fenced.is_set():
+                raise LeaseUncertain
 
-    def _run_due_work(self) -> None:
+        return check
+
+    def handle(self, message: AboutJob) -> None:
+        """Take in a message about the job."""
+        if isinstance(message, Done):
+            self._take_done(message)
+        elif not self.is_abandoned:
+            with self._failures():
+                self._recorder.handle(message)
+
+    def _take_done(self, done: Done) -> None:
+        if not self.is_abandoned:
+            self._done = done
+        if self.member.is_alone:
+            self._kill_within(self._timing.exit_grace)  # it has nothing more to do than to become idle
+        else:
+            self.member.leave()  # it goes on with other jobs, and writes nothing of this one any more
+
+    def trainer_ended(self, ended: Ended) -> None:
+        """Take note that the trainer has ended, or violated the protocol."""
+        if not self.is_abandoned:
+            self._crash = self._crash or ("the trainer violated the protocol" if ended.protocol_error else None)
+            self._trainer_timed_out = ended.timed_out
+
+    def trainer_is_idle(self) -> None:
+        """Take note that the trainer says that nothing of its jobs is left."""
+        if self._done is None and not self.is_abandoned:
+            self._crash = self._crash or "the trainer did not report how its job ended"
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the trainer has said how the job ended."""
+        return self._done is not None
+
+    # -- Due work --------------------------------------------------------------------------------------------------
+
+    @property
+    def due(self) -> float:
+        """Monotonic time at which `run_due_work` has something to do."""
+        stalled = self._stalled_at
+        return stalled if self._kill_at is None else min(stalled, self._kill_at)
+
+    def run_due_work(self) -> None:
+        """Have a trainer killed that has stalled, or has not stopped."""
         now = time.monotonic()
-        if self._recorder.due is not None and now >= self._recorder.due:
-            self._recorder.flush()
-        if self._poll_due is not None and now >= self._poll_due:
-            self._poll()
-        self._heartbeat_when_due()
-        if self._crash is None and now >= self._stalled_at:
+        if now >= self._stalled_at:
             self._crash = f"stalled: no step in {now - self._recorder.last_progress:.0f} s"
             self._log.error("trainer_stalled", crash=self._crash)
-            self._trainer.kill()
+            self.member.kill_as_crashed()
         if self._kill_at is not None and now >= self._kill_at:
             self._log.warning("trainer_killed", asked_to=self._stopping)
             self._kill_at = None
-            self._trainer.kill()
+            self.member.kill()
 
-    def _heartbeat_when_due(self) -> None:
-        if time.monotonic() >= self._lease.heartbeat_due:
-            self._recorder.write(lambda: recording.heartbeat(self._db, self._claim))
+    def drain(self) -> None:
+        """Have the job stop with a snapshot, because the worker ends."""
+        self._request_stop("drain")
 
-    def _poll(self) -> None:
-        """Read cancel and pause requests now: the next write, which returns them too, may be seconds away."""
-        self._poll_due, self._last_poll = None, time.monotonic()
-        if self._draining.is_set():
-            self._request_stop("drain")
-        try:
-            job = reads.get_job(self._db, self._job.id)
-        except DatabaseUnavailable:
-            return  # the next heartbeat logs it, and retries
-        if job.fence != self._claim.fence or job.status != "running":
-            raise LeaseLost(f"job {job.id} is {job.status} under fence {job.fence}")
-        self._apply(Intents(job.cancel_requested_at is not None, job.pause_requested_at is not None))
-
-    def _apply(self, intents: Intents) -> None:
-        if intents.cancel:
+    def handle_requests(self, found: Intents | None) -> None:
+        """Forward what users have requested. `found`: None where the job is not this worker's any more."""
+        if found is None:
+            self.fail(LeaseLost(f"job {self._job.id} does not run under fence {self._claim.fence} any more"))
+        elif found.cancel:
             self._request_stop("cancel")
-        elif intents.pause:
+        elif found.pause:
             self._request_stop("pause")
 
     def _request_stop(self, reason: StopReason) -> None:
         """Ask the trainer to stop at the next step boundary; after a grace period it is killed."""
         if self._force_stop.is_set():
             self._kill_within(0)
-        if _PRECEDENCE[reason] > _PRECEDENCE[self._stopping]:
+        if _PRECEDENCE[reason] > _PRECEDENCE[self._stopping] and not self.is_abandoned:
             self._log.info("trainer_asked_to_stop", reason=reason)
             self._stopping = reason
-            self._trainer.send(Stop(reason=reason))
-            self._trainer.wake()
+            self.member.stop(reason)
             self._kill_within(self._timing.cancel_grace if reason == "cancel" else self._timing.stop_grace)
 
     def _kill_within(self, seconds: float) -> None:
@@ -234,86 +222,187 @@ class Attempt:
     @property
     def _stalled_at(self) -> float:
         """Monotonic time at which a trainer without progress counts as stalled."""
+        if self._crash is not None or self.is_abandoned:
+            return math.inf
         limit = max(self._timing.stall, self._timing.stall_steps * self._recorder.median_step_seconds)
         return self._recorder.last_progress + limit
 
-    # -- The end ---------------------------------------------------------------------------------------------------
+    # -- What is to be recorded ------------------------------------------------------------------------------------
 
-    def _end_processes_left(self) -> None:
-        """Return once nothing of the job is left: its trainer is idle and no process lives that it started, or none of
-        its processes lives. Heartbeats keep the job this worker's meanwhile."""
-        self._lock.close()
-        self.trainer_is_idle = self.trainer_is_idle and self._trainer.is_alone()
-        if self.trainer_is_idle:
-            return
-        while not self._trainer.kill_and_reap(self._timing.heartbeat):
-            try:
-                self._lease.write(lambda: recording.heartbeat(self._db, self._claim))
-            except LeaseLost:
-                self._lost = True
-            except (LeaseUncertain, StorageFull):
-                continue  # the trainer still has to be killed
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing is left to do: the job's next status is recorded, or not this worker's to record."""
+        return self._is_recorded or (self._lost and not self.member.is_here)
 
-    def _settle(self) -> None:
-        """Record the job's next status. No process of it is left."""
+    @property
+    def _heartbeat_due(self) -> float:
+        """Monotonic time of the next heartbeat; infinite where the job needs none any more."""
+        is_needed = self.member.is_here and not self._lost and not self.lease.fenced.is_set()
+        return self.lease.heartbeat_due if is_needed else math.inf
+
+    def write_due(self, next_batch: float) -> float | None:
+        """Monotonic time at which something of it should be recorded; None while there is nothing. `next_batch`: until
+        when steps may wait."""
+        if self.has_ended:
+            return None
+        if self._recorder.is_urgent or not self.member.is_here:
+            return 0.0
+        return min(self._heartbeat_due, next_batch) if self._recorder.has_steps else self._heartbeat_due
+
+    def report(self, most_steps: int) -> Report | None:
+        """What is to be recorded now: what waits, with at most so many steps, or a heartbeat when one is due; else
+        None."""
+        waiting = self._recorder.waiting(most_steps)
+        if waiting is not None and self.lease.fenced.is_set():
+            self.fail(LeaseUncertain())
+            return None
+        if waiting is None and time.monotonic() >= self._heartbeat_due:
+            return Report(self._claim)
+        return waiting
+
+    @property
+    def is_behind(self) -> bool:
+        """After a write: whether it has left something that waited."""
+        return self._recorder.is_urgent
+
+    def recorded(self, began: float, outcome: Intents | Exception) -> None:
+        """Take note that its report was recorded by a write that began then, or of the error."""
+        with self._failures():
+            if isinstance(outcome, Exception):
+                raise outcome
+            self.lease.renewed(began)
+            self._recorder.recorded()
+            if not self.is_abandoned:
+                self.handle_requests(outcome)
+
+    def fail(self, error: Exception) -> None:
+        """End the attempt because of an error."""
+        with self._failures():
+            raise error
+
+    @contextmanager
+    def _failures(self) -> Iterator[None]:
+        """What is raised within ends the attempt. The trainer must not outlive it, and the slot must go on."""
         try:
-            job = self._lease.final_write(self._transition(), self._force_stop)
+            yield
         except LeaseLost as error:
             self._log.warning("lease_lost", reason=str(error))
-            return
-        if job is not None:
-            if job.status in TERMINAL:
-                self._recorder.drop_snapshot()
-            self._log.info("attempt_ended", status=job.status, status_reason=job.status_reason, error=job.error)
+            self._lost = True
+            self._abandon()
+        except LeaseUncertain:
+            self._log.warning("lease_uncertain")
+            # The final message may have come, but not all before it is recorded.
+            self._done = None
+            self._abandon()
+        except ParentUnusable as error:
+            self._done = Done(outcome="failed", error=Failure(code=error.code, message=str(error)))
+            self._abandon()
+        except Exception as error:
+            self._disk_full = isinstance(error, StorageFull) or is_disk_full(error)
+            reason = error.summary if isinstance(error, StoreError) else f"the supervisor failed: {error!r}"
+            if isinstance(error, EXTERNAL_FAILURES):
+                self._external_cause = reason
+            else:
+                self._crash = reason
+            self._log.exception("attempt_failed")
+            self._abandon()
 
-    def _transition(self) -> Callable[[], Job]:
-        """The write that records the job's next status."""
-        db, claim = self._db, self._claim
+    def _abandon(self) -> None:
+        """Have the trainer leave the job, whose messages nobody wants any more."""
+        self._recorder.forget()
+        if not self.is_abandoned and self.has_begun:
+            self.member.stop("cancel")
+            self._kill_within(self._timing.cancel_grace)
+        self.is_abandoned = True
+
+    # -- The end ---------------------------------------------------------------------------------------------------
+
+    @property
+    def end(self) -> Finish | Release | None:
+        """How it ends, once nothing of the job is left in the trainer and nothing waits to be recorded before."""
+        if self.has_ended or self.member.is_here or self._recorder.is_urgent or self._recorder.has_steps:
+            return None
+        if self._end is None:
+            self._end = self._transition()
+        return self._end
+
+    def ended(self, outcome: Job | Exception) -> None:
+        """Take note that its end was recorded, or of the error."""
+        self._is_recorded = True
+        if isinstance(outcome, LeaseLost):
+            self._log.warning("lease_lost", reason=str(outcome))
+        elif isinstance(outcome, Exception):
+            self._log.error("end_not_recorded", exc_info=outcome)
+        else:
+            if outcome.status in TERMINAL:
+                self._recorder.drop_snapshot()
+            self._log.info(
+                "attempt_ended", status=outcome.status, status_reason=outcome.status_reason, error=outcome.error
+            )
+
+    def _transition(self) -> Finish | Release:
+        """What leads to the job's next status. No process of it is left."""
+        claim = self._claim
         match self._done:
-            case None if self._lease.is_uncertain:
-                return lambda: queue.release(db, claim)
+            case None if self.lease.is_uncertain:
+                return Release(claim)
             case Done(outcome="succeeded"):
                 recorder = self._recorder
-                return lambda: queue.finish(
-                    db, claim, "succeeded", reason=recorder.stopped_early_reason, progress=recorder.progress
-                )
+                return Finish(claim, "succeeded", reason=recorder.stopped_early_reason, progress=recorder.progress)
             case Done(outcome="failed", error=Failure(code="disk_full", message=message)):
-                return lambda: queue.release(db, claim, pause_reason=message)
-            case Done(outcome="failed", error=Failure(code="storage_failed", message=message)):
+                return Release(claim, pause_reason=message)
+            case Done(outcome="failed", error=Failure(code=code, message=message)) if code in STORE_FAILURES:
                 return self._transition_external(message)
+            case Done(outcome="failed", error=Failure(code=OutOfMemory.code)) if self._cohort_size > 1:
+                return self._transition_to_narrower()
             case Done(outcome="failed", error=error):
                 assert error is not None, "a failure has an error"
-                return lambda: queue.finish(db, claim, "failed", error=error.model_dump())
+                return Finish(claim, "failed", error=error.model_dump())
             case Done(outcome="stopped"):
-                return lambda: queue.release(db, claim)
+                return Release(claim)
         if self._disk_full:
-            return lambda: queue.release(db, claim, pause_reason="the disk is full")
+            return Release(claim, pause_reason="the disk is full")
         if self._crash is None and self._stopping is not None:
-            return lambda: queue.release(db, claim)  # it was killed because it did not stop in time
+            return Release(claim)  # it was killed because it did not stop in time
+        if self._crash is None and self.member.was_interrupted:
+            return Release(claim)  # it was killed because of another job
         if self._external_cause is not None:
             return self._transition_external(self._external_cause)
-        if self._crash is None and -self._trainer.exit_status in TERMINATION_SIGNALS:
-            return self._transition_external(_describe(self._trainer.exit_status))
-        killed = self._crash is None and self._trainer.exit_status == -signal.SIGKILL
-        if killed and oom_kills() > self._oom_kills:
-            return self._transition_out_of_memory()
-        if killed and self._trainer_timed_out:
+        if self._crash is not None:
+            return self._transition_crashed(self._crash)
+        exit_status = self.member.exit_status
+        if -exit_status in TERMINATION_SIGNALS:
+            return self._transition_external(_describe(exit_status))
+        if exit_status == -signal.SIGKILL and oom_kills() > self._oom_kills:
+            return self._transition_to_narrower() if self._cohort_size > 1 else self._transition_out_of_memory()
+        if exit_status == -signal.SIGKILL and self._trainer_timed_out:
             return self._transition_external(
                 "the trainer received no keep-alive from its worker for too long and killed itself"
             )
-        crash = self._crash or _describe(self._trainer.exit_status)
-        self._log.error("trainer_crashed", crash=crash)
-        return lambda: queue.release(db, claim, crash=crash)
+        return self._transition_crashed(_describe(exit_status))
 
-    def _transition_external(self, reason: str) -> Callable[[], Job]:
+    def _transition_crashed(self, crash: str) -> Release:
+        self._log.error("trainer_crashed", crash=crash)
+        return Release(self._claim, crash=crash)
+
+    def _transition_external(self, reason: str) -> Release:
         """The cause is not the job: it is tried again, and no crash is counted."""
         self._log.error("attempt_ended_by_external_cause", reason=reason)
-        return lambda: queue.release(self._db, self._claim, external_cause=reason)
+        return Release(self._claim, external_cause=reason)
 
-    def _transition_out_of_memory(self) -> Callable[[], Job]:
+    def _transition_to_narrower(self) -> Release:
+        """Memory ran out for jobs that are trained together: fewer of them are, before any micro-batch is halved."""
+        half = self._cohort_size // 2
+        self._log.warning("cohort_out_of_memory", size=self._cohort_size, most=half)
+        reason = f"memory ran out for {self._cohort_size} jobs at once, goes on " + (
+            f"among at most {half}" if half > 1 else "alone"
+        )
+        return Release(self._claim, cohort_most=half, interrupted=reason)
+
+    def _transition_out_of_memory(self) -> Finish | Release:
         """The kernel's out-of-memory kill is handled as torch's own out-of-memory error: the micro-batch is halved
         where that is possible."""
-        db, claim, prepared = self._db, self._claim, self._recorder.prepared
+        claim, prepared = self._claim, self._recorder.prepared
         config = JobConfig.model_validate(self._job.config)
         try:
             if prepared is None:
@@ -324,19 +413,17 @@ class Attempt:
         except OutOfMemory as refusal:
             figures = f"batch_size {config.batch_size}, block_size {config.block_size}, n_params {self._job.n_params}"
             message = f"the system killed the trainer because memory ran out: {refusal} ({figures})"
-            error = {"code": refusal.code, "message": message}
-            return lambda: queue.finish(db, claim, "failed", error=error)
+            return Finish(claim, "failed", error={"code": refusal.code, "message": message})
         step = self._recorder.progress["step"]
         self._log.warning("trainer_out_of_memory", step=step, micro_batch=size)
         halved = (
             f"after step {step}, with micro-batches of {size} windows, the system killed the trainer because memory "
             f"ran out; from now on they have {half}: a step trains on the same windows in more parts"
         )
-        return lambda: queue.release_out_of_memory(
-            db,
+        return Release(
             claim,
             micro_batch=half,
-            reason=f"memory ran out, goes on with micro-batches of {half} windows",
+            interrupted=f"memory ran out, goes on with micro-batches of {half} windows",
             warnings=[
                 {"code": "micro_batch_halved", "message": halved},
                 {"code": "resume_not_exact", "message": "sums over smaller micro-batches are rounded otherwise"},

@@ -1,4 +1,4 @@
-"""The lease of a claimed job: every write to the job goes through it and renews it, and it knows its own deadline.
+"""The lease of a claimed job, which every write to the job renews: it knows its own deadline.
 
 Knows neither the trainer nor the job's content. A write to a database that is out of reach is retried until the
 deadline, at which the supervisor's main thread kills the trainer; no write is accepted after that.
@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import structlog
 
-from service.errors import DatabaseUnavailable, StorageFull
+from service.errors import DatabaseUnavailable
 from service.jobs.lease import Claim
 from worker.timing import Timing
 
@@ -50,28 +50,20 @@ class Lease:
         """Whether the deadline has passed, or the trainer was already killed because of it."""
         return self.fenced.is_set() or time.monotonic() > self.deadline
 
-    def write(self, write: Callable[[], T]) -> T:
-        """Do one fenced write, which is a heartbeat too; retry while the database is out of reach.
+    def renewed(self, began: float) -> None:
+        """Take note of a write that has renewed it. `began`: monotonic time before that write.
 
-        Raises LeaseLost when the job is no longer this worker's, LeaseUncertain when the trainer was killed at the
-        deadline meanwhile, StorageFull.
+        Raises LeaseUncertain when the trainer was killed at the deadline meanwhile.
         """
-        while True:
-            began = time.monotonic()
-            try:
-                result = write()
-            except DatabaseUnavailable as error:
-                log.warning("database_out_of_reach", job=self.claim.job_id, error=str(error))
-                if self.fenced.wait(self._timing.retry):
-                    raise LeaseUncertain from error
-            else:
-                if self.fenced.is_set():
-                    raise LeaseUncertain
-                self._extend(began)
-                return result
+        if self.fenced.is_set():
+            raise LeaseUncertain
+        self._extend(began)
 
     def read(self, read: Callable[[], T]) -> T:
-        """Do one read; retry while the database is out of reach. Raises LeaseUncertain as `write` does."""
+        """Do one read; retry while the database is out of reach.
+
+        Raises LeaseUncertain when the trainer was killed at the deadline meanwhile.
+        """
         while True:
             try:
                 return read()
@@ -79,17 +71,3 @@ class Lease:
                 log.warning("database_out_of_reach", job=self.claim.job_id, error=str(error))
                 if self.fenced.wait(self._timing.retry):
                     raise LeaseUncertain from error
-
-    def final_write(self, write: Callable[[], T], abort: threading.Event) -> T | None:
-        """Do the final write of an attempt, whose trainer is dead; retry without a deadline.
-
-        None when `abort` was set while the database was out of reach or full: the lease then expires by itself.
-        Raises LeaseLost.
-        """
-        while True:
-            try:
-                return write()
-            except (DatabaseUnavailable, StorageFull) as error:
-                log.warning("database_out_of_reach", job=self.claim.job_id, error=str(error))
-                if abort.wait(self._timing.retry):
-                    return None

@@ -1,7 +1,7 @@
 """A trainer process: started before there is a job, sent messages over pipes, killed with its process group, and
 reaped.
 
-Knows no job and no database. A trainer must be started from the main thread: the parent-death signal that it sets
+Knows no database. A trainer must be started from the main thread: the parent-death signal that it sets
 fires when the thread that spawned it ends.
 """
 
@@ -22,13 +22,28 @@ from queue import Empty, SimpleQueue
 import structlog
 
 from worker.lock import SlotLock
-from worker.protocol import Assignment, FromTrainer, KeepAlive, Ready, Start, ToTrainer, encode, parse_from_trainer
+from worker.protocol import (
+    Assignment,
+    FromTrainer,
+    Idle,
+    KeepAlive,
+    Ready,
+    Start,
+    ToTrainer,
+    Train,
+    encode,
+    parse_from_trainer,
+)
 from worker.survivors import TOKEN_VARIABLE, survivors
 
 log = structlog.get_logger(__name__)
 
 _CHECK_SECONDS = 0.25
 """Longest wait for a message before the process is checked: a grandchild may keep the pipe open after its end."""
+
+_SEND_SECONDS = 5.0
+"""Longest wait for a trainer to read its jobs, which may be more than its socket holds. One without a job reads at
+once."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +62,19 @@ class WakeUp:
     """A change in the database, or a request that the worker drains: no message of the trainer's."""
 
 
+@dataclass(frozen=True)
+class Received:
+    """A message of the trainer's."""
+
+    message: FromTrainer
+    assignment: Assignment | None
+    """The attempt that it is about, one of those that the trainer was given; None where it is about none."""
+
+
+Inbox = SimpleQueue[Received | Ended | WakeUp]
+"""Messages of a trainer, its end, and what other threads have to say."""
+
+
 class TrainerProcess:
     """A trainer in a session and process group of its own, which holds the lock of its slot while it has a job."""
 
@@ -54,13 +82,12 @@ class TrainerProcess:
         """`until`: monotonic time at which the trainer kills itself, as `command` tells it, unless a keep-alive names a
         later one. Raises OSError when the system has no process, memory or descriptor left."""
         assert threading.current_thread() is threading.main_thread(), "the parent-death signal follows the thread"
-        self.inbox: SimpleQueue[FromTrainer | Ended | WakeUp] = SimpleQueue()
-        """Messages of the trainer, its end, and wake-ups from other threads."""
+        self.inbox: Inbox = SimpleQueue()
+        self._assignments: frozenset[Assignment] = frozenset()
+        """The attempts that it was given last."""
         self._until = until
         self.token = uuid.uuid4().hex
         """In the environment of the trainer and of all that it starts."""
-        self.assignment: Assignment | None = None
-        """The attempt that it was given last."""
         # Its stdin is a socket, because only a socket can send the open file of a lock.
         self._socket, its_stdin = socket.socketpair()
         try:
@@ -85,31 +112,34 @@ class TrainerProcess:
         self._gone = False
         threading.Thread(target=self._read, name=f"read-{self.pid}", daemon=True).start()
 
-    def next_message(self, timeout: float) -> FromTrainer | Ended | WakeUp | None:
+    def next_message(self, timeout: float = 0.0) -> Received | Ended | WakeUp | None:
         """The next item of the inbox, or None when none came within `timeout` seconds."""
         try:
-            return self.inbox.get(timeout=timeout)
+            return self.inbox.get(timeout=timeout) if timeout > 0 else self.inbox.get_nowait()
         except Empty:
             return None
 
     # -- Messages ------------------------------------------------------------------------------------------------
 
-    def start(self, message: Start, lock: SlotLock) -> None:
-        """Give the trainer a job, and the slot's lock with it, of which no copy stays in this process."""
-        self.assignment = message.assignment
-        self.send(message, lock.descriptor)
+    def train(self, starts: Sequence[Start], lock: SlotLock) -> None:
+        """Give the trainer jobs, and the slot's lock with them, of which no copy stays in this process."""
+        self._assignments = frozenset(start.assignment for start in starts)
+        self.send(Train(starts=list(starts)), lock.descriptor)
         lock.close()
 
     def send(self, message: ToTrainer, *descriptors: int) -> None:
         """Send a message, and open files with it. One to a trainer that has ended or does not read is dropped: `Ended`
         or a deadline follows."""
         rest = encode(message)
+        wait_seconds = _SEND_SECONDS if isinstance(message, Train) else 0.0
         with self._mutex:
             if self._gone:
                 return
             try:
                 rest = rest[socket.send_fds(self._socket, [rest], descriptors) :]
                 while rest:
+                    if wait_seconds:
+                        select.select([], [self._socket], [], wait_seconds)
                     rest = rest[self._socket.send(rest) :]
                 if isinstance(message, KeepAlive):
                     self._until = message.until
@@ -136,17 +166,18 @@ class TrainerProcess:
             *lines, buffered = (buffered + read).split(b"\n")
             for line in lines:
                 try:
-                    self.inbox.put(self._parse(line))
+                    self.inbox.put(self._received(line))
                 except ValueError as error:
                     log.error("trainer_protocol_error", trainer=self.pid, line=line[:200], error=str(error))
                     return False
 
-    def _parse(self, line: bytes) -> FromTrainer:
-        """Raises ValueError when the line is no message about the attempt that the trainer was given."""
+    def _received(self, line: bytes) -> Received:
+        """Raises ValueError when the line is no message, or is about no job that the trainer was given."""
         found = parse_from_trainer(line)
-        if not isinstance(found.message, Ready) and found.assignment != self.assignment:
-            raise ValueError(f"a message about {found.assignment} from a trainer that has {self.assignment}")
-        return found.message
+        is_about_none = isinstance(found.message, (Ready, Idle))
+        if is_about_none != (found.assignment is None) or not (is_about_none or found.assignment in self._assignments):
+            raise ValueError(f"a message about {found.assignment} from a trainer that has {list(self._assignments)}")
+        return Received(found.message, found.assignment)
 
     # -- Ending --------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ import random
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,8 @@ MOST_GROWN_BYTES = 512 * 2**20
 """Resident memory that a process may have gained since it was new: what allocators keep, and no more. Assumed."""
 
 MOST_DEVICE_BYTES = 256 * 2**20
-"""Memory of a GPU that may stay allocated: workspaces of its libraries. Assumed."""
+"""Memory of a GPU that may stay allocated: workspaces of its libraries, and captured steps that are kept for the next
+jobs. These are forgotten where all together are more. Assumed."""
 
 _PAGES = Path("/proc/self/statm")
 
@@ -32,7 +34,9 @@ _PAGES = Path("/proc/self/statm")
 class ProcessState:
     """The process as it was before its first job."""
 
-    def __init__(self) -> None:
+    def __init__(self, forget_steps: Callable[[], None] = lambda: None) -> None:
+        """`forget_steps` gives up the captured steps that are kept."""
+        self._forget_steps = forget_steps
         self._threads = set(threading.enumerate())
         self._n_threads = torch.get_num_threads()
         self._environment = dict(os.environ)
@@ -63,6 +67,10 @@ class ProcessState:
         gc.collect()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
+            if torch.cuda.memory_reserved() > MOST_DEVICE_BYTES:  # the memory of graphs stays reserved, used or not
+                self._forget_steps()
+                gc.collect()
+                torch.cuda.empty_cache()
             if (allocated := torch.cuda.memory_allocated()) > MOST_DEVICE_BYTES:
                 return f"{allocated} bytes of the GPU are still allocated"
         _give_freed_memory_back()

@@ -1,7 +1,7 @@
 """The messages between supervisor and trainer: one JSON object a line, over the trainer's stdin and stdout.
 
-A trainer serves one job after another, so each of its messages names the attempt that it is about. Knows neither of the
-two processes, no torch and no database.
+A trainer serves one job after another, or several together, so each of its messages about a job names the attempt.
+Knows neither of the two processes, no torch and no database.
 """
 
 from typing import Annotated, Any, Literal, NamedTuple
@@ -11,15 +11,16 @@ from pydantic import Field, TypeAdapter, field_serializer
 from nanomoe.checkpoint import FileEntry
 from nanomoe.config import ConfigWarning, JobConfig, Strict
 from nanomoe.evaluation.metrics import CheckpointMetrics
+from nanomoe.store.cache import CacheAddress
 
 StopReason = Literal["cancel", "pause", "drain"]
 
 
 class Folder(Strict):
-    """A checkpoint or snapshot on the disk."""
+    """A checkpoint or snapshot."""
 
     folder: str
-    """Absolute path."""
+    """Absolute path, or the URL of a folder in a bucket."""
 
     manifest_sha256: str
     """SHA-256 of the recorded manifest, which lists the SHA-256 of every file."""
@@ -36,9 +37,8 @@ class Assignment(NamedTuple):
 
 
 class Start(Strict):
-    """A job for a trainer that has none. The open file of the slot's lock is sent with it (`worker.lock`)."""
+    """An attempt at a job: all that a trainer needs to begin."""
 
-    type: Literal["start"] = "start"
     job_id: str
     fence: int
     """Fence of the claim, which is a part of the name of every folder that this attempt writes."""
@@ -48,7 +48,7 @@ class Start(Strict):
     """The training text, UTF-8."""
 
     folder: str
-    """Absolute path of the job's folder, in which checkpoints and snapshots are written."""
+    """The job's folder, in which checkpoints and snapshots are written: its absolute path, or its URL in a bucket."""
 
     execution: dict[str, Any] | None
     """Execution that the job's first start decided, to be used again; null at the first start."""
@@ -74,10 +74,21 @@ class Start(Strict):
     tokenizer_dir: str | None
     """Folder under which local tokenizers lie."""
 
+    cache: CacheAddress | None = None
+    """Where files of a bucket are kept that are read; null where the store is a folder."""
+
     @property
     def assignment(self) -> Assignment:
         """The attempt that begins with this message."""
         return Assignment(self.job_id, self.fence)
+
+
+class Train(Strict):
+    """Jobs for a trainer that has none: one, or the members of a cohort. The open file of the slot's lock is sent with
+    it (`worker.lock`)."""
+
+    type: Literal["train"] = "train"
+    starts: list[Start] = Field(min_length=1)
 
 
 class KeepAlive(Strict):
@@ -91,9 +102,11 @@ class KeepAlive(Strict):
 
 
 class Stop(Strict):
-    """Request to stop at the next step boundary; before a pause or a drain a snapshot is written."""
+    """Request to stop one job at the next step boundary; before a pause or a drain a snapshot is written. Jobs that are
+    trained together with it go on."""
 
     type: Literal["stop"] = "stop"
+    assignment: Assignment
     reason: StopReason
 
 
@@ -104,6 +117,9 @@ class Ready(Strict):
     """A new trainer has imported torch, has touched no GPU, and waits for its first start message."""
 
     type: Literal["ready"] = "ready"
+    cohort: int | None = None
+    """Most jobs of one shape that this trainer should be given together, as it has measured; null where it was not
+    asked to measure."""
 
 
 class Prepared(Strict):
@@ -142,7 +158,7 @@ class Steps(Strict):
 
 
 class CheckpointWritten(Strict):
-    """A checkpoint is complete and flushed to the disk."""
+    """A checkpoint is complete, and durable in the store."""
 
     type: Literal["checkpoint"] = "checkpoint"
     folder: str
@@ -167,7 +183,7 @@ class CheckpointWritten(Strict):
 
 
 class SnapshotWritten(Strict):
-    """A snapshot is complete and flushed to the disk."""
+    """A snapshot is complete, and durable in the store."""
 
     type: Literal["snapshot"] = "snapshot"
     step: int
@@ -197,7 +213,8 @@ class Failure(Strict):
 
 
 class Done(Strict):
-    """The final message about a job's training. A trainer that ends without it has crashed."""
+    """The final message about a job's training: the trainer has left it, and writes nothing of it any more. One that
+    ends without it has crashed."""
 
     type: Literal["done"] = "done"
     outcome: Literal["succeeded", "stopped", "failed"]
@@ -205,21 +222,24 @@ class Done(Strict):
 
 
 class Idle(Strict):
-    """Nothing of the job is left in the trainer: its threads have ended, its memory is freed, its copy of the lock is
-    closed. It waits for the next start message. A trainer that cannot promise this exits instead."""
+    """Nothing of its jobs is left in the trainer: their threads have ended, their memory is freed, its copy of the lock
+    is closed. It waits for the next jobs. A trainer that cannot promise this exits instead."""
 
     type: Literal["idle"] = "idle"
 
 
-ToTrainer = Start | KeepAlive | Stop
-FromTrainer = Ready | Prepared | Steps | CheckpointWritten | SnapshotWritten | Warned | Done | Idle
+ToTrainer = Train | KeepAlive | Stop
+AboutJob = Prepared | Steps | CheckpointWritten | SnapshotWritten | Warned | Done
+"""The messages about one of the trainer's jobs."""
+
+FromTrainer = Ready | AboutJob | Idle
 
 
 class Line(Strict):
     """A line from the trainer."""
 
     assignment: Assignment | None
-    """The attempt that the message is about; null for `Ready`."""
+    """The attempt that the message is about; null for `Ready` and `Idle`, which are about none."""
 
     message: FromTrainer = Field(discriminator="type")
 
@@ -232,8 +252,8 @@ def encode(message: ToTrainer) -> bytes:
     return message.model_dump_json().encode() + b"\n"
 
 
-def encode_from_trainer(message: FromTrainer, assignment: Assignment | None) -> bytes:
-    """The line that carries `message`, about this attempt, to the supervisor."""
+def encode_from_trainer(message: FromTrainer, assignment: Assignment | None = None) -> bytes:
+    """The line that carries `message`, about this attempt or about none, to the supervisor."""
     return Line(assignment=assignment, message=message).model_dump_json().encode() + b"\n"
 
 

@@ -1,4 +1,5 @@
-"""A slot trains one job at a time on a device. Its thread claims a job, runs an attempt at it, and claims the next.
+"""A slot trains one job at a time on a device, or a cohort of jobs of one shape. Its thread claims them, runs an
+attempt at each, and claims the next.
 
 A trainer is given job after job. It is replaced when it has ended, or was killed because something of a job might be
 left in it; before each claim the slot's lock is taken anew, which proves that no process of an earlier job holds it.
@@ -14,15 +15,16 @@ import structlog
 
 from service.database.database import Database
 from service.errors import DatabaseUnavailable, SchemaMismatch, StorageFull
-from service.jobs import queue
-from service.jobs.workers import WorkerIdentity
 from service.settings import Settings
 from worker.attempt import Attempt
+from worker.attempts import Attempts
+from worker.company import Company
 from worker.devices import Device
 from worker.held_lease import Lease
-from worker.lock import SlotLock
-from worker.process import Ended, TrainerProcess, WakeUp
+from worker.lock import SlotLock, lock_path
+from worker.process import Ended, Received, TrainerProcess, WakeUp
 from worker.protocol import KeepAlive, Ready
+from worker.shared_writes import SharedWrites
 from worker.timing import Timing
 
 log = structlog.get_logger(__name__)
@@ -34,7 +36,7 @@ class Slot:
     def __init__(
         self,
         db: Database,
-        worker: WorkerIdentity,
+        writes: SharedWrites,
         device: Device,
         number: int,
         *,
@@ -48,7 +50,7 @@ class Slot:
         """`number`: index of this slot among the `slots` of its device. `draining`: the worker is to end once its jobs
         have snapshots; `force_stop`: at once."""
         self._db = db
-        self._worker = worker
+        self._writes = writes
         self._device = device
         self._settings = settings
         self._timing = timing
@@ -56,7 +58,7 @@ class Slot:
         self._draining = draining
         self._force_stop = force_stop
         self._environment = device.environment(slots)
-        self._lock_path = settings.data_dir / "locks" / f"{device.identity}.{number}.lock"
+        self._lock_path = lock_path(device, number, settings)
         self.name = f"{device.name}/{number}"
         self._changed = threading.Event()
         """Set when a claim may succeed that did not before, or when the worker drains."""
@@ -65,7 +67,9 @@ class Slot:
         self._is_warm = False
         """Whether that trainer is ready for a job."""
         self._wants_trainer = True
-        self._running: tuple[TrainerProcess, Lease] | None = None
+        self._cohort, self._cohort_reason = 1, ""
+        """Most jobs of one shape that the trainer is given together, and why."""
+        self._running: Company | None = None
         self._start_due = 0.0
         self._keep_alive_due = 0.0
         self._failures = 0
@@ -74,11 +78,11 @@ class Slot:
     # -- The slot's own thread -------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Until the worker drains: wait for a warm trainer, claim a job for it, and run an attempt at it."""
+        """Until the worker drains: wait for a warm trainer, claim jobs for it, and run an attempt at each."""
         while not self._draining.is_set():
             trainer = self._wait_for_trainer()
-            if trainer is not None and (claimed := self._wait_for_job(trainer)) is not None:
-                self._run_attempt(trainer, *claimed)
+            if trainer is not None and (claimed := self._wait_for_jobs(trainer)) is not None:
+                self._run_attempts(trainer, *claimed)
         if self._trainer is not None:
             self._end(self._trainer)
 
@@ -93,8 +97,9 @@ class Slot:
             if self._is_warm:
                 return trainer
             message = trainer.next_message(self._timing.tick)
-            if isinstance(message, Ready):
+            if isinstance(message, Received) and isinstance(message.message, Ready):
                 self._failures, self._is_warm = 0, True
+                self._decide_cohort(message.message.cohort)
                 return trainer
             if isinstance(message, Ended) or time.monotonic() > deadline:
                 self._failures += 1
@@ -106,9 +111,27 @@ class Slot:
                 return None
         return None
 
-    def _wait_for_job(self, trainer: TrainerProcess) -> tuple[SlotLock, Lease] | None:
-        """The slot's lock and the lease of the next job; None when the trainer ended meanwhile, or the worker
-        drains."""
+    def _decide_cohort(self, measured: int | None) -> None:
+        """Set how many jobs of one shape are claimed together. `measured`: by the trainer, where it was asked to."""
+        wanted = self._settings.cohort
+        if wanted != "auto":
+            width, reason = wanted, "as set"
+        elif measured is not None:
+            width, reason = measured, "as measured on this machine"
+        else:
+            width, reason = 1, "not measured on a GPU"
+        if width != self._cohort or self._cohort_reason != reason:
+            log.info("cohort_width", slot=self.name, width=width, reason=reason)
+            if measured is not None:
+                try:
+                    self._writes.measured(self._device.name, width)
+                except (DatabaseUnavailable, StorageFull) as error:
+                    log.warning("cohort_width_not_recorded", slot=self.name, reason=str(error))  # shown, and no more
+        self._cohort, self._cohort_reason = width, reason
+
+    def _wait_for_jobs(self, trainer: TrainerProcess) -> tuple[SlotLock, list[Lease]] | None:
+        """The slot's lock and the lease of the next job, or of each of a cohort; None when the trainer ended meanwhile,
+        or the worker drains."""
         while not self._draining.is_set():
             self._changed.clear()  # before the claim, so that no change is missed between it and the wait
             if trainer.has_ended():
@@ -117,9 +140,8 @@ class Slot:
                 return None
             # The lock comes first: it proves that no process of an earlier job is left on this device.
             if (lock := self._take_lock(trainer)) is not None:
-                lease = self._claim()
-                if lease is not None:
-                    return lock, lease
+                if leases := self._claim():
+                    return lock, leases
                 lock.close()
             self._changed.wait(self._timing.retry)
         return None
@@ -138,10 +160,10 @@ class Slot:
             lock.close()
         return None
 
-    def _claim(self) -> Lease | None:
+    def _claim(self) -> list[Lease]:
         began = time.monotonic()
         try:
-            claim = queue.claim(self._db, self._worker, self._timing.lease)
+            claims = self._writes.claim(self._cohort)
         except SchemaMismatch as error:
             log.warning("schema_mismatch", reason=str(error))
             self._draining.set()
@@ -149,26 +171,35 @@ class Slot:
             log.warning("claim_failed", slot=self.name, reason=str(error))
             self._draining.wait(self._timing.retry)
         else:
-            return None if claim is None else Lease(claim, began, self._timing)
-        return None
+            return [Lease(claim, began, self._timing) for claim in claims]
+        return []
 
-    def _run_attempt(self, trainer: TrainerProcess, lock: SlotLock, lease: Lease) -> None:
-        self._running = trainer, lease
+    def _run_attempts(self, trainer: TrainerProcess, lock: SlotLock, leases: Sequence[Lease]) -> None:
+        company = Company(trainer, lock, leases)
+        self._running = company
         self._trainer = None
-        attempt = Attempt(
+        attempts = [
+            Attempt(
+                self._db,
+                member,
+                device=self._device.torch_name,
+                settings=self._settings,
+                timing=self._timing,
+                force_stop=self._force_stop,
+            )
+            for member in company.members
+        ]
+        Attempts(
             self._db,
-            lease,
-            trainer,
-            lock,
-            device=self._device.torch_name,
-            settings=self._settings,
+            self._writes,
+            company,
+            attempts,
             timing=self._timing,
             draining=self._draining,
             force_stop=self._force_stop,
-        )
-        attempt.run()
+        ).run()
         self._running = None
-        if attempt.trainer_is_idle:
+        if company.trainer_is_idle:
             self._trainer = trainer
         else:
             self._is_warm = False
@@ -185,29 +216,32 @@ class Slot:
         """Look for jobs or requests again: something was committed, or the worker drains."""
         self._changed.set()
         if running := self._running:
-            running[0].inbox.put(WakeUp())
+            running.trainer.inbox.put(WakeUp())
 
     def supervise(self) -> None:
         """The main thread's part: start trainers, send keep-alives, kill a trainer at its lease's deadline."""
         now = time.monotonic()
         if running := self._running:
-            trainer, lease = running
-            if now > lease.deadline and not lease.fenced.is_set():
-                log.error("lease_deadline_passed", slot=self.name, job=lease.claim.job_id)
-                lease.fenced.set()
-                trainer.kill()
+            for member in running.members_here:
+                lease = member.lease
+                if now > lease.deadline and not lease.fenced.is_set():
+                    log.error("lease_deadline_passed", slot=self.name, job=lease.claim.job_id)
+                    lease.fenced.set()
+                    member.kill()
         if self._wants_trainer and self._trainer is None and now >= self._start_due and not self._draining.is_set():
             self._start_trainer(now)
         if now >= self._keep_alive_due:
             self._keep_alive_due = now + self._timing.keep_alive
-            if running := self._running:
-                running[0].send(KeepAlive(until=running[1].trainer_until))
+            if running and (present := running.members_here):
+                running.trainer.send(KeepAlive(until=min(member.lease.trainer_until for member in present)))
             if warm := self._trainer:
                 warm.send(KeepAlive(until=now + self._timing.kill_after))
 
     def _start_trainer(self, now: float) -> None:
         until = now + self._timing.kill_after
         options = ["--parent", str(os.getpid()), "--until", str(until)]
+        if self._settings.cohort == "auto" and not self._device.is_gpu:
+            options.append("--measure-cohort")
         try:
             command = [*self._command, *options]
             self._trainer = TrainerProcess(command, self._environment, until=until)

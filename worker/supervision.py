@@ -17,7 +17,7 @@ from collections import deque
 from queue import SimpleQueue
 from typing import NoReturn
 
-from worker.protocol import KeepAlive, Start, Stop, StopReason, parse_to_trainer
+from worker.protocol import Assignment, KeepAlive, Start, Stop, StopReason, Train, parse_to_trainer
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ def end_group() -> NoReturn:
 
 
 class Supervision:
-    """Reads the supervisor's messages from stdin, a socket, in a thread: starts, stop requests and keep-alives."""
+    """Reads the supervisor's messages from stdin, a socket, in a thread: jobs, stop requests and keep-alives."""
 
     def __init__(self, until: float) -> None:
         """`until`: monotonic time at which this process kills itself if no keep-alive has come."""
@@ -39,25 +39,27 @@ class Supervision:
         with open(os.devnull, "rb") as nothing:  # noqa: PTH123 - a descriptor is wanted
             os.dup2(nothing.fileno(), 0)
         self._until = until
-        self._starts: SimpleQueue[tuple[Start, int] | None] = SimpleQueue()
+        self._jobs: SimpleQueue[tuple[list[Start], int] | None] = SimpleQueue()
         self._descriptors: deque[int] = deque()
         """Open files that came with bytes of a message that is not handled yet."""
-        self.stop: StopReason | None = None
-        """Why the job should end at the next step boundary."""
+        self._stops: dict[Assignment, StopReason] = {}
         self.should_exit = False
-        """Whether this process should exit once its job has ended: someone other than its supervisor asked it to."""
+        """Whether this process should exit once its jobs have ended: someone other than its supervisor asked it to."""
         threading.Thread(target=self._read, name="supervision", daemon=True).start()
 
-    def wait_for_start(self) -> tuple[Start, int] | None:
-        """The next job, and the descriptor of the slot's lock, to be closed when nothing of the job is left; None when
-        this process should exit."""
-        return self._starts.get()
+    def wait_for_jobs(self) -> tuple[list[Start], int] | None:
+        """The next jobs, to be trained together, and the descriptor of the slot's lock, to be closed when nothing of
+        them is left; None when this process should exit."""
+        return self._jobs.get()
+
+    def stop_of(self, assignment: Assignment) -> StopReason | None:
+        """Why a job should end at the next step boundary, or None."""
+        return self._stops.get(assignment) or ("drain" if self.should_exit else None)
 
     def terminated(self) -> None:
-        """Handle SIGTERM, which the supervisor never sends: stop as for a drain, then exit."""
+        """Handle SIGTERM, which the supervisor never sends: stop every job as for a drain, then exit."""
         self.should_exit = True
-        self.stop = self.stop or "drain"
-        self._starts.put(None)  # for a trainer that waits
+        self._jobs.put(None)  # for a trainer that waits
 
     def _read(self) -> None:
         rest = b""
@@ -81,9 +83,8 @@ class Supervision:
         match parse_to_trainer(line):
             case KeepAlive(until=until):
                 self._until = until
-            case Start() as start:
-                # A request to stop the job before is over; one to exit is not.
-                self.stop = "drain" if self.should_exit else None
-                self._starts.put((start, self._descriptors.popleft()))
-            case Stop(reason=reason):
-                self.stop = reason
+            case Train(starts=starts):
+                self._stops = {}  # those of earlier jobs are over
+                self._jobs.put((starts, self._descriptors.popleft()))
+            case Stop(assignment=assignment, reason=reason):
+                self._stops[assignment] = reason

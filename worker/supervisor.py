@@ -15,19 +15,24 @@ from collections.abc import Callable, Sequence
 
 import structlog
 
+from nanomoe.store.local import LocalStore
+from nanomoe.store.store import StoreUnavailable
 from service.database.database import Database
 from service.errors import DatabaseUnavailable, NotInstalled, SchemaMismatch, StorageFull
 from service.jobs.rescuer import Rescuer
 from service.jobs.workers import WorkerIdentity, worker_seen, worker_started, worker_stopped
 from service.settings import Settings
 from service.storage.installation import join_installation
-from service.storage.orphans import sweep_orphans
+from service.storage.opening import REQUEST_RETRY_SECONDS, open_store
+from service.storage.orphans import sweep_orphans, sweep_scratch
 from worker.compiler import STEP_PATH_VARIABLE, start_compiler
 from worker.devices import Device
+from worker.shared_writes import SharedWrites
 from worker.slot import Slot
 from worker.timing import Timing
 
 log = structlog.get_logger(__name__)
+
 
 TRAINER = (sys.executable, "-m", "worker.trainer")
 
@@ -49,6 +54,7 @@ class Supervisor:
         """`slots`: trainers per device. `command` starts a trainer."""
         self._db = db
         self._settings = settings
+        self._store = open_store(settings, retry_seconds=REQUEST_RETRY_SECONDS)
         self._timing = timing or Timing.of(settings)
         self._draining = threading.Event()
         self._force_stop = threading.Event()
@@ -62,12 +68,14 @@ class Supervisor:
             slots=slots * len(devices),
             lease_seconds=self._timing.lease,
             versions={"python": platform.python_version(), "torch": importlib.metadata.version("torch")},
+            cohort=1 if settings.cohort == "auto" else settings.cohort,
             memory_bytes=min(device.memory_bytes for device in devices),
         )
+        writes = SharedWrites(db, self.worker)
         self._slots = [
             Slot(
                 db,
-                self.worker,
+                writes,
                 device,
                 number,
                 slots=slots,
@@ -92,11 +100,12 @@ class Supervisor:
     def run(self) -> int:
         """Work until `stop` is called. The exit status: 0, or 1 when a thread ended with an unexpected exception.
 
-        Raises StartRefused when database and data folder do not belong together.
+        Raises StartRefused when database and store do not belong together.
         """
         if not self._register():
             return 0
-        log.info("worker_started", worker=self.worker.id, slots=[slot.name for slot in self._slots])
+        slots = [slot.name for slot in self._slots]
+        log.info("worker_started", worker=self.worker.id, slots=slots)
         if self._trains_on_cpu and STEP_PATH_VARIABLE not in os.environ:
             start_compiler(self._settings.log_format)
         unsubscribe = self._db.changes.subscribe(self._wake_slots)
@@ -150,9 +159,9 @@ class Supervisor:
         while not self._signals:
             try:
                 self._db.check_revision()
-                join_installation(self._db, self._settings.data_dir)
+                join_installation(self._db, self._store)
                 worker_started(self._db, self.worker)
-            except (SchemaMismatch, NotInstalled, DatabaseUnavailable, StorageFull) as error:
+            except (SchemaMismatch, NotInstalled, DatabaseUnavailable, StorageFull, StoreUnavailable) as error:
                 if str(error) != reported:
                     reported = str(error)
                     log.info("waiting_for_database", reason=reported)
@@ -165,6 +174,7 @@ class Supervisor:
         """Update the worker's row, rescue jobs of dead workers, and remove files that no row refers to, each when
         due."""
         rescuer = Rescuer(self._db, self._timing.rescue)
+        sweeping: threading.Thread | None = None
         seen_due = rescue_due = sweep_due = time.monotonic()
         while not self._stopped.wait(max(0.0, min(seen_due, rescue_due, sweep_due) - time.monotonic())):
             now = time.monotonic()
@@ -178,16 +188,31 @@ class Supervisor:
                         log.warning("job_rescued", job=job.id, status=job.status, status_reason=job.status_reason)
                 if now >= sweep_due:
                     sweep_due = now + self._timing.sweep
-                    for path in sweep_orphans(self._db, self._settings.data_dir):
-                        log.info("orphan_removed", path=path)
+                    if self._store.is_local:
+                        self._sweep()
+                    elif sweeping is None or not sweeping.is_alive():
+                        # A large bucket is listed for minutes, and this worker must be seen meanwhile.
+                        sweeping = threading.Thread(target=self._sweep_bucket, name="sweep", daemon=True)
+                        sweeping.start()
             except (DatabaseUnavailable, StorageFull) as error:
                 log.warning("database_out_of_reach", reason=str(error))
             except OSError as error:  # the data folder; the worker's row and the rescue must go on
                 log.warning("orphans_not_removed", reason=str(error))
+
+    def _sweep(self) -> None:
+        for path in sweep_orphans(self._db, self._store):
+            log.info("orphan_removed", path=path)
+
+    def _sweep_bucket(self) -> None:
+        try:
+            self._sweep()
+            sweep_scratch(self._db, LocalStore(self._settings.data_dir))
+        except (DatabaseUnavailable, OSError) as error:
+            log.warning("orphans_not_removed", reason=str(error))
 
     def _record_stop(self) -> None:
         try:
             worker_stopped(self._db, self.worker.id)
         except (DatabaseUnavailable, StorageFull) as error:
             log.warning("database_out_of_reach", reason=str(error))
-        log.info("worker_stopped", worker=self.worker.id)
+        log.info("worker_stopped", worker=self.worker.id, transactions=self._db.n_writes())

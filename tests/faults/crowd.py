@@ -3,7 +3,8 @@
     python -m tests.faults.crowd --clients 128 --rounds 3 --seconds 60
 
 No answer but those that were provoked, no slot kept by a client that left, no memory that grows from round to round.
-Beside the crowd another process looks at a job, as a browser would. The suite does a short run of it.
+Beside the crowd another process looks at a job, as a browser would, and a worker trains a sweep in company, none of
+whose jobs stops or loses its worker meanwhile. The suite does a short run of it.
 """
 
 import argparse
@@ -24,9 +25,14 @@ import psutil
 from nanomoe.bench.models import MODELS, untrained
 from nanomoe.tokenizer import BUNDLED, load_tokenizer
 from service.cli.bench.temporary_service import TemporaryService, run_service
+from service.client import Client, SweepHandle
 from tests.faults.polling_client import poll
 
 PROMPTS = ("Era uma vez", "A chuva caiu a noite toda", "O gato", "De manhã o quintal era um lago de barro, e o menino")
+TRAINED: dict[str, Any] = {
+    "tokenizer": "bytes", "n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 32, "epochs": 1_000_000,
+}  # fmt: skip
+"""Config of the jobs that are trained beside: small, and without an end."""
 MAX_RUNNING = 64
 MAX_WAITING = 32
 
@@ -55,6 +61,8 @@ class Round:
     looks: list[float] = field(default_factory=list)
     """Seconds of each `GET /jobs/{id}`."""
     tokens: int = 0
+    steps_trained: int = 0
+    """Steps of the jobs that were trained beside."""
     resident: dict[str, int] = field(default_factory=dict)
     """Bytes of each process afterwards."""
 
@@ -69,6 +77,7 @@ class Round:
         return {
             "answers": dict(self.answers),
             "tokens": self.tokens,
+            "steps_trained": self.steps_trained,
             "resident_mib": {name: round(size / 2**20, 1) for name, size in self.resident.items()},
             **{f"{name}_ms": {f"p{share}": _percentile(taken, share) for share in (50, 99)}
                for name, taken in seconds.items() if taken},
@@ -78,13 +87,17 @@ class Round:
 class Crowd:
     """Clients of one service."""
 
-    def __init__(self, site: TemporaryService, job_id: str, n_clients: int, seed: int) -> None:
-        self.site, self.job_id, self.n_clients = site, job_id, n_clients
+    def __init__(
+        self, site: TemporaryService, job_id: str, n_clients: int, seed: int, training: SweepHandle | None = None
+    ) -> None:
+        """`training`: a sweep that is trained beside."""
+        self.site, self.job_id, self.n_clients, self.training = site, job_id, n_clients, training
         self.chance = random.Random(seed)  # noqa: S311 - the same crowd every time
 
     def round(self, seconds: float) -> Round:
         """Let the clients loose for a while, then wait until all have their answers."""
         seen = Round()
+        before = self._steps(seen)
         context = multiprocessing.get_context("spawn")
         over = context.Event()
         looking = context.Queue()
@@ -96,8 +109,19 @@ class Crowd:
         seen.looks = looking.get(timeout=60)
         watcher.join()
         self._settle()
+        seen.steps_trained = self._steps(seen) - before
         seen.resident = self._resident()
         return seen
+
+    def _steps(self, seen: Round) -> int:
+        """Steps that the jobs beside have done so far, all of which must run in their first attempt."""
+        if self.training is None:
+            return 0
+        view = self.training.refresh()
+        for job in self.training.jobs():
+            if (job.status, job.view.attempt) != ("running", 1):
+                seen.answers[f"unexpected {job.status} job in attempt {job.view.attempt}"] += 1
+        return 0 if view.progress is None else view.progress.step
 
     async def _everybody(self, seen: Round, seconds: float) -> None:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=self.n_clients)
@@ -223,13 +247,31 @@ def _percentile(values: list[float], share: int) -> float:
     return round(1e3 * sorted(values)[math.ceil(share / 100 * len(values)) - 1], 1)
 
 
-def run(n_clients: int, rounds: int, seconds: float, seed: int = 0, model: str = "mixture") -> list[Round]:
-    """So many rounds on a service of its own."""
+def run(
+    n_clients: int, rounds: int, seconds: float, seed: int = 0, model: str = "mixture", cohort: int = 4
+) -> list[Round]:
+    """So many rounds on a service of its own, beside a worker that trains `cohort` jobs together; 0 for none."""
     tokenizer = load_tokenizer(BUNDLED)
     weights = untrained(model, tokenizer.vocab_size)
-    with run_service(engine_max_running=MAX_RUNNING, engine_max_waiting=MAX_WAITING) as site:
-        crowd = Crowd(site, site.record(weights, tokenizer), n_clients, seed)
-        return [crowd.round(seconds) for _ in range(rounds)]
+    with run_service(engine_max_running=MAX_RUNNING, engine_max_waiting=MAX_WAITING, cohort=cohort or 1) as site:
+        job_id = site.record(weights, tokenizer)
+        with Client(site.url) as client:
+            training = _train(site, client, cohort) if cohort else None
+            crowd = Crowd(site, job_id, n_clients, seed, training)
+            return [crowd.round(seconds) for _ in range(rounds)]
+
+
+def _train(site: TemporaryService, client: Client, cohort: int) -> SweepHandle:
+    """A sweep that is trained in company by now, and for long."""
+    site.processes.start_worker()
+    sweep = client.sweep(" ".join(PROMPTS), TRAINED, seeds=cohort)
+    while True:
+        jobs = list(sweep.jobs())
+        if all(job.view.progress.step for job in jobs):
+            assert {job.cohort and job.cohort.size for job in jobs} == {cohort}
+            return sweep
+        assert not any(job.is_terminal for job in jobs)
+        time.sleep(0.2)
 
 
 def main() -> None:
@@ -240,8 +282,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", choices=list(MODELS), default="mixture")
+    parser.add_argument("--cohort", type=int, default=4, help="jobs that are trained together beside; 0 for none")
     options = parser.parse_args()
-    for one in run(options.clients, options.rounds, options.seconds, options.seed, options.model):
+    for one in run(options.clients, options.rounds, options.seconds, options.seed, options.model, options.cohort):
         print(json.dumps(one.figures()))
 
 

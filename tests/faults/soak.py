@@ -1,4 +1,5 @@
-"""A soak: jobs arrive while the API, the workers and their trainers are killed and stopped at random.
+"""A soak: jobs and sweeps arrive while the API, the workers and their trainers are killed and stopped at random. All
+workers but the first train jobs of one shape together.
 
     python -m tests.faults.soak
 
@@ -20,6 +21,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,8 @@ import psutil
 import sqlalchemy as sa
 
 from nanomoe.config import JobConfig
-from service.client import Client, ClientError
+from nanomoe.store.local import LocalStore
+from service.client import Client, ClientError, SweepHandle
 from service.database import migrate
 from service.database.opening import open_database
 from service.jobs import reads
@@ -36,7 +39,7 @@ from service.jobs.statuses import TERMINAL
 from service.jobs.workers import list_workers
 from service.settings import Settings
 from service.storage import orphans
-from tests.faults.undisturbed import assert_undisturbed, train_undisturbed
+from tests.faults.undisturbed import Undisturbed, assert_undisturbed, train_undisturbed
 from tests.worker.workplace import QUICK, WorkerProcess, Workplace, is_alive
 from worker.survivors import TOKEN_VARIABLE
 
@@ -47,6 +50,8 @@ CONFIG: dict[str, Any] = {
     "lr": 3e-3, "cont_max_new_tokens": 5,
 }  # fmt: skip
 SEEDS = range(4)
+EACH_SWEEP = 4
+"""Of so many submissions the first is a sweep over all seeds."""
 TIMING = replace(QUICK, lease=3.0, heartbeat=0.5, rescue=1.0, cancel_grace=2.0)
 
 
@@ -58,15 +63,25 @@ class Report:
     """By terminal status, or by the code of an error that so many faults may end in."""
     faults: Counter[str] = field(default_factory=Counter)
     attempts: int = 0
+    together: int = 0
+    """Jobs whose last attempt was in company."""
     seconds: float = 0.0
     orphans_swept: int = 0
+
+
+@cache
+def expected(seed: int, path: str) -> Undisturbed:
+    """What a job must end with that was trained in this way: those that come while loops are compiled go on without."""
+    return train_undisturbed(JobConfig(**CONFIG, seed=seed), TEXT, path)
 
 
 class Soak:
     """The processes, and the chance that befalls them."""
 
-    def __init__(self, place: Workplace, *, workers: int, seed: int) -> None:
+    def __init__(self, place: Workplace, *, workers: int, seed: int, cohort: int = len(SEEDS)) -> None:
+        """`cohort`: most jobs that a trainer trains together, but those of the first worker."""
         self.place = place
+        self.cohort = cohort
         self.chance = random.Random(seed)  # noqa: S311 - the same faults every time
         self.report = Report()
         with socket.create_server(("127.0.0.1", 0)) as free:
@@ -75,6 +90,7 @@ class Soak:
         self.workers = [self._start_worker(n) for n in range(workers)]
         self.stopped: list[tuple[float, int]] = []
         """(when to continue, process)"""
+        self.submissions = 0
         self.submitted: list[str] = []
         self.cancelled: set[str] = set()
         """Of which it was asked that they be cancelled, with whatever answer."""
@@ -90,7 +106,12 @@ class Soak:
 
     def _start_worker(self, number: int) -> WorkerProcess:
         return self.place.start_worker(
-            device=f"cpu:{number}", timing=TIMING, snapshot_seconds=0.3, backoff_seconds=1.0, max_crashes=10
+            device=f"cpu:{number}",
+            timing=TIMING,
+            snapshot_seconds=0.3,
+            backoff_seconds=1.0,
+            max_crashes=10,
+            cohort=self.cohort if number else 1,
         )
 
     def run(self, n_jobs: int, seconds: float) -> Report:
@@ -103,7 +124,7 @@ class Soak:
                 now = time.monotonic()
                 assert now < began + 10 * seconds + 600, f"not done: {self.place.describe()}"
                 if len(self.submitted) < n_jobs and now >= began + len(self.submitted) * 0.8 * seconds / n_jobs:
-                    self._submit(client)
+                    self._submit(client, n_jobs)
                 if now >= fault_due and now < began + seconds:
                     fault_due = now + self.chance.uniform(0.3, 2.0)
                     self._do_harm(now)
@@ -112,17 +133,27 @@ class Soak:
         self.report.seconds = time.monotonic() - began
         return self.report
 
-    def _submit(self, client: Client) -> None:
-        n = len(self.submitted)
+    def _submit(self, client: Client, n_jobs: int) -> None:
+        """A job, or a sweep, of which nothing or all is cancelled, or one job."""
+        n, key = self.submissions, f"soak-{self.submissions}"
+        seed = SEEDS[n % len(SEEDS)]
+        is_sweep = n % EACH_SWEEP == 0 and n_jobs - len(self.submitted) >= len(SEEDS)
         try:
-            job = client.submit(TEXT, CONFIG | {"seed": SEEDS[n % len(SEEDS)]}, idempotency_key=f"soak-{n}")
+            made = (
+                client.sweep(TEXT, CONFIG | {"seed": SEEDS[0]}, seeds=len(SEEDS), idempotency_key=key)
+                if is_sweep
+                else client.submit(TEXT, CONFIG | {"seed": seed}, idempotency_key=key)
+            )
         except ClientError:
             return  # the API is dead or stopped; the key makes the next try safe, whatever became of this one
-        self.submitted.append(job.id)
+        job_ids = list(made.job_ids or ()) if isinstance(made, SweepHandle) else [made.id]
+        self.submissions += 1
+        self.submitted += job_ids
         if self.chance.random() < 0.05:
-            self.cancelled.add(job.id)
+            unwanted = self.chance.choice([job_ids, [self.chance.choice(job_ids)]])
+            self.cancelled.update(unwanted)
             try:
-                job.cancel()
+                made.cancel() if unwanted is job_ids else client.job(unwanted[0]).cancel()
             except ClientError:
                 return
 
@@ -193,7 +224,6 @@ class Soak:
             assert worker.wait(60) == 0
         assert self.api.wait(60) == 0
         assert trainers_of(place) == [], "a trainer is left"
-        expected = {seed: train_undisturbed(JobConfig(**CONFIG, seed=seed), TEXT) for seed in SEEDS}
         jobs = [reads.get_job(place.db, job_id) for job_id in self.submitted]
         assert len({job.id for job in jobs}) == len(jobs)
         assert sum(reads.count_jobs(place.db).values()) == len(jobs), "a submission was doubled"
@@ -201,8 +231,10 @@ class Soak:
             ends = [status for status in place.statuses(job) if status in TERMINAL]
             assert ends == [job.status], f"{job.id} ended {ends}"
             self.report.attempts += job.attempt
+            self.report.together += job.cohort_size is not None
             if job.status == "succeeded":
-                assert_undisturbed(place, job, expected[job.config["seed"]])
+                assert job.execution is not None
+                assert_undisturbed(place, job, expected(job.config["seed"], job.execution["path"]))
                 self.report.jobs["succeeded"] += 1
             elif job.status == "cancelled":
                 assert job.id in self.cancelled, f"nobody has cancelled {job.id}"
@@ -211,9 +243,9 @@ class Soak:
                 assert job.error is not None
                 assert job.error["code"] == "crashed_repeatedly", f"{job.id} failed: {job.error}"
                 self.report.jobs["crashed_repeatedly"] += 1
-        swept = orphans.sweep_orphans(place.db, place.settings.data_dir, older_than=timedelta(0))
+        swept = orphans.sweep_orphans(place.db, LocalStore(place.settings.data_dir), older_than=timedelta(0))
         self.report.orphans_swept = len(swept)
-        assert orphans.find_orphans(place.db, place.settings.data_dir) == []
+        assert orphans.find_orphans(place.db, LocalStore(place.settings.data_dir)) == []
         if place.db.is_sqlite:
             with place.db.read() as session:
                 assert session.connection().execute(sa.text("PRAGMA integrity_check")).scalar_one() == "ok"
@@ -253,6 +285,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=1520, help="of harm; jobs are submitted in the first 80 %%")
     parser.add_argument("--workers", type=int, default=3)
+    parser.add_argument("--cohort", type=int, default=len(SEEDS), help="most jobs that a trainer trains together")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -261,7 +294,7 @@ def main() -> None:
         db = open_database(settings)
         migrate.upgrade(db)
         place = Workplace(db, settings)
-        soak = Soak(place, workers=options.workers, seed=options.seed)
+        soak = Soak(place, workers=options.workers, seed=options.seed, cohort=options.cohort)
         try:
             soak.run(options.jobs, options.seconds)
             soak.judge()
@@ -275,6 +308,7 @@ def main() -> None:
                 {
                     "jobs": dict(report.jobs),
                     "attempts": report.attempts,
+                    "together": report.together,
                     "faults": dict(report.faults),
                     "seconds": round(report.seconds),
                     "orphans_swept": report.orphans_swept,

@@ -17,6 +17,7 @@ from service.database.database import Database
 from service.jobs import reads
 from service.jobs.tables import Job
 from service.settings import Settings
+from tests.api import serving
 from tests.databases import EITHER
 from tests.races import at_once
 
@@ -27,8 +28,8 @@ N_JOBS = 50
 _DYING = """
 import itertools, os, signal, sys
 import sqlalchemy as sa
-from service.jobs import queue
 from service.__main__ import main
+from service.jobs import submit as submission
 
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -43,7 +44,7 @@ def dying_submit(db, *arguments, **options):
     return submitted
 
 moment = sys.argv.pop()
-numbers, submit, queue.submit = itertools.count(1), queue.submit, dying_submit
+numbers, submit, submission.submit_job = itertools.count(1), submission.submit_job, dying_submit
 main()
 """
 
@@ -101,8 +102,8 @@ def test_an_api_that_is_killed_while_jobs_arrive_makes_each_once(db: Database, s
     answered = {job_id for job_id in first if job_id is not None}
     assert len(answered) < N_JOBS
     assert answered <= {job.id for job in reads.list_jobs(db, limit=N_JOBS)}, "what was answered is there"
-    with _api(settings, "-m", "service") as (_, url):
-        second = _submit_all(url)
+    with serving(settings.model_copy(update={"port": 0})) as restarted:
+        second = _submit_all(restarted.url)
         assert [old or new for old, new in zip(first, second, strict=True)] == second, "a key keeps its job"
     with db.read() as session:
         jobs = {key: job_id for job_id, key in session.exec(select(Job.id, Job.idempotency_key))}

@@ -17,6 +17,7 @@ def test_a_crowd_of_clients_gets_its_answers_and_leaks_no_slot_and_no_memory() -
         assert one.answers["streamed"] > 0
         assert one.answers["left"] > 0
         assert one.answers["refused as it must be"] > 0
+        assert one.steps_trained > 0
     first, last = rounds[0].resident, rounds[-1].resident
     for process in ("api", "engine"):
         assert last[process] < 1.05 * first[process], f"{process} grew from {first[process]} to {last[process]} bytes"

@@ -107,9 +107,10 @@ if can_mount():  # not skipped elsewhere: there the limit above is the real refu
             place.start_worker(program=hooked({1: {"wait": "f1-50/wrote config.json"}}))
             job = place.submit(TEXT, **DENSE)
             place.wait_until(lambda: 25 in [row.percent for row in reads.list_checkpoints(place.db, job.id)])
+            trainer = place.trainer(job)  # while it waits: once it has ended there is none to be found
             disk.fill()
             (place.folder(job) / "go").touch()
-            assert ended_within(60, place.trainer(job))
+            assert ended_within(60, trainer)
             if database == "elsewhere":
                 assert_paused(place, job, [0, 25])
                 assert relabel(place.db, job.id, {"name": "written"}).name == "written"

@@ -13,6 +13,7 @@ import pytest
 
 from nanomoe import checkpoint
 from nanomoe.config import JobConfig
+from nanomoe.store import commit
 from service.database.opening import open_database
 from service.jobs import queue, reads
 from service.jobs.tables import Job
@@ -37,7 +38,8 @@ from tests.worker.workplace import SHORT_LEASE, Workplace
 def test_a_job_killed_at_random_points_ends_with_the_bytes_of_an_undisturbed_one(place: Workplace, name: str) -> None:
     chance = random.Random(20261122)  # noqa: S311 - the points are the same every time
     hooks = {attempt: {"line": chance.randint(1, 12)} for attempt in range(1, 4)}
-    place.start_worker(program=hooked(hooks), max_crashes=100, snapshot_seconds=0.05)
+    # New interpreters, each with hash seeds of its own, for one of them.
+    place.start_worker(program=hooked(hooks), max_crashes=100, snapshot_seconds=0.05, fresh=name == "dense")
     job = place.submit(TEXT, **CONFIGS[name])
     done = place.wait_for(job, "succeeded", "failed", timeout=200)
     assert (done.status, done.attempt) == ("succeeded", 4)
@@ -48,7 +50,7 @@ def announced(names: Iterable[str], folder: Path, monkeypatch: pytest.MonkeyPatc
     """The points that the commit of a folder with these files goes through."""
     points: list[str] = []
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "reached", points.append)
+        patch.setattr(commit, "reached", points.append)
         checkpoint.write(folder, dict.fromkeys(names, b""))
     return points
 
@@ -112,7 +114,7 @@ def resumed_at(place: Workplace, job: Job) -> list[int]:
 
 
 @ONLY_SQLITE
-@pytest.mark.parametrize(("write", "number"), [("record_checkpoint", 3), ("record_snapshot", 2)])
+@pytest.mark.parametrize(("write", "number"), [("checkpoint_report", 3), ("snapshot_report", 2)])
 def test_the_death_of_a_supervisor_between_files_and_row_loses_nothing(
     place: Workplace, write: str, number: int
 ) -> None:

@@ -17,7 +17,7 @@ from service.jobs import queue, reads
 from service.jobs.tables import Job
 from tests.databases import EITHER, ONLY_SQLITE
 from tests.worker.scripted_trainer import SAFEGUARDS
-from tests.worker.workplace import HERE, QUICK, SHORT_LEASE, Workplace, ended_within, is_alive
+from tests.worker.workplace import HERE, QUICK, SHORT_LEASE, Workplace, ended_within, is_alive, trainers_of
 
 
 def _is_whole(steps: list[int]) -> bool:
@@ -144,7 +144,7 @@ def test_a_job_whose_trainer_was_killed_out_of_memory_continues_with_smaller_mic
     place.finish(job)
     done = place.wait_for(job, "succeeded")
     assert (done.attempt, done.crashes) == (3, 0)
-    assert done.execution == {"device": "cpu", "micro_batch": 2}
+    assert done.execution == {"device": "cpu", "n_threads": 1, "micro_batch": 2}
     told = [event["message"] for event in place.events(job, "warning") if event["code"] == "micro_batch_halved"]
     assert ["of 5 windows" in told[0], "of 3 windows" in told[1], len(told)] == [True, True, 2]
     assert [event["code"] for event in place.events(job, "warning")].count("resume_not_exact") == 2
@@ -287,7 +287,7 @@ def test_a_supervisor_that_stopped_past_its_lease_writes_nothing_when_it_comes_b
 
 def is_idle(supervisor: int) -> bool:
     """Whether a supervisor has a trainer again that has no job."""
-    return len(psutil.Process(supervisor).children()) == 1
+    return len(trainers_of(supervisor)) == 1
 
 
 @ONLY_SQLITE

@@ -19,6 +19,7 @@ from nanomoe import checkpoint
 from nanomoe.checkpoint import CONFIG, METRICS, RESUME_STATE, RESUME_TENSORS, WEIGHTS
 from nanomoe.evaluation.metrics import CheckpointMetrics
 from nanomoe.processes import die_with_parent
+from nanomoe.store import commit
 from worker.protocol import (
     Assignment,
     CheckpointWritten,
@@ -144,10 +145,10 @@ if __name__ == "__main__":
     die_with_parent(options.parent)
     supervision = Supervision(options.until)
     send(Ready())
-    assigned = supervision.wait_for_start()
+    assigned = supervision.wait_for_jobs()
     assert assigned is not None
-    start, _ = assigned
+    (start,), _ = assigned
     assignment = start.assignment
-    checkpoint.reached = dying_at(deaths.get(str(start.fence)))
+    commit.reached = dying_at(deaths.get(str(start.fence)))
     train(start)
     send(Done(outcome="succeeded"))

@@ -5,15 +5,21 @@ worker, no queue and no interruption.
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from nanomoe import checkpoint
 from nanomoe.config import JobConfig
 from service.jobs import reads
 from service.jobs.tables import LARGE_METRICS, Job
+from service.storage.opening import open_store
 from tests.worker.workplace import HERE, Workplace
+
+if TYPE_CHECKING:
+    from nanomoe.training.loop import Happened
 
 TEXT = "O rato roeu a roupa do rei de Roma; a rainha, com raiva, resolveu remendar a roupa do rei. " * 2
 DENSE: dict[str, Any] = {
@@ -36,6 +42,17 @@ class Undisturbed:
     metrics: dict[int, dict[str, Any]]
     steps: list[tuple[int, float, float, float]]
 
+    def add(self, happened: "Happened") -> None:
+        """Add what a training loop yielded."""
+        from nanomoe.training.loop import Recorded, Steps
+
+        if isinstance(happened, Recorded):
+            files = {name: hashlib.sha256(content).hexdigest() for name, content in happened.files.items()}
+            self.files[happened.percent] = files
+            self.metrics[happened.percent] = happened.metrics.to_row()
+        elif isinstance(happened, Steps):
+            self.steps.extend(zip(happened.step, happened.train_loss, happened.lr, happened.grad_norm, strict=True))
+
 
 @cache
 def undisturbed(name: str) -> Undisturbed:
@@ -43,23 +60,37 @@ def undisturbed(name: str) -> Undisturbed:
     return train_undisturbed(JobConfig(**CONFIGS[name]))
 
 
-def train_undisturbed(config: JobConfig, text: str = TEXT) -> Undisturbed:
-    """Of a config, with nothing but the library."""
+def train_undisturbed(config: JobConfig, text: str = TEXT, path: str | None = None) -> Undisturbed:
+    """Of a config, with nothing but the library. `path`: the way of doing a step, else that of all tests."""
     from nanomoe.tokenizer import load_tokenizer
-    from nanomoe.training.loop import Recorded, Steps, train
+    from nanomoe.training.loop import train
     from nanomoe.training.run import prepare
 
-    run = prepare(config, text, load_tokenizer(config.tokenizer)).run
     found = Undisturbed({}, {}, [])
-    for happened in train(run):
-        if isinstance(happened, Recorded):
-            found.files[happened.percent] = {
-                name: hashlib.sha256(content).hexdigest() for name, content in happened.files.items()
-            }
-            found.metrics[happened.percent] = happened.metrics.to_row()
-        elif isinstance(happened, Steps):
-            found.steps.extend(zip(happened.step, happened.train_loss, happened.lr, happened.grad_norm, strict=True))
+    for happened in train(prepare(config, text, load_tokenizer(config.tokenizer), path=path).run):
+        found.add(happened)
     return found
+
+
+def train_stacked(configs: Sequence[JobConfig], text: str = TEXT) -> list[Undisturbed]:
+    """Of several configs in one program of stacked weights, on a device that captures work."""
+    from nanomoe.tokenizer import load_tokenizer
+    from nanomoe.training.cohort import Left, Member, stack, train_together
+    from nanomoe.training.loop import Undisturbed as NeverStops
+    from nanomoe.training.run import prepare
+
+    runs = [
+        prepare(config, text, load_tokenizer(config.tokenizer), path="stacked", width=len(configs), n_threads=1).run
+        for config in configs
+    ]
+    stack(runs, len(runs))
+    found = {str(place): Undisturbed({}, {}, []) for place in range(len(runs))}
+    for key, happened in train_together([Member(key, run, NeverStops()) for key, run in zip(found, runs, strict=True)]):
+        if isinstance(happened, Left):
+            assert happened.error is None
+        else:
+            found[key].add(happened)
+    return list(found.values())
 
 
 def assert_undisturbed(place: Workplace, job: Job, expected: Undisturbed) -> None:
@@ -69,7 +100,7 @@ def assert_undisturbed(place: Workplace, job: Job, expected: Undisturbed) -> Non
     for row in rows:
         files = {file["name"]: file["sha256"] for file in row.files}
         assert files == expected.files[row.percent], f"at {row.percent} %"
-        checkpoint.verify(place.settings.data_dir / row.folder, row.manifest_sha256)
+        checkpoint.verify(open_store(place.settings) / row.folder, row.manifest_sha256)
         metrics = {name: value for name, value in row.metrics.items() if name != "tok_per_sec"}
         metrics |= {name: getattr(row, name) for name in LARGE_METRICS}
         assert metrics == dict.fromkeys(LARGE_METRICS) | json.loads(json.dumps(expected.metrics[row.percent]))
@@ -77,7 +108,10 @@ def assert_undisturbed(place: Workplace, job: Job, expected: Undisturbed) -> Non
     assert steps == expected.steps
 
 
-def hooked(hooks: dict[int, dict[str, Any]], path: str | None = None) -> list[str]:
+def hooked(hooks: dict[int, dict[str, Any]], path: str | None = None, death: Path | None = None) -> list[str]:
     """The program of a real trainer with these hooks, by attempt. `path`: its way of doing a step, else that of all
-    tests."""
-    return [str(HERE / "hooked_trainer.py"), json.dumps(hooks | {"path": path or os.environ["NANOMOE_STEP_PATH"]})]
+    tests. `death`: the file of its next death (`next_death.py`)."""
+    chosen: dict[Any, Any] = hooks | {"path": path or os.environ["NANOMOE_STEP_PATH"]}
+    if death is not None:
+        chosen["death"] = str(death)
+    return [str(HERE / "hooked_trainer.py"), json.dumps(chosen)]

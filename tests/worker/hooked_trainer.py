@@ -1,8 +1,9 @@
 """The real trainer, which dies or fails at the points that a test names.
 
 `python hooked_trainer.py HOOKS --parent PID --until TIME`, HOOKS being JSON, `{"path": PATH, ATTEMPT: HOOK}`: how steps
-are done, and a hook by attempt. A point is one of the
-commit of a folder, for example `f1-50/renamed`. A hook may have:
+are done, `stacked` on a stand-in for CUDA graphs; how long a bucket is asked again, if it has `"retries"`; and a hook
+by attempt. With `"death": FILE` it dies where that file orders it (`next_death.py`). A point is one of the commit of a
+folder, for example `f1-50/renamed`. A hook may have:
 
 `"line": N`, to be killed before its Nth line; with `"out of memory": true` as by the out-of-memory killer;
 `"point": POINT`, to be killed there;
@@ -10,6 +11,8 @@ commit of a folder, for example `f1-50/renamed`. A hook may have:
 `"hold": POINT`, to go on only when asked to stop, and `"wait": POINT`, when the file `go` is in the job's folder;
 `"reported first": NAME`, to report a folder, and to be killed, before it is written;
 `"fits": N`, to let torch find no memory for more than N windows at once;
+`"forks": N`, to train a cohort with as many processes as if there were N cores;
+`"step by step": true`, to train the members of a cohort in turns of a step;
 `"evaluates": PERCENT`, to evaluate that checkpoint until asked to stop, when the file `evaluating` is in the folder.
 """
 
@@ -17,46 +20,75 @@ import errno
 import json
 import os
 import resource
-import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from nanomoe import checkpoint
+from nanomoe.store import commit
+from nanomoe.store.opening import open_store
+from nanomoe.store.store import Store
+from nanomoe.training import cohort
 from nanomoe.training.run import Run
+from nanomoe.training.steps.choice import CAPTURING
+from nanomoe.training.steps.kept import KeptSteps
+from tests.faults.next_death import NextDeath
+from tests.nanomoe.training.steps.graphs_stand_in import RecordedGraphs
 from tests.worker.scripted_trainer import run_out_of_memory
 from worker import trainer
-from worker.protocol import CheckpointWritten, Done, FromTrainer, Start
+from worker.protocol import AboutJob, CheckpointWritten, Done, Start, StopReason
 from worker.supervision import Supervision
 
 hooks: dict[str, dict[str, Any]] = json.loads(sys.argv.pop(1))
-os.environ["NANOMOE_STEP_PATH"] = hooks.pop("path")  # type: ignore[assignment]
+path: str = hooks.pop("path")  # type: ignore[assignment]
+if path == "stacked":
+    CAPTURING["cpu"] = RecordedGraphs
+retry_seconds = hooks.pop("retries", None)
+os.environ["NANOMOE_STEP_PATH"] = "captured" if path == "stacked" else path  # of a job that has no company
+next_death = NextDeath(Path(str(file))) if (file := hooks.pop("death", None)) is not None else None
 hook: dict[str, Any] = {}
 n_sent = 0
 folder = ""
 job_folder = Path()
-supervised: list[Supervision] = []
+supervised: list[Callable[[], StopReason | None]] = []
 
-_run_job, _send, _write, _backward = trainer.run_job, trainer.Channel.send, checkpoint.write, Run._backward
+_run_job, _run_cohort, _send = trainer.run_job, trainer.run_cohort, trainer.JobChannel.send
+_write, _backward = checkpoint.write, Run._backward
 _record = Run.record
 
 
-def run_job(start: Start, channel: trainer.Channel, supervision: Supervision) -> Done:
+def run_job(start: Start, channel: trainer.JobChannel, supervision: Supervision, kept_steps: KeptSteps) -> Done:
+    hook_up([start], supervision)
+    return _run_job(start, channel, supervision, kept_steps)
+
+
+def run_cohort(starts: Sequence[Start], channel: trainer.Channel, supervision: Supervision) -> bool:
+    """The hook is that of the first member's attempt; lines are counted over all members."""
+    hook_up(starts, supervision)
+    if "forks" in hook:
+        torch.set_num_threads(hook["forks"])
+    cohort._ROUND_SECONDS = 0.0 if hook.get("step by step") else 0.5
+    return _run_cohort(starts, channel, supervision)
+
+
+def hook_up(starts: Sequence[Start], supervision: Supervision) -> None:
     global job_folder, n_sent
+    start = starts[0]
     hook.clear()
     n_sent = 0
     hook.update(hooks.get(str(start.fence), {}))
-    job_folder = Path(start.folder)
-    (job_folder / f"pid.{start.fence}").write_text(str(os.getpid()))
+    job_folder = Path(start.text_path).parent
+    for each in starts:
+        (Path(each.text_path).parent / f"pid.{each.fence}").write_text(str(os.getpid()))
     if "fits" in hook:
         Run._backward = backward  # type: ignore[method-assign]
-    supervised[:] = [supervision]
-    return _run_job(start, channel, supervision)
+    supervised[:] = [lambda: supervision.stop_of(start.assignment)]
 
 
 def backward(self: Run, windows: list[int], *others: Any) -> Any:
@@ -74,8 +106,10 @@ def record(self: Run, percent: int, *, raise_if_stopped: Callable[[], None], **o
     return _record(self, percent, raise_if_stopped=raise_if_stopped, **options)
 
 
-def send(self: trainer.Channel, message: FromTrainer) -> None:
+def send(self: trainer.JobChannel, message: AboutJob) -> None:
     global n_sent
+    if next_death is not None:
+        next_death.line()
     if hook:
         n_sent += 1
         if n_sent == hook.get("line"):
@@ -87,17 +121,19 @@ def send(self: trainer.Channel, message: FromTrainer) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def write(target: Path, files: Any) -> Any:
+def write(target: Store, files: Any) -> Any:
     global folder
     folder = target.name
     if hook.get("reported first") == folder:
         manifest, sha256 = _write(target, files)
-        shutil.rmtree(target)
+        target.remove()
         return manifest, sha256
     return _write(target, files)
 
 
 def reached(point: str) -> None:
+    if next_death is not None:
+        next_death.line()
     if hook.get("point") == f"{folder}/{point}":
         os.kill(os.getpid(), signal.SIGKILL)
     if hook.get("full") == f"{folder}/{point}":
@@ -108,16 +144,19 @@ def reached(point: str) -> None:
         while not (job_folder / "go").exists():
             time.sleep(0.01)
     if hook.get("hold") == f"{folder}/{point}":
-        while supervised[0].stop is None:
+        while supervised[0]() is None:
             time.sleep(0.01)
 
 
-trainer._warm_up = lambda: None  # torch is imported by now, and a job of a test takes no longer than the warming
+trainer._warm_up = lambda **_: None  # torch is imported by now, and a job of a test takes no longer than the warming
 trainer.run_job = run_job
+trainer.run_cohort = run_cohort
 Run.record = record  # type: ignore[method-assign]
-trainer.Channel.send = send  # type: ignore[method-assign]
+trainer.JobChannel.send = send  # type: ignore[method-assign]
 checkpoint.write = write
-checkpoint.reached = reached
+commit.reached = reached
+if retry_seconds is not None:
+    trainer.open_store = partial(open_store, retry_seconds=retry_seconds)
 
 if __name__ == "__main__":
     trainer.main()

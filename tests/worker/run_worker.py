@@ -9,19 +9,25 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import sqlalchemy as sa
+
 from nanomoe import checkpoint
 from nanomoe.logs import configure_logging
+from nanomoe.store.store import Store
 from service.database import engine_options
+from service.database.database import Database
 from service.database.opening import open_database
 from service.jobs import queue, recording
 from service.settings import Settings
-from worker import attempt
+from tests.faults.next_death import NextDeath
+from tests.worker.warm_trainers import WarmTrainers
+from worker import attempt, process
 from worker.devices import find_devices
 from worker.lock import SlotLock
 from worker.memory import oom_kills
@@ -52,8 +58,8 @@ _supervise = Slot.supervise
 
 
 def _supervise_without_deadline(self: Slot) -> None:
-    if self._running is not None:
-        self._running[1].deadline = self._running[1].trainer_until = time.monotonic() + 1000
+    for member in () if self._running is None else self._running.members:
+        member.lease.deadline = member.lease.trainer_until = time.monotonic() + 1000
     _supervise(self)
 
 
@@ -72,17 +78,17 @@ def slow_down_the_disk(seconds: float) -> None:
     """Let every file that is verified take that long, in many pieces."""
     pieces = checkpoint._pieces
 
-    def slow(folder: Path, entry: checkpoint.FileEntry) -> Iterator[bytes]:
+    def slow(folder: Store, entry: checkpoint.FileEntry, *, to_be_read: bool = False) -> Iterator[bytes]:
         for _ in range(100):
             time.sleep(seconds / 100)
             yield b""
-        yield from pieces(folder, entry)
+        yield from pieces(folder, entry, to_be_read=to_be_read)
 
     checkpoint._pieces = slow
 
 
 def die_at(write: str, number: int) -> None:
-    """Be killed instead of making the call with this number, from 1, of a write of `service.jobs.recording`."""
+    """Be killed instead of beginning the report with this number, from 1, of a kind of `service.jobs.recording`."""
     really_write, calls = getattr(recording, write), itertools.count(1)
 
     def write_or_die(*arguments: Any, **options: Any) -> Any:
@@ -93,12 +99,41 @@ def die_at(write: str, number: int) -> None:
     setattr(recording, write, write_or_die)
 
 
+def die_as_ordered(db: Database, file: Path) -> None:
+    """Be killed before a statement or a commit, where that file orders it (`next_death.py`)."""
+    death = NextDeath(file)
+    for event in ("before_cursor_execute", "commit"):
+        sa.event.listen(db.engine, event, lambda *_: death.line())
+
+
+def note_batches(file: str) -> None:
+    """Write a line for each transaction about running jobs: what is recorded, and of how many, heartbeats apart."""
+
+    def noting(module: Any, name: str, counts: Callable[[Any], bool]) -> None:
+        really_write = getattr(module, name)
+
+        def write(db: Database, requests: Sequence[Any]) -> Any:
+            if n := sum(map(counts, requests)):
+                with Path(file).open("a") as noted:
+                    noted.write(f"{name} {n}\n")
+            return really_write(db, requests)
+
+        setattr(module, name, write)
+
+    noting(recording, "record_reports", lambda report: report.steps is not None or report.write is not None)
+    noting(queue, "finish_jobs", lambda _: True)
+    noting(queue, "release_jobs", lambda _: True)
+
+
 def run(spec: dict[str, Any]) -> None:
-    """The whole life of a worker process. `spec`: `settings`, `timing`, `device`, `slots`, `command`,
-    `max_crashes`, `backoff_seconds`, `slow_disk_seconds`, `dies_at`, `busy_seconds`, `log`: a file that takes standard
-    error's place, unless None; and `without`: protections that are taken away, to show that they are needed.
+    """The whole life of a worker process. `spec`: `settings`, `environment`, `timing`, `device`, `slots`, `command`,
+    `max_crashes`, `backoff_seconds`, `slow_disk_seconds`, `dies_at`, `busy_seconds`, `batches`: a file, unless None, to
+    note them in; `death`: the file of its next death, unless None; `log`: a file that takes the place of standard
+    error, unless None; `without`: protections that are taken away, to show that they are needed; and `warm`: whether
+    trainers are forked from a warm process.
     What the kernel has killed for want of memory is read from `memory.events` in the data folder."""
     os.chdir(spec["folder"])
+    os.environ.update(spec["environment"])
     sys.exit(_run(spec))
 
 
@@ -106,6 +141,8 @@ def _run(spec: dict[str, Any]) -> int:
     if spec["log"] is not None:
         os.dup2(os.open(spec["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND), sys.stderr.fileno())
     configure_logging("console")
+    if spec["warm"]:
+        process.subprocess = WarmTrainers()  # type: ignore[assignment]
     settings = Settings(_env_file=None, **spec["settings"])
     engine_options.LOCK_TIMEOUT_SECONDS = spec["busy_seconds"]
     queue.MAX_CRASHES = spec["max_crashes"]
@@ -117,7 +154,11 @@ def _run(spec: dict[str, Any]) -> int:
         slow_down_the_disk(spec["slow_disk_seconds"])
     if spec["dies_at"] is not None:
         die_at(*spec["dies_at"])
+    if spec["batches"] is not None:
+        note_batches(spec["batches"])
     with closing(open_database(settings)) as db:
+        if spec["death"] is not None:
+            die_as_ordered(db, Path(spec["death"]))
         supervisor = Supervisor(
             db,
             find_devices(spec["device"]),

@@ -8,9 +8,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from service.settings import Settings
 from tests.worker.workplace import is_alive
+from worker import lock as lock_module
 from worker import survivors as survivors_module
-from worker.lock import SlotLock
+from worker.devices import Device
+from worker.lock import SlotLock, lock_path
 from worker.survivors import TOKEN_VARIABLE, survivors
 
 SLEEP = "import time; time.sleep(600)"
@@ -21,6 +24,41 @@ def trainer_with(lock: SlotLock, token: str) -> subprocess.Popen[bytes]:
     environment = {**os.environ, TOKEN_VARIABLE: token}
     command = [sys.executable, "-S", "-c", SLEEP]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, pass_fds=(lock.descriptor,), env=environment)
+
+
+GPU = Device("cuda:0", "H200", 2**37, "GPU-5d1f")
+CPU = Device("cpu", "x86_64", 2**35, "host-cpu")
+
+
+def test_workers_of_different_data_folders_do_not_share_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    everybody = tmp_path / "run-lock"
+    everybody.mkdir()
+    everybody.chmod(0o1777)
+    monkeypatch.setattr(lock_module, "_FOR_ALL_USERS", (tmp_path / "none", everybody))
+    first, second = (Settings(_env_file=None, data_dir=tmp_path / name) for name in "ab")
+    locks = [SlotLock(lock_path(GPU, 0, settings), "a") for settings in (first, second)]
+    assert [lock.acquire() for lock in locks] == [True, False]
+    locks[0].close()
+    assert locks[1].acquire()
+    # Another user can take it, and cannot remove it.
+    path = everybody / "nanomoe" / "GPU-5d1f.0.lock"
+    assert (path.stat().st_mode & 0o777, path.parent.stat().st_mode & 0o7777) == (0o666, 0o1777)
+    chosen = first.model_copy(update={"lock_dir": tmp_path / "chosen"})
+    assert lock_path(GPU, 1, chosen) == tmp_path / "chosen" / "GPU-5d1f.1.lock"
+
+
+def test_workers_of_different_data_folders_share_a_cpu(tmp_path: Path) -> None:
+    first, second = (Settings(_env_file=None, data_dir=tmp_path / name) for name in "ab")
+    locks = [SlotLock(lock_path(CPU, 0, settings), "a") for settings in (first, second, second)]
+    assert [lock.acquire() for lock in locks] == [True, True, False]
+
+
+def test_a_lock_that_somebody_else_wrote_into_is_still_a_lock(tmp_path: Path) -> None:
+    held, other = SlotLock(tmp_path / "slot", "a"), SlotLock(tmp_path / "slot", "b")
+    assert held.acquire()
+    for content in ("", "null", "[]", "{}", '{"trainer": "a"}', '{"trainer": 1, "pid": "x", "machine": []}'):
+        (tmp_path / "slot").write_text(content)
+        assert not other.acquire()
 
 
 def test_the_lock_is_held_by_one_alone(tmp_path: Path) -> None:

@@ -15,17 +15,20 @@ import pytest
 from nanomoe import checkpoint
 from nanomoe.config import InitFrom, JobConfig
 from nanomoe.tokenizer import Tokenizer, load_tokenizer
+from nanomoe.training.steps.kept import KeptSteps
 from service.jobs.submission import TOKENISED_AT_ONCE_BYTES, Parent, assess
 from service.settings import Settings
 from tests.nanomoe.sample_tokenizers import other_meaning
 from tests.service.tiny_checkpoint import TinyCheckpoint, write_tiny_checkpoint
 from worker.protocol import (
+    Assignment,
     CheckpointWritten,
     Folder,
     FromTrainer,
     Prepared,
     SnapshotWritten,
     Start,
+    Train,
     encode,
     parse_to_trainer,
 )
@@ -53,14 +56,15 @@ class RecordingChannel(Channel):
     def __init__(self) -> None:
         self.messages: list[FromTrainer] = []
 
-    def send(self, message: FromTrainer) -> None:
+    def send(self, message: FromTrainer, assignment: Assignment | None = None) -> None:
         self.messages.append(message)
 
 
 class Unstopped:
     """Supervision of a job that nobody stops."""
 
-    stop = None
+    def stop_of(self, assignment: Assignment) -> None:
+        """Nothing stops any job."""
 
 
 @dataclass
@@ -89,15 +93,17 @@ class Place:
             }
             | origin
         )
-        received = parse_to_trainer(encode(start))  # as the trainer's process reads it, every field named
-        assert isinstance(received, Start)
-        return received
+        # As the trainer's process reads it, every field named.
+        received = parse_to_trainer(encode(Train(starts=[start])))
+        assert isinstance(received, Train)
+        (read,) = received.starts
+        return read
 
     def train(self, start: Start) -> list[FromTrainer]:
         """Everything that the trainer says of the job."""
         channel = RecordingChannel()
         writer = Writer(channel, Path(start.folder), start.fence)
-        _train(start, channel, Unstopped(), writer)  # type: ignore[arg-type]
+        _train(start, channel, Unstopped(), writer, KeptSteps())  # type: ignore[arg-type]
         writer.close()
         return channel.messages
 
@@ -126,7 +132,7 @@ def promised_and_prepared(
         of_parent = Parent("0" * 32, parent.config, tokenizer, hashlib.sha256(OTHER.encode()).hexdigest())
     found = assess(text, config, place.settings, of_parent)
     channel = RecordingChannel()
-    run = _prepare(place.start(config, text, **origin), channel)
+    run = _prepare(place.start(config, text, **origin), channel, KeptSteps())
     (said,) = channel.messages
     assert isinstance(said, Prepared)
     assert len(run.model.transformer.wte.weight) == run.tokenizer.vocab_size
@@ -216,7 +222,7 @@ def test_a_job_that_starts_again_at_step_0_goes_on_with_the_tokenizer_it_began_w
     made = write_tiny_checkpoint(place.folder / "earlier", tokenizer=earlier_bundle(), **SHAPE)
     channel = RecordingChannel()
     folder = Folder(folder=str(made.folder), manifest_sha256=made.manifest_sha256)
-    run = _prepare(place.start(made.config, tokenizer=folder), channel)
+    run = _prepare(place.start(made.config, tokenizer=folder), channel, KeptSteps())
     assert run.tokenizer == made.tokenizer
     assert run.windows.tokens == made.tokenizer.encode(TEXT)
     (said,) = channel.messages
@@ -233,7 +239,7 @@ def test_a_job_that_was_counted_with_an_earlier_bundle_and_not_begun_says_what_i
         before.setattr("nanomoe.tokenizer._bundled", lambda: earlier)
         counted = assess(TEXT, config, place.settings, None)
     channel = RecordingChannel()
-    run = _prepare(place.start(config), channel)
+    run = _prepare(place.start(config), channel, KeptSteps())
     (said,) = channel.messages
     assert isinstance(said, Prepared)
     assert said.n_tokens == len(run.windows.tokens) == len(load_tokenizer("ptbr-8k").encode(TEXT)) != counted.n_tokens

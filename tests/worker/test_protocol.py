@@ -21,6 +21,7 @@ from worker.protocol import (
     Steps,
     Stop,
     ToTrainer,
+    Train,
     Warned,
     encode,
     encode_from_trainer,
@@ -29,22 +30,26 @@ from worker.protocol import (
 )
 
 TO_TRAINER: list[ToTrainer] = [
-    Start(
-        job_id="0" * 32,
-        fence=3,
-        config=JobConfig(betas=(0.8, 0.9)),
-        text_path="/data/jobs/0/text.txt",
-        folder="/data/jobs/0",
-        execution={"device": "cpu"},
-        resume=Folder(folder="/data/jobs/0/f2-s7", manifest_sha256="a" * 64),
-        parent=None,
-        device="cpu",
-        snapshot_seconds=60.0,
-        allow_hub=False,
-        tokenizer_dir=None,
+    Train(
+        starts=[
+            Start(
+                job_id="0" * 32,
+                fence=3,
+                config=JobConfig(betas=(0.8, 0.9)),
+                text_path="/data/jobs/0/text.txt",
+                folder="/data/jobs/0",
+                execution={"device": "cpu"},
+                resume=Folder(folder="/data/jobs/0/f2-s7", manifest_sha256="a" * 64),
+                parent=None,
+                device="cpu",
+                snapshot_seconds=60.0,
+                allow_hub=False,
+                tokenizer_dir=None,
+            ),
+        ]
     ),
     KeepAlive(until=12.5),
-    Stop(reason="pause"),
+    Stop(assignment=Assignment("0" * 32, 3), reason="pause"),
 ]
 FROM_TRAINER: list[FromTrainer] = [
     Ready(),
@@ -84,7 +89,7 @@ def test_a_message_to_the_trainer_is_one_line_and_parses_unchanged(message: ToTr
 
 @pytest.mark.parametrize("message", FROM_TRAINER, ids=lambda message: message.type)
 def test_a_message_of_the_trainer_is_one_line_and_parses_unchanged(message: FromTrainer) -> None:
-    assignment = None if isinstance(message, Ready) else Assignment("0" * 32, 3)
+    assignment = None if isinstance(message, (Ready, Idle)) else Assignment("0" * 32, 3)
     line = encode_from_trainer(message, assignment)
     assert line.count(b"\n") == 1
     parsed = parse_from_trainer(line)

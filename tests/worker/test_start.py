@@ -7,6 +7,7 @@ from service.database.database import Database
 from service.jobs import queue, reads, recording
 from service.jobs.lease import Claim
 from service.jobs.new_job import NewJob
+from service.jobs.submit import submit_job
 from service.jobs.workers import WorkerIdentity
 from service.settings import Settings
 from service.storage.job_folders import checkpoint_folder, job_folder
@@ -19,7 +20,7 @@ TEXT = "o rato roeu a roupa do rei de Roma"
 
 
 def claimed(db: Database) -> Claim:
-    queue.submit(db, NewJob(text=TEXT, config=JobConfig().model_dump(mode="json")))
+    submit_job(db, NewJob(text=TEXT, config=JobConfig().model_dump(mode="json")))
     claim = queue.claim(db, WorkerIdentity(), 60)
     assert claim is not None
     return claim

@@ -13,7 +13,7 @@ import pytest
 
 from tests.worker.scripted_trainer import SAFEGUARDS
 from tests.worker.workplace import ended_within
-from worker.protocol import KeepAlive, Stop, encode
+from worker.protocol import Assignment, KeepAlive, Stop, encode
 
 ROOT = Path(__file__).parents[2]
 SUPERVISED = """
@@ -21,11 +21,12 @@ import os, sys, time
 from nanomoe.processes import die_with_parent
 from worker.supervision import Supervision
 die_with_parent(int(sys.argv[1]))
+from worker.protocol import Assignment
 supervision = Supervision(time.monotonic() + float(sys.argv[2]))
 print("supervised", flush=True)
-while supervision.stop is None:
+while (stop := supervision.stop_of(Assignment("a", 1))) is None:
     time.sleep(0.005)
-print(supervision.stop, sys.stdin.read(), flush=True)
+print(stop, sys.stdin.read(), flush=True)
 os._exit(0)
 """
 
@@ -83,7 +84,7 @@ def test_a_keep_alive_extends_the_deadline() -> None:
     process.socket.sendall(encode(KeepAlive(until=time.monotonic() + 60)))
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(1.5)
-    process.socket.sendall(encode(Stop(reason="pause")))
+    process.socket.sendall(encode(Stop(assignment=Assignment("a", 1), reason="pause")))
     assert process.stdout is not None
     # What reads stdin beside the supervision finds it empty.
     assert process.stdout.readline() == b"pause \n"
@@ -96,7 +97,7 @@ def test_a_trainer_that_was_stopped_reads_its_keep_alives_before_the_clock() -> 
     process.socket.sendall(encode(KeepAlive(until=time.monotonic() + 60)))
     time.sleep(1.2)  # its first deadline passes while it is stopped: the fault itself
     process.send_signal(signal.SIGCONT)
-    process.socket.sendall(encode(Stop(reason="drain")))
+    process.socket.sendall(encode(Stop(assignment=Assignment("a", 1), reason="drain")))
     assert process.end() == 0
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from nanomoe.config import JobConfig
+from nanomoe.store.local import LocalStore
 from nanomoe.training.execution import Execution
 from service.database.schema import REVISION
 from service.jobs import queue, reads
@@ -22,7 +23,7 @@ from tests.worker.workplace import HERE, QUICK, Workplace, is_alive
 from worker.devices import find_devices
 from worker.supervisor import Supervisor
 
-EXECUTION = {"device": "cpu", "micro_batch": JobConfig().batch_size}
+EXECUTION = {"device": "cpu", "n_threads": 1, "micro_batch": JobConfig().batch_size}
 
 
 @EITHER
@@ -240,7 +241,7 @@ def test_the_worker_waits_for_an_api_that_has_only_migrated_yet(place: Workplace
     with place.db.write() as session:
         session.connection().exec_driver_sql("DELETE FROM installation")
     start_worker_that_waits(place)
-    join_installation(place.db, place.settings.data_dir, create=True)
+    join_installation(place.db, LocalStore(place.settings.data_dir), create=True)
     place.wait_for(job, "succeeded")
 
 

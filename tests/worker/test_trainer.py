@@ -10,14 +10,15 @@ import pytest
 
 from nanomoe.config import InitFrom
 from nanomoe.evaluation.metrics import CheckpointMetrics
+from nanomoe.training.steps.kept import KeptSteps
 from tests.service.tiny_checkpoint import write_tiny_checkpoint
 from worker.protocol import CheckpointWritten, Folder, Ready, SnapshotWritten, Start, parse_from_trainer
-from worker.trainer import Channel, Writer, _explain, run_job
+from worker.trainer import JobChannel, Writer, _explain, run_job
 
 ROOT = Path(__file__).parents[2]
 
 
-class RecordingChannel(Channel):
+class RecordingChannel(JobChannel):
     """A channel that ends here."""
 
     def __init__(self) -> None:
@@ -127,7 +128,7 @@ def test_a_damaged_parent_fails_the_job_by_name_before_anything_is_trained(tmp_p
         tokenizer_dir=None,
     )
     channel = RecordingChannel()
-    done = run_job(start, channel, SimpleNamespace(stop=None))  # type: ignore[arg-type]
+    done = run_job(start, channel, SimpleNamespace(stop_of=lambda _: None), KeptSteps())  # type: ignore[arg-type]
     assert done.error is not None
     assert done.error.code == "parent_unusable"
     assert done.error.message.startswith(f"cannot start from {'ab' * 16}@100: f1-100/model.safetensors: ")

@@ -1,15 +1,15 @@
 """What tests of the worker share: real worker processes over a real database, and ways to wait without sleeping."""
 
-import multiprocessing
+import os
 import signal
 import sqlite3
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import psutil
 import pytest
@@ -18,19 +18,19 @@ from sqlalchemy import make_url
 from nanomoe.config import JobConfig
 from service.database.database import Database
 from service.database.engine_options import LOCK_TIMEOUT_SECONDS
-from service.jobs import queue, reads
+from service.jobs import reads
 from service.jobs.new_job import NewJob
+from service.jobs.submit import submit_job
 from service.jobs.tables import Job
 from service.settings import Settings
 from service.storage.installation import join_installation
 from service.storage.job_folders import job_folder
+from service.storage.opening import open_store
+from tests.forks import FORKS
 from tests.worker import run_worker
 from worker.timing import Timing
 
 HERE = Path(__file__).parent
-
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["tests.worker.run_worker"])
 
 QUICK = Timing(
     lease=30.0,
@@ -55,7 +55,7 @@ class WorkerProcess:
     """A worker in a process of its own."""
 
     def __init__(self, spec: dict[str, Any]) -> None:
-        self._process = _FORKS.Process(target=run_worker.run, args=[spec])
+        self._process = FORKS.Process(target=run_worker.run, args=[spec])
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
@@ -87,11 +87,16 @@ class Workplace:
         self.db = db
         self.settings = settings
         self._workers: list[WorkerProcess] = []
-        join_installation(db, settings.data_dir, create=True)
+        join_installation(db, open_store(settings), create=True)
 
     def submit(self, text: str = "uma frase curta para treinar", **config: Any) -> Job:
-        job, _ = queue.submit(self.db, NewJob(text=text, config=JobConfig(**config).model_dump(mode="json")))
+        job, _ = submit_job(self.db, NewJob(text=text, config=JobConfig(**config).model_dump(mode="json")))
         return job
+
+    def submit_member(self, text: str = "uma frase curta para treinar", **config: Any) -> Job:
+        """A job of one shape with all others that are submitted so."""
+        new = NewJob(text=text, config=JobConfig(**config).model_dump(mode="json"), cohort_key="one", total_steps=100)
+        return submit_job(self.db, new)[0]
 
     def start_worker(
         self,
@@ -109,10 +114,17 @@ class Workplace:
         busy_seconds: float = LOCK_TIMEOUT_SECONDS,
         log: Path | None = None,
         dies_at: tuple[str, int] | None = None,
+        cohort: int | Literal["auto"] = 1,
+        batches: Path | None = None,
+        death: Path | None = None,
+        fresh: bool = False,
     ) -> WorkerProcess:
         """A worker whose trainers follow `script`, run `program`, or train in earnest. `slow_disk_seconds`: that long
         it takes to verify a file. `busy_seconds`: that long it waits for SQLite's write lock. `log`: where its log
-        goes. `dies_at`: which call of which of the queue's writes kills it."""
+        goes. `dies_at`: which call of which of the queue's writes kills it. `cohort`: most jobs of one shape
+        that a trainer trains together. `batches`: takes a line for each transaction about running jobs, with their
+        number. `death`: the file of its next death (`next_death.py`), statements to the database being its lines.
+        `fresh`: each trainer is a new interpreter, as one that trains in earnest always is, instead of a fork."""
         if script is not None:
             program = [str(HERE / "scripted_trainer.py"), script]
         spec = {
@@ -121,17 +133,24 @@ class Workplace:
                 "data_dir": str(self.settings.data_dir),
                 "database_url": self.settings.database_url,
                 "snapshot_seconds": snapshot_seconds,
+                "cohort": cohort,
+                "store": self.settings.store,
             },
+            # The process is forked from one that may have been started before a test set them.
+            "environment": {name: value for name, value in os.environ.items() if name.startswith("AWS_")},
             "timing": asdict(timing),
             "device": device,
             "slots": slots,
             "command": None if program is None else [sys.executable, *program],
+            "warm": program is not None and not fresh and sys.platform == "linux",
             "max_crashes": max_crashes,
             "backoff_seconds": backoff_seconds,
             "without": without,
             "slow_disk_seconds": slow_disk_seconds,
             "dies_at": dies_at,
             "busy_seconds": busy_seconds,
+            "batches": batches and str(batches),
+            "death": death and str(death),
             "log": log and str(log),
         }
         worker = WorkerProcess(spec)
@@ -236,6 +255,16 @@ class Workplace:
             worker.wait()
 
 
+def trainers_of(supervisor: int) -> list[psutil.Process]:
+    """The trainers of a worker: its children that lead a session."""
+    found = []
+    for child in psutil.Process(supervisor).children():
+        with suppress(ProcessLookupError):
+            if os.getsid(child.pid) == child.pid:
+                found.append(child)
+    return found
+
+
 def is_alive(pid: int) -> bool:
     """Whether the process runs or could; a zombie does not."""
     try:
@@ -262,4 +291,4 @@ def place(db: Database, settings: Settings) -> Iterator[Workplace]:
     workplace.end()
 
 
-__all__ = ["QUICK", "SHORT_LEASE", "Workplace", "ended_within", "is_alive", "place"]
+__all__ = ["QUICK", "SHORT_LEASE", "Workplace", "ended_within", "is_alive", "place", "trainers_of"]
