@@ -1,0 +1,2 @@
+/** English: the knobs' meanings are the API's own words. */
+export default {};
