@@ -5,13 +5,13 @@ from contextlib import asynccontextmanager
 from functools import partial
 
 from fastapi import FastAPI
-from fastapi.staticfiles import StaticFiles
 from starlette.requests import ClientDisconnect
 
 import nanomoe
 from service.http import openapi, problems
+from service.http.access import Authorization
 from service.http.context import open_context
-from service.http.guard import Guard, check_address
+from service.http.guard import Guard
 from service.http.head import HeadAsGet
 from service.http.request_body import RequestBody
 from service.http.routes import (
@@ -23,13 +23,17 @@ from service.http.routes import (
     examine,
     generate,
     jobs,
+    many_events,
     metrics,
     models,
     openai,
+    page,
     presets,
+    session,
     sweeps,
     system,
 )
+from service.http.static_files import PageFiles
 from service.settings import Settings
 
 _DESCRIPTION = """
@@ -42,12 +46,7 @@ Errors are `application/problem+json` with a stable `code`; under `/v1` they hav
 
 
 def create_app(settings: Settings) -> FastAPI:
-    """The API. Its database is opened when the app starts, and closed when it stops.
-
-    Raises:
-        StartRefused: the settings would serve other machines without keys.
-    """
-    check_address(settings)
+    """The API. Its database is opened when the app starts, and closed when it stops."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -61,6 +60,7 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
+        openapi_url=None,  # a route of its own, compressed
         # `/jobs/` is not `/jobs`; a redirect would also drop the body of a POST.
         redirect_slashes=False,
         # Generated clients name their functions after these: to rename a route's function breaks them.
@@ -69,6 +69,7 @@ def create_app(settings: Settings) -> FastAPI:
     # The last one added handles a request first.
     app.add_middleware(RequestBody)
     app.add_middleware(HeadAsGet)
+    app.add_middleware(Authorization)
     app.add_middleware(Guard, settings=settings)
     problems.install(app)
     app.add_exception_handler(events.StreamEnded, events.stream_ended)
@@ -81,14 +82,18 @@ def create_app(settings: Settings) -> FastAPI:
         presets,
         metrics,
         events,
+        many_events,
         checkpoints,
         generate,
         examine,
         openai,
+        session,
         system,
         docs,
     ):
         app.include_router(part.router)
-    app.mount("/static", StaticFiles(directory=docs.STATIC))
+    if settings.page:
+        app.include_router(page.router)
+    app.mount("/static", PageFiles())
     app.openapi = partial(openapi.document, app)  # type: ignore[method-assign]
     return app

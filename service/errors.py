@@ -3,15 +3,18 @@
 
     Exception
     +-- ServiceError                 answers a request with `status` and `code`
-    |   +-- Forbidden                403  origin_not_allowed, host_not_allowed
+    |   +-- Unauthorized             401  key_required, key_invalid, too_many_attempts
+    |   +-- Forbidden                403  origin_not_allowed, host_not_allowed, role_not_allowed
     |   +-- NotFound                 404  job_not_found, text_not_found, checkpoint_not_found, file_not_found, ...
     |   +-- Conflict                 409  job_not_finished, has_dependents, no_checkpoint_yet, not_cancellable, ...
-    |   |   +-- AmbiguousJob              ambiguous_job
+    |   |   +-- Ambiguous                 ambiguous_job, ambiguous_sweep
     |   +-- TooLarge                 413  body_too_large, text_too_large
     |   +-- Invalid                  422  invalid_request, invalid_text, idempotency_key_reused, job_too_large, ...
     |   +-- TooManyRequests          429  queue_full, generation_queue_full
-    |   +-- Unavailable              503  generation_unavailable, ...
+    |   |   +-- QuotaExceeded             quota_exceeded
+    |   +-- Unavailable              503  generation_unavailable, store_unavailable, store_refused, ...
     |   |   +-- DatabaseUnavailable       database_unavailable
+    |   |   |   +-- TransactionBlocked  database_unavailable: others held its rows
     |   |   +-- SchemaMismatch            schema_mismatch
     |   +-- StorageFull              507  storage_full
     +-- LeaseLost                    the job is no longer this worker's: kill the trainer, write nothing
@@ -20,7 +23,7 @@
 """
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 
 class ServiceError(Exception):
@@ -46,6 +49,13 @@ class ServiceError(Exception):
         self.retry_after = retry_after
 
 
+class Unauthorized(ServiceError):
+    """The request needs a key, and came without a valid one."""
+
+    status = 401
+    title = "A key is needed"
+
+
 class Forbidden(ServiceError):
     status = 403
     title = "Not allowed"
@@ -61,14 +71,14 @@ class Conflict(ServiceError):
     title = "Not allowed in this state"
 
 
-class AmbiguousJob(Conflict):
-    """Several jobs fit the name or the beginning of an id that stood for one: nothing was done."""
+class Ambiguous(Conflict):
+    """Several jobs, or several sweeps, fit the name or the beginning of an id that stood for one: nothing was done."""
 
-    title = "Several jobs may be meant"
+    title = "Several may be meant"
 
-    def __init__(self, detail: str, candidates: Sequence[Any]) -> None:
-        """`candidates`: those jobs, the newest first, each with `id`, `name`, `status` and `created_at`."""
-        super().__init__("ambiguous_job", detail)
+    def __init__(self, noun: Literal["job", "sweep"], detail: str, candidates: Sequence[Any]) -> None:
+        """`candidates`: those that fit, the newest first, each with `id`, `name`, `status` and `created_at`."""
+        super().__init__(f"ambiguous_{noun}", detail)
         self.candidates = list(candidates)
 
 
@@ -87,9 +97,35 @@ class TooManyRequests(ServiceError):
     title = "Too many requests"
 
 
+class QuotaExceeded(TooManyRequests):
+    """The owner has used up a quota: nothing was done."""
+
+    title = "A quota is used up"
+
+    def __init__(self, name: str, limit: float, used: float, *, wanted: float | None = None) -> None:
+        """`wanted`: how much more the request would have used, where that is known."""
+        self.name = name
+        self.limit = limit
+        self.used = used
+        takes = "" if wanted is None else f", and this takes {wanted:,}"
+        detail = f"{name}: of {limit:,}, {used:,} are used and {self.left:,} are left{takes}"
+        super().__init__("quota_exceeded", detail)
+
+    @property
+    def left(self) -> float:
+        """How much of the quota is left."""
+        return max(0, self.limit - self.used)
+
+
 class Unavailable(ServiceError):
     status = 503
     title = "Unavailable for now"
+
+
+def store_out_of_reach(code: str) -> Unavailable:
+    """The answer to a request that needs files which cannot be read or written now; `code`: the `StoreError`'s. Where
+    the store lies, and what exactly it said, is for the log."""
+    return Unavailable(code, "the store of files cannot be reached, or does not let the service in", retry_after=5)
 
 
 class DatabaseUnavailable(Unavailable):
@@ -98,6 +134,11 @@ class DatabaseUnavailable(Unavailable):
 
     def __init__(self, detail: str, *, retry_after: float = 5) -> None:
         super().__init__("database_unavailable", detail, retry_after=retry_after)
+
+
+class TransactionBlocked(DatabaseUnavailable):
+    """The database is there, but other transactions held rows of this one for too long, or waited for it in a circle.
+    Nothing was written."""
 
 
 class SchemaMismatch(Unavailable):

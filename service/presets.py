@@ -1,4 +1,4 @@
-"""Ready experiments: each is the body of a `POST /sweeps`, what to compare, and one sentence on what to look at.
+"""Ready experiments: each is the body of a `POST /sweeps`, what to compare, and what to look at.
 
 The reference run and its twin, five questions about a dense model, three about a mixture of experts. Each takes less
 than two minutes on two cores. Knows no HTTP.
@@ -34,7 +34,7 @@ class Preset:
 
     name: str
     look_at: Mapping[str, str]
-    """What to look at in the result, in one sentence: `en` and `pt`."""
+    """The question, and what to look at in the result: `en` and `pt`."""
 
     sweep: Mapping[str, Any]
     """The body of `POST /sweeps`, but for name and text."""
@@ -56,30 +56,31 @@ PRESETS = (
     Preset(
         "reference",
         {
-            "en": "Watch the loss fall from ln V to near zero: after 500 passes the model knows the text by heart.",
-            "pt": "Veja a perda cair de ln V até quase zero: depois de 500 passagens o modelo sabe o parágrafo de cor.",
+            "en": "Watch the loss fall from ln V to 0.4: after 500 passes the model knows the text by heart.",
+            "pt": "Veja a perda cair de ln V até 0,4: depois de 500 passagens o modelo sabe o parágrafo de cor.",
         },
-        {"points": [{}]},
+        {"points": [{}], "seeds": 3},
     ),
     Preset(
         "mixture",
         {
             "en": "Compare the reference run with its twin whose every other MLP is a mixture of eight experts: more "
-            "parameters, about as many at work for each token, and what that buys in perplexity and costs in speed.",
+            "parameters, some more of them at work for each token, and what that buys in perplexity and costs in "
+            "speed.",
             "pt": "Compare a execução de referência com a gêmea em que um MLP sim, outro não é uma mistura de oito "
-            "especialistas: mais parâmetros, quase os mesmos em uso por token, e quanto isso rende em perplexidade e "
+            "especialistas: mais parâmetros, alguns a mais em uso por token, e quanto isso rende em perplexidade e "
             "custa em velocidade.",
         },
-        {"config": {"epochs": 60, "lr": 1e-3}, "points": [{"use_moe": False}, {"use_moe": True}], "seeds": 2},
+        {"config": {"epochs": 60, "lr": 1e-3}, "points": [{"use_moe": False}, {"use_moe": True}], "seeds": 3},
         ("loss", "perplexity", "moe.load_cv", "tok_per_sec"),
     ),
     Preset(
         "capacity",
         {
-            "en": "A wider model needs fewer passes to come below perplexity 2, but each pass takes longer: compare "
-            "steps and seconds.",
-            "pt": "Um modelo mais largo precisa de menos passagens para chegar a uma perplexidade abaixo de 2, mas "
-            "cada passagem demora mais: compare passos e segundos.",
+            "en": "How much capacity does the text need? A wider model needs fewer passes to come below perplexity 2, "
+            "but each pass takes longer: compare steps and seconds.",
+            "pt": "De quanta capacidade o texto precisa? Um modelo mais largo precisa de menos passagens para chegar "
+            "a uma perplexidade abaixo de 2, mas cada passagem demora mais: compare passos e segundos.",
         },
         {"config": {"stop_at_perplexity": 2.0, "lr": 1e-3}, "grid": {"n_embd": [32, 64, 128]}, "seeds": 3},
         perplexity=2.0,
@@ -87,44 +88,45 @@ PRESETS = (
     Preset(
         "dropout",
         {
-            "en": "Without dropout the paragraph is memorised sooner and the loss falls smoothly: what dropout slows "
-            "down is exactly learning by heart.",
-            "pt": "Sem dropout o parágrafo é decorado mais cedo e a perda cai sem solavancos: o que o dropout atrasa é "
-            "justamente o decorar.",
+            "en": "Does dropout hinder learning by heart? Without it the paragraph is memorised sooner and the loss "
+            "falls smoothly: what dropout slows down is exactly learning by heart.",
+            "pt": "O dropout atrapalha decorar? Sem ele o parágrafo é decorado mais cedo e a perda cai sem "
+            "solavancos: o que o dropout atrasa é justamente o decorar.",
         },
         {"config": {"epochs": 60, "lr": 1e-3}, "grid": {"dropout": [0.0, 0.2]}, "seeds": 3},
     ),
     Preset(
         "prefix",
         {
-            "en": "Both jobs learn the same weights; look at their continuations: from when on do three tokens suffice "
-            "to recall the text?",
-            "pt": "Os dois jobs aprendem os mesmos pesos; veja as continuações: a partir de quando três tokens bastam "
-            "para lembrar o texto?",
+            "en": "How short a prefix still recalls the text? All jobs of a seed learn the same weights; look at "
+            "their continuations: from when on do three tokens suffice to recall the text?",
+            "pt": "Com um começo de que tamanho o texto ainda é lembrado? Os jobs de uma mesma semente aprendem os "
+            "mesmos pesos; veja as continuações: a partir de quando três tokens bastam para lembrar o texto?",
         },
-        {"config": {"epochs": 80, "lr": 1e-3}, "grid": {"cont_prefix_tokens": [10, 3]}},
+        {"config": {"epochs": 80, "lr": 1e-3}, "grid": {"cont_prefix_tokens": [10, 3]}, "seeds": 3},
     ),
     Preset(
         "learning-rate",
         {
-            "en": "The larger learning rate arrives in a tenth of the steps, or leaps out of the valley: look at the "
-            "curves, not only at the ends.",
-            "pt": "A taxa de aprendizado maior chega em um décimo dos passos, ou salta para fora do vale: veja as "
-            "curvas, e não só o fim delas.",
+            "en": "What does a larger learning rate do? It has arrived before the smaller one has come far, but its "
+            "seeds part: look at the spread and at the curves, not only at the ends.",
+            "pt": "O que faz uma taxa de aprendizado maior? Ela chega antes que a menor tenha ido longe, mas as "
+            "sementes se separam: veja a dispersão e as curvas, e não só o fim delas.",
         },
-        {"config": {"epochs": 200}, "grid": {"lr": [1e-4, 5e-3]}, "seeds": 2},
+        {"config": {"epochs": 200}, "grid": {"lr": [1e-4, 5e-3]}, "seeds": 3},
     ),
     Preset(
         "long-text",
         {
-            "en": "Three times the text with the same model, and with more layers: compare bits per byte, since "
-            "there is more to remember.",
+            "en": "Three times the text with the same model, and with more layers: compare bits per byte, since there "
+            "is more to remember.",
             "pt": "O triplo do texto com o mesmo modelo, e com mais camadas: compare os bits por byte, já que há mais "
             "para lembrar.",
         },
         {
             "config": {"epochs": 60, "lr": 1e-3},
             "points": [{}, {"text": LONG_TEXT}, {"text": LONG_TEXT, "n_layer": 6}],
+            "seeds": 3,
         },
         ("loss", "perplexity", "bits_per_byte", "tok_per_sec"),
     ),
@@ -136,7 +138,7 @@ PRESETS = (
             "pt": "Uma perda de balanceamento mais forte iguala a carga dos especialistas (`moe.load_cv` cai): a "
             "partir de onde isso custa perplexidade?",
         },
-        {"config": MIXTURE, "grid": {"router_aux_loss_coef": [0.0, 0.01, 0.1, 1.0]}},
+        {"config": MIXTURE, "grid": {"router_aux_loss_coef": [0.0, 0.01, 0.1, 1.0]}, "seeds": 3},
         ("perplexity", "moe.load_cv", "moe.max_violation", "moe.dead_experts"),
     ),
     Preset(
@@ -147,7 +149,7 @@ PRESETS = (
             "pt": "Com capacidade limitada, especialistas ocupados descartam tokens, e tanto mais quanto mais "
             "especialistas os dividem: veja a parte descartada e a perplexidade.",
         },
-        {"config": MIXTURE, "grid": {"capacity_factor": [0.5, 1.0], "n_experts": [4, 16]}},
+        {"config": MIXTURE, "grid": {"capacity_factor": [0.5, 1.0], "n_experts": [4, 16]}, "seeds": 3},
         ("perplexity", "moe.train_dropped_fraction", "moe.load_cv"),
     ),
     Preset(
@@ -157,7 +159,7 @@ PRESETS = (
             "pt": "Mais especialistas significam menos tokens para cada um: a partir de onde há especialistas de que "
             "ninguém precisa?",
         },
-        {"config": MIXTURE, "grid": {"n_experts": [2, 8, 32]}},
+        {"config": MIXTURE, "grid": {"n_experts": [2, 8, 32]}, "seeds": 3},
         ("perplexity", "moe.load_cv", "moe.dead_experts", "moe.router_entropy"),
     ),
 )

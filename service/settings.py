@@ -4,21 +4,25 @@ Declared once: docs/settings.md is generated from these fields and the texts und
 database connection.
 """
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from urllib.parse import quote, unquote
 
 from pydantic import AfterValidator, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from nanomoe.logs import LogFormat
+from service.access.quotas import Quotas
 from service.errors import StartRefused
 
 MIB = 1024**2
 GIB = 1024**3
 
 CommaSeparated = Annotated[tuple[str, ...], NoDecode]
+
+_STORE = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9._-]+)*/?")
 
 SQLITE = "sqlite:///"
 """Prefix of a SQLite database's URL; a percent-encoded path follows."""
@@ -71,14 +75,28 @@ class Settings(BaseSettings):
     )
 
     data_dir: AbsolutePath = Path("data")
-    """Folder of the job files and of the SQLite database; API and workers must see the same one."""
+    """Folder of the job files and of the SQLite database; API and workers must see the same one, unless the database is
+    PostgreSQL and the job files lie in `NANOMOE_STORE`."""
 
     database_url: str = Field(default_factory=lambda given: sqlite_url(_database_in(given["data_dir"])))
     """URL of the database: `sqlite:///PATH` or `postgresql+psycopg://USER:PASSWORD@HOST/NAME`; the default is a file in
     the data folder. In its parts write `%`, `?` and `#` as `%25`, `%3F` and `%23`."""
 
+    store: str | None = None
+    """Bucket for the files of jobs, `s3://BUCKET/PREFIX`, in any store that speaks S3; endpoint, region and credentials
+    come from the `AWS_...` variables. Unset, they lie in the data folder."""
+
+    store_cache_bytes: int = Field(8 * GIB, ge=0)
+    """Bytes of a bucket's files that are kept in the data folder once they were read; the least recently used are
+    removed first. 0 keeps none."""
+
+    downloads: Literal["stream", "redirect"] = "stream"
+    """How files of checkpoints leave a bucket: through the API, or by a redirect to an address of the bucket that is
+    signed for some minutes, which clients must be able to reach."""
+
     host: str = "127.0.0.1"
-    """Address that the API listens on. Any address but loopback needs keys, or `NANOMOE_ALLOW_NO_KEYS`."""
+    """Address that the API listens on. Any address but loopback needs a key (`nanomoe keys create`), or
+    `NANOMOE_ALLOW_NO_KEYS`."""
 
     port: int = Field(8000, ge=0, le=65_535)
     """TCP port of the API; 0 takes a free one and prints it."""
@@ -87,12 +105,26 @@ class Settings(BaseSettings):
     """`Host` names that are accepted beside loopback's own, separated by commas."""
 
     allow_no_keys: bool = False
-    """Whether other addresses than loopback are served without keys: for a container whose port is published on
-    loopback only."""
+    """Whether other addresses than loopback are served before a key was made: for a container whose port is published
+    on loopback only. Once one was, keys are asked for all the same."""
+
+    default_quotas: CommaSeparated = ()
+    """Quotas of an owner whose first key sets none, `NAME=VALUE` each, separated by commas (docs/access.md)."""
+
+    page: bool = True
+    """Whether the API serves the page, to which `/` leads; `false` leaves the routes and `/docs`."""
 
     device: str = Field("auto", min_length=1)
     """Devices that the worker trains on: `auto` (the GPU if there is one), or any of `cpu`, `cpu:N`, `cuda`, `cuda:N`
     with commas between."""
+
+    lock_dir: AbsolutePath | None = None
+    """Folder of the locks of GPUs, which all workers of a host must share; unset: one of the host's, for all its users.
+    Containers that share a GPU need one on a common volume."""
+
+    cohort: int | Literal["auto"] = 1
+    """Most jobs of one shape that a trainer trains together: a number, or `auto`, which is measured once on a CPU, and
+    1 on a GPU; 1 trains each job alone."""
 
     lease_seconds: float = Field(60, gt=0, le=86_400)
     """Seconds without a heartbeat after which another worker may claim a job."""
@@ -178,10 +210,23 @@ class Settings(BaseSettings):
             raise ValueError(f"must be UTF-8, and holds {str(given)[error.start : error.end]!a}") from None
         return given
 
-    @field_validator("allowed_hosts", mode="before")
+    @field_validator("allowed_hosts", "default_quotas", mode="before")
     @classmethod
     def _split(cls, given: Any) -> Any:
         return tuple(part.strip() for part in given.split(",") if part.strip()) if isinstance(given, str) else given
+
+    @field_validator("default_quotas")
+    @classmethod
+    def _known_quotas(cls, given: tuple[str, ...]) -> tuple[str, ...]:
+        Quotas.parse(given)
+        return given
+
+    @field_validator("cohort", mode="before")
+    @classmethod
+    def _auto_or_a_number(cls, given: Any) -> Any:
+        if given != "auto" and not (str(given).isdecimal() and 1 <= int(given) <= 1024):
+            raise ValueError("must be auto, or a number from 1 to 1024")
+        return given
 
     @field_validator("database_url")
     @classmethod
@@ -191,6 +236,20 @@ class Settings(BaseSettings):
         path, question, query = given.removeprefix(SQLITE).partition("?")
         if given.startswith(f"{SQLITE}~"):
             return sqlite_url(_absolute(Path(unquote(path)))) + question + query
+        return given
+
+    @field_validator("store")
+    @classmethod
+    def _known_store(cls, given: str | None) -> str | None:
+        if given is not None and _STORE.fullmatch(given) is None:
+            raise ValueError("must be s3://BUCKET or s3://BUCKET/PREFIX, of letters, digits, `.`, `_`, `-` and `/`")
+        return None if given is None else given.rstrip("/")
+
+    @field_validator("downloads")
+    @classmethod
+    def _redirected_from_a_bucket(cls, given: str, info: Any) -> str:
+        if given == "redirect" and info.data.get("store") is None:
+            raise ValueError("redirect needs NANOMOE_STORE: a folder has no address that clients could be sent to")
         return given
 
     @field_validator("heartbeat_seconds")

@@ -19,6 +19,7 @@ COMMANDS = {
         "serve": "Start API and worker; Ctrl-C stops both. Settings are NANOMOE_ variables, and .env.",
         "demo": "Train the bundled paragraph, show each quarter, generate from it, and stop API and worker again.",
         "workers": "List the workers and their jobs.",
+        "keys": "Make, list and revoke keys; show who changed what.",
         "backup": "Copy the database while the service runs, and print which files a backup needs too.",
         "fsck": "Verify every recorded checkpoint and snapshot against its files, byte for byte.",
     },
@@ -27,14 +28,15 @@ COMMANDS = {
         "watch": "Follow a job to its end: a bar, and each quarter as it is recorded. Ctrl-C does not stop the job.",
         "jobs": "List the newest jobs: loss, perplexity, and the knobs that differ from the defaults.",
         "metrics": "Show each quarter: figures, reconstruction, continuation; and the curve of the training loss.",
-        "cancel": "Stop a job for good; its checkpoints stay.",
-        "pause": "Stop a job until it is resumed.",
-        "resume": "Put a paused job back into the queue, to continue where it stopped.",
-        "delete": "Delete a finished job, its metrics and its checkpoints.",
+        "cancel": "Stop a job, or all of a sweep, for good; the checkpoints stay.",
+        "pause": "Stop a job, or all of a sweep, until it is resumed.",
+        "resume": "Put a paused job, or those of a sweep, back into the queue, to continue where it stopped.",
+        "delete": "Delete a finished job, or a sweep with its jobs: metrics and checkpoints too.",
     },
     "Many jobs": {
         "sweep": "Train many models that differ in a few knobs.",
-        "compare": "Show jobs side by side: what differs, the figures, the best.",
+        "sweeps": "List the newest sweeps: how many of their jobs have ended, and what varies.",
+        "compare": "Show jobs side by side: what differs, the figures, the best, the curves.",
         "presets": "List the ready experiments.",
         "run": "Run a ready experiment, and compare its jobs.",
     },
@@ -62,7 +64,7 @@ _MODULES = {
     "service.cli.examine": ("score", "inspect", "experts", "explain"),
     "service.cli.local": ("export", "train"),
     "service.cli.knobs": ("knobs",),
-    "service.cli.sweeps": ("sweep", "compare", "presets", "run"),
+    "service.cli.sweeps": ("sweep", "sweeps", "compare", "presets", "run"),
 }
 """Modules of the commands that are not in `service.cli.jobs`."""
 
@@ -70,6 +72,8 @@ _MODULES = {
 def _target(name: str) -> str:
     if name == "bench":
         return "service.cli.bench:app"
+    if name == "keys":
+        return "service.cli.keys:app"
     if name == "import":
         return "service.cli.model_import:import_model"
     return f"{next((module for module, names in _MODULES.items() if name in names), 'service.cli.jobs')}:{name}"
@@ -144,6 +148,8 @@ def _message_and_exit_code(error: Exception) -> tuple[str, int | None]:
             return str(error), 3
         case Problem(candidates=[_, *_]):
             return f"{error.code}: {error.detail}{_candidates(error)}", 2
+        case Problem(status=401):
+            return f"{error.code}: {error.detail}; commands read the key from NANOMOE_KEY", 2
         case Problem():
             return f"{error.code}: {error.detail}{_places(error)}", 2
         case ClientError():

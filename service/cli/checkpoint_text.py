@@ -45,12 +45,22 @@ def quarter_texts(checkpoint: schemas.CheckpointMetrics, console: Console, n_lin
     if checkpoint.reconstruction is not None:
         shown.append(("reconstructs", _reconstruction(checkpoint.reconstruction)))
     if checkpoint.continuation is not None:
-        prompt = _end_of(checkpoint.continuation.prompt, text.label_room(console) * n_lines - _LEFT_TO_CONTINUATION)
-        added = text.visible(checkpoint.continuation.text)
-        shown.append(("continues", Text.assemble((text.visible(prompt), text.DIM), (PREFIX_END, text.DIM), added)))
+        shown.append(("continues", _continuation(checkpoint.continuation, console, n_lines)))
     if checkpoint.moe is not None:
         shown.append(("experts", _balance(checkpoint.moe.mean)))
     return [text.labelled(label, content, console, n_lines) for label, content in shown]
+
+
+def continuation_line(checkpoint: schemas.CheckpointMetrics, console: Console) -> Text:
+    """The continuation of a checkpoint beside its percent, on one line."""
+    given = checkpoint.continuation
+    content = Text("–") if given is None else _continuation(given, console, 1)
+    return text.labelled(f"{checkpoint.percent} %", content, console, 1)
+
+
+def _continuation(given: schemas.Continuation, console: Console, n_lines: int) -> Text:
+    prompt = _end_of(given.prompt, text.label_room(console) * n_lines - _LEFT_TO_CONTINUATION)
+    return Text.assemble((text.visible(prompt), text.DIM), (PREFIX_END, text.DIM), text.visible(given.text))
 
 
 PREFIX_END = "│"

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from service.cli import job_text, text
+from service.cli import checkpoint_text, job_text, plot, text
+from service.jobs.statuses import TERMINAL
+from service.report.curve import curves_of
+from service.report.labels import label_of, value_label
 
 if TYPE_CHECKING:
     from service.http import schemas
@@ -20,8 +24,23 @@ def sweep_line(sweep: schemas.SweepView) -> Text:
     line = job_text.status_text(sweep.status)
     if sweep.name:
         line.append(f"  {text.visible(sweep.name)}", "default")
-    varied = "; ".join(f"{one.name} {_values(one.values)}" for one in sweep.parameters)
+    varied = _varied(sweep)
     return line.append(f"  {n_jobs:,} {'job' if n_jobs == 1 else 'jobs'}{': ' if varied else ''}{varied}", "default")
+
+
+def print_sweeps(sweeps: Sequence[schemas.SweepView]) -> None:
+    """Print a row for each sweep, with its name and what varies."""
+    table = text.new_table("sweep", "status", ">ended", ">jobs", ">submitted")
+    for sweep in sweeps:
+        n_ended = sum(sweep.counts.get(status, 0) for status in TERMINAL)
+        submitted = text.ago(sweep.created_at).removesuffix(" ago")
+        n_jobs = sum(sweep.counts.values())
+        table.add_row(sweep.id, job_text.status_text(sweep.status), str(n_ended), str(n_jobs), submitted)
+    text.print_table(table, ["  ".join(filter(None, [text.visible(one.name or ""), _varied(one)])) for one in sweeps])
+
+
+def _varied(sweep: schemas.SweepView) -> str:
+    return "; ".join(f"{one.name} {_values(one.values)}" for one in sweep.parameters)
 
 
 def _values(values: Sequence[Any]) -> str:
@@ -31,16 +50,11 @@ def _values(values: Sequence[Any]) -> str:
 
 def value_text(value: Any) -> str:
     """A knob's value; of a digest the beginning."""
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return str(value).lower()
-        case float():
-            return f"{value:g}"
-        case str() if len(value) == 64:
-            return value[:8]
-    return text.visible(str(value))
+    return text.visible(value_label(value))
+
+
+_WIDEST = 10_000
+"""Columns that no table needs."""
 
 
 def print_comparison(found: schemas.Comparison) -> None:
@@ -48,12 +62,47 @@ def print_comparison(found: schemas.Comparison) -> None:
     if not found.jobs:
         text.console().print("no jobs")
         return
-    has_seeds = any(len(group.job_ids) > 1 for group in found.groups)
-    text.print_table(group_table(found) if has_seeds else job_table(found))
+    table, left_out = _fitting_table(found, text.console())
+    text.print_table(table)
+    if left_out:
+        note = f"no room for {', '.join(left_out)}: choose with --metric"
+        text.console().print(Text(note, text.DIM))
     if found.best is not None:
         best = found.best
         line = f"best {best.metric}: {text.figure(best.value)}, job {best.job_id} at {best.percent} %"
         text.console().print(line, soft_wrap=True)
+
+
+def _fitting_table(found: schemas.Comparison, console: Console) -> tuple[Table, list[str]]:
+    """The table, and the metrics that a terminal has no room for; those that no job has are left out."""
+    make = group_table if any(len(group.job_ids) > 1 for group in found.groups) else job_table
+    measured = [quarter.metrics for job in found.jobs for quarter in job.quarters]
+    have = {name for name in found.metrics if any(metrics.get(name) is not None for metrics in measured)}
+    metrics = [name for name in found.metrics if name in have or not have]
+    n = len(metrics)
+    table = make(found.model_copy(update={"metrics": metrics}))
+    unbounded = console.options.update(width=_WIDEST)
+    while console.is_terminal and n > 1 and console.measure(table, options=unbounded).maximum > console.width:
+        n -= 1
+        table = make(found.model_copy(update={"metrics": metrics[:n]}))
+    return table, metrics[n:]
+
+
+def print_continuations(group: schemas.ComparedGroup, measured: schemas.Metrics) -> None:
+    """Print what the first job of a group continued at each quarter."""
+    console = text.console()
+    console.print()
+    console.print(Text(text.visible(label_of(group.values)), "bold"))
+    for checkpoint in measured.checkpoints:
+        console.print(checkpoint_text.continuation_line(checkpoint, console))
+
+
+def print_curves(found: schemas.Comparison, series: Sequence[schemas.JobEnvelope]) -> None:
+    """Draw the training curves of the compared jobs, seeds as one."""
+    if found.jobs:
+        console = text.console()
+        console.print()
+        console.print(plot.plot(curves_of(found, series), console))
 
 
 def job_table(found: schemas.Comparison) -> Table:

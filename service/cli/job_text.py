@@ -132,7 +132,7 @@ def jobs_table(jobs: Iterable[schemas.JobView]) -> Table:
 
 def workers_table(workers: Iterable[schemas.WorkerView]) -> Table:
     """A table of workers."""
-    table = text.new_table("worker", "host", "device", ">jobs", ">slots", ">last seen")
+    table = text.new_table("worker", "host", "device", ">jobs", ">busy", ">slots", ">last seen")
     for worker in workers:
         devices = ", ".join(" ".join(filter(None, (one.device, one.name))) for one in worker.devices)
         table.add_row(
@@ -140,6 +140,7 @@ def workers_table(workers: Iterable[schemas.WorkerView]) -> Table:
             text.visible(worker.host),
             text.visible(devices),
             str(len(worker.current_jobs)),
+            str(worker.busy_slots),
             str(worker.slots),
             "stopped" if worker.stopped_at is not None else text.ago(worker.last_seen_at),
         )

@@ -1,6 +1,7 @@
 """The commands about jobs of a service. Each makes a few calls of the client, and shows their responses."""
 
 import sys
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -8,22 +9,22 @@ from typing import Annotated, Any, get_args
 import typer
 from rich.text import Text
 
-from service.cli import checkpoint_text, glossary, job_text, text
+from service.cli import checkpoint_text, comparison_text, glossary, job_text, text
 from service.cli.addresses import option_for
 from service.cli.display import JsonDisplay, TextDisplay, follow
 from service.cli.knobs import config_of, settings_of
-from service.cli.options import A_JOB, ConfigFile, Job, Set, Url, connect
+from service.cli.options import A_JOB, ConfigFile, Job, JobUnlessSweep, Set, Sweep, Url, connect
 from service.cli.output import Json, print_json, to_json
-from service.cli.references import LATEST, Reference
+from service.cli.references import LATEST, Reference, sweep_id_or_name
 from service.cli.usage_error import UsageError
-from service.client import Client, JobHandle
+from service.client import Client, JobHandle, SweepHandle
 from service.http import schemas
 from service.http.schemas.jobs import split_tag
 
 SAMPLING = {
     name: field
     for name, field in schemas.GenerateRequest.model_fields.items()
-    if name not in ("job_id", "checkpoint", "prompt", "stream")
+    if name not in ("job_id", "checkpoint", "targets", "prompt", "stream")
 }
 """Fields that `generate --set` may change: the other fields are arguments and options of their own."""
 
@@ -192,18 +193,21 @@ def generate(
     if stream:
         _stream(targets, prompt, sampling, url, as_json)
         return
-    answers = []
+    references = [Reference.parse(target) for target in targets]
     with connect(url) as client:
-        for reference in [Reference.parse(target) for target in targets]:
-            with text.waiting(f"loading {reference}", quiet=as_json):
-                job = reference.find(client)
-                answer = job.generate(prompt, reference.checkpoint or "latest", **sampling)
-            sampling.setdefault("seed", answer.seed)
-            answers.append(answer)
-            if not as_json:
-                show_generated(answer, f"{answer.job_id}@{answer.checkpoint}" if len(targets) > 1 else None)
+        waiting = f"loading {', '.join(map(str, references))}"
+        with text.waiting(waiting, quiet=as_json):
+            if len(references) == 1:
+                job = references[0].find(client)
+                answers = [job.generate(prompt, references[0].checkpoint or "latest", **sampling)]
+            else:
+                named = [(one.id_or_name(client), one.checkpoint or "latest") for one in references]
+                answers = client.generate(named, prompt, **sampling).answers
     if as_json:
-        print_json(answers[0] if len(targets) == 1 else answers)
+        print_json(answers[0] if len(answers) == 1 else answers)
+        return
+    for answer in answers:
+        show_generated(answer, f"{answer.job_id}@{answer.checkpoint}" if len(answers) > 1 else None)
 
 
 def _stream(targets: list[str], prompt: str, sampling: dict[str, Any], url: str | None, as_json: bool) -> None:
@@ -227,35 +231,62 @@ def _stream(targets: list[str], prompt: str, sampling: dict[str, Any], url: str 
         print()
 
 
-def cancel(job: Job, url: Url = None, as_json: Json = False) -> None:
-    """Stop a job for good; its checkpoints stay."""
+def cancel(job: JobUnlessSweep = None, sweep: Sweep = None, url: Url = None, as_json: Json = False) -> None:
+    """Stop a job, or all of a sweep, for good; the checkpoints stay."""
+    _change(job, sweep, JobHandle.cancel, SweepHandle.cancel, url, as_json)
+
+
+def pause(job: JobUnlessSweep = None, sweep: Sweep = None, url: Url = None, as_json: Json = False) -> None:
+    """Stop a job, or all of a sweep, until it is resumed."""
+    _change(job, sweep, JobHandle.pause, SweepHandle.pause, url, as_json)
+
+
+def resume(job: JobUnlessSweep = None, sweep: Sweep = None, url: Url = None, as_json: Json = False) -> None:
+    """Put a paused job, or those of a sweep, back into the queue, to continue where it stopped."""
+    _change(job, sweep, JobHandle.resume, SweepHandle.resume, url, as_json)
+
+
+def _change(
+    job: str | None,
+    sweep: str | None,
+    of_job: Callable[[JobHandle], schemas.JobView],
+    of_sweep: Callable[[SweepHandle], schemas.SweepView],
+    url: str | None,
+    as_json: bool,
+) -> None:
+    """Request a change of the job or of the sweep that is named, and show it."""
     with connect(url) as client:
-        _show_job(Reference.parse(job).find(client).cancel(), as_json)
+        found = _job_or_sweep(client, job, sweep)
+        changed = of_job(found) if isinstance(found, JobHandle) else of_sweep(found)
+    if as_json:
+        print_json(changed)
+    elif isinstance(changed, schemas.JobView):
+        text.console().print(job_text.job_line(changed))
+    else:
+        text.console().print(Text.assemble(f"sweep {changed.id}  ", comparison_text.sweep_line(changed)))
 
 
-def pause(job: Job, url: Url = None, as_json: Json = False) -> None:
-    """Stop a job until it is resumed."""
-    with connect(url) as client:
-        _show_job(Reference.parse(job).find(client).pause(), as_json)
-
-
-def resume(job: Job, url: Url = None, as_json: Json = False) -> None:
-    """Put a paused job back into the queue, to continue where it stopped."""
-    with connect(url) as client:
-        _show_job(Reference.parse(job).find(client).resume(), as_json)
+def _job_or_sweep(client: Client, job: str | None, sweep: str | None) -> JobHandle | SweepHandle:
+    if (job is None) == (sweep is None):
+        raise UsageError("name a job, or a sweep with --sweep")
+    if sweep is not None:
+        return client.get_sweep(sweep_id_or_name(client, sweep))
+    return Reference.parse(job or LATEST).find(client)
 
 
 def delete(
-    job: Job,
+    job: JobUnlessSweep = None,
+    sweep: Sweep = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Delete without asking for confirmation.")] = False,
     url: Url = None,
     as_json: Json = False,
 ) -> None:
-    """Delete a finished job, its metrics and its checkpoints."""
+    """Delete a finished job, or a sweep with its jobs: metrics and checkpoints too."""
     with connect(url) as client:
-        handle = Reference.parse(job).find(client)
+        handle = _job_or_sweep(client, job, sweep)
         if not yes and sys.stdin.isatty():
-            typer.confirm(f"Delete {handle.id} ({handle.view.name or 'no name'}) and its checkpoints?", abort=True)
+            of_jobs = f" of {len(handle.job_ids or ())} jobs" if isinstance(handle, SweepHandle) else ""
+            typer.confirm(f"Delete {handle.id} ({handle.name or 'no name'}) and its checkpoints{of_jobs}?", abort=True)
         handle.delete()
     if as_json:
         print_json({"deleted": handle.id})
@@ -346,13 +377,6 @@ def _show_estimate(estimate: schemas.Estimate, as_json: bool) -> None:
         console.print(f"memory: about {text.millions(estimate.training_bytes)}B")
     for warning in estimate.warnings:
         console.print(job_text.warning_line(warning.code, warning.message, console))
-
-
-def _show_job(job: schemas.JobView, as_json: bool) -> None:
-    if as_json:
-        print_json(job)
-    else:
-        text.console().print(job_text.job_line(job))
 
 
 def tags_of(given: list[str]) -> dict[str, str]:

@@ -37,11 +37,7 @@ def grid_of(fields: Mapping[str, FieldInfo], settings: Iterable[str]) -> dict[st
     """`["lr=1e-4,5e-3", "bias=true,false"]` -> `{"lr": [0.0001, 0.005], "bias": [True, False]}`; raises UsageError."""
     grid: dict[str, list[Any]] = {}
     for setting in settings:
-        name, equals, values = setting.partition("=")
-        if not equals:
-            raise UsageError(f"{setting!r} must look like {name or 'knob'}=value,value")
-        if name not in fields:
-            raise UsageError(f"there is no {name!r}{_suggestion(fields, name)}")
+        name, values = _split(setting, fields, "value,value")
         if name in grid:
             raise UsageError(f"--grid {name} is given twice; put all of its values into one")
         grid[name] = _values(name, fields[name], values)
@@ -61,11 +57,7 @@ def settings_of(fields: Mapping[str, FieldInfo], settings: Iterable[str]) -> dic
     """`["lr=1e-3", "use_moe=true"]` -> `{"lr": 0.001, "use_moe": True}`; values are JSON, or else plain text."""
     given: dict[str, Any] = {}
     for setting in settings:
-        name, equals, value = setting.partition("=")
-        if not equals:
-            raise UsageError(f"{setting!r} must look like {name or 'knob'}=value")
-        if name not in fields:
-            raise UsageError(f"there is no {name!r}{_suggestion(fields, name)}")
+        name, value = _split(setting, fields, "value")
         given[name] = _value(name, fields[name], value)
     return given
 
@@ -84,6 +76,16 @@ def _message(kind: type[BaseModel], fault: Any) -> str:
         return f"there is no {place!r}{_suggestion(kind.model_fields, place)}"
     message = message_of(fault).removeprefix("Value error, ").removeprefix("Input ")
     return f"{place} {message}" if place else message
+
+
+def _split(setting: str, fields: Iterable[str], form: str) -> tuple[str, str]:
+    """Name and value of a setting, which looks like `name=` and `form`; raises UsageError where it does not."""
+    name, equals, value = setting.partition("=")
+    if not equals:
+        raise UsageError(f"{setting!r} must look like {name or 'knob'}={form}")
+    if name not in fields:
+        raise UsageError(f"there is no {name!r}{_suggestion(fields, name)}")
+    return name, value
 
 
 def _suggestion(fields: Iterable[str], name: str) -> str:

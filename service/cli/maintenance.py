@@ -17,10 +17,10 @@ from rich.text import Text
 
 from service.cli import text
 from service.cli.addresses import settings
+from service.cli.database import opened_database
 from service.cli.jobs import FAILED
 from service.cli.output import Json, print_json
 from service.cli.usage_error import UsageError
-from service.errors import ServiceError, StartRefused
 from service.settings import Settings
 
 if TYPE_CHECKING:
@@ -37,12 +37,24 @@ def backup(
     here = settings()
     if not here.database_url.startswith("sqlite:"):
         print(_pg_dump(here.database_url, file))
-        raise UsageError("nothing was written: run the command above, which copies a PostgreSQL database")
+        files = here.store or here.data_dir / "jobs"
+        raise UsageError(
+            "nothing was written: run the command above, which copies a PostgreSQL database; the files of the jobs, in "
+            f"{files}, are copied before it and once more after it"
+        )
     with _opened(here) as database:
         database.backup(file)
     text.console().print(f"wrote {file}")
-    data, to = shlex.quote(str(here.data_dir)), shlex.quote(str(file.absolute().parent))
+    _show_what_else_to_copy(here, file)
+
+
+def _show_what_else_to_copy(here: Settings, file: Path) -> None:
     console = text.console(stderr=True)
+    if here.store is not None:
+        console.print(f"The files of the jobs are not in it: they lie in {here.store}.", style=text.DIM)
+        console.print("Copy that with a tool of your store, before the database and once more now.", style=text.DIM)
+        return
+    data, to = shlex.quote(str(here.data_dir)), shlex.quote(str(file.absolute().parent))
     console.print("The files of the jobs are not in it. Copy them before it, and once more now:", style=text.DIM)
     console.print(f"  cp -a {data}/installation {data}/jobs {to}/", style=text.DIM)
 
@@ -66,14 +78,16 @@ def fsck(
     Exit code 0: every file is as recorded; 1: a file is missing or damaged.
     """
     from service.storage.fsck import check
+    from service.storage.opening import REQUEST_RETRY_SECONDS, open_store
     from service.storage.orphans import sweep_orphans
 
     here = settings()
     with _opened(here) as database:
-        report = check(database, here.data_dir)
+        store = open_store(here, retry_seconds=REQUEST_RETRY_SECONDS)
+        report = check(database, store)
         swept = None
         if sweep and not any(fault.kind == "installation" for fault in report.faults):
-            swept = sweep_orphans(database, here.data_dir, older_than=timedelta(0))
+            swept = sweep_orphans(database, store, older_than=timedelta(0))
     if as_json:
         print_json({"clean": report.is_clean} | asdict(report) | {"swept": swept})
     else:
@@ -87,22 +101,12 @@ def _opened(here: Settings) -> "Iterator[Database]":
     """The database, which must exist; its errors are usage errors."""
     from sqlalchemy.engine import make_url
 
-    from service.database.opening import open_database
-
     if here.database_url.startswith("sqlite:"):
         file = Path(make_url(here.database_url).database or "")
         if not file.is_file():
             raise UsageError(f"there is no database {file}; check NANOMOE_DATA_DIR and NANOMOE_DATABASE_URL")
-    try:
-        database = open_database(here)
-        try:
-            yield database
-        finally:
-            database.close()
-    except StartRefused as error:
-        raise UsageError(str(error)) from None
-    except ServiceError as error:
-        raise UsageError(f"{error.code}: {error.detail}") from None
+    with opened_database(here) as database:
+        yield database
 
 
 def _show(report: "Report", swept: list[str] | None) -> None:

@@ -23,6 +23,18 @@ Job = Annotated[
     str,
     typer.Argument(metavar="JOB", help=f"{A_JOB}."),
 ]
+JobUnlessSweep = Annotated[
+    str | None,
+    typer.Argument(metavar="[JOB]", help=f"{A_JOB}.", show_default=False),
+]
+Sweep = Annotated[
+    str | None,
+    typer.Option(
+        "--sweep",
+        metavar="SWEEP",
+        help="All jobs of a sweep, in place of a job: its id, name or unique beginning of its id, or latest.",
+    ),
+]
 Set = Annotated[
     list[str] | None,
     typer.Option(

@@ -66,6 +66,19 @@ class Processes:
         self._children[name].kill()
         self._children[name].wait()
 
+    def pid(self, name: str) -> int:
+        """The process id of a child."""
+        return self._children[name].pid
+
+    def stop(self, name: str) -> None:
+        """Stop a child in order, and reap it; kill it where that takes too long."""
+        child = self._children[name]
+        child.terminate()
+        try:
+            child.wait(GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.kill(name)
+
     @contextmanager
     def watched(self) -> Iterator[None]:
         """Within it, `ChildFailed` is raised when a child exits, whatever the caller waits for."""

@@ -53,10 +53,10 @@ class SweepDisplay:
         """Show one event."""
         job_id = event.data.job_id
         match event.data:
-            case schemas.SweepStatusEvent(status=status):
+            case schemas.JobStatusEvent(status=status):
                 if status in TERMINAL:
                     self._end(job_id, event.data)
-            case schemas.SweepCheckpointEvent():
+            case schemas.JobCheckpointEvent():
                 self._losses[job_id] = event.data.loss
                 self._percents[job_id] = float(event.data.percent)
         self._bar.update(
@@ -65,7 +65,7 @@ class SweepDisplay:
             completed=sum(self._percents.values()),
         )
 
-    def _end(self, job_id: str, event: schemas.SweepStatusEvent) -> None:
+    def _end(self, job_id: str, event: schemas.JobStatusEvent) -> None:
         self._ended += 1
         self._percents[job_id] = 100.0
         line = Text.assemble(f"{self._numbers.get(job_id, 0):>4}  {job_id}  ", job_text.status_text(event.status))

@@ -39,6 +39,12 @@ def program() -> str:
     return os.path.relpath(called)
 
 
+def language() -> Literal["en", "pt"]:
+    """The terminal's language, where the command line speaks it."""
+    given = os.environ.get("LC_ALL") or os.environ.get("LC_MESSAGES") or os.environ.get("LANG") or ""
+    return "pt" if given[:2] == "pt" else "en"
+
+
 @contextmanager
 def waiting(what: str, *, quiet: bool = False) -> Iterator[None]:
     """Show `what` as the current activity on standard error within the block; nothing where the output is no

@@ -12,13 +12,13 @@ from typing import Any, Concatenate, Literal, ParamSpec, Self, TypeVar, overload
 import httpx
 
 from service.client import calls
-from service.client.calls import Call, CheckpointSelector, method_signature
+from service.client.calls import Call, CheckpointSelector, Target, method_signature
 from service.client.comparison import Comparison
 from service.client.connection import DEFAULT_URL, URL_VARIABLE, connection_settings
 from service.client.continuation import ContinuationReader, Piece
 from service.client.download import Download, file_names, make_folder, recorded_file
 from service.client.errors import ClientError
-from service.client.events import EventCursor, JobEvent, SweepEventCursor
+from service.client.events import AllEventsCursor, EventCursor, JobEvent, SweepEventCursor
 from service.client.job_fields import JobFields, SweepFields
 from service.client.retry_policy import STREAM_RETRIES, RetryPolicy
 from service.http import schemas
@@ -119,9 +119,11 @@ class AsyncClient:
     list_sweeps = _client_method(calls.list_sweeps)
     compare = _client_method(calls.compare)
     compare_csv = _client_method(calls.compare_csv)
+    compare_html = _client_method(calls.compare_html)
     compare_series = _client_method(calls.compare_series)
     presets = _client_method(calls.presets)
     readiness = _client_method(calls.readiness)
+    session = _client_method(calls.session)
 
     submit = _returning_handle(calls.submit)
     import_model = _returning_handle(calls.import_model)
@@ -140,6 +142,47 @@ class AsyncClient:
             if cursor is None:
                 return
 
+    def events(
+        self, *, sweep: str | None = None, tag: str | None = None, last_event_id: str | None = None
+    ) -> AsyncIterator[JobEvent]:
+        """Each event of all jobs, of those of a sweep, or of those with a tag (`key` or `key=value`), from now on or
+        after `last_event_id`. Does not end by itself; a broken connection is resumed where it broke."""
+        return _follow(self, AllEventsCursor(sweep, tag, last_event_id))
+
+    @overload
+    def generate(
+        self, targets: Sequence[Target], prompt: str, *, stream: Literal[False] = False, **sampling: Any
+    ) -> Coroutine[Any, Any, schemas.GenerateTargetsResponse]: ...
+
+    @overload
+    def generate(
+        self, targets: Sequence[Target], prompt: str, *, stream: Literal[True], **sampling: Any
+    ) -> AsyncIterator[Piece]: ...
+
+    def generate(
+        self, targets: Sequence[Target], prompt: str, *, stream: bool = False, **sampling: Any
+    ) -> Coroutine[Any, Any, schemas.GenerateTargetsResponse] | AsyncIterator[Piece]:
+        """`Client.generate`: awaited, or with `stream` iterated over."""
+        if stream:
+            return self.continuation(calls.generate_targets_stream(targets, prompt, **sampling))
+        return self.send(calls.generate_targets(targets, prompt, **sampling))
+
+    async def plot(
+        self, *jobs: str, sweep: str | None = None, tag: str | None = None, metrics: Sequence[str] | None = None
+    ) -> Comparison:
+        """`Client.plot`, awaited."""
+        found = await self.compare(*jobs, sweep=sweep, tag=tag, metrics=metrics)
+        series = await self.compare_series(*jobs, sweep=sweep, tag=tag)
+        found.read_series = lambda: series
+        return found
+
+    async def run(self, name: str, on_event: Callable[[JobEvent], Awaitable[None] | None] | None = None) -> Comparison:
+        """`Client.run`, awaited."""
+        call, metrics = calls.run_preset(await self.presets(), name)
+        sweep = AsyncSweepHandle(self, await self.send(call))
+        await sweep.wait(on_event)
+        return await sweep.plot(metrics)
+
     async def send(self, call: Call[T]) -> T:
         """Send a call, with retries where that is safe and useful, and return its result."""
         retry_policy = RetryPolicy(call.repeatable, self.retries)
@@ -153,7 +196,7 @@ class AsyncClient:
     @asynccontextmanager
     async def open(self, call: Call[bytes]) -> AsyncIterator[httpx.Response]:
         """Send a call whose response is streamed."""
-        response = await self._http.send(call.request(self._http), stream=True)
+        response = await self._http.send(call.request(self._http), stream=True, follow_redirects=call.redirects)
         try:
             if response.is_error:
                 await response.aread()
@@ -161,6 +204,21 @@ class AsyncClient:
             yield response
         finally:
             await response.aclose()
+
+    async def continuation(self, call: Call[bytes]) -> AsyncIterator[Piece]:
+        """Send a generation whose answer is streamed, and yield its chunks; repeated while none has come."""
+        retry_policy = RetryPolicy(call.repeatable, self.retries)
+        while True:
+            reader = ContinuationReader()
+            try:
+                async with self.open(call) as response:
+                    async for chunk in response.aiter_bytes():
+                        for piece in reader.feed(chunk):
+                            yield piece
+                    reader.finish(response)
+                    return
+            except (httpx.TransportError, ClientError) as failure:
+                await asyncio.sleep(retry_policy.delay_after(failure, may_repeat=not reader.begun))
 
     async def aclose(self) -> None:
         """Close its connections."""
@@ -212,22 +270,8 @@ class AsyncJobHandle(JobFields):
     ) -> Coroutine[Any, Any, schemas.GenerateResponse] | AsyncIterator[Piece]:
         """`JobHandle.generate`: awaited, or with `stream` iterated over."""
         if stream:
-            return self._stream(calls.generate_stream(self.id, prompt, checkpoint, **sampling))
+            return self.client.continuation(calls.generate_stream(self.id, prompt, checkpoint, **sampling))
         return self.client.send(calls.generate(self.id, prompt, checkpoint, **sampling))
-
-    async def _stream(self, call: Call[bytes]) -> AsyncIterator[Piece]:
-        retry_policy = RetryPolicy(call.repeatable, self.client.retries)
-        while True:
-            reader = ContinuationReader()
-            try:
-                async with self.client.open(call) as response:
-                    async for chunk in response.aiter_bytes():
-                        for piece in reader.feed(chunk):
-                            yield piece
-                    reader.finish(response)
-                    return
-            except (httpx.TransportError, ClientError) as failure:
-                await asyncio.sleep(retry_policy.delay_after(failure, may_repeat=not reader.begun))
 
     async def wait(self, on_event: Callable[[JobEvent], Awaitable[None] | None] | None = None) -> schemas.JobView:
         """`JobHandle.wait`; an `on_event` that returns an awaitable is awaited."""
@@ -283,6 +327,14 @@ class AsyncSweepHandle(SweepFields):
         for job_id in self.view.job_ids or (await self.refresh()).job_ids or ():
             yield await self.client.job(job_id)
 
+    async def generate(
+        self, prompt: str, checkpoint: CheckpointSelector = "latest", **sampling: Any
+    ) -> schemas.GenerateTargetsResponse:
+        """`SweepHandle.generate`, awaited."""
+        job_ids = self.view.job_ids or (await self.refresh()).job_ids or ()
+        targets = [(job_id, checkpoint) for job_id in job_ids]
+        return await self.client.send(calls.generate_targets(targets, prompt, **sampling))
+
     async def compare(
         self,
         metrics: Sequence[str] | None = None,
@@ -299,6 +351,10 @@ class AsyncSweepHandle(SweepFields):
     async def series(self, points: int | None = None) -> list[schemas.JobEnvelope]:
         """`SweepHandle.series`, awaited."""
         return await self.client.compare_series(sweep=self.id, points=points)
+
+    async def plot(self, metrics: Sequence[str] | None = None) -> Comparison:
+        """`SweepHandle.plot`, awaited."""
+        return await self.client.plot(sweep=self.id, metrics=metrics)
 
     async def wait(self, on_event: Callable[[JobEvent], Awaitable[None] | None] | None = None) -> schemas.SweepView:
         """`SweepHandle.wait`; an `on_event` that returns an awaitable is awaited."""

@@ -13,19 +13,23 @@ from typing import Any, Concatenate, Literal, ParamSpec, Self, TypeVar, overload
 import httpx
 
 from service.client import calls
-from service.client.calls import Call, CheckpointSelector, method_signature
+from service.client.calls import Call, CheckpointSelector, Target, method_signature
 from service.client.comparison import Comparison
 from service.client.connection import DEFAULT_URL, URL_VARIABLE, connection_settings
 from service.client.continuation import ContinuationReader, Piece
 from service.client.download import Download, file_names, make_folder, recorded_file
-from service.client.errors import ClientError
-from service.client.events import EventCursor, JobEvent, SweepEventCursor
+from service.client.errors import NO_ANSWER, ClientError
+from service.client.events import AllEventsCursor, EventCursor, JobEvent, SweepEventCursor
 from service.client.job_fields import JobFields, SweepFields
 from service.client.retry_policy import STREAM_RETRIES, RetryPolicy
 from service.http import schemas
+from service.report.job import job_html, sweep_line
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+NOTEBOOK_POINTS = 400
+"""Points of the curve that a notebook shows."""
 
 
 def _client_method(build: Callable[P, Call[T]]) -> Callable[Concatenate["Client", P], T]:
@@ -65,6 +69,22 @@ def _returning_sweep(
     return method
 
 
+def _returning_comparison(
+    build: Callable[P, Call[Comparison]],
+) -> Callable[Concatenate["Client", P], Comparison]:
+    """The method of a client that makes this call, and whose result asks for its curves when a notebook shows it."""
+
+    @functools.wraps(build)
+    def method(client: "Client", /, *args: P.args, **kwargs: P.kwargs) -> Comparison:
+        call = build(*args, **kwargs)
+        found = client.send(call)
+        found.read_series = functools.partial(client.send, calls.series_of(call))
+        return found
+
+    method.__signature__ = method_signature(build)  # type: ignore[attr-defined]
+    return method
+
+
 def _sweep_method(build: Callable[Concatenate[str, P], Call[T]]) -> Callable[Concatenate["SweepHandle", P], T]:
     """The method of a sweep that makes this call about it."""
 
@@ -95,8 +115,9 @@ class Client:
     """A connection to the service. Raises the classes of `service.client.errors`.
 
     `base_url` is the service's address; None is that of the environment variable NANOMOE_URL, or else
-    http://127.0.0.1:8000. `key` is sent as `Authorization: Bearer`; `timeout` is the seconds without a byte after which
-    an ordinary request fails; `retries` is how often one is repeated where that is safe.
+    http://127.0.0.1:8000. `key`, or else that of the environment variable NANOMOE_KEY, is sent as `Authorization:
+    Bearer`; `timeout` is the seconds without a byte after which an ordinary request fails; `retries` is how often one
+    is repeated where that is safe.
     """
 
     def __init__(
@@ -119,17 +140,20 @@ class Client:
     health = _client_method(calls.health)
     estimate_sweep = _client_method(calls.estimate_sweep)
     list_sweeps = _client_method(calls.list_sweeps)
-    compare = _client_method(calls.compare)
     compare_csv = _client_method(calls.compare_csv)
+    compare_html = _client_method(calls.compare_html)
     compare_series = _client_method(calls.compare_series)
     presets = _client_method(calls.presets)
     readiness = _client_method(calls.readiness)
+    session = _client_method(calls.session)
 
     submit = _returning_handle(calls.submit)
     import_model = _returning_handle(calls.import_model)
     job = _returning_handle(calls.get_job)
     sweep = _returning_sweep(calls.sweep)
     get_sweep = _returning_sweep(calls.get_sweep)
+
+    compare = _returning_comparison(calls.compare)
 
     def jobs(self, *, status: str | None = None, tag: str | None = None) -> "Iterator[JobHandle]":
         """All jobs, newest first, fetched page by page as they are asked for."""
@@ -141,6 +165,55 @@ class Client:
             cursor = page.next_cursor
             if cursor is None:
                 return
+
+    def events(
+        self, *, sweep: str | None = None, tag: str | None = None, last_event_id: str | None = None
+    ) -> Iterator[JobEvent]:
+        """Each event of all jobs, of those of a sweep, or of those with a tag (`key` or `key=value`), from now on or
+        after `last_event_id`. Does not end by itself; a broken connection is resumed where it broke."""
+        return _follow(self, AllEventsCursor(sweep, tag, last_event_id))
+
+    @overload
+    def generate(
+        self, targets: Sequence[Target], prompt: str, *, stream: Literal[False] = False, **sampling: Any
+    ) -> schemas.GenerateTargetsResponse: ...
+
+    @overload
+    def generate(
+        self, targets: Sequence[Target], prompt: str, *, stream: Literal[True], **sampling: Any
+    ) -> Iterator[Piece]: ...
+
+    def generate(
+        self, targets: Sequence[Target], prompt: str, *, stream: bool = False, **sampling: Any
+    ) -> schemas.GenerateTargetsResponse | Iterator[Piece]:
+        """Continue `prompt` from several checkpoints with the same seed, side by side. Each is `"JOB@50"`, `"JOB"` for
+        its newest, or a pair of job and percent; `sampling` are the other fields of `GenerateRequest`.
+
+        With `stream`, an iterator of chunks as they are generated, each with the number of its target, and for each
+        target a `GenerateEnd`.
+        """
+        if stream:
+            return self.continuation(calls.generate_targets_stream(targets, prompt, **sampling))
+        return self.send(calls.generate_targets(targets, prompt, **sampling))
+
+    def plot(
+        self, *jobs: str, sweep: str | None = None, tag: str | None = None, metrics: Sequence[str] | None = None
+    ) -> Comparison:
+        """`compare`, with the training curves read now: it shows and saves them without asking again."""
+        found = self.compare(*jobs, sweep=sweep, tag=tag, metrics=metrics)
+        series = self.compare_series(*jobs, sweep=sweep, tag=tag)
+        found.read_series = lambda: series
+        return found
+
+    def run(self, name: str, on_event: Callable[[JobEvent], None] | None = None) -> Comparison:
+        """Run a ready experiment to its end, and return the comparison with its curves; `presets` lists them.
+
+        `on_event` is called with each event of its jobs. Raises ValueError for an unknown name.
+        """
+        call, metrics = calls.run_preset(self.presets(), name)
+        sweep = SweepHandle(self, self.send(call))
+        sweep.wait(on_event)
+        return sweep.plot(metrics)
 
     def send(self, call: Call[T]) -> T:
         """Send a call, with retries where that is safe and useful, and return its result."""
@@ -155,7 +228,7 @@ class Client:
     @contextmanager
     def open(self, call: Call[bytes]) -> Iterator[httpx.Response]:
         """Send a call whose response is streamed."""
-        response = self._http.send(call.request(self._http), stream=True)
+        response = self._http.send(call.request(self._http), stream=True, follow_redirects=call.redirects)
         try:
             if response.is_error:
                 response.read()
@@ -163,6 +236,20 @@ class Client:
             yield response
         finally:
             response.close()
+
+    def continuation(self, call: Call[bytes]) -> Iterator[Piece]:
+        """Send a generation whose answer is streamed, and yield its chunks; repeated while none has come."""
+        retry_policy = RetryPolicy(call.repeatable, self.retries)
+        while True:
+            reader = ContinuationReader()
+            try:
+                with self.open(call) as response:
+                    for chunk in response.iter_bytes():
+                        yield from reader.feed(chunk)
+                    reader.finish(response)
+                    return
+            except (httpx.TransportError, ClientError) as failure:
+                time.sleep(retry_policy.delay_after(failure, may_repeat=not reader.begun))
 
     def close(self) -> None:
         """Close its connections."""
@@ -217,21 +304,8 @@ class JobHandle(JobFields):
         With `stream`, an iterator of chunks as they are generated, and at the end a `GenerateEnd`.
         """
         if stream:
-            return self._stream(calls.generate_stream(self.id, prompt, checkpoint, **sampling))
+            return self.client.continuation(calls.generate_stream(self.id, prompt, checkpoint, **sampling))
         return self.client.send(calls.generate(self.id, prompt, checkpoint, **sampling))
-
-    def _stream(self, call: Call[bytes]) -> Iterator[Piece]:
-        retry_policy = RetryPolicy(call.repeatable, self.client.retries)
-        while True:
-            reader = ContinuationReader()
-            try:
-                with self.client.open(call) as response:
-                    for chunk in response.iter_bytes():
-                        yield from reader.feed(chunk)
-                    reader.finish(response)
-                    return
-            except (httpx.TransportError, ClientError) as failure:
-                time.sleep(retry_policy.delay_after(failure, may_repeat=not reader.begun))
 
     def wait(self, on_event: Callable[[JobEvent], None] | None = None) -> schemas.JobView:
         """Follow the job to its end, through pauses too, and return it; `on_event` is called with each event.
@@ -270,6 +344,14 @@ class JobHandle(JobFields):
     def __repr__(self) -> str:
         return f"<JobHandle {self.id} {self.view.status}>"
 
+    def _repr_html_(self) -> str:
+        """The job as it is now, for a notebook: status, the curve of its loss, each quarter. Without an answer of the
+        service, as it was last."""
+        try:
+            return job_html(self.refresh(), self.metrics(points=NOTEBOOK_POINTS, tokens=False))
+        except NO_ANSWER:
+            return job_html(self.view, None)
+
 
 class SweepHandle(SweepFields):
     """A sweep of the service: its fields as last answered, and the requests about it."""
@@ -289,6 +371,14 @@ class SweepHandle(SweepFields):
         for job_id in self.view.job_ids or self.refresh().job_ids or ():
             yield self.client.job(job_id)
 
+    def generate(
+        self, prompt: str, checkpoint: CheckpointSelector = "latest", **sampling: Any
+    ) -> schemas.GenerateTargetsResponse:
+        """Continue `prompt` from the same checkpoint of each of its jobs: `Client.generate` of this sweep."""
+        job_ids = self.view.job_ids or self.refresh().job_ids or ()
+        targets = [(job_id, checkpoint) for job_id in job_ids]
+        return self.client.send(calls.generate_targets(targets, prompt, **sampling))
+
     def compare(
         self,
         metrics: Sequence[str] | None = None,
@@ -304,6 +394,10 @@ class SweepHandle(SweepFields):
         """The training curves of its jobs: `Client.compare_series` of this sweep."""
         return self.client.compare_series(sweep=self.id, points=points)
 
+    def plot(self, metrics: Sequence[str] | None = None) -> Comparison:
+        """`compare`, with the training curves read now: `Client.plot` of this sweep."""
+        return self.client.plot(sweep=self.id, metrics=metrics)
+
     def wait(self, on_event: Callable[[JobEvent], None] | None = None) -> schemas.SweepView:
         """Follow all of its jobs to their ends and return the sweep; `on_event` is called with each event.
 
@@ -318,6 +412,14 @@ class SweepHandle(SweepFields):
 
     def __repr__(self) -> str:
         return f"<SweepHandle {self.id} {self.view.status}>"
+
+    def _repr_html_(self) -> str:
+        """The sweep as it is now, for a notebook: counts, and the comparison of its jobs. Without an answer of the
+        service, as it was last."""
+        try:
+            return sweep_line(self.refresh()) + self.compare()._repr_html_()
+        except NO_ANSWER:
+            return sweep_line(self.view)
 
 
 def _each(events: Iterator[JobEvent], on_event: Callable[[JobEvent], None] | None) -> None:

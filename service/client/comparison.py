@@ -1,18 +1,26 @@
 """A comparison of jobs as a notebook shows it, and as rows for programs. Needs no pandas, and uses it where it is."""
 
-from collections.abc import Iterator, Sequence
-from html import escape
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
+from service.client.errors import NO_ANSWER
 from service.http import schemas
+from service.report import svg
+from service.report.comparison import comparison
+from service.report.curve import Curve, curves_of
+from service.report.words import word
 
 
 class Comparison:
-    """Jobs side by side: `view` is the service's answer, and `rows` the same as one flat table."""
+    """Jobs side by side: `view` is the service's answer, `rows` the same as one flat table, `curves` their training
+    loss."""
 
     def __init__(self, view: schemas.Comparison) -> None:
         self.view = view
+        self.read_series: Callable[[], Sequence[schemas.JobEnvelope]] | None = None
+        """Gives the training curves of the same jobs; None where an asynchronous client has not read them."""
 
     @property
     def parameters(self) -> dict[str, list[Any]]:
@@ -39,6 +47,30 @@ class Comparison:
     def best(self) -> schemas.BestFigure | None:
         """The best value of the first metric, or of the one that was asked for; None while there is none."""
         return self.view.best
+
+    @property
+    def curves(self) -> list[Curve]:
+        """The training loss by step, one curve for jobs that differ only in the seed; without steps where none of them
+        has begun. Asked for at each use, unless `plot` or `run` has. Raises ValueError where the client is asynchronous
+        and neither has."""
+        if self.read_series is None:
+            raise ValueError("an asynchronous client reads the curves with plot()")
+        return curves_of(self.view, self.read_series())
+
+    @property
+    def svg(self) -> str:
+        """The curves as a picture, the text of an SVG file; empty while no job has a step. Raises as `curves`."""
+        curves = self.curves
+        has_steps = any(curve.steps for curve in curves)
+        return svg.curves(curves, title="train_loss", x_name="step").file() if has_steps else ""
+
+    def save(self, path: str | Path) -> Path:
+        """Write the picture of the curves to a file. Raises ValueError while no job has a step, and as `curves`."""
+        picture = self.svg
+        if not picture:
+            raise ValueError("no job has a step yet")
+        Path(path).write_text(picture, "utf-8")
+        return Path(path)
 
     def to_pandas(self) -> Any:
         """`rows` as a pandas DataFrame. Raises ImportError where pandas is not installed."""
@@ -73,18 +105,11 @@ class Comparison:
         return f"<Comparison of {len(self)} jobs by {', '.join(self.parameters) or 'nothing'}>"
 
     def _repr_html_(self) -> str:
-        """The newest checkpoint of each job as an HTML table, for a notebook."""
-        rows = self.last
-        names = list(dict.fromkeys(name for row in rows for name in row if name not in ("job_id", "name")))
-        head = "".join(f"<th>{escape(name)}</th>" for name in ("job", *names))
-        body = "".join(
-            f"<tr><td>{escape(row['name'] or row['job_id'])}</td>"
-            + "".join(f"<td>{escape(_shown(row.get(name)))}</td>" for name in names)
-            + "</tr>"
-            for row in rows
-        )
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def _shown(value: Any) -> str:
-    return "" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
+        """Curves, a figure over the first parameter, and tables, for a notebook. The curves are asked for now; without
+        an answer they are left out, and a sentence says so."""
+        if self.read_series is None:
+            return comparison(self.view, None)
+        try:
+            return comparison(self.view, self.read_series())
+        except NO_ANSWER:
+            return comparison(self.view, None, note=word("no_curves", "en"))

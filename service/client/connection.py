@@ -1,5 +1,6 @@
 """Connection settings of both clients: address, headers, time-outs, TLS and proxy."""
 
+import os
 import ssl
 from importlib.util import find_spec
 from typing import Any
@@ -17,12 +18,17 @@ URL_VARIABLE = "NANOMOE_URL"
 """Environment variable that holds the service's address."""
 
 
+KEY_VARIABLE = "NANOMOE_KEY"
+"""Environment variable that holds the key."""
+
+
 def connection_settings(
     base_url: str, key: str | None, timeout: float, transport: httpx.BaseTransport | httpx.AsyncBaseTransport | None
 ) -> dict[str, Any]:
     """Keyword arguments of `httpx.Client` and `httpx.AsyncClient`.
 
-    Raises ValueError for a malformed address, and for a proxy in the environment that cannot be used.
+    `key`: None is that of the environment, if it has one. Raises ValueError for a malformed address, for a key that a
+    header cannot hold, and for a proxy in the environment that cannot be used.
     """
     try:
         url = httpx.URL(base_url)
@@ -31,7 +37,10 @@ def connection_settings(
     if url.scheme not in ("http", "https") or not url.host:
         raise ValueError(f"{base_url!r} is not an address: it must look like http://127.0.0.1:8000")
     headers = {"User-Agent": f"nanomoe/{__version__}"}
-    if key is not None:
+    key = (os.environ.get(KEY_VARIABLE, "") if key is None else key).strip()
+    if key:
+        if not key.isascii() or not key.isprintable() or " " in key:
+            raise ValueError(f"the key ({KEY_VARIABLE}) holds characters that no key has")  # without the key itself
         headers["Authorization"] = f"Bearer {key}"
     return {
         "base_url": url,

@@ -34,6 +34,10 @@ class Unreachable(ClientError):
         """Address at which nothing listens; None when the connection was made and then broke."""
 
 
+NO_ANSWER = (ClientError, RuntimeError)
+"""What is raised where a request has no answer: the client's errors, and httpx's RuntimeError of a closed client."""
+
+
 class UnexpectedAnswer(ClientError):
     """An answer that is not of this HTTP contract, from another program or another version."""
 

@@ -1,4 +1,4 @@
-"""Parsers of a job's and a sweep's event streams, with the position from which a broken connection resumes.
+"""Parsers of the streams of events, with the position from which a broken connection resumes.
 
 Knows no connection: `Client` and `AsyncClient` feed it bytes.
 """
@@ -27,22 +27,24 @@ _KINDS: dict[str, type[BaseModel]] = {
 
 @dataclass(frozen=True)
 class JobEvent:
-    """One event of a job, or of a job of a sweep."""
+    """One event of a job, or of one of many jobs."""
 
     kind: str
     """Kind of the event: `status`, `step`, `checkpoint` or `warning`."""
 
     data: Any
-    """Content of the event: a `StatusEvent`, `Progress`, `CheckpointMetrics` or `ConfigWarning`; of a sweep, whose
-    events name their job, a `SweepStatusEvent` or `SweepCheckpointEvent`."""
+    """Content of the event: a `StatusEvent`, `Progress`, `CheckpointMetrics` or `ConfigWarning`; among those of many
+    jobs a `JobStatusEvent`, `JobStepEvent`, `JobCheckpointEvent` or `JobWarningEvent`, which name their job."""
 
     id: str | None
-    """Id of the event, increasing within the job or the sweep; None for steps, which are not stored."""
+    """Id of the event, increasing within the stream; None for steps, which are not stored."""
 
 
-_SWEEP_KINDS: dict[str, type[BaseModel]] = {
-    "status": schemas.SweepStatusEvent,
-    "checkpoint": schemas.SweepCheckpointEvent,
+_KINDS_OF_MANY: dict[str, type[BaseModel]] = {
+    "status": schemas.JobStatusEvent,
+    "step": schemas.JobStepEvent,
+    "checkpoint": schemas.JobCheckpointEvent,
+    "warning": schemas.JobWarningEvent,
 }
 
 
@@ -72,20 +74,23 @@ class EventCursor:
         self.ended = response.status_code == httpx.codes.NO_CONTENT
 
     def closed(self, response: httpx.Response) -> None:
-        """Handle the end of the stream; raises if the job has not ended, as when the service shuts down."""
+        """Handle the end of the stream; raises if more events must follow, as when the service shuts down."""
         if not self.ended:
-            raise httpx.RemoteProtocolError("the events ended before the job did", request=response.request)
+            raise httpx.RemoteProtocolError("the events ended too early", request=response.request)
 
     def feed(self, chunk: bytes) -> Iterator[JobEvent]:
         """The events that these bytes complete; those of kinds that this client does not know are skipped."""
         for sent in self._decoder.feed(chunk):
-            if sent.id is not None:
-                self.last_event_id = sent.id
+            self._note_position()
             if sent.event not in self._kinds:
                 continue
             event = JobEvent(sent.event, _data(self._kinds[sent.event], sent), sent.id)
             self.ended = self._is_last(event)
             yield event
+        self._note_position()
+
+    def _note_position(self) -> None:
+        self.last_event_id = self._decoder.last_id or self.last_event_id
 
     def _is_last(self, event: JobEvent) -> bool:
         return isinstance(event.data, schemas.StatusEvent) and event.data.status in TERMINAL
@@ -95,13 +100,30 @@ class SweepEventCursor(EventCursor):
     """Position in the stream of the events of a sweep's jobs. Only the service knows which is the last: the stream then
     ends, and opening it again is answered 204."""
 
-    _kinds = _SWEEP_KINDS
+    _kinds = _KINDS_OF_MANY
 
     def _call(self) -> calls.Call[bytes]:
         return calls.sweep_events(self.id, self.last_event_id)
 
     def closed(self, response: httpx.Response) -> None:
         """Handle the end of the stream: of a shutdown, too, the next connection tells."""
+
+    def _is_last(self, event: JobEvent) -> bool:
+        return False
+
+
+class AllEventsCursor(EventCursor):
+    """Position in the stream of the events of all jobs, which ends only with the service."""
+
+    _kinds = _KINDS_OF_MANY
+
+    def __init__(self, sweep: str | None, tag: str | None, last_event_id: str | None) -> None:
+        super().__init__("", last_event_id)
+        self._sweep = sweep
+        self._tag = tag
+
+    def _call(self) -> calls.Call[bytes]:
+        return calls.all_events(self._sweep, self._tag, self.last_event_id)
 
     def _is_last(self, event: JobEvent) -> bool:
         return False

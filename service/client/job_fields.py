@@ -64,6 +64,7 @@ class JobFields:
     priority = ViewField(lambda view: view.priority, JobView)
     run_at = ViewField(lambda view: view.run_at, JobView)
     execution = ViewField(lambda view: view.execution, JobView)
+    cohort = ViewField(lambda view: view.cohort, JobView)
     progress = ViewField(lambda view: view.progress, JobView)
     config = ViewField(lambda view: view.config, JobView)
     model = ViewField(lambda view: view.model, JobView)

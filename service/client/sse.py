@@ -29,6 +29,8 @@ class EventDecoder:
         self._event = ""
         self._data: list[str] = []
         self._id: str | None = None
+        self.last_id: str | None = None
+        """The newest id that was received, with an event or alone."""
 
     def feed(self, chunk: bytes) -> Iterator[ServerSentEvent]:
         """The events that `chunk` completes."""
@@ -57,6 +59,7 @@ class EventDecoder:
         return None  # a comment (a ping), or a field that is not used
 
     def _dispatch(self) -> ServerSentEvent | None:
+        self.last_id = self.last_id if self._id is None else self._id
         event = ServerSentEvent(self._event or "message", "\n".join(self._data), self._id) if self._data else None
         self._event, self._data, self._id = "", [], None
         return event

@@ -5,18 +5,21 @@ from contextlib import contextmanager
 
 from sqlalchemy import exc
 
-from service.errors import DatabaseUnavailable, Invalid, StorageFull
+from service.errors import DatabaseUnavailable, Invalid, StorageFull, TransactionBlocked
 
 # SQLite's own numbers: busy, locked, readonly, ioerr, corrupt, cantopen, protocol, notadb.
 _SQLITE_OUT_OF_REACH = (5, 6, 8, 10, 11, 14, 15, 26)
 _SQLITE_FULL = 13
 _POSTGRESQL_FULL = "53100"
+# PostgreSQL's own names: lock_not_available, deadlock_detected.
+_POSTGRESQL_BLOCKED = ("55P03", "40P01")
 
 
 @contextmanager
 def as_service_errors() -> Iterator[None]:
     """Raise the database's errors within the block as a ServiceError: DatabaseUnavailable when it is out of reach,
-    StorageFull when its disk is full, Invalid for a value that it cannot hold."""
+    TransactionBlocked when others hold what the block needs, StorageFull when its disk is full, Invalid for a value
+    that it cannot hold."""
     try:
         yield
     except exc.TimeoutError as error:
@@ -26,7 +29,10 @@ def as_service_errors() -> Iterator[None]:
     except exc.DBAPIError as error:
         number = getattr(error.orig, "sqlite_errorcode", None)
         if number is None:
-            is_full = getattr(error.orig, "sqlstate", None) == _POSTGRESQL_FULL
+            state = getattr(error.orig, "sqlstate", None)
+            if state in _POSTGRESQL_BLOCKED:
+                raise TransactionBlocked(f"other transactions stand in the way: {error.orig}") from error
+            is_full = state == _POSTGRESQL_FULL
             is_away = isinstance(error, exc.OperationalError) or error.connection_invalidated
         else:
             is_full = number & 0xFF == _SQLITE_FULL

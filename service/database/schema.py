@@ -4,7 +4,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 from sqlmodel import SQLModel
 
-REVISION = "0003"
+REVISION = "0006"
 """The schema revision that this code is written for: the newest of `service/database/migrations`."""
 
 alembic_version = sa.table("alembic_version", sa.column("version_num", sa.String))

@@ -11,7 +11,7 @@ from service.database.schema import Row, table
 
 def insert_or_update(session: Session, row: type[Row], values: dict[str, Any] | list[dict[str, Any]]) -> None:
     """Insert a row, or many; where the primary key exists, replace the other columns."""
-    insert = _insert(session, row)
+    insert = _insert(session, table(row))  # not into the mapped class: each row would pass through its mapper
     keys = [column.name for column in table(row).primary_key]
     names = values if isinstance(values, dict) else values[0]
     others = {name: insert.excluded[name] for name in names if name not in keys}
@@ -26,6 +26,6 @@ def insert_unless_there(session: Session, row: type[Row]) -> Any:
     return _insert(session, row).on_conflict_do_nothing()
 
 
-def _insert(session: Session, row: type[Row]) -> Any:
+def _insert(session: Session, into: Any) -> Any:
     # SQLAlchemy has a class for each. Any: the two have the ON CONFLICT methods in common, but no base that names them.
-    return (sqlite_insert if session.get_bind().dialect.name == "sqlite" else postgresql_insert)(row)
+    return (sqlite_insert if session.get_bind().dialect.name == "sqlite" else postgresql_insert)(into)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import structlog
 
 from nanomoe.checkpoint import CheckpointDamaged
+from nanomoe.store.cache import CacheAddress
 from service.errors import Conflict, Invalid, ServiceError, TooManyRequests, Unavailable
 from service.generation.answers import FinishReason, Timing
 from service.generation.engine_process import RETRY_SECONDS, EngineProcess, send
@@ -115,7 +116,7 @@ class _Pending:
     def __init__(self, load: _Load, *, follows: bool = False) -> None:
         self.load = load
         self.follows = follows
-        """Whether it belongs to a request of several prompts of which one came before."""
+        """Whether it belongs to a request of several prompts or checkpoints of which one came before."""
         self.arrived_at = time.monotonic()
         self.waits_since: float | None = None
         """From when its time limits count; None while the engine is not ready."""
@@ -134,12 +135,13 @@ class _Pending:
 class Generation:
     """Continues prompts, in the engine process. One for an API; its methods belong to the API's event loop."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, files: CacheAddress | None = None) -> None:
+        """`files`: where the engine keeps files of a bucket that it has read."""
         self.instruments = GenerationInstruments()
         self.instruments.waiting.set_function(lambda: self.n_waiting)
         self.instruments.running.set_function(lambda: self.n_running)
         self._settings = settings
-        self._engine = EngineProcess(settings, on_message=self._handle, on_end=self._handle_end)
+        self._engine = EngineProcess(settings, files, on_message=self._handle, on_end=self._handle_end)
         self._pending: dict[int, _Pending] = {}
         self._last_id = 0
 
@@ -167,14 +169,14 @@ class Generation:
 
     # Requests
 
-    async def generate(self, request: EngineRequest) -> EngineResult:
-        """All continuations of a request, finished. Raises what `stream` raises."""
+    async def generate(self, request: EngineRequest, *, follows: bool = False) -> EngineResult:
+        """All continuations of a request, finished. `follows`, and what is raised, as for `stream`."""
         texts = [""] * request.n
         tokens: list[list[int]] = [[] for _ in range(request.n)]
         logprobs: list[list[LogProbsWithBytes]] = [[] for _ in range(request.n)]
         reasons: list[FinishReason] = ["length"] * request.n
         summary: Summary | None = None
-        async with contextlib.aclosing(self.stream(request, in_chunks=False)) as items:
+        async with contextlib.aclosing(self.stream(request, in_chunks=False, follows=follows)) as items:
             async for item in items:
                 if isinstance(item, Summary):
                     summary = item
@@ -203,13 +205,15 @@ class Generation:
         request.
 
         `in_chunks`: whether a continuation is wanted in pieces, or in one at its end. `follows`: whether it belongs to
-        a request of several prompts of which one was admitted: it is not refused for want of room, and may wait longer.
+        a request of several prompts or checkpoints of which one was admitted: it is not refused for want of room, and
+        may wait longer.
 
         Raises:
             Invalid: the prompt is empty, or more tokens or continuations are wanted than the settings allow.
             TooManyRequests: too many requests wait.
             Conflict: `checkpoint_damaged`.
-            Unavailable: the engine ended or cannot start, the checkpoint makes no model, or a time limit was reached.
+            Unavailable: the engine ended or cannot start, the checkpoint makes no model or cannot be read now, or a
+                time limit was reached.
         """
         self._check_limits(request)
         load = _Load(n_continuations=request.n)

@@ -8,7 +8,6 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import structlog
 from torch import device as TorchDevice
@@ -16,6 +15,7 @@ from torch import device as TorchDevice
 from nanomoe import checkpoint
 from nanomoe.checkpoint import CheckpointDamaged
 from nanomoe.generation.engine import Engine
+from nanomoe.store.store import Store, StoreError
 from nanomoe.tokenizer import Tokenizer
 
 log = structlog.get_logger(__name__)
@@ -25,7 +25,7 @@ log = structlog.get_logger(__name__)
 class LoadedCheckpoint:
     """A checkpoint, ready to be continued from."""
 
-    folder: Path
+    folder: str
     engine: Engine
     tokenizer: Tokenizer
     lacks_loops: bool
@@ -51,15 +51,18 @@ class CheckpointCache:
     def __init__(
         self,
         device: TorchDevice,
+        open_folder: Callable[[str], Store],
         *,
         max_bytes: int,
         max_running: int,
         in_main_thread: Callable[[Callable[[], None]], None],
         on_failure: Callable[[str, LoadFailure], None],
     ) -> None:
-        """`max_bytes`: memory of the loaded checkpoints; `max_running`: continuations that each may generate at the
-        same time; `in_main_thread` has a function called there; `on_failure` is given the manifest's sha256."""
+        """`open_folder` opens the folder of a checkpoint; `max_bytes`: memory of the loaded checkpoints; `max_running`:
+        continuations that each may generate at the same time; `in_main_thread` has a function called there;
+        `on_failure` is given the manifest's sha256."""
         self._device = device
+        self._open_folder = open_folder
         self._max_bytes = max_bytes
         self._max_running = max_running
         self._in_main_thread = in_main_thread
@@ -111,7 +114,7 @@ class CheckpointCache:
         self._loaded = OrderedDict((sha256, kept) for sha256, kept in self._loaded.items() if kept is not loaded)
         self._replaced = [replaced for replaced in self._replaced if replaced is not loaded]
 
-    def load(self, folder: Path, manifest_sha256: str) -> bool:
+    def load(self, folder: str, manifest_sha256: str) -> bool:
         """Start to load a checkpoint, unless another is being loaded or those in use leave no room; returns whether it
         was started."""
         in_use = sum(loaded.engine.n_bytes for loaded in self.in_use)
@@ -136,10 +139,10 @@ class CheckpointCache:
                 if loaded.lacks_loops and self.load(loaded.folder, sha256):
                     loaded.lacks_loops = False  # if it cannot be read any more, it stays as it is
 
-    def _read(self, folder: Path, manifest_sha256: str, *, with_loops: bool) -> LoadedCheckpoint | LoadFailure:
+    def _read(self, folder: str, manifest_sha256: str, *, with_loops: bool) -> LoadedCheckpoint | LoadFailure:
         """Called in the loader's thread."""
         try:
-            opened = checkpoint.open(folder, manifest_sha256)
+            opened = checkpoint.open(self._open_folder(folder), manifest_sha256)
             tokenizer = opened.tokenizer()
             on_cpu = self._device.type == "cpu"
             engine = Engine(
@@ -155,9 +158,12 @@ class CheckpointCache:
             return LoadedCheckpoint(folder, engine, tokenizer, lacks_loops=on_cpu and not with_loops)
         except CheckpointDamaged as error:
             return LoadFailure(error.code, str(error))
+        except StoreError as error:
+            log.error(error.code, folder=folder, reason=str(error))
+            return LoadFailure(error.code, error.summary)
         except Exception as error:  # a fault of one checkpoint is the answer to its requests, and ends no others
-            log.exception("checkpoint_unreadable", folder=str(folder))
-            return LoadFailure("checkpoint_unreadable", f"{folder.name}: {type(error).__name__}: {error}")
+            log.exception("checkpoint_unreadable", folder=folder)
+            return LoadFailure("checkpoint_unreadable", f"{folder.rpartition('/')[2]}: {type(error).__name__}: {error}")
 
     def _handle_loaded(self, manifest_sha256: str, read: LoadedCheckpoint | LoadFailure) -> None:
         self._is_loading = False

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import BinaryIO
 
@@ -24,6 +25,7 @@ import torch
 from nanomoe.generation.engine import FEW_CONTINUATIONS, useful_threads
 from nanomoe.logs import configure_logging
 from nanomoe.processes import die_with_parent
+from nanomoe.store.opening import open_store
 from nanomoe.training.execution import find_device
 from service.generation import compiled_loops
 from service.generation.checkpoint_cache import CheckpointCache
@@ -52,6 +54,9 @@ _SWITCH_SECONDS = 0.0005
 """How long the main thread waits for the interpreter's lock where another thread computes in Python. It needs the lock
 after every tensor operation, and a token takes a hundred of them."""
 
+_RETRY_SECONDS = 10.0
+"""How long a bucket that is out of reach is asked again: other checkpoints wait to be loaded, clients for a text."""
+
 
 class Server:
     """The main thread's work, and the threads that hand it more."""
@@ -65,11 +70,13 @@ class Server:
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         """What the other threads want done in the main one."""
         self._examiner = ThreadPoolExecutor(1, thread_name_prefix="examiner")
-        self._answer = Examiner(self._device).answer
+        open_folder = partial(open_store, cache=start.files, retry_seconds=_RETRY_SECONDS)
+        self._answer = Examiner(self._device, open_folder).answer
         self._questions: dict[int, Future[Examined | Refused | Failed]] = {}
         """Questions that wait for the examiner or are being answered, by id."""
         self._cache = CheckpointCache(
             self._device,
+            open_folder,
             max_bytes=start.cache_bytes,
             max_running=start.max_running,
             in_main_thread=self._inbox.put,

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import structlog
 
+from nanomoe.store.cache import CacheAddress
 from service.errors import Unavailable
 from service.generation.messages import EngineReady, EngineStart, FromEngine, ToEngine, parse_from_engine, to_line
 from service.settings import Settings
@@ -33,11 +34,17 @@ class EngineProcess:
     """One engine at a time. Its methods belong to the API's event loop."""
 
     def __init__(
-        self, settings: Settings, *, on_message: Callable[[FromEngine], None], on_end: Callable[[Unavailable], None]
+        self,
+        settings: Settings,
+        files: CacheAddress | None,
+        *,
+        on_message: Callable[[FromEngine], None],
+        on_end: Callable[[Unavailable], None],
     ) -> None:
-        """`on_message` is given every message of the engine; `on_end`, when it has ended, the answer to the requests
-        that it has not answered."""
+        """`files`: where files of a bucket are kept. `on_message` is given every message of the engine; `on_end`, when
+        it has ended, the answer to the requests that it has not answered."""
         self._settings = settings
+        self._files = files
         self._on_message = on_message
         self._on_end = on_end
         self._process: asyncio.subprocess.Process | None = None
@@ -102,6 +109,7 @@ class EngineProcess:
                 cache_bytes=settings.engine_cache_bytes,
                 max_running=settings.engine_max_running,
                 log_format=settings.log_format,
+                files=self._files,
             )
             await send(process, start)
         except BaseException:

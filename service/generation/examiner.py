@@ -7,7 +7,7 @@ loaded as they were trained. Knows no HTTP.
 
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -22,6 +22,8 @@ from nanomoe.evaluation.attention import inspect
 from nanomoe.evaluation.score import logprobs_of_tokens, losses_of_tokens
 from nanomoe.model.gpt import GPT
 from nanomoe.model.moe import Routing
+from nanomoe.store.opening import open_store
+from nanomoe.store.store import Store, StoreError
 from nanomoe.tokenizer import Tokenizer
 from service.generation.answers import LayerRoutingView, NextTokenView
 from service.generation.messages import (
@@ -63,9 +65,9 @@ class LoadedModel:
     model: GPT
 
     @classmethod
-    def load(cls, folder: Path, manifest_sha256: str | None, device: TorchDevice) -> Self:
+    def load(cls, folder: Store | Path, manifest_sha256: str | None, device: TorchDevice) -> Self:
         """The model of a checkpoint, every byte verified; without a hash, of a folder whose files are taken as they
-        are. Raises CheckpointDamaged."""
+        are. Raises CheckpointDamaged, StoreError."""
         model, config, tokenizer = checkpoint.load_model(checkpoint.open(folder, manifest_sha256), device)
         return cls(config, tokenizer, model)
 
@@ -78,8 +80,12 @@ class LoadedModel:
 class Examiner:
     """Answers questions one after the other, and keeps the models that it has loaded for later ones."""
 
-    def __init__(self, device: TorchDevice, *, kept_bytes: int = KEPT_BYTES) -> None:
+    def __init__(
+        self, device: TorchDevice, open_folder: Callable[[str], Store] = open_store, *, kept_bytes: int = KEPT_BYTES
+    ) -> None:
+        """`open_folder` opens the folder of a checkpoint."""
         self._device = device
+        self._open_folder = open_folder
         self._kept_bytes = kept_bytes
         self._kept: OrderedDict[str, LoadedModel] = OrderedDict()
         """By manifest sha256, the least recently asked first."""
@@ -87,7 +93,7 @@ class Examiner:
     def answer(self, question: Question) -> Examined | Refused | Failed:
         """Answer a question; an error becomes its answer, and affects no other question."""
         try:
-            opened = self._open(Path(question.folder), question.manifest_sha256)
+            opened = self._open(question.folder, question.manifest_sha256)
             if isinstance(question, Score):
                 return _score(question, opened.tokenizer, opened.model)
             if isinstance(question, ReadPrompts):
@@ -95,15 +101,18 @@ class Examiner:
             return answer_inspect(question, opened.tokenizer, opened.model)
         except CheckpointDamaged as error:
             return Failed(id=question.id, code=error.code, message=str(error))
+        except StoreError as error:
+            log.error(error.code, folder=question.folder, reason=str(error))
+            return Failed(id=question.id, code=error.code, message=error.summary)
         except Exception as error:
             log.exception("question_failed", folder=question.folder)
             return Failed(id=question.id, code="checkpoint_unreadable", message=f"{type(error).__name__}: {error}")
 
-    def _open(self, folder: Path, manifest_sha256: str) -> LoadedModel:
-        """From what was kept, or from the disk with every byte verified."""
+    def _open(self, folder: str, manifest_sha256: str) -> LoadedModel:
+        """From what was kept, or from the store with every byte verified."""
         opened = self._kept.pop(manifest_sha256, None)
         if opened is None:
-            opened = LoadedModel.load(folder, manifest_sha256, self._device)
+            opened = LoadedModel.load(self._open_folder(folder), manifest_sha256, self._device)
         self._kept[manifest_sha256] = opened
         total = sum(kept.n_bytes for kept in self._kept.values())
         while total > self._kept_bytes:

@@ -9,6 +9,7 @@ from pydantic import Field, TypeAdapter
 
 from nanomoe.config import SamplingConfig, Strict
 from nanomoe.logs import LogFormat
+from nanomoe.store.cache import CacheAddress
 from service.generation.answers import FinishReason, LayerRoutingView, NextTokenView, PromptToken, TokenLogProb
 
 
@@ -16,7 +17,7 @@ class EngineRequest(Strict):
     """Continuations of one prompt from one recorded checkpoint, within the server's limits."""
 
     folder: str
-    """Absolute path of the checkpoint."""
+    """Absolute path of the checkpoint, or its URL in a bucket."""
 
     manifest_sha256: str
     """SHA-256 of the recorded manifest, which holds the SHA-256 of every file."""
@@ -65,6 +66,9 @@ class EngineStart(Strict):
     log_format: LogFormat = "console"
     """How the engine writes log lines to standard error."""
 
+    files: CacheAddress | None = None
+    """Where files of a bucket are kept that are read; null where the store is a folder."""
+
 
 class Generate(Strict):
     """A request to continue a prompt."""
@@ -85,7 +89,7 @@ class Score(Strict):
     type: Literal["score"] = "score"
     id: int
     folder: str
-    """Absolute path of the checkpoint."""
+    """Absolute path of the checkpoint, or its URL in a bucket."""
 
     manifest_sha256: str
     text: str
@@ -97,7 +101,7 @@ class Inspect(Strict):
     type: Literal["inspect"] = "inspect"
     id: int
     folder: str
-    """Absolute path of the checkpoint."""
+    """Absolute path of the checkpoint, or its URL in a bucket."""
 
     manifest_sha256: str
     prompt: str
@@ -111,7 +115,7 @@ class ReadPrompts(Strict):
     type: Literal["read_prompts"] = "read_prompts"
     id: int
     folder: str
-    """Absolute path of the checkpoint."""
+    """Absolute path of the checkpoint, or its URL in a bucket."""
 
     manifest_sha256: str
     prompts: tuple[str | tuple[int, ...], ...]

@@ -3,14 +3,14 @@
 Knows no HTTP and no engine process.
 """
 
-import asyncio
-from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 
 from service.errors import Invalid
 from service.generation.admission import Generation, Summary
+from service.generation.merged import merged
 from service.generation.messages import Chunk, EngineRequest
 
 
@@ -43,47 +43,28 @@ async def continue_all(
     that fails ends all. `in_chunks` and the errors raised are those of `Generation.stream`; the location of an error
     has the prompt's number before its place in the prompt.
     """
-    waiting = deque(enumerate(requests))
-    items: asyncio.Queue[Gain | Summary | Exception] = asyncio.Queue()
+    n_prompt_tokens = n_completion_tokens = 0
 
-    async def generate_next() -> None:
-        while waiting:
-            n, request = waiting.popleft()
-            try:
-                stream = generation.stream(request, in_chunks=in_chunks, follows=n > 0)
-                async with aclosing(stream):
-                    async for item in stream:
-                        items.put_nowait(Gain(n, item) if isinstance(item, Chunk) else item)
-            except Exception as error:  # raised where the items are read
-                waiting.clear()
-                items.put_nowait(_within_prompt(error, n))
+    async def stream(n: int) -> AsyncGenerator[Chunk | Summary]:
+        try:
+            async with aclosing(generation.stream(requests[n], in_chunks=in_chunks, follows=n > 0)) as items:
+                async for item in items:
+                    yield item
+        except Invalid as error:
+            raise _within_prompt(error, n) from error
 
-    # They begin in this order: where the first prompt is refused, the tasks behind it find none left.
-    tasks = [asyncio.create_task(generate_next()) for _ in range(min(at_once, len(requests)))]
-    try:
-        summaries: list[Summary] = []
-        while len(summaries) < len(requests):
-            item = await items.get()
-            if isinstance(item, Exception):
-                raise item
-            if isinstance(item, Summary):
-                summaries.append(item)
+    async with aclosing(merged([partial(stream, n) for n in range(len(requests))], at_once=at_once)) as items:
+        async for n, item in items:
+            if isinstance(item, Chunk):
+                yield Gain(n, item)
             else:
-                yield item
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-    yield Count(
-        prompt_tokens=sum(summary.prompt_tokens for summary in summaries),
-        completion_tokens=sum(summary.completion_tokens for summary in summaries),
-    )
+                n_prompt_tokens += item.prompt_tokens
+                n_completion_tokens += item.completion_tokens
+    yield Count(n_prompt_tokens, n_completion_tokens)
 
 
-def _within_prompt(error: Exception, n: int) -> Exception:
+def _within_prompt(error: Invalid, n: int) -> Invalid:
     """The error, with the prompt's number in the location of its faults."""
-    if not isinstance(error, Invalid):
-        return error
     prompt = ["body", "prompt"]
     faults = [
         {**fault, "loc": [*prompt, n, *fault["loc"][2:]]} if fault["loc"][:2] == prompt else fault

@@ -1,6 +1,6 @@
 """Which requests are generated, from their arrival to their last message.
 
-Requests begin in the order of their arrival, as many as may run at the same time; a step adds one token to every
+Requests begin in the order of their arrival, as many as may run at the same time; a step adds tokens to every
 continuation. Belongs to the engine's main thread. Knows no pipe and no other thread.
 """
 
@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import structlog
 import torch
@@ -86,7 +85,7 @@ class Scheduler:
         for message in list(self._waiting):
             sha256 = message.request.manifest_sha256
             if sha256 not in self._cache:
-                self._cache.load(Path(message.request.folder), sha256)
+                self._cache.load(message.request.folder, sha256)
             elif self.is_idle or self.n_continuations + message.request.n <= self._max_running:
                 self._waiting.remove(message)
                 self._begin(message)
@@ -94,7 +93,7 @@ class Scheduler:
                 return
 
     def step(self) -> None:
-        """Add one token to every continuation, and send the chunks that are due."""
+        """Add tokens to every continuation, and send the chunks that are due."""
         for loaded in self._cache.in_use:
             with self._failing_only_requests_of(loaded):
                 self._step(loaded)
@@ -138,7 +137,7 @@ class Scheduler:
             self._send(Begun(id=message.id, at=time.monotonic()))
 
     def _step(self, loaded: LoadedCheckpoint) -> None:
-        """Add one token to every continuation of one checkpoint."""
+        """Add tokens to every continuation of one checkpoint."""
         touched: dict[int, _Running] = {}
         for continuation in loaded.engine.step():
             running, chunked = self._owners[continuation]
@@ -196,4 +195,12 @@ class Scheduler:
 
 def _one_of_n(request: EngineRequest, prompt: tuple[int, ...], index: int) -> Request:
     """What the engine is asked for by one of a request's `n` continuations."""
-    return Request(prompt, request.max_new_tokens, request.sampling, request.seed, index, request.logprobs)
+    return Request(
+        prompt,
+        request.max_new_tokens,
+        request.sampling,
+        request.seed,
+        index,
+        request.logprobs,
+        may_end_early=bool(request.stop),
+    )

@@ -8,17 +8,21 @@ from dataclasses import dataclass
 import structlog
 from anyio import CapacityLimiter, to_thread
 
+from nanomoe.store.store import Store, StoreError
 from service.database import migrate
 from service.database.database import Database
 from service.database.opening import open_database
 from service.database.wakeups import Wakeups
-from service.errors import ServiceError
+from service.errors import ServiceError, store_out_of_reach
 from service.generation.admission import Generation
+from service.http.authentication import Authenticator
+from service.http.guard import check_address
 from service.http.instruments import expose
 from service.jobs.rescuer import Rescuer
 from service.jobs.workers import has_training
 from service.settings import Settings
 from service.storage.installation import join_installation
+from service.storage.opening import REQUEST_RETRY_SECONDS, cache_of, open_store
 
 log = structlog.get_logger(__name__)
 
@@ -29,8 +33,10 @@ class Context:
 
     settings: Settings
     database: Database
+    store: Store
     wakeups: Wakeups
     generation: Generation
+    authenticator: Authenticator
     comparing: CapacityLimiter
     """Limit of one search for copied spans at a time: each takes memory and a core."""
 
@@ -45,18 +51,23 @@ async def open_context(settings: Settings) -> AsyncIterator[Context]:
     Raises:
         StartRefused: starting would risk data.
         DatabaseUnavailable: the database is out of reach.
+        Unavailable: the store of files is.
     """
-    database = await to_thread.run_sync(_open, settings)
+    store = open_store(settings, retry_seconds=REQUEST_RETRY_SECONDS)
+    database = await to_thread.run_sync(_open, settings, store)
     with closing(database):
         wakeups = Wakeups(database)
-        generation = Generation(settings)
+        authenticator = Authenticator(database)
+        check_address(settings, has_keys=await authenticator.keys_are_required())
+        generation = Generation(settings, cache_of(settings))
         expose(generation.instruments, database)
         rescuer = Rescuer(database, settings.rescue_seconds)
         background = [asyncio.create_task(_rescue_periodically(rescuer, settings.rescue_seconds))]
         if settings.engine_preload:
             background.append(asyncio.create_task(_preload_engine(database, wakeups, generation)))
         try:
-            yield Context(settings, database, wakeups, generation, CapacityLimiter(1), CapacityLimiter(1))
+            limits = CapacityLimiter(1), CapacityLimiter(1)
+            yield Context(settings, database, store, wakeups, generation, authenticator, *limits)
         finally:
             wakeups.close()
             for task in background:
@@ -65,12 +76,16 @@ async def open_context(settings: Settings) -> AsyncIterator[Context]:
             await generation.stop()
 
 
-def _open(settings: Settings) -> Database:
+def _open(settings: Settings, store: Store) -> Database:
     database = open_database(settings)
     try:
         log.info("database_opened", kind=database.engine.dialect.name, revision=database.revision())
         migrate.upgrade(database)
-        join_installation(database, settings.data_dir, create=True)
+        join_installation(database, store, create=True)
+    except StoreError as error:
+        database.close()
+        log.error(error.code, store=store.location, reason=str(error))
+        raise store_out_of_reach(error.code) from error
     except BaseException:
         database.close()
         raise

@@ -20,20 +20,23 @@ MODELS_PATH = "/models"
 """The one route whose bodies are files of weights, with a limit of their own."""
 
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+_OWN_SITE = frozenset({"same-origin", "none"})
+"""Values of `Sec-Fetch-Site` of a request by this service's own pages, and of one that no page has made."""
 
 
-def check_address(settings: Settings) -> None:
-    """Refuse to listen on an address that other machines can reach, unless the settings allow it.
+def check_address(settings: Settings, *, has_keys: bool) -> None:
+    """Refuse to listen on an address that other machines can reach, unless keys are asked for there or the settings
+    allow it.
 
     Raises:
-        StartRefused: the address is not loopback's, and `allow_no_keys` is not set.
+        StartRefused: the address is not loopback's, no key was ever made, and `allow_no_keys` is not set.
     """
-    if not is_loopback(settings.host) and not settings.allow_no_keys:
+    if not is_loopback(settings.host) and not has_keys and not settings.allow_no_keys:
         raise StartRefused(
-            f"NANOMOE_HOST is {settings.host}, which other machines can reach, and this version has no keys yet: "
-            "anybody there could submit, read and delete jobs. Use 127.0.0.1, or, if access is restricted "
-            "otherwise (a container port published on loopback, a proxy with a password), "
-            "set NANOMOE_ALLOW_NO_KEYS=true"
+            f"NANOMOE_HOST is {settings.host}, which other machines can reach, and there are no keys yet: anybody "
+            "there could submit, read and delete jobs. Make one (nanomoe keys create NAME --role admin), use "
+            "127.0.0.1, or, if access is restricted otherwise (a container port published on loopback, a proxy with a "
+            "password), set NANOMOE_ALLOW_NO_KEYS=true"
         )
 
 
@@ -91,8 +94,12 @@ class Guard:
                 f"this service does not answer to the Host '{host}'; NANOMOE_ALLOWED_HOSTS names others",
             )
         origin = headers.get("origin")
-        if origin is not None and method not in _SAFE_METHODS and origin.lower() not in _origins_of(host):
-            raise Forbidden("origin_not_allowed", f"a page of '{origin}' must not change anything here")
+        if method not in _SAFE_METHODS:
+            if origin is not None and origin.lower() not in _origins_of(host):
+                raise Forbidden("origin_not_allowed", f"a page of '{origin}' must not change anything here")
+            # A browser says where a request comes from even where it leaves the origin out.
+            if origin is None and headers.get("sec-fetch-site", "none") not in _OWN_SITE:
+                raise Forbidden("origin_not_allowed", "a page of another origin must not change anything here")
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length[:20]) > limit:
             raise _too_large(limit)

@@ -3,6 +3,9 @@
 from anyio import CancelScope
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+IS_HEAD = "nanomoe.is_head"
+"""Key in the scope of a request that is handled as `GET`, for the few that answer `HEAD` otherwise."""
+
 # Ranges are defined for GET alone (RFC 9110, 14.2).
 _ONLY_FOR_GET = frozenset({b"range", b"if-range"})
 
@@ -27,4 +30,4 @@ class HeadAsGet:
                     await send({"type": "http.response.body", "body": b""})
                     scope_of_answer.cancel()
 
-            await self._app({**scope, "method": "GET", "headers": headers}, receive, send_head)
+            await self._app({**scope, "method": "GET", "headers": headers, IS_HEAD: True}, receive, send_head)

@@ -16,6 +16,7 @@ from service.database.database import Database
 from service.generation.instruments import GenerationInstruments
 from service.jobs import reads
 from service.jobs.queue_position import LongestWait, find_longest_wait
+from service.jobs.statuses import Status
 from service.jobs.workers import is_alive, list_workers
 
 _clock = time.monotonic
@@ -30,7 +31,7 @@ class DatabaseCollector(Collector):
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._counted: tuple[float, dict[str, int], LongestWait] | None = None
+        self._counted: tuple[float, dict[Status, int], LongestWait] | None = None
         self._ahead_since: float | None = None
         """Monotonic time since which every scrape found a queued job whose submission time lies in the future."""
 
@@ -54,7 +55,9 @@ class DatabaseCollector(Collector):
         alive = [(row, running) for row, running in list_workers(self._database) if is_alive(row, now)]
         yield GaugeMetricFamily("nanomoe_workers", "Workers with a recent heartbeat.", len(alive))
         yield GaugeMetricFamily(
-            "nanomoe_worker_slots", "Jobs that the alive workers can train at once.", sum(row.slots for row, _ in alive)
+            "nanomoe_worker_slots",
+            "Jobs, or cohorts of jobs, that the alive workers can train at once.",
+            sum(row.slots for row, _ in alive),
         )
         speed = sum(job.progress.get("tok_per_sec") or 0.0 for _, running in alive for job in running)
         yield GaugeMetricFamily("nanomoe_training_tokens_per_second", "Training speed, all jobs together.", speed)
@@ -70,7 +73,7 @@ class DatabaseCollector(Collector):
         ages += [_clock() - self._ahead_since] if self._ahead_since is not None else []
         return max(0.0, *ages) if ages else 0.0
 
-    def _count_jobs(self) -> tuple[dict[str, int], LongestWait]:
+    def _count_jobs(self) -> tuple[dict[Status, int], LongestWait]:
         now = _clock()
         if self._counted is None or now - self._counted[0] > _COUNT_SECONDS:
             self._counted = now, reads.count_jobs(self._database), find_longest_wait(self._database)

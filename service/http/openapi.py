@@ -3,6 +3,7 @@
 Knows no route by name.
 """
 
+import threading
 from typing import Any
 
 from fastapi import FastAPI
@@ -10,18 +11,22 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from service.http.authentication import COOKIE
+from service.http.permissions import Permission, permissions_of
 from service.http.problems import MEDIA_TYPE
 from service.http.schemas import (
     Estimate,
     GenerateChunk,
     GenerateEnd,
+    JobCheckpointEvent,
+    JobStatusEvent,
+    JobStepEvent,
+    JobWarningEvent,
     OpenAIError,
     Problem,
     StatusEvent,
     SubmitRequest,
-    SweepCheckpointEvent,
     SweepEstimate,
-    SweepStatusEvent,
 )
 from service.http.schemas.base import SAME_AS
 
@@ -29,7 +34,8 @@ _REF = "#/components/schemas/"
 
 _MEANINGS = {
     400: "The request body cannot be parsed.",
-    403: "`Host` or `Origin` is not allowed.",
+    401: "The service has keys, and the request came without a valid one.",
+    403: "`Host` or `Origin` is not allowed, or the key's role does not allow the request.",
     404: "The job, sweep, checkpoint or file does not exist.",
     409: "The state of the job or checkpoint does not allow it, or several jobs may be meant; `code` names the reason.",
     412: "A precondition of the request (`If-Match`, `If-Unmodified-Since`) is not met.",
@@ -37,11 +43,22 @@ _MEANINGS = {
     415: "The body is of another media type, compressed, or JSON in another charset than UTF-8.",
     416: "The range lies outside of the file.",
     422: "The request is not valid; `errors` names each fault.",
-    429: "The queue is full; `Retry-After` gives the seconds until another attempt may succeed.",
+    429: "The queue is full, or a quota is used up (`quota` says what is left); `Retry-After` gives the seconds until "
+    "another attempt may succeed.",
     503: "The database or the generation engine is unavailable; `Retry-After` gives the seconds until another attempt.",
     507: "The disk of the database is full.",
 }
 
+
+_SECURITY_SCHEMES: dict[str, Any] = {
+    "key": {"type": "http", "scheme": "bearer", "description": "Key made by `nanomoe keys create`."},
+    "session": {
+        "type": "apiKey",
+        "in": "cookie",
+        "name": COOKIE,
+        "description": "Session token of a browser that has signed in (`POST /session`).",
+    },
+}
 
 NOT_MODIFIED: dict[str, Any] = {
     "description": "The client has the current version already (`If-None-Match`, `If-Modified-Since`)."
@@ -58,7 +75,7 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """A route's `responses`: the problems that it can answer, beside those of every route."""
     return {
         status: {"description": _MEANINGS[status], "content": {MEDIA_TYPE: {"schema": ref(Problem)}}}
-        for status in sorted({403, *statuses})
+        for status in sorted({401, 403, *statuses})
     }
 
 
@@ -66,23 +83,32 @@ def openai_errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """`problems` for a route under `/v1`."""
     return {
         status: {"description": _MEANINGS[status], "content": {"application/json": {"schema": ref(OpenAIError)}}}
-        for status in sorted({403, *statuses})
+        for status in sorted({401, 403, *statuses})
     }
 
 
 # Schemas that FastAPI does not find, because those bodies, answers and events are read or written by hand.
 _BY_HAND = (
     *(Problem, OpenAIError, SubmitRequest, Estimate, StatusEvent, GenerateChunk, GenerateEnd),
-    *(SweepEstimate, SweepStatusEvent, SweepCheckpointEvent),
+    *(SweepEstimate, JobStatusEvent, JobStepEvent, JobCheckpointEvent, JobWarningEvent),
 )
 # FastAPI documents its own validation error wherever there is a parameter; here it is a problem, or it cannot happen.
 _NOT_OURS = ("HTTPValidationError", "ValidationError")
 
 
+_ONE_AT_A_TIME = threading.Lock()
+"""Making the document changes schemas that the routes hold, which two requests must not do at once."""
+
+
 def document(app: FastAPI) -> dict[str, Any]:
-    """The document of `app`, made once."""
-    if app.openapi_schema is not None:
+    """The document of `app`, made once, whoever asks for it at the same time."""
+    with _ONE_AT_A_TIME:
+        if app.openapi_schema is None:
+            app.openapi_schema = _made(app)
         return app.openapi_schema
+
+
+def _made(app: FastAPI) -> dict[str, Any]:
     made = get_openapi(
         title=app.title,
         version=app.version,
@@ -95,13 +121,18 @@ def document(app: FastAPI) -> dict[str, Any]:
     schemas["JsonValue"]["description"] = "Any JSON value."
     made["components"]["schemas"] = {name: schemas[name] for name in sorted(schemas) if name not in _NOT_OURS}
     _refer(made["components"]["schemas"])
-    for path in made["paths"].values():
-        for operation in path.values():
+    for path, operations in made["paths"].items():
+        for method, operation in operations.items():
+            if permissions_of(path)[method.upper()] is Permission.OPEN:
+                del operation["responses"]["401"]
+                operation["security"] = []
             for parameter in operation.get("parameters", []):
                 _never_null(parameter["schema"])
             if _is_not_ours(operation["responses"].get("422", {})):
                 del operation["responses"]["422"]
-    app.openapi_schema = made
+    made["components"]["securitySchemes"] = _SECURITY_SCHEMES
+    # Where no key was ever made, none is needed.
+    made["security"] = [{name: []} for name in _SECURITY_SCHEMES] + [{}]
     return made
 
 

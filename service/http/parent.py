@@ -17,13 +17,14 @@ def find_parent(service: Context, origin: InitFrom | None) -> Parent | None:
     Raises:
         NotFound: `job_not_found`, `checkpoint_not_found`.
         Conflict: `checkpoint_damaged`, `ambiguous_job`.
+        StoreError: its files cannot be read now.
     """
     if origin is None:
         return None
     job = reads.get_job(service.database, find_job_id(service.database, origin.job_id))
     recorded = reads.get_checkpoint(service.database, job.id, origin.checkpoint)
     try:
-        opened = checkpoint.open(service.settings.data_dir / recorded.folder, recorded.manifest_sha256)
+        opened = checkpoint.open(service.store / recorded.folder, recorded.manifest_sha256)
         tokenizer = opened.tokenizer()
     except CheckpointDamaged as error:
         raise Conflict(error.code, f"cannot start from {origin.job_id}@{origin.checkpoint}: {error}") from error

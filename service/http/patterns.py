@@ -11,12 +11,14 @@ TAG_KEY = r"^[A-Za-z0-9_.-]+$"
 TAG = r"^[A-Za-z0-9_.-]{1,64}([=:][^\x00-\x1f\x7f]{0,200})?$"
 """A tag filter: a key, and optionally `=` or `:` and a value, which may contain both."""
 IDEMPOTENCY_KEY = r"^[\x21-\x7e]+$"
+ID_PREFIX = r"^[0-9a-f]{1,32}$"
 SEQUENCE_NUMBER = r"^[0-9]{1,18}$"
 AT_STEP = r"^step:[0-9]{1,18}$"
 
 _MESSAGES = {
     JOB_ID_PATTERN: "must be 32 hexadecimal digits, in lower case",
-    JOB_REFERENCE_PATTERN: "must be a job's id, name, or beginning of its id, without control characters",
+    JOB_REFERENCE_PATTERN: "must be an id, a name, or the beginning of an id, without control characters",
+    ID_PREFIX: "must be the first digits of an id: 1 to 32 hexadecimal digits, in lower case",
     PRINTABLE: "must not hold control characters, such as line ends",
     PRINTABLE_OR_EMPTY: "must not hold control characters, such as line ends",
     TAG_KEY: "must consist of the letters A to Z and a to z, digits, _, . and -",

@@ -18,9 +18,10 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.routing import Match, Mount
 
-from service.errors import AmbiguousJob, Invalid, ServiceError
+from nanomoe.store.store import StoreError
+from service.errors import Ambiguous, Invalid, QuotaExceeded, ServiceError, Unauthorized, store_out_of_reach
 from service.http.patterns import message_of
-from service.http.schemas import JobCandidate, OpenAIError, OpenAIErrorDetail, Problem, ProblemError
+from service.http.schemas import JobCandidate, OpenAIError, OpenAIErrorDetail, Problem, ProblemError, QuotaState
 
 MEDIA_TYPE = "application/problem+json"
 OPENAI_PREFIX = "/v1/"
@@ -94,7 +95,10 @@ def respond(path: str, status: int, code: str, detail: str, headers: Mapping[str
 def of_service_error(error: ServiceError) -> Problem:
     """The problem document of a `ServiceError`."""
     problem = _problem(error.status, error.code, error.detail, error.title, error.errors)
-    if not isinstance(error, AmbiguousJob):
+    if isinstance(error, QuotaExceeded):
+        quota = QuotaState(name=error.name, limit=error.limit, used=error.used, left=error.left)
+        return problem.model_copy(update={"quota": quota})
+    if not isinstance(error, Ambiguous):
         return problem
     candidates = [JobCandidate.model_validate(one, from_attributes=True) for one in error.candidates]
     return problem.model_copy(update={"candidates": candidates})
@@ -103,6 +107,10 @@ def of_service_error(error: ServiceError) -> Problem:
 def from_service_error(path: str, error: ServiceError) -> Response:
     """The response of a `ServiceError` to a request for `path`."""
     headers = {} if error.retry_after is None else {"Retry-After": str(max(1, ceil(error.retry_after)))}
+    if isinstance(error, Unauthorized):
+        # RFC 6750, 3: the error is named where a key was sent.
+        sent = "" if error.code == "key_required" else ', error="invalid_token"'
+        headers["WWW-Authenticate"] = f'Bearer realm="nanomoe"{sent}'
     return _write(path, of_service_error(error), headers)
 
 
@@ -158,6 +166,12 @@ async def _service_error(request: Request, error: Exception) -> Response:
     return from_service_error(request.url.path, error)
 
 
+async def _store_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, StoreError)
+    log.error(error.code, path=request.url.path, reason=str(error))
+    return from_service_error(request.url.path, store_out_of_reach(error.code))
+
+
 async def _validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     if any(one["type"] == "json_invalid" for one in error.errors()):
@@ -202,6 +216,7 @@ async def _unexpected(request: Request, error: Exception) -> Response:
 def install(app: FastAPI) -> None:
     """Register the exception handlers of `app`."""
     app.add_exception_handler(ServiceError, _service_error)
+    app.add_exception_handler(StoreError, _store_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _unexpected)

@@ -16,6 +16,7 @@ from nanomoe.config import JobConfig
 from service.errors import Invalid
 from service.http.patterns import message_of
 from service.http.schemas.sweeps import MAX_JOBS, SweepRequest
+from service.report.labels import value_label
 
 NOT_SWEEPABLE = frozenset({"init_from", "deterministic"})
 """Knobs that all jobs of a sweep have in common: what they are compared by would not be comparable."""
@@ -154,7 +155,8 @@ def _of_grid(request: SweepRequest) -> list[_Raw]:
             faults += value_faults
             if not value_faults and found in parsed:
                 _refuse(
-                    "repeated_points", [{"loc": [*where, name, index], "msg": f"{_shown(found)} stands there twice"}]
+                    "repeated_points",
+                    [{"loc": [*where, name, index], "msg": f"{value_label(found)} stands there twice"}],
                 )
             parsed.append(found)
     _refuse("invalid_points", faults)
@@ -290,15 +292,4 @@ def _refuse(code: str, faults: Sequence[Fault], of: int | None = None) -> None:
 
 
 def _label(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={value[:8] if name == 'text' else _shown(value)}" for name, value in values.items())
-
-
-def _shown(value: Any) -> str:
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return str(value).lower()
-        case float():
-            return f"{value:g}"
-    return str(value)
+    return ", ".join(f"{name}={value_label(value)}" for name, value in values.items())

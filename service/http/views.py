@@ -4,7 +4,10 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from types import MappingProxyType
 from typing import Any
+
+from pydantic import BaseModel
 
 from nanomoe.checkpoint import stopped_early_at
 from nanomoe.config import ConfigWarning, JobConfig
@@ -16,8 +19,10 @@ from service.http import schemas
 from service.jobs import sweeps
 from service.jobs.addressing import Address
 from service.jobs.compared_jobs import ComparedJob
-from service.jobs.comparison import Comparison, Group, Spread
+from service.jobs.comparison import LARGER_IS_BETTER, Comparison, Group, Spread
 from service.jobs.envelope import LossEnvelope
+from service.jobs.numbered_events import JobProgress, NumberedEvent
+from service.jobs.pace import Pace, Planned, predict
 from service.jobs.reads import NewestFigures
 from service.jobs.statuses import Status
 from service.jobs.submission import Assessment
@@ -30,8 +35,14 @@ def _config(stored: dict[str, Any]) -> JobConfig:
     return JobConfig.model_validate(stored, strict=False)
 
 
-def job(row: Job, *, queue_position: int | None = None, estimated_start_at: datetime | None = None) -> schemas.JobView:
-    """A job as `GET /jobs/{id}` answers it."""
+def job(
+    row: Job,
+    *,
+    queue_position: int | None = None,
+    estimated_start_at: datetime | None = None,
+    waiting_reason: str | None = None,
+) -> schemas.JobView:
+    """A job as `GET /jobs/{id}` answers it. `waiting_reason`: why it waits, where its row has no reason of its own."""
     config = _config(row.config)
     return schemas.JobView(
         id=row.id,
@@ -44,10 +55,11 @@ def job(row: Job, *, queue_position: int | None = None, estimated_start_at: date
         started_at=row.started_at,
         finished_at=row.finished_at,
         attempt=row.attempt,
-        status_reason=row.status_reason or _stopped_early_reason(row),
+        status_reason=row.status_reason or waiting_reason or _stopped_early_reason(row),
         priority=row.priority,
         run_at=row.run_at,
         execution=row.execution,
+        cohort=_cohort(row),
         progress=progress(row),
         config=config,
         model=schemas.ModelSize.model_validate(row, from_attributes=True),
@@ -81,17 +93,31 @@ def _stopped_early_reason(row: Job) -> str | None:
     return stopped_early_at(step)
 
 
-def job_page(rows: Sequence[tuple[Job, NewestFigures | None]], limit: int) -> schemas.Page[schemas.JobView]:
-    """A page of at most `limit` jobs, made from one more than that if there are more."""
+def job_page(
+    rows: Sequence[tuple[Job, NewestFigures | None]],
+    limit: int,
+    counts: Mapping[Status, int] | None = None,
+    waiting_reasons: Mapping[str, str] = MappingProxyType({}),
+) -> schemas.JobPage:
+    """A page of at most `limit` jobs, made from one more than that if there are more. `waiting_reasons`: by a job's id,
+    why it waits."""
     shown = rows[:limit]
-    return schemas.Page(
-        data=[job(row).model_copy(update={"figures": _job_figures(figures)}) for row, figures in shown],
+    return schemas.JobPage(
+        data=[with_figures(job(row, waiting_reason=waiting_reasons.get(row.id)), figures) for row, figures in shown],
         next_cursor=str(shown[-1][0].seq) if len(rows) > limit else None,
+        counts=None if counts is None else dict(counts),
     )
 
 
-def _job_figures(figures: NewestFigures | None) -> schemas.JobFigures | None:
-    return None if figures is None else schemas.JobFigures(**figures._asdict())
+def with_figures(view: schemas.JobView, figures: NewestFigures | None) -> schemas.JobView:
+    """The job with the figures of its newest checkpoint."""
+    return view.model_copy(update={"figures": None if figures is None else schemas.JobFigures(**figures._asdict())})
+
+
+def _cohort(row: Job) -> schemas.Cohort | None:
+    if row.cohort_id is None or row.cohort_size is None:
+        return None
+    return schemas.Cohort(id=row.cohort_id, size=row.cohort_size)
 
 
 def _parent(row: Job) -> schemas.Parent | None:
@@ -100,7 +126,7 @@ def _parent(row: Job) -> schemas.Parent | None:
     return schemas.Parent(job_id=row.parent_id, checkpoint=row.parent_percent)
 
 
-def estimate(found: Assessment) -> schemas.Estimate:
+def estimate(found: Assessment, pace: Pace) -> schemas.Estimate:
     """What a dry run answers."""
     plan, sizes = found.plan, found.sizes
     return schemas.Estimate(
@@ -112,6 +138,7 @@ def estimate(found: Assessment) -> schemas.Estimate:
         steps_per_epoch=None if plan is None else plan.steps_per_epoch,
         total_steps=None if plan is None else plan.total_steps,
         quarters={} if plan is None else {percent: step for step, percent in plan.quarters.items()},
+        predicted_seconds=predict([_planned(found)], pace).seconds,
         warnings=found.warnings,
     )
 
@@ -144,36 +171,23 @@ def sweep_page(rows: Sequence[tuple[Sweep, Mapping[Status, int]]], limit: int) -
 
 
 def sweep_estimate(
-    jobs: Sequence[Assessment], parameters: Sequence[Mapping[str, Any]], pace: sweeps.Pace | None
+    jobs: Sequence[Assessment], parameters: Sequence[Mapping[str, Any]], pace: Pace
 ) -> schemas.SweepEstimate:
     """What a dry run of a sweep answers. `jobs`: one for each job."""
     steps = [None if one.plan is None else one.plan.total_steps for one in jobs]
-    work = [
-        None if n is None or one.sizes.n_active_params is None else float(n * one.sizes.n_active_params)
-        for one, n in zip(jobs, steps, strict=True)
-    ]
-    shapes = Counter(
-        (one.sizes.n_params, one.sizes.n_active_params, one.sizes.training_bytes, n)
-        for one, n in zip(jobs, steps, strict=True)
-    )
+    predicted = predict([_planned(one) for one in jobs], pace)
+    together = predicted.together
     warnings = Counter(warning for one in jobs for warning in one.warnings)
     total_steps = [n for n in steps if n is not None]
     return schemas.SweepEstimate(
         n_jobs=len(jobs),
         parameters=[schemas.SweepParameter.model_validate(parameter) for parameter in parameters],
-        shapes=[
-            schemas.SweepShape(
-                n_jobs=n,
-                n_params=n_params,
-                n_active_params=n_active_params,
-                training_bytes=training_bytes,
-                total_steps=n_steps,
-            )
-            for (n_params, n_active_params, training_bytes, n_steps), n in shapes.items()
-        ],
+        shapes=_shapes(jobs, together),
         training_bytes=max((one.sizes.training_bytes for one in jobs if one.sizes.training_bytes), default=None),
         total_steps=sum(total_steps) if len(total_steps) == len(steps) else None,
-        predicted_seconds=sweeps.predict_seconds(work, pace),
+        cohorts=None if None in together else _cohort_sizes([n for n in together if n is not None]),
+        predicted_seconds=predicted.seconds,
+        predicted_alone_seconds=predicted.seconds_alone,
         warnings=[
             schemas.SweepWarning(code=warning.code, message=warning.message, n_jobs=n)
             for warning, n in warnings.items()
@@ -181,10 +195,57 @@ def sweep_estimate(
     )
 
 
-def sweep_event(event: sweeps.SweepEvent) -> schemas.SweepStatusEvent | schemas.SweepCheckpointEvent:
-    """The data of an event in a sweep's stream, which has those of status and checkpoint."""
-    kind = schemas.SweepStatusEvent if event.kind == "status" else schemas.SweepCheckpointEvent
-    return kind.model_validate(event.data | {"job_id": event.job_id})
+def _shapes(jobs: Sequence[Assessment], together: Sequence[int | None]) -> list[schemas.SweepShape]:
+    """The jobs of a sweep by their sizes and by with which others they may be trained."""
+    found: dict[Any, list[int]] = {}
+    for n, one in enumerate(jobs):
+        of_job = one.sizes.n_params, one.sizes.n_active_params, one.sizes.training_bytes
+        found.setdefault((*of_job, one.plan and one.plan.total_steps, one.cohort_key), []).append(n)
+    return [
+        schemas.SweepShape(
+            n_jobs=len(those),
+            n_params=n_params,
+            n_active_params=n_active_params,
+            training_bytes=training_bytes,
+            total_steps=total_steps,
+            together=max((size for n in those if (size := together[n]) is not None), default=None),
+        )
+        for (n_params, n_active_params, training_bytes, total_steps, _), those in found.items()
+    ]
+
+
+def _cohort_sizes(together: Sequence[int]) -> list[schemas.SweepCohorts]:
+    """How many cohorts there are of each size, the largest first. `together`: for each job how many it is among."""
+    counts = sorted(Counter(together).items(), reverse=True)
+    return [schemas.SweepCohorts(n_jobs=size, n_cohorts=n // size) for size, n in counts]
+
+
+_EVENTS: dict[str, type[BaseModel]] = {
+    "status": schemas.JobStatusEvent,
+    "checkpoint": schemas.JobCheckpointEvent,
+    "warning": schemas.JobWarningEvent,
+}
+
+
+def numbered_event(event: NumberedEvent) -> BaseModel:
+    """The data of an event in a stream of many jobs."""
+    return _EVENTS[event.kind].model_validate(event.data | {"job_id": event.job_id})
+
+
+def job_step(found: JobProgress) -> schemas.JobStepEvent:
+    """The progress of a running job in a stream of many jobs."""
+    return schemas.JobStepEvent.model_validate(
+        {"total_steps": found.total_steps} | found.progress | {"job_id": found.job_id}
+    )
+
+
+def _planned(job: Assessment) -> Planned:
+    return Planned(
+        cohort_key=job.cohort_key,
+        training_bytes=job.sizes.least_training_bytes,
+        total_steps=None if job.plan is None else job.plan.total_steps,
+        n_active_params=job.sizes.n_active_params,
+    )
 
 
 def comparison(found: Comparison, metrics: Sequence[str]) -> schemas.Comparison:
@@ -193,6 +254,7 @@ def comparison(found: Comparison, metrics: Sequence[str]) -> schemas.Comparison:
         {
             "parameters": [{"name": name, "values": values} for name, values in found.parameters.items()],
             "metrics": metrics,
+            "larger_is_better": [name for name in metrics if name in LARGER_IS_BETTER],
             "jobs": [_compared_job(found, one) for one in found.jobs],
             "groups": [_compared_group(group) for group in found.groups],
             "best": None if found.best is None else vars(found.best),
@@ -330,6 +392,7 @@ def worker(row: Worker, running: Sequence[Job]) -> schemas.WorkerView:
         devices=[schemas.Device.model_validate(device) for device in row.devices],
         slots=row.slots,
         versions=row.versions,
+        busy_slots=len({one.cohort_id or one.id for one in running}),
         current_jobs=[one.id for one in running],
         started_at=row.started_at,
         last_seen_at=row.last_seen_at,
@@ -337,15 +400,24 @@ def worker(row: Worker, running: Sequence[Job]) -> schemas.WorkerView:
     )
 
 
-def _logprobs(given: Sequence[LogProbsWithBytes] | None) -> list[schemas.TokenLogProb] | None:
+def _logprobs(given: Sequence[LogProbsWithBytes] | None) -> list[schemas.ChosenToken] | None:
     if given is None:
         return None
-    return [one.chosen for one in given]
+    return [
+        schemas.ChosenToken(
+            token=one.chosen.token,
+            text=one.chosen.text,
+            logprob=one.chosen.logprob,
+            alternatives=[schemas.TokenLogProb(**dict(other)) for other in one.likeliest],
+        )
+        for one in given
+    ]
 
 
-def generate_chunk(chunk: Chunk) -> schemas.GenerateChunk:
+def generate_chunk(chunk: Chunk, target: int = 0) -> schemas.GenerateChunk:
     """The `chunk` event of a stream."""
     return schemas.GenerateChunk(
+        target=target,
         index=chunk.index,
         text=chunk.text,
         tokens=list(chunk.tokens),
@@ -354,9 +426,10 @@ def generate_chunk(chunk: Chunk) -> schemas.GenerateChunk:
     )
 
 
-def generate_end(address: Address, seed: int, summary: Summary) -> schemas.GenerateEnd:
-    """The `end` event of a stream."""
+def generate_end(address: Address, seed: int, summary: Summary, target: int = 0) -> schemas.GenerateEnd:
+    """The `end` event of a target."""
     return schemas.GenerateEnd(
+        target=target,
         job_id=address.job_id,
         checkpoint=address.percent,
         usage=schemas.Usage(
@@ -371,8 +444,10 @@ def generate_end(address: Address, seed: int, summary: Summary) -> schemas.Gener
     )
 
 
-def generated(address: Address, prompt: str, seed: int, result: EngineResult) -> schemas.GenerateResponse:
-    """The answer to `POST /generate`."""
+def generated(
+    address: Address, prompt: str, seed: int, result: EngineResult, target: int = 0
+) -> schemas.GenerateResponse:
+    """The answer of one checkpoint to `POST /generate`."""
     choices = [
         schemas.Choice(
             index=choice.index,
@@ -383,7 +458,7 @@ def generated(address: Address, prompt: str, seed: int, result: EngineResult) ->
         )
         for choice in result.choices
     ]
-    end = generate_end(address, seed, result.summary)
+    end = generate_end(address, seed, result.summary, target)
     return schemas.GenerateResponse(**dict(end), prompt=prompt, choices=choices)
 
 

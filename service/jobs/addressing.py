@@ -13,8 +13,9 @@ from nanomoe.checkpoint import CheckpointDamaged
 from nanomoe.config import PERCENTS
 from service.database.database import Database
 from service.database.schema import table
-from service.errors import AmbiguousJob, Conflict, NotFound
+from service.errors import Ambiguous, Conflict, NotFound
 from service.jobs import reads
+from service.jobs.ownership import visible_jobs
 from service.jobs.references import find_job_id
 from service.jobs.tables import Checkpoint, Job
 
@@ -62,10 +63,10 @@ def find_checkpoints(db: Database, job: str, which: int | Literal["latest"]) -> 
     """
     job_id = find_job_id(db, job)
     with db.read() as session:
+        reads.load_job(session, job_id)
         of_job = session.execute(_addresses.where(checkpoints.c.job_id == job_id))
         recorded = {row.percent: Address(*row) for row in of_job}
         if not recorded:
-            reads.load_job(session, job_id)
             raise Conflict("no_checkpoint_yet", f"job {job_id} has not recorded a checkpoint yet")
     if which == "latest":
         return [recorded[percent] for percent in sorted(recorded, reverse=True)]
@@ -99,7 +100,7 @@ def find_models(db: Database, model: str) -> list[Address]:
 
     Raises:
         NotFound: `model_not_found`.
-        AmbiguousJob: several jobs are meant.
+        Ambiguous: several jobs are meant.
     """
     job, _, percent = model.rpartition("@")
     of_job: str
@@ -107,7 +108,7 @@ def find_models(db: Database, model: str) -> list[Address]:
     of_job, which = (job, int(percent)) if job and percent in _PERCENTS else (model, "latest")
     try:
         return find_checkpoints(db, of_job, which)
-    except AmbiguousJob:
+    except Ambiguous:
         raise
     except (NotFound, Conflict) as error:
         hint = "; a model id is JOB_ID@PERCENT, or JOB_ID for its newest checkpoint"
@@ -119,7 +120,8 @@ def list_models(db: Database) -> list[Address]:
     of_job = _addresses.join(jobs, jobs.c.id == checkpoints.c.job_id)
     newest_first = of_job.order_by(jobs.c.seq.desc(), checkpoints.c.percent.desc())
     with db.read() as session:
-        return [Address(*row) for row in session.execute(newest_first.limit(MAX_MODELS))]
+        shown = newest_first.where(visible_jobs(session)).limit(MAX_MODELS)
+        return [Address(*row) for row in session.execute(shown)]
 
 
 def _no_model(detail: str) -> NotFound:

@@ -16,6 +16,7 @@ from service.database.database import Database
 from service.database.schema import table
 from service.errors import Invalid, NotFound
 from service.jobs.envelope import LossEnvelope, envelope_of_series
+from service.jobs.ownership import visible_jobs
 from service.jobs.statuses import Status
 from service.jobs.sweeps import load_sweep
 from service.jobs.tables import SERIES, Checkpoint, Envelope, Job, Step
@@ -47,8 +48,11 @@ class Selection:
 
     job_ids: Sequence[str] = ()
 
-    def condition(self) -> sa.ColumnElement[bool]:
-        """The condition on the table of jobs."""
+    def condition(self, session: Session) -> sa.ColumnElement[bool]:
+        """The condition on the table of jobs, of which the session's caller sees these."""
+        return self._chosen() & visible_jobs(session)
+
+    def _chosen(self) -> sa.ColumnElement[bool]:
         if self.sweep_id is not None:
             return _jobs.c.sweep_id == self.sweep_id
         if self.tag is not None:
@@ -104,8 +108,9 @@ def read_jobs(db: Database, selection: Selection, metrics: Sequence[str], at_ste
     Raises NotFound `sweep_not_found`, `job_not_found`, Invalid `too_many_jobs`.
     """
     c = _jobs.c
-    query = sa.select(c.id, c.name, c.status, c.started_at, _json(c.config), c.text_sha256).where(selection.condition())
+    query = sa.select(c.id, c.name, c.status, c.started_at, _json(c.config), c.text_sha256)
     with db.read() as session:
+        query = query.where(selection.condition(session))
         rows = session.execute(query.order_by(c.seq).limit(MAX_JOBS + 1)).all()
         selection.check(session, [row.id for row in rows])
         quarters = _read_quarters(session, selection, metrics)
@@ -128,7 +133,7 @@ def _read_quarters(session: Session, selection: Selection, metrics: Sequence[str
     c = _checkpoints.c
     of_routers = any(name.startswith("moe.") for name in metrics)
     columns = [c.job_id, c.percent, c.step, c.created_at, _json(c.metrics), *([_json(c.moe)] if of_routers else [])]
-    query = sa.select(*columns).where(c.job_id.in_(sa.select(_jobs.c.id).where(selection.condition())))
+    query = sa.select(*columns).where(c.job_id.in_(sa.select(_jobs.c.id).where(selection.condition(session))))
     found: dict[str, list[Quarter]] = {}
     for job_id, percent, step, created_at, *stored in session.execute(query.order_by(c.job_id, c.percent)):
         recorded = from_json(stored[0])
@@ -141,7 +146,7 @@ def _read_quarters(session: Session, selection: Selection, metrics: Sequence[str
 
 
 def _read_step(session: Session, selection: Selection, step: int) -> dict[str, dict[str, float | None]]:
-    chosen = sa.select(_jobs.c.id).where(selection.condition())
+    chosen = sa.select(_jobs.c.id).where(selection.condition(session))
     query = sa.select(_steps).where(_steps.c.step == step, _steps.c.job_id.in_(chosen))
     return {row.job_id: {name: getattr(row, name) for name in SERIES} for row in session.execute(query)}
 
@@ -155,12 +160,11 @@ def read_envelopes(db: Database, selection: Selection) -> list[tuple[str, LossEn
     query = (
         sa.select(_jobs.c.id, _jobs.c.progress, c.width, c.last_step, _json(c.train_loss))
         .outerjoin_from(_jobs, _envelopes, c.job_id == _jobs.c.id)
-        .where(selection.condition())
         .order_by(_jobs.c.seq)
         .limit(MAX_JOBS + 1)
     )
     with db.read() as session:
-        rows = session.execute(query).all()
+        rows = session.execute(query.where(selection.condition(session))).all()
         selection.check(session, [row.id for row in rows])
         return [(row.id, _envelope(session, row)) for row in rows]
 

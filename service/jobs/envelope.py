@@ -5,7 +5,7 @@ wide, so that those of different jobs begin at the same steps; when there would 
 Knows no job status; whoever writes holds the job's fence.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -82,21 +82,23 @@ def _pairs(choose: Any, figures: list[Figure]) -> list[Figure]:
     return [_or(choose, one, other) for one, other in zip(padded[::2], padded[1::2], strict=True)]
 
 
-def widen_envelope(session: Session, job_id: str, steps: Sequence[tuple[int, Figure]]) -> None:
-    """Add a batch of steps, which are in the series already, to the envelope of their job."""
-    envelope = _load(session, job_id)
-    if steps[0][0] > envelope.last_step + 1:  # an earlier version wrote steps without it
-        _add_stored(session, job_id, envelope, steps[0][0] - 1)
-    envelope.add(steps)
-    _store(session, job_id, envelope)
+def widen_envelopes(session: Session, steps: Mapping[str, Sequence[tuple[int, Figure]]]) -> None:
+    """Add a batch of steps of each of these jobs, by job id, which are in the series already, to its envelope."""
+    envelopes = _load(session, list(steps))
+    for job_id, added in steps.items():
+        envelope = envelopes[job_id]
+        if added[0][0] > envelope.last_step + 1:  # an earlier version wrote steps without it
+            _add_stored(session, job_id, envelope, added[0][0] - 1)
+        envelope.add(added)
+    _store(session, envelopes)
 
 
 def cut_envelope(session: Session, job_id: str, step: int) -> None:
     """Take the steps past `step` out of the envelope; those up to it are in the series."""
-    envelope = _load(session, job_id)
+    envelope = _load(session, [job_id])[job_id]
     envelope.cut(step)
     _add_stored(session, job_id, envelope, step)
-    _store(session, job_id, envelope)
+    _store(session, {job_id: envelope})
 
 
 def envelope_of_series(session: Session, job_id: str) -> LossEnvelope:
@@ -106,10 +108,12 @@ def envelope_of_series(session: Session, job_id: str) -> LossEnvelope:
     return envelope
 
 
-def _load(session: Session, job_id: str) -> LossEnvelope:
-    query = sa.select(_envelopes.c.width, _envelopes.c.last_step, _envelopes.c.train_loss)
-    row = session.execute(query.where(_envelopes.c.job_id == job_id)).one_or_none()
-    return LossEnvelope() if row is None else LossEnvelope.of_row(*row)
+def _load(session: Session, job_ids: Sequence[str]) -> dict[str, LossEnvelope]:
+    """The envelope of each of these jobs; an empty one where there is no row."""
+    query = sa.select(_envelopes.c.job_id, _envelopes.c.width, _envelopes.c.last_step, _envelopes.c.train_loss)
+    rows = session.execute(query.where(_envelopes.c.job_id.in_(job_ids)))
+    stored = {job_id: LossEnvelope.of_row(*row) for job_id, *row in rows}
+    return {job_id: stored.get(job_id) or LossEnvelope() for job_id in job_ids}
 
 
 def _add_stored(session: Session, job_id: str, envelope: LossEnvelope, last: int | None) -> None:
@@ -122,11 +126,14 @@ def _add_stored(session: Session, job_id: str, envelope: LossEnvelope, last: int
     envelope.add((step, loss) for step, loss in session.execute(query.order_by(_steps.c.step)))
 
 
-def _store(session: Session, job_id: str, envelope: LossEnvelope) -> None:
-    values = {
-        "job_id": job_id,
-        "width": envelope.width,
-        "last_step": envelope.last_step,
-        "train_loss": [envelope.low, envelope.high],
-    }
-    insert_or_update(session, Envelope, values)
+def _store(session: Session, envelopes: Mapping[str, LossEnvelope]) -> None:
+    rows = [
+        {
+            "job_id": job_id,
+            "width": envelope.width,
+            "last_step": envelope.last_step,
+            "train_loss": [envelope.low, envelope.high],
+        }
+        for job_id, envelope in envelopes.items()
+    ]
+    insert_or_update(session, Envelope, rows)

@@ -1,8 +1,8 @@
 """Writing events of jobs, each in the transaction of the change that it describes.
 
-An event has a number in its job, which the job's row keeps, and one in its sweep. To give that, the sweep's row is
-locked until the commit: whoever changes several jobs locks their rows first, and takes the sweeps in the order of their
-ids.
+An event has a number in its job, which the job's row keeps, and one among the events of all jobs. On SQLite, which has
+one writer, the second is a counter's. On PostgreSQL it is a sequence's, for which no transaction waits: one that took a
+lower number may commit later, and who reads the events in their order has to mind that (`numbered_events.py`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,8 +14,9 @@ from sqlmodel import Session
 
 from service.database.database import Database
 from service.database.schema import table
+from service.jobs.counters import raise_counter
 from service.jobs.statuses import Status
-from service.jobs.tables import Event, Job, Sweep
+from service.jobs.tables import EVENT_COUNTER, EVENT_NUMBERS, Event, Job
 
 
 class HasStatus(Protocol):
@@ -28,7 +29,7 @@ class HasStatus(Protocol):
     attempt: int
     error: dict[str, Any] | None
     event_seq: int
-    """Number of the event."""
+    """Number of the event in its job."""
 
 
 @dataclass
@@ -44,39 +45,33 @@ class Submitted:
     event_seq: int = 1
 
 
-def log_status(db: Database, session: Session, job: Job) -> None:
-    """Add an event with the status of a job, whose `event_seq` is the event's number."""
-    log_event(db, session, job, job.event_seq, "status", _status(job))
+def log_status(db: Database, session: Session, job: HasStatus) -> None:
+    """Add an event with the status of a job, whose `event_seq` is the event's number in it."""
+    log_statuses(db, session, [job])
 
 
 def log_statuses(db: Database, session: Session, jobs: Sequence[HasStatus]) -> None:
-    """Add an event with the status of each of some jobs of one sweep. `event_seq` of a job is its event's number."""
-    if not jobs:
-        return
-    sweep_id = jobs[0].sweep_id
-    last = _number_in_sweep(session, sweep_id, len(jobs))
-    assert last is not None
-    rows = [
-        {"job_id": job.id, "seq": job.event_seq, "data": _status(job), "sweep_seq": number}
-        for number, job in enumerate(jobs, last - len(jobs) + 1)
-    ]
-    insert = sa.insert(table(Event)).values(kind="status", created_at=db.now, sweep_id=sweep_id)
-    session.execute(insert, rows)
+    """Add an event with the status of each job, whose `event_seq` is the event's number in it."""
+    rows = [_row(job.id, job.sweep_id, job.event_seq, "status", _status(job)) for job in jobs]
+    _insert(db, session, rows)
 
 
 def log_warnings(
     db: Database, session: Session, job: Job, last_seq: int, warnings: Sequence[Mapping[str, str]]
 ) -> None:
-    """Add one event a warning; the last has the number `last_seq`."""
-    for seq, warning in enumerate(warnings, last_seq - len(warnings) + 1):
-        log_event(db, session, job, seq, "warning", warning)
+    """Add one event a warning; the last has the number `last_seq` in its job."""
+    first = last_seq - len(warnings) + 1
+    rows = [_row(job.id, job.sweep_id, seq, "warning", warning) for seq, warning in enumerate(warnings, first)]
+    _insert(db, session, rows)
 
 
 def log_event(db: Database, session: Session, job: Job, seq: int, kind: str, data: Mapping[str, Any]) -> None:
-    """Add an event with the number `seq`. Of `job` only what never changes is read."""
-    values = {"job_id": job.id, "seq": seq, "kind": kind, "created_at": db.now, "data": data, "sweep_id": job.sweep_id}
-    number = _number_in_sweep(session, job.sweep_id, 1)
-    session.execute(sa.insert(table(Event)).values(**values, sweep_seq=number))
+    """Add an event with the number `seq` in its job. Of `job` only what never changes is read."""
+    _insert(db, session, [_row(job.id, job.sweep_id, seq, kind, data)])
+
+
+def _row(job_id: str, sweep_id: str | None, seq: int, kind: str, data: Mapping[str, Any]) -> dict[str, Any]:
+    return {"job_id": job_id, "sweep_id": sweep_id, "seq": seq, "kind": kind, "data": dict(data)}
 
 
 def _status(job: HasStatus) -> dict[str, Any]:
@@ -88,11 +83,15 @@ def _status(job: HasStatus) -> dict[str, Any]:
     }
 
 
-def _number_in_sweep(session: Session, sweep_id: str | None, n: int) -> int | None:
-    """The last of the next `n` numbers of a sweep's events; None for a job of no sweep."""
-    if sweep_id is None:
-        return None
-    sweeps = table(Sweep)
-    raised = sa.update(sweeps).where(sweeps.c.id == sweep_id).values(event_seq=sweeps.c.event_seq + n)
-    number: int = session.scalars(raised.returning(sweeps.c.event_seq)).one()
-    return number
+def _insert(db: Database, session: Session, rows: Sequence[dict[str, Any]]) -> None:
+    """Insert events, numbered in this order."""
+    if not rows:
+        return
+    insert = sa.insert(table(Event)).values(created_at=db.now)
+    if db.is_sqlite:
+        first = raise_counter(session, EVENT_COUNTER, len(rows)) - len(rows) + 1
+        rows = [row | {"number": number} for number, row in enumerate(rows, first)]
+    else:
+        # Within the INSERT, whose lock on the table tells readers that numbers may be taken and not committed yet.
+        insert = insert.values(number=sa.func.nextval(EVENT_NUMBERS.name))
+    session.execute(insert, rows)

@@ -1,8 +1,11 @@
-"""Ids of jobs: random, and sortable within one process. Their shape is `nanomoe.config.JOB_ID_PATTERN`."""
+"""Ids of jobs and sweeps: random, and sortable within one process. Their shape is `nanomoe.config.JOB_ID_PATTERN`."""
 
 import os
 import threading
 import time
+from typing import Any
+
+import sqlalchemy as sa
 
 _last_id = 0
 _id_lock = threading.Lock()
@@ -19,3 +22,9 @@ def new_id() -> str:
         stamp = _last_id
     random = int.from_bytes(os.urandom(8)) >> 2
     return f"{(stamp >> 12) << 80 | 0x7 << 76 | (stamp & 0xFFF) << 64 | 0b10 << 62 | random:032x}"
+
+
+def begins_with(column: "sa.Column[Any]", prefix: str) -> sa.ColumnElement[bool]:
+    """The condition that an id begins with `prefix`, hexadecimal digits."""
+    # A range, which the index of ids serves in every collation: no hexadecimal digit comes after g.
+    return column.between(prefix, f"{prefix}g")

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from service.access import audit
 from service.database.database import Database
 from service.jobs.reads import load_job
 from service.jobs.tables import Job
@@ -15,4 +16,5 @@ def relabel(db: Database, job_id: str, changes: Mapping[str, Any]) -> Job:
         job = load_job(session, job_id)
         for field, value in changes.items():
             setattr(job, field, value)
+        audit.record(db, session, "job.relabel", job_id)
         return job

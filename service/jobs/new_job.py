@@ -16,7 +16,6 @@ class NewJob:
 
     name: str | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
-    owner: str = ""
     priority: int = 0
     run_at: datetime | None = None
     """Time before which no worker claims the job; None is as soon as possible."""
@@ -26,6 +25,9 @@ class NewJob:
     n_params: int | None = None
     n_active_params: int | None = None
     training_bytes: int | None = None
+    cohort_key: str | None = None
+    """Shape of the job, by which it may be trained together with others; None for one that is trained alone."""
+
     warnings: list[dict[str, Any]] = field(default_factory=list)
     parent_id: str | None = None
     parent_percent: int | None = None
@@ -48,5 +50,4 @@ class NewSweep:
 
     name: str | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
-    owner: str = ""
     idempotency_key: str | None = None

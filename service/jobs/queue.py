@@ -1,10 +1,10 @@
-"""The job queue: every transition of a job's status, each one short transaction. No other file changes a status.
+"""The job queue: every transition of the status of a job that is there, each one short transaction. Jobs come to be in
+`submit.py`; no other file changes a status.
 
     queued -> running -> succeeded | failed | cancelled        queued -> paused | cancelled
     running -> queued (lease lost, drained, crashed,           running -> paused
                        out of memory)
     paused -> queued | cancelled                               terminal is terminal
-    (imported) -> succeeded
 
 A claim raises the job's fence, and every later write of the worker that claimed it begins by checking that fence in
 the same transaction (`lease.py`): a worker that was slow, stopped or cut off writes nothing once another has claimed
@@ -12,29 +12,33 @@ the job. To cancel or pause a running job is a request that its worker reads wit
 runs changes its status at once. Knows no HTTP and no torch.
 """
 
-import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import lru_cache
 from typing import Any, Literal
 
 import sqlalchemy as sa
+from sqlalchemy.sql.dml import ReturningUpdate
 from sqlmodel import Session
 
+from service.access import audit
 from service.database.database import Database
 from service.database.schema import REVISION, alembic_version, table
-from service.database.upsert import insert_unless_there
-from service.errors import Conflict, Invalid, NotFound, SchemaMismatch, TooManyRequests
+from service.database.utc_time import UtcTime
+from service.errors import Conflict, LeaseLost, NotFound, QuotaExceeded, SchemaMismatch
 from service.jobs.claim_order import CLAIM_ORDER, QUEUED, RUNNING, claimable, jobs
-from service.jobs.events import Submitted, log_event, log_status, log_statuses, log_warnings
+from service.jobs.cohorts import lock_cohort
+from service.jobs.events import log_status, log_statuses, log_warnings
 from service.jobs.ids import new_id
-from service.jobs.lease import Claim, renew_lease
-from service.jobs.new_job import NewJob, NewSweep
+from service.jobs.lease import HELD, HOLDS, Claim, Renewal, lost, newest, of_each, only, renew_leases
+from service.jobs.ownership import is_visible, visible_jobs
+from service.jobs.quotas import begin_attempts, end_attempts, exhausted_owners, places_left
 from service.jobs.reads import load_job
 from service.jobs.recording import set_micro_batch
 from service.jobs.statuses import TERMINAL, Status
-from service.jobs.tables import Checkpoint, Counter, Job, Snapshot, Sweep, Text, Worker
+from service.jobs.sweeps import load_sweep
+from service.jobs.tables import Job, Snapshot, Sweep, Text, Worker
 from service.jobs.workers import WorkerIdentity, is_gone
 
 MAX_CRASHES = 3
@@ -46,8 +50,8 @@ BACKOFF = timedelta(seconds=15)
 MAX_BACKOFF = timedelta(minutes=15)
 """The longest wait after a crash."""
 
-SWEEP_TAG = "sweep"
-"""The tag by which the jobs of a sweep are found in lists; its value is the sweep's id."""
+_INTERRUPTED = "interrupted; continues when a worker is free"
+"""Status reason of a job that waits for nothing but a worker."""
 
 texts = table(Text)
 sweeps = table(Sweep)
@@ -56,299 +60,251 @@ _AS_READ = {"synchronize_session": False, "populate_existing": True}
 """The row that RETURNING gives is the truth, whatever the session has read before."""
 
 
-# Submitting
-
-
-def submit(db: Database, new: NewJob, *, max_queued: int | None = None) -> tuple[Job, bool]:
-    """From nothing to queued. Returns the job, and whether it is new or the one its idempotency key already made.
-
-    Raises Invalid `idempotency_key_reused`, NotFound `job_not_found` (the parent), TooManyRequests `queue_full`.
-    """
-    text = new.text.encode()
-    sha256 = hashlib.sha256(text).hexdigest()
-    request_sha256 = _request_sha256(_identity(new, sha256))
-    with db.write() as session:
-        if (job := _find_job_by_key(session, new, request_sha256)) is not None:
-            return job, False
-        _refuse_if_full(session, 1, max_queued)
-        if new.parent_id is not None:
-            _lock_parent(session, new.parent_id)
-        _lock_text(db, session, sha256, text)
-        values = _queued(new, _next_seq(session), sha256, len(text)) | {"request_sha256": request_sha256}
-        insert = insert_unless_there(session, Job).values(**values, created_at=db.now)
-        job = session.scalars(insert.returning(Job)).one_or_none()
-        if job is None:  # a submit with the same key has committed since we looked
-            job = _find_job_by_key(session, new, request_sha256)
-            assert job is not None
-            return job, False
-        log_status(db, session, job)
-        return job, True
-
-
-def submit_finished(
-    db: Database,
-    new: NewJob,
-    *,
-    job_id: str,
-    reason: str,
-    folder: str,
-    manifest_sha256: str,
-    files: Sequence[Mapping[str, Any]],
-    metrics: Mapping[str, Any],
-) -> Job:
-    """From nothing to succeeded: a job whose weights came from elsewhere, with its checkpoint at 100 percent, whose
-    files are on the disk. No worker ever claims it. `reason`: where the weights came from."""
-    content = new.text.encode()
-    sha256 = hashlib.sha256(content).hexdigest()
-    with db.write() as session:
-        _lock_text(db, session, sha256, content)
-        values = {
-            "id": job_id,
-            "seq": _next_seq(session),
-            "owner": new.owner,
-            "name": new.name,
-            "tags": dict(new.tags),
-            "status": "succeeded",
-            "status_reason": reason,
-            "priority": new.priority,
-            "created_at": db.now,
-            "finished_at": db.now,
-            "fence": 0,
-            "attempt": 0,
-            "crashes": 0,
-            "config": dict(new.config),
-            "progress": {},
-            "text_sha256": sha256,
-            "text_n_bytes": len(content),
-            "n_tokens": new.n_tokens,
-            "n_params": new.n_params,
-            "n_active_params": new.n_active_params,
-            "warnings": list(new.warnings),
-            "event_seq": 2,
-        }
-        job = session.scalars(sa.insert(Job).values(**values).returning(Job)).one()
-        position = {"percent": 100, "step": 0, "epoch": 0}
-        checkpoint = {
-            **position,
-            "job_id": job_id,
-            "created_at": db.now,
-            "fence": 0,
-            "folder": folder,
-            "manifest_sha256": manifest_sha256,
-            "files": [dict(file) for file in files],
-            "metrics": dict(metrics),
-        }
-        session.execute(sa.insert(table(Checkpoint)).values(**checkpoint))
-        log_event(db, session, job, 1, "checkpoint", position)
-        log_status(db, session, job)
-        return job
-
-
-def submit_sweep(db: Database, new: NewSweep, *, max_queued: int | None = None) -> tuple[Sweep, bool]:
-    """From nothing to queued, all jobs of a sweep or none. Returns the sweep, and whether it is new or the one its
-    idempotency key already made.
-
-    Raises Invalid `idempotency_key_reused`, NotFound `job_not_found` (a parent), TooManyRequests `queue_full`.
-    """
-    digests = {text: hashlib.sha256(text.encode()).hexdigest() for text in {job.text for job in new.jobs}}
-    request_sha256 = _request_sha256(
-        [new.name, new.tags, *(_identity(job, digests[job.text]) for job in new.jobs)]
-    )  # fmt: skip
-    with db.write() as session:
-        if (sweep := _find_sweep_by_key(session, new, request_sha256)) is not None:
-            return sweep, False
-        _refuse_if_full(session, len(new.jobs), max_queued)
-        for parent_id in sorted({job.parent_id for job in new.jobs if job.parent_id is not None}):
-            _lock_parent(session, parent_id)
-        n_bytes = {}
-        for text, sha256 in sorted(digests.items(), key=lambda found: found[1]):
-            content = text.encode()
-            n_bytes[text] = len(content)
-            _lock_text(db, session, sha256, content)
-        first = _next_seq(session, len(new.jobs)) - len(new.jobs) + 1
-        values = {
-            "id": new_id(),
-            "seq": first,
-            "owner": new.owner,
-            "name": new.name,
-            "tags": dict(new.tags),
-            "created_at": db.now,
-            "config": dict(new.config),
-            "parameters": [dict(parameter) for parameter in new.parameters],
-            "idempotency_key": new.idempotency_key,
-            "request_sha256": request_sha256,
-            "event_seq": 0,
-        }
-        insert = insert_unless_there(session, Sweep).values(**values)
-        sweep = session.scalars(insert.returning(Sweep)).one_or_none()
-        if sweep is None:  # a submit with the same key has committed since we looked
-            sweep = _find_sweep_by_key(session, new, request_sha256)
-            assert sweep is not None
-            return sweep, False
-        member = {"sweep_id": sweep.id}
-        rows = [
-            _queued(job, seq, digests[job.text], n_bytes[job.text])
-            | member
-            | {"tags": {**job.tags, SWEEP_TAG: sweep.id}, "request_sha256": None}
-            for seq, job in enumerate(new.jobs, first)
-        ]
-        session.execute(sa.insert(jobs).values(created_at=db.now), rows)
-        log_statuses(db, session, [Submitted(row["id"], sweep.id) for row in rows])
-        session.refresh(sweep)
-        return sweep, True
-
-
-def _queued(new: NewJob, seq: int, text_sha256: str, text_n_bytes: int) -> dict[str, Any]:
-    """The row of a new job, but for the time."""
-    return {
-        "id": new_id(),
-        "seq": seq,
-        "owner": new.owner,
-        "name": new.name,
-        "tags": dict(new.tags),
-        "status": "queued",
-        "priority": new.priority,
-        "run_at": new.run_at,
-        "fence": 0,
-        "attempt": 0,
-        "crashes": 0,
-        "config": dict(new.config),
-        "progress": {},
-        "text_sha256": text_sha256,
-        "text_n_bytes": text_n_bytes,
-        "n_tokens": new.n_tokens,
-        "total_steps": new.total_steps,
-        "n_params": new.n_params,
-        "n_active_params": new.n_active_params,
-        "training_bytes": new.training_bytes,
-        "warnings": list(new.warnings),
-        "parent_id": new.parent_id,
-        "parent_percent": new.parent_percent,
-        "idempotency_key": new.idempotency_key,
-        "event_seq": 1,
-    }
-
-
-def _find_job_by_key(session: Session, new: NewJob, request_sha256: str) -> Job | None:
-    if new.idempotency_key is None:
-        return None
-    same_key = (jobs.c.owner == new.owner) & (jobs.c.idempotency_key == new.idempotency_key)
-    job = session.scalars(sa.select(Job).where(same_key)).one_or_none()
-    if job is not None and job.request_sha256 != request_sha256:
-        raise Invalid(
-            "idempotency_key_reused",
-            f"the key {new.idempotency_key!r} was used for job {job.id}, whose text, config, name or tags differ",
-        )
-    return job
-
-
-def _find_sweep_by_key(session: Session, new: NewSweep, request_sha256: str) -> Sweep | None:
-    if new.idempotency_key is None:
-        return None
-    same_key = (sweeps.c.owner == new.owner) & (sweeps.c.idempotency_key == new.idempotency_key)
-    sweep = session.scalars(sa.select(Sweep).where(same_key)).one_or_none()
-    if sweep is not None and sweep.request_sha256 != request_sha256:
-        raise Invalid(
-            "idempotency_key_reused",
-            f"the key {new.idempotency_key!r} was used for sweep {sweep.id}, whose jobs, name or tags differ",
-        )
-    return sweep
-
-
-def _identity(new: NewJob, text_sha256: str) -> list[Any]:
-    """What two requests with the same idempotency key must have in common."""
-    return [text_sha256, new.config, new.name, new.tags, new.priority, new.parent_id, new.parent_percent]
-
-
-def _request_sha256(identity: list[Any]) -> str:
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-
-
-def _refuse_if_full(session: Session, n_new: int, max_queued: int | None) -> None:
-    if max_queued is not None and (waiting := _count_queued(session, max_queued)) + n_new > max_queued:
-        detail = f"{waiting:,} jobs are waiting already" + (f", and {n_new:,} are new" if n_new > 1 else "")
-        raise TooManyRequests("queue_full", f"{detail}; at most {max_queued:,} may wait", retry_after=60)
-
-
-def _count_queued(session: Session, most: int) -> int:
-    some = sa.select(jobs.c.id).where(QUEUED).limit(most).subquery()
-    return session.scalars(sa.select(sa.func.count()).select_from(some)).one()
-
-
-def _lock_parent(session: Session, parent_id: str) -> None:
-    """Lock the parent against deletion until this transaction ends (PostgreSQL; SQLite has one writer)."""
-    held = sa.select(jobs.c.id).where(jobs.c.id == parent_id).with_for_update(read=True, key_share=True)
-    if session.scalar(held) is None:
-        raise NotFound("job_not_found", f"there is no job {parent_id!r} to start from")
-
-
-def _lock_text(db: Database, session: Session, sha256: str, content: bytes) -> None:
-    """Store the text unless it is there, and lock it against deletion until this transaction ends."""
-    held = sa.select(texts.c.sha256).where(texts.c.sha256 == sha256).with_for_update(read=True, key_share=True)
-    while session.scalar(held) is None:
-        values = {"sha256": sha256, "n_bytes": len(content), "content": content, "created_at": db.now}
-        session.execute(insert_unless_there(session, Text).values(**values))
-
-
-def _next_seq(session: Session, n: int = 1) -> int:
-    """The last of the next `n` places in the order of submission. Other submits wait here for this one's commit, so
-    this comes after all that may take time."""
-    counters = table(Counter)
-    raised = sa.update(counters).where(counters.c.name == "jobs").values(value=counters.c.value + n)
-    seq: int = session.scalars(raised.returning(counters.c.value)).one()
-    return seq
-
-
 # By the worker: claiming a job and ending an attempt
 
 
 def claim(db: Database, worker: WorkerIdentity, lease_seconds: float) -> Claim | None:
-    """From queued to running: the first claimable job that fits the worker's memory, or None.
+    """`claim_jobs` of one job, or None."""
+    return next(iter(claim_jobs(db, worker, lease_seconds, 1)), None)
 
-    Raises SchemaMismatch when the database has moved to another revision: the worker must drain.
+
+def claim_jobs(
+    db: Database, worker: WorkerIdentity, lease_seconds: float, n: int, *, look_first: bool = True
+) -> list[Claim]:
+    """From queued to running: the first `n` claimable jobs that fit the worker's memory, or as many as there are, in
+    the order of the line, each with a fence, an attempt and a lease of its own. Those among them that are more than
+    their owner may run stay in the line, and the next claim passes over all of that owner's.
+
+    `look_first`: before locking, so that an idle worker that was woken for nothing takes no write lock and wakes nobody
+    else; where jobs are known to wait, it only takes time. Raises SchemaMismatch when the database has moved to another
+    revision: the worker must drain.
     """
-    fits = claimable(db.now)
+    while True:
+        try:
+            return _claim_jobs(db, worker, lease_seconds, n, look_first=look_first)
+        except QuotaExceeded:
+            # Another worker has claimed the owner's last one meanwhile, which the next look sees.
+            continue
+
+
+def _claim_jobs(db: Database, worker: WorkerIdentity, lease_seconds: float, n: int, *, look_first: bool) -> list[Claim]:
+    """`claim_jobs`, once. Raises QuotaExceeded, too, when another worker was faster."""
+    look, claim = _claiming(db.now, n, within_memory=worker.memory_bytes is not None)
+    values = {
+        "claiming_worker": worker.id,
+        "memory_bytes": worker.memory_bytes,
+        "lease": timedelta(seconds=lease_seconds),
+        "seconds_of_lease": lease_seconds,
+    }
+    if look_first and not _look(db, look, values):
+        return []
+    with db.write() as session:
+        claimed: Sequence[Job] = session.scalars(claim, values, execution_options=_AS_READ).all()
+        in_line = sorted(claimed, key=lambda job: (-job.priority, job.seq))
+        begin_attempts(db, session, in_line)
+        log_statuses(db, session, in_line)
+    if not claimed and not look_first:
+        _look(db, look, values)  # no job, or another revision
+    return [Claim(job, lease_seconds) for job in in_line]
+
+
+def _look(db: Database, look: sa.Select[tuple[str, str | None]], values: Mapping[str, Any]) -> bool:
+    """Whether there is a claimable job. Raises SchemaMismatch."""
+    with db.read() as session:
+        found = session.execute(look, values).one_or_none()
+    revision = None if found is None else found.version_num
+    if revision != REVISION:
+        raise SchemaMismatch(revision, REVISION)
+    return found is not None and found.first is not None
+
+
+@lru_cache(maxsize=64)
+def _claiming(
+    now: sa.ColumnElement[datetime], n: int, *, within_memory: bool
+) -> tuple[sa.Select[tuple[str, str | None]], ReturningUpdate[Any]]:
+    """The two statements of a claim of `n` jobs, which look and claim, with parameters: to build them takes longer than
+    to run them. `within_memory`: leave out jobs that need more than the parameter `memory_bytes`."""
+    fits = claimable(now) & jobs.c.owner.not_in(exhausted_owners(now))
+    if within_memory:
+        fits &= jobs.c.training_bytes.is_(None) | (
+            jobs.c.training_bytes <= sa.bindparam("memory_bytes", type_=sa.BigInteger)
+        )
+    line = sa.select(jobs.c.id, jobs.c.owner, jobs.c.priority, jobs.c.seq).where(fits).order_by(*CLAIM_ORDER)
+    look = sa.select(
+        alembic_version.c.version_num, line.with_only_columns(jobs.c.id).limit(1).scalar_subquery().label("first")
+    )
+    # The number stands in the statement, because a plan for any number would read the whole table. A CTE that locks
+    # runs once, whatever the planner does. `key_share`: a job from which another is submitted meanwhile is not passed
+    # over, and no circle arises with a submission, which locks the owner first.
+    locked = line.limit(sa.literal(n, literal_execute=True)).with_for_update(skip_locked=True, key_share=True)
+    first = locked.cte("first")
+    place = sa.func.row_number().over(partition_by=first.c.owner, order_by=(first.c.priority.desc(), first.c.seq))
+    by_owner = sa.select(first.c.id, first.c.owner, place.label("place")).subquery("by_owner")
+    may_run = by_owner.c.place <= sa.func.coalesce(places_left(by_owner.c.owner), n)
+    claim = (
+        sa.update(Job)
+        .where(jobs.c.id.in_(sa.select(by_owner.c.id).where(may_run)), QUEUED, _AT_REVISION)
+        .values(**_claimed(now), cohort_id=None, cohort_size=None)
+        .returning(Job)
+    )
+    return look, claim
+
+
+_AT_REVISION = sa.exists().where(alembic_version.c.version_num == REVISION)
+
+
+def _claimed(now: sa.ColumnElement[datetime]) -> dict[str, Any]:
+    """What a claim changes in a job's row. The parameters are `claiming_worker`, `lease` and `seconds_of_lease`."""
+    return {
+        "status": "running",
+        "status_reason": None,
+        "waits_since": None,
+        "waits_seconds": None,
+        "fence": jobs.c.fence + 1,
+        "attempt": jobs.c.attempt + 1,
+        "worker_id": sa.bindparam("claiming_worker"),
+        "lease_until": sa.type_coerce(now + sa.bindparam("lease", type_=UtcTime()), UtcTime()),
+        "lease_seconds": sa.bindparam("seconds_of_lease"),
+        "started_at": sa.func.coalesce(jobs.c.started_at, now),
+        "event_seq": jobs.c.event_seq + 1,
+    }
+
+
+def claim_cohorts(
+    db: Database, worker: WorkerIdentity, lease_seconds: float, n: int, width: int, *, look_first: bool = True
+) -> list[Sequence[Claim]]:
+    """From queued to running: for each of `n` slots the first job in line, and with it up to `width` - 1 more that one
+    trainer can train together with it (`cohorts.py`), each with a fence, an attempt and a lease of its own; for fewer
+    slots where fewer jobs wait. All of it is one transaction.
+
+    `look_first`, and raises, as `claim_jobs`.
+    """
+    if width == 1:
+        return [[claim] for claim in claim_jobs(db, worker, lease_seconds, n, look_first=look_first)]
+    while True:
+        try:
+            return _claim_cohorts(db, worker, lease_seconds, n, width, look_first=look_first)
+        except QuotaExceeded:
+            continue  # as in `claim_jobs`
+
+
+def _claim_cohorts(
+    db: Database, worker: WorkerIdentity, lease_seconds: float, n: int, width: int, *, look_first: bool
+) -> list[Sequence[Claim]]:
+    look, _ = _claiming(db.now, 1, within_memory=worker.memory_bytes is not None)
+    values = {"memory_bytes": worker.memory_bytes}
+    if look_first and not _look(db, look, values):
+        return []
+    fits = claimable(db.now) & jobs.c.owner.not_in(exhausted_owners(db.now))
+    memory_bytes = None if worker.memory_bytes is None else worker.memory_bytes // worker.slots
     if worker.memory_bytes is not None:
         fits &= jobs.c.training_bytes.is_(None) | (jobs.c.training_bytes <= worker.memory_bytes)
-    first = sa.select(jobs.c.id).where(fits).order_by(*CLAIM_ORDER).limit(1)
-    # Look before locking: an idle worker that was woken for nothing takes no write lock and wakes nobody else.
-    with db.read() as session:
-        looked = sa.select(alembic_version.c.version_num, first.scalar_subquery().label("first"))
-        found = session.execute(looked).one_or_none()
-        revision = None if found is None else found.version_num
-        if revision != REVISION:
-            raise SchemaMismatch(revision, REVISION)
-        if found is None or found.first is None:
-            return None
-    statement = (
+    cohorts: list[Sequence[Job]] = []
+    with db.write() as session:
+        for _ in range(n):
+            members = [row.id for row in lock_cohort(session, fits, width, memory_bytes)]
+            claimed = _claim_together(db, session, worker, lease_seconds, members) if members else []
+            if not claimed:
+                break
+            cohorts.append(claimed)
+        # Once for all of them: owners are locked in the order of their names, whatever the order of their jobs.
+        in_line = [job for claimed in cohorts for job in claimed]
+        begin_attempts(db, session, in_line)
+        log_statuses(db, session, in_line)
+    if not cohorts and not look_first:
+        _look(db, look, values)  # no job, or another revision
+    return [[Claim(job, lease_seconds) for job in claimed] for claimed in cohorts]
+
+
+def _claim_together(
+    db: Database, session: Session, worker: WorkerIdentity, lease_seconds: float, members: Sequence[str]
+) -> list[Job]:
+    """The UPDATE that claims jobs whose rows are locked, as a cohort where they are several; none at another
+    revision."""
+    are_several = len(members) > 1
+    values = {
+        "members": members,
+        "claiming_worker": worker.id,
+        "lease": timedelta(seconds=lease_seconds),
+        "seconds_of_lease": lease_seconds,
+        "id_of_cohort": new_id() if are_several else None,
+        "size_of_cohort": len(members) if are_several else None,
+    }
+    claimed: Sequence[Job] = session.scalars(_claiming_together(db.now), values, execution_options=_AS_READ).all()
+    return sorted(claimed, key=lambda job: job.seq)
+
+
+@lru_cache(maxsize=8)
+def _claiming_together(now: sa.ColumnElement[datetime]) -> ReturningUpdate[Any]:
+    """The statement that claims `members`, as the cohort `id_of_cohort` of `size_of_cohort` jobs."""
+    cohort: dict[str, Any] = {"cohort_id": sa.bindparam("id_of_cohort"), "cohort_size": sa.bindparam("size_of_cohort")}
+    return (
         sa.update(Job)
-        .where(
-            # Not IN: a scalar subquery runs once, and so locks one row, whatever the planner does.
-            jobs.c.id == first.with_for_update(skip_locked=True).scalar_subquery(),
-            QUEUED,
-            sa.exists().where(alembic_version.c.version_num == REVISION),
-        )
+        .where(jobs.c.id.in_(sa.bindparam("members", expanding=True)), QUEUED, _AT_REVISION)
+        .values(**_claimed(now), **cohort)
+        .returning(Job)
+    )
+
+
+@dataclass(frozen=True)
+class Finish:
+    """The end of an attempt that ran to its end."""
+
+    claim: Claim
+    status: Literal["succeeded", "failed"]
+    error: dict[str, Any] | None = None
+    """`{"code", "message"}`, with failed and only then."""
+
+    reason: str | None = None
+    """Why it succeeded before its last step, where it did."""
+
+    progress: dict[str, Any] | None = None
+    """The last progress; None keeps the one before."""
+
+    def __post_init__(self) -> None:
+        assert (self.status == "failed") == (self.error is not None)
+
+
+def finish_jobs(db: Database, finishes: Sequence[Finish]) -> list[Job | LeaseLost]:
+    """From running to succeeded or failed; to cancelled when that was requested before: several jobs of one worker, in
+    one statement. A job whose lease is lost is left out alone."""
+    claims = newest(one.claim for one in finishes)
+    ends = [one for one in finishes if one.claim is claims[one.claim.job_id]]
+    values: dict[str, Any] = {HELD: [one.claim.key for one in ends]}
+    for n, one in enumerate(ends):
+        values |= {f"job_{n}": one.claim.job_id, f"status_{n}": one.status, f"reason_{n}": one.reason}
+        values |= {f"error_{n}": one.error, f"progress_{n}": one.progress}
+    with db.write() as session:
+        changed: Sequence[Job] = session.scalars(
+            _finishing(db.now, len(ends)), values, execution_options=_AS_READ
+        ).all()
+        end_attempts(db, session, changed)
+        _forget_snapshots(session, [job.id for job in changed])
+        log_statuses(db, session, changed)
+    ended = {(job.id, job.fence): job for job in changed}
+    return [ended.get(one.claim.key) or lost(one.claim) for one in finishes]
+
+
+@lru_cache(maxsize=64)
+def _finishing(now: sa.ColumnElement[datetime], n: int) -> ReturningUpdate[Any]:
+    """The statement that ends `n` jobs. Its parameters are `HELD` and, of each job by its number, `job`, `status`,
+    `reason`, `error` and `progress`."""
+    cancelled = jobs.c.cancel_requested_at.is_not(None)
+    return (
+        sa.update(Job)
+        .where(HOLDS)
         .values(
-            status="running",
-            status_reason=None,
-            waits_since=None,
-            waits_seconds=None,
-            fence=jobs.c.fence + 1,
-            attempt=jobs.c.attempt + 1,
-            worker_id=worker.id,
-            lease_until=db.after(lease_seconds),
-            lease_seconds=lease_seconds,
-            started_at=sa.func.coalesce(jobs.c.started_at, db.now),
+            status=sa.case((cancelled, "cancelled"), else_=of_each(n, "status", jobs.c.status)),
+            error=sa.case((cancelled, jobs.c.error), else_=of_each(n, "error", jobs.c.error)),
+            status_reason=sa.case((cancelled, None), else_=of_each(n, "reason", jobs.c.status_reason)),
+            progress=sa.func.coalesce(of_each(n, "progress", jobs.c.progress), jobs.c.progress),
+            lease_until=None,
+            lease_seconds=None,
+            finished_at=now,
             event_seq=jobs.c.event_seq + 1,
         )
         .returning(Job)
     )
-    with db.write() as session:
-        job = session.scalars(statement, execution_options=_AS_READ).one_or_none()
-        if job is None:
-            return None
-        log_status(db, session, job)
-    return Claim(job, lease_seconds)
 
 
 def finish(
@@ -356,22 +312,84 @@ def finish(
     claim: Claim,
     status: Literal["succeeded", "failed"],
     *,
-    error: Mapping[str, Any] | None = None,
+    error: dict[str, Any] | None = None,
     reason: str | None = None,
-    progress: Mapping[str, Any] | None = None,
+    progress: dict[str, Any] | None = None,
 ) -> Job:
-    """From running to succeeded or failed; to cancelled when that was requested before.
+    """`finish_jobs` of one job. Raises LeaseLost."""
+    return only(finish_jobs(db, [Finish(claim, status, error, reason, progress)]))
 
-    `error`: `{"code", "message"}`, with failed and only then. `reason`: why it succeeded before its last step, where it
-    did. Raises LeaseLost.
-    """
-    assert (status == "failed") == (error is not None)
+
+@dataclass(frozen=True)
+class Release:
+    """The end of an attempt that did not run to the job's end. Without anything but the claim the worker drains, or
+    obeys a request. The trainer has left the job, or is dead."""
+
+    claim: Claim
+    crash: str | None = None
+    """How the trainer ended abnormally."""
+
+    external_cause: str | None = None
+    """The error outside of the job; the job waits, and no crash is counted."""
+
+    pause_reason: str | None = None
+    """The worker's own reason to pause the job, such as a full disk."""
+
+    interrupted: str = _INTERRUPTED
+    """The status reason of a job that waits for nothing but a worker."""
+
+    cohort_most: int | None = None
+    """Most jobs that are claimed together with it from now on, where memory ran out for those that were; else None. No
+    crash is counted: a cohort can be halved only so often."""
+
+    micro_batch: int | None = None
+    """Micro-batch of the next attempt, where the system killed the trainer because memory ran out; else None. No crash
+    is counted: a micro-batch can be halved only so often."""
+
+    warnings: Sequence[Mapping[str, str]] = ()
+    """`{"code", "message"}` each."""
+
+
+def release_jobs(db: Database, releases: Sequence[Release]) -> list[Job | LeaseLost]:
+    """From running to queued, when a worker drains, when its trainer ended abnormally, or after an error outside of the
+    job; to failed, when the job crashed too often; to paused, when that is still requested, or the worker has a reason
+    of its own; to cancelled, when that is requested: several jobs of one worker, in one transaction. A job whose lease
+    is lost is left out alone."""
     with db.write() as session:
-        renewed = renew_lease(db, session, claim, progress=progress)
-        if renewed.intents.cancel:
-            return _end_running(db, session, claim.job_id, "cancelled")
-        error = None if error is None else dict(error)
-        return _end_running(db, session, claim.job_id, status, error=error, status_reason=reason)
+        renewed = renew_leases(db, session, [Renewal(one.claim, n_events=len(one.warnings)) for one in releases])
+        # One moment for all of them: the members of a cohort wait equally long, and are claimed together again.
+        now = session.scalars(sa.select(db.now)).one()
+        return [
+            _release(db, session, one, renewed[one.claim.key].event_seq, now)
+            if one.claim.key in renewed
+            else lost(one.claim)
+            for one in releases
+        ]
+
+
+def _release(db: Database, session: Session, one: Release, event_seq: int, now: datetime) -> Job:
+    """Release a job whose lease the transaction has renewed. `event_seq`: of the last of its warnings."""
+    job_id = one.claim.job_id
+    changes: dict[str, Any] = {}
+    if one.crash is not None:  # whose fault it was in a cohort is found by training each alone from now on
+        changes["cohort_key"] = None
+    if one.cohort_most is not None:
+        changes["cohort_most"] = one.cohort_most
+    if changes:
+        session.execute(sa.update(jobs).where(jobs.c.id == job_id).values(**changes))
+    if one.micro_batch is not None:
+        set_micro_batch(session, job_id, one.micro_batch)
+    log_warnings(db, session, one.claim.job, event_seq, one.warnings)
+    return _end_attempt(
+        db,
+        session,
+        load_job(session, job_id),
+        crash=one.crash,
+        external_cause=one.external_cause,
+        pause_reason=one.pause_reason,
+        interrupted=one.interrupted,
+        now=now,
+    )
 
 
 def release(
@@ -382,33 +400,8 @@ def release(
     external_cause: str | None = None,
     pause_reason: str | None = None,
 ) -> Job:
-    """From running to queued, when a worker drains, when its trainer ended abnormally, or after an error outside of the
-    job; to failed, when the job crashed too often; to paused, when that is still requested, or the worker has a reason
-    of its own; to cancelled, when that is requested. The trainer must be dead.
-
-    `crash`: how the trainer ended abnormally. `external_cause`: the error outside of the job; the job waits, and no
-    crash is counted. `pause_reason`: the worker's reason, such as a full disk. Raises LeaseLost.
-    """
-    with db.write() as session:
-        renew_lease(db, session, claim)
-        job = load_job(session, claim.job_id)
-        return _end_attempt(db, session, job, crash=crash, external_cause=external_cause, pause_reason=pause_reason)
-
-
-def release_out_of_memory(
-    db: Database, claim: Claim, *, micro_batch: int, reason: str, warnings: Sequence[Mapping[str, str]]
-) -> Job:
-    """From running to queued, when the system killed the trainer because memory ran out, with a smaller micro-batch for
-    the next attempt; to paused or cancelled, when that is requested. The trainer must be dead.
-
-    No crash is counted: a micro-batch can be halved only so often. `reason`: the status reason of a queued job.
-    `warnings`: `{"code", "message"}` each. Raises LeaseLost.
-    """
-    with db.write() as session:
-        renewed = renew_lease(db, session, claim, n_events=len(warnings))
-        set_micro_batch(session, claim.job_id, micro_batch)
-        log_warnings(db, session, claim.job, renewed.event_seq, warnings)
-        return _end_attempt(db, session, load_job(session, claim.job_id), interrupted=reason)
+    """`release_jobs` of one job. Raises LeaseLost."""
+    return only(release_jobs(db, [Release(claim, crash, external_cause, pause_reason)]))
 
 
 # By users: cancelling, pausing, resuming, deleting a job or all jobs of a sweep
@@ -417,6 +410,9 @@ def release_out_of_memory(
 @dataclass(frozen=True)
 class _Request:
     """What a user asks of jobs, decided by the status that each has at that moment."""
+
+    action: str
+    """Name in the audit, after `job.` or `sweep.`."""
 
     code: str
     """Code of the refusal."""
@@ -446,7 +442,7 @@ def _cancelling(db: Database) -> _Request:
         "cancel_requested_at": sa.func.coalesce(jobs.c.cancel_requested_at, db.now),
         "status_reason": None,
     }
-    return _Request("not_cancellable", _WAITS | RUNNING, _WAITS, "cancelled", ("cancelled",), values)
+    return _Request("cancel", "not_cancellable", _WAITS | RUNNING, _WAITS, "cancelled", ("cancelled",), values)
 
 
 def _pausing(db: Database) -> _Request:
@@ -455,13 +451,13 @@ def _pausing(db: Database) -> _Request:
         "status_reason": sa.case((QUEUED, "paused on request"), else_=jobs.c.status_reason),
         "pause_requested_at": sa.case((RUNNING, asked), else_=jobs.c.pause_requested_at),
     }
-    return _Request("not_pausable", QUEUED | RUNNING, QUEUED, "paused", ("paused",), values)
+    return _Request("pause", "not_pausable", QUEUED | RUNNING, QUEUED, "paused", ("paused",), values)
 
 
 def _resuming(db: Database) -> _Request:
     applies = _PAUSED | (RUNNING & jobs.c.pause_requested_at.is_not(None))
     values = {"status_reason": None, "pause_requested_at": None}
-    return _Request("not_resumable", applies, _PAUSED, "queued", ("queued", "running"), values)
+    return _Request("resume", "not_resumable", applies, _PAUSED, "queued", ("queued", "running"), values)
 
 
 def request_cancel(db: Database, job_id: str) -> Job:
@@ -514,8 +510,9 @@ def resume_sweep(db: Database, sweep_id: str) -> None:
 
 def _request_of_job(db: Database, job_id: str, request: _Request) -> Job:
     with db.write() as session:
-        changed = _apply(db, session, jobs.c.id == job_id, request)
+        changed = _apply(db, session, (jobs.c.id == job_id) & visible_jobs(session), request)
         if changed:
+            audit.record(db, session, f"job.{request.action}", job_id)
             return changed[0]
         job = load_job(session, job_id)
         if job.status not in request.fulfilled_in:
@@ -527,21 +524,25 @@ def _request_of_sweep(db: Database, sweep_id: str, request: _Request) -> None:
     with db.write() as session:
         found = _lock_jobs_of_sweep(session, sweep_id)
         changed = _apply(db, session, jobs.c.sweep_id == sweep_id, request)
+        if changed:
+            audit.record(db, session, f"sweep.{request.action}", sweep_id)
         statuses = {row.status for row in found}
         if not changed and not statuses & set(request.fulfilled_in):
             raise Conflict(request.code, f"the jobs of sweep {sweep_id} are {' or '.join(sorted(statuses))}")
 
 
 def _lock_jobs_of_sweep(session: Session, sweep_id: str) -> Sequence[sa.Row[Any]]:
-    """The id, status and text of each job of a sweep, their rows locked, in the order in which everybody locks them.
+    """The id, status and text of each job of a sweep in the order of submission, their rows locked in the order of
+    their ids, in which everybody locks them.
 
     Raises NotFound `sweep_not_found`.
     """
-    members = sa.select(jobs.c.id, jobs.c.status, jobs.c.text_sha256).where(jobs.c.sweep_id == sweep_id)
-    found = session.execute(members.order_by(jobs.c.seq).with_for_update()).all()
+    load_sweep(session, sweep_id)
+    members = sa.select(jobs.c.id, jobs.c.seq, jobs.c.status, jobs.c.text_sha256).where(jobs.c.sweep_id == sweep_id)
+    found = session.execute(members.order_by(jobs.c.id).with_for_update()).all()
     if not found:  # a sweep has a job, or it is gone
         raise NotFound("sweep_not_found", f"there is no sweep {sweep_id!r}")
-    return found
+    return sorted(found, key=lambda row: row.seq)
 
 
 def _apply(db: Database, session: Session, which: sa.ColumnElement[bool], request: _Request) -> Sequence[Job]:
@@ -560,10 +561,7 @@ def _apply(db: Database, session: Session, which: sa.ColumnElement[bool], reques
     ended = [job for job in changed if job.status == request.becomes]
     if request.becomes in TERMINAL:
         _forget_snapshots(session, [job.id for job in ended])
-    if len(ended) == 1:
-        log_status(db, session, ended[0])
-    else:
-        log_statuses(db, session, ended)
+    log_statuses(db, session, ended)
     return changed
 
 
@@ -575,13 +573,15 @@ def delete(db: Database, job_id: str) -> Job:
     with db.write() as session:
         # Rows are locked before they are counted: a submit that starts from this job, or has its text, waits or is
         # waited for.
-        job = session.scalars(sa.select(Job).where(jobs.c.id == job_id).with_for_update()).one_or_none()
+        held = sa.select(Job).where(jobs.c.id == job_id, visible_jobs(session)).with_for_update()
+        job = session.scalars(held).one_or_none()
         if job is None:
             raise NotFound("job_not_found", f"there is no job {job_id!r}")
         if job.status not in TERMINAL:
             raise Conflict("job_not_finished", f"job {job_id} is {job.status}: cancel it first")
         session.expunge(job)
         _delete_jobs(session, jobs.c.id == job_id, [job.text_sha256], job.sweep_id)
+        audit.record(db, session, "job.delete", job_id)
         return job
 
 
@@ -598,6 +598,7 @@ def delete_sweep(db: Database, sweep_id: str) -> list[str]:
             detail = f"{unfinished:,} of the {len(found):,} jobs of sweep {sweep_id} have not ended: cancel it first"
             raise Conflict("sweep_not_finished", detail)
         _delete_jobs(session, jobs.c.sweep_id == sweep_id, {row.text_sha256 for row in found}, sweep_id)
+        audit.record(db, session, "sweep.delete", sweep_id)
         return [row.id for row in found]
 
 
@@ -607,11 +608,14 @@ def _delete_jobs(
     """Delete jobs that have ended, and whose rows are locked; all of one sweep, or of none."""
     chosen = sa.select(jobs.c.id).where(which)
     child = session.execute(
-        sa.select(jobs.c.id, jobs.c.parent_id).where(jobs.c.parent_id.in_(chosen), ~jobs.c.id.in_(chosen)).limit(1)
+        sa.select(jobs.c.id, jobs.c.parent_id, jobs.c.owner)
+        .where(jobs.c.parent_id.in_(chosen), ~jobs.c.id.in_(chosen))
+        .limit(1)
     ).one_or_none()
     if child is not None:
+        whose = f"job {child.id}" if is_visible(session, child) else "another owner's job"
         raise Conflict(
-            "has_dependents", f"job {child.id} started from a checkpoint of job {child.parent_id}: delete that first"
+            "has_dependents", f"{whose} started from a checkpoint of job {child.parent_id}: delete that first"
         )
     held = sa.select(texts.c.sha256).where(texts.c.sha256.in_(sorted(texts_of_them))).order_by(texts.c.sha256)
     locked = session.scalars(held.with_for_update()).all()
@@ -643,11 +647,11 @@ def rescue(db: Database) -> list[Job]:
         if session.scalar(sa.select(jobs.c.id).where(passed).limit(1)) is None:
             return []
     with db.write() as session:
-        # By sweep, because each one's row is locked in turn (`events.py`).
-        held = sa.select(Job).where(passed).order_by(jobs.c.sweep_id, jobs.c.seq).with_for_update(skip_locked=True)
+        held = sa.select(Job).where(passed).order_by(jobs.c.id).with_for_update(skip_locked=True)
         found = session.scalars(held).all()
         seen = session.scalars(sa.select(db.now)).one()
-        return [_end_attempt(db, session, job, crash=_who_is_gone(session, job, seen)) for job in found]
+        # One moment for all of them: the members of a cohort wait equally long, and are claimed together again.
+        return [_end_attempt(db, session, job, crash=_who_is_gone(session, job, seen), now=seen) for job in found]
 
 
 def _who_is_gone(session: Session, job: Job, now: datetime) -> str | None:
@@ -663,10 +667,12 @@ def _end_attempt(
     crash: str | None = None,
     external_cause: str | None = None,
     pause_reason: str | None = None,
-    interrupted: str = "interrupted; continues when a worker is free",
+    interrupted: str = _INTERRUPTED,
+    now: datetime | None = None,
 ) -> Job:
     """From running to the status that an unfinished attempt leads to, whether its worker releases the job or a rescuer
-    does. `interrupted`: the status reason of a job that waits for nothing but a worker."""
+    does. `interrupted`: the status reason of a job that waits for nothing but a worker. `now`: from when on a job waits
+    after a crash, the database's time by default."""
     crashes = job.crashes + (crash is not None)
     if job.cancel_requested_at is not None:
         return _end_running(db, session, job.id, "cancelled", crashes=crashes)
@@ -687,7 +693,7 @@ def _end_attempt(
         reason = f"waits {wait:g} s after an error outside of the job: {external_cause}"
     else:
         return _end_running(db, session, job.id, "queued", status_reason=interrupted)
-    waits = {"waits_since": db.now, "waits_seconds": wait}
+    waits = {"waits_since": db.now if now is None else now, "waits_seconds": wait}
     return _end_running(db, session, job.id, "queued", crashes=crashes, status_reason=reason, **waits)
 
 
@@ -707,6 +713,7 @@ def _end_running(db: Database, session: Session, job_id: str, status: Status, **
         .returning(Job)
     )
     job = session.scalars(statement, execution_options=_AS_READ).one()
+    end_attempts(db, session, [job])
     if status in TERMINAL:
         _forget_snapshots(session, [job_id])
     log_status(db, session, job)

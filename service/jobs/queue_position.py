@@ -1,8 +1,8 @@
 """Where a queued job stands, and when a worker will be free for it. Reads, and changes nothing."""
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -12,6 +12,8 @@ from sqlmodel import Session
 from service.database.database import Database
 from service.database.utc_time import UtcTime
 from service.jobs.claim_order import CLAIM_ORDER, QUEUED, RUNNING, WAIT_ENDS, claimable, jobs
+from service.jobs.cohorts import CANDIDATE
+from service.jobs.forecast import Slot, Waiting, claims, slots_of
 from service.jobs.tables import Job, Worker
 from service.jobs.workers import is_alive
 
@@ -28,14 +30,17 @@ class QueuePosition:
     """Where a queued job stands."""
 
     position: int
-    """How many jobs are claimed first, up to 1,000 (which stands for any larger number)."""
+    """How many jobs are claimed first, up to 1,000, which stands for any larger number. Those that are claimed together
+    with it are not counted, and those that others take along are."""
 
     estimated_start_at: datetime | None
     """When a worker will be free for the job at the latest, and not before its `run_at` and the end of its back-off.
 
-    A running job takes as long as it reports; a job ahead in the queue is assumed to take, for each step, as long as a
-    running job of about the same work. None where that would be a guess: no worker is alive, none has the memory, a
-    running job has not reported how long it takes, or every slot is taken by then by a job unlike all running ones.
+    A running job takes as long as it reports, and the jobs of a cohort have one slot. Jobs ahead in the line are
+    claimed together where workers train several together. They are assumed to take, for each step, as long as running
+    ones of about the same work; the work of a cohort's step is that of all of its jobs. None where that would be a
+    guess: no worker is alive, none has the memory, a running job has not reported how long it takes, or every slot is
+    taken by then by jobs unlike all running ones.
     """
 
 
@@ -66,7 +71,8 @@ class _Work:
     """The remaining work of a job. None stands for what is not known yet."""
 
     step_work: float | None
-    """Active parameters times tokens of a step. Proportional to the floating-point operations of a step."""
+    """Active parameters times tokens of a step, of all jobs that are trained together. Proportional to the
+    floating-point operations of a step."""
 
     steps: int | None
     eta_seconds: float | None
@@ -79,28 +85,11 @@ class _Work:
 
 
 @dataclass(frozen=True)
-class _Waiting:
-    """A queued job."""
+class _Cohort:
+    """Jobs that one trainer trains together, or one by itself."""
 
-    id: str
-    ready_in: float
-    """Seconds until it may be claimed."""
-
-    training_bytes: int | None
-    work: _Work
-
-
-@dataclass
-class _Slot:
-    """A slot of a worker that is alive."""
-
-    memory_bytes: int | None
-    free_in: float | None
-    """Seconds until the slot is free; None when its job has not reported it, infinite when it cannot be estimated."""
-
-    def fits(self, job: _Waiting) -> bool:
-        """Whether the worker has the memory for the job."""
-        return self.memory_bytes is None or job.training_bytes is None or job.training_bytes <= self.memory_bytes
+    worker_id: str
+    work: list[_Work]
 
 
 def find_queue_position(db: Database, job_id: str) -> QueuePosition | None:
@@ -110,18 +99,22 @@ def find_queue_position(db: Database, job_id: str) -> QueuePosition | None:
         if job is None or job.status != "queued":
             return None
         now = session.scalars(sa.select(db.now)).one()
-        position = _count_before(session, job, now)
-        queued = [_waiting(row, now) for row in session.execute(_QUEUED_JOBS)]
-        running = session.execute(sa.select(jobs.c.worker_id, *_WORK).where(RUNNING)).all()
         workers = [worker for worker in session.scalars(sa.select(Worker)) if is_alive(worker, now)]
-    known = [_work(row) for row in running]
-    slots = [
-        slot
-        for worker in workers
-        for slot in _slots(worker, [_work(row) for row in running if row.worker_id == worker.id], known)
-    ]
-    start_in = next((seconds for started, seconds in _starts(queued, slots, known) if started == job_id), None)
-    return QueuePosition(position, None if start_in is None else now + timedelta(seconds=start_in))
+        position = _count_before(session, job, now, [slot for worker in workers for slot in slots_of(worker)])
+        queued = session.execute(_QUEUED_JOBS).all()
+        cohorts = _cohorts(session.execute(_RUNNING_JOBS).all())
+    known = [work for cohort in cohorts for work in cohort.work]
+    slots = [slot for worker in workers for slot in _taken_slots(worker, cohorts, known)]
+    rows = {row.id: row for row in queued}
+    line = [replace(_waiting(row), ready_in=_ready_in(row, now)) for row in queued]
+
+    def seconds_of(members: Sequence[Waiting]) -> float | None:
+        return _longest(_needed_seconds(_work(rows[one.id], len(members)), known) for one in members)
+
+    for claimed in claims(line, slots, seconds_of):
+        if any(one.id == job_id for one in claimed.members):
+            return QueuePosition(position, now + timedelta(seconds=claimed.seconds))
+    return QueuePosition(position, None)
 
 
 _STEP = ("batch_size", "gradient_accumulation_steps", "block_size")
@@ -133,19 +126,32 @@ _WORK = (
     *(jobs.c.config[name].as_integer().label(name) for name in _STEP),
 )
 _QUEUED_JOBS = (
-    sa.select(jobs.c.id, jobs.c.run_at, jobs.c.waits_since, jobs.c.waits_seconds, jobs.c.training_bytes, *_WORK)
+    sa.select(*CANDIDATE, jobs.c.run_at, jobs.c.waits_since, jobs.c.waits_seconds, *_WORK)
     .where(QUEUED)
     .order_by(*CLAIM_ORDER)
     .limit(MAX_POSITION)
 )
+_RUNNING_JOBS = sa.select(jobs.c.id, jobs.c.worker_id, jobs.c.cohort_id, *_WORK).where(RUNNING)
 
 
-def _count_before(session: Session, job: Job, now: datetime) -> int:
-    """How many jobs are claimed before this one at the moment from which it may be claimed."""
+def _count_before(session: Session, job: Job, now: datetime, slots: Sequence[Slot]) -> int:
+    """How many jobs are claimed before this one by these slots, were all of them free at the moment from which it may
+    be claimed."""
     moment = now + timedelta(seconds=_ready_in(job, now))
-    first = sa.select(jobs.c.id).where(claimable(sa.literal(moment, UtcTime()))).order_by(*CLAIM_ORDER)
-    before = session.scalars(first.limit(MAX_POSITION)).all()
-    return before.index(job.id) if job.id in before else MAX_POSITION
+    claimable_then = claimable(sa.literal(moment, UtcTime()))
+    if all(slot.width == 1 for slot in slots):
+        in_line = session.scalars(sa.select(jobs.c.id).where(claimable_then).order_by(*CLAIM_ORDER).limit(MAX_POSITION))
+        ids = in_line.all()
+        return ids.index(job.id) if job.id in ids else MAX_POSITION
+    first = sa.select(*CANDIDATE).where(claimable_then).order_by(*CLAIM_ORDER).limit(MAX_POSITION)
+    line = [_waiting(row) for row in session.execute(first)]
+    place = next((n for n, one in enumerate(line) if one.id == job.id), MAX_POSITION)
+    before = sum(not any(slot.fits(one) for slot in slots) for one in line[:place])
+    for claimed in claims(line, slots, lambda members: 1.0):
+        if any(one.id == job.id for one in claimed.members):
+            return before
+        before += len(claimed.members)
+    return place
 
 
 def _ready_in(job: Any, now: datetime) -> float:
@@ -156,23 +162,40 @@ def _ready_in(job: Any, now: datetime) -> float:
     return (max(ready) - now).total_seconds()
 
 
-def _waiting(row: Any, now: datetime) -> _Waiting:
-    return _Waiting(row.id, _ready_in(row, now), row.training_bytes, _work(row))
+def _waiting(row: Any) -> Waiting:
+    return Waiting(**{column.key: getattr(row, column.key) for column in CANDIDATE})
 
 
-def _work(row: Any) -> _Work:
+def _work(row: Any, n_together: int = 1) -> _Work:
+    """`n_together`: how many jobs do a step together with this one, itself included."""
     eta_seconds = row.progress.get("eta_seconds")
     if None in (row.n_active_params, row.n_tokens, row.total_steps, *(getattr(row, name) for name in _STEP)):
         return _Work(None, None, eta_seconds)
-    tokens_per_step = min(row.n_tokens, math.prod(getattr(row, name) for name in _STEP))
+    tokens_per_step = n_together * min(row.n_tokens, math.prod(getattr(row, name) for name in _STEP))
     return _Work(row.n_active_params * tokens_per_step, row.total_steps - row.progress.get("step", 0), eta_seconds)
 
 
-def _slots(worker: Worker, running: Sequence[_Work], known: Sequence[_Work]) -> Iterator[_Slot]:
-    """The slots of a worker, those of its running jobs first."""
-    memory = min((device["memory_bytes"] for device in worker.devices), default=None)
-    for number in range(worker.slots):
-        yield _Slot(memory, _needed_seconds(running[number], known) if number < len(running) else 0.0)
+def _cohorts(running: Sequence[Any]) -> list[_Cohort]:
+    """What runs, the jobs of a cohort together: they have one slot."""
+    members: dict[str, list[Any]] = {}
+    for row in running:
+        members.setdefault(row.cohort_id or row.id, []).append(row)
+    return [_Cohort(rows[0].worker_id, [_work(row, len(rows)) for row in rows]) for rows in members.values()]
+
+
+def _taken_slots(worker: Worker, cohorts: Sequence[_Cohort], known: Sequence[_Work]) -> Iterator[Slot]:
+    """The slots of a worker, those of its running jobs first; a slot is free when the last of its jobs has ended."""
+    running = [cohort.work for cohort in cohorts if cohort.worker_id == worker.id]
+    for number, slot in enumerate(slots_of(worker)):
+        if number < len(running):
+            slot.free_in = _longest(_needed_seconds(work, known) for work in running[number])
+        yield slot
+
+
+def _longest(seconds: Iterable[float | None]) -> float | None:
+    """The largest; None where one is not known."""
+    found = list(seconds)
+    return None if None in found else max(one for one in found if one is not None)
 
 
 def _needed_seconds(work: _Work, known: Sequence[_Work]) -> float | None:
@@ -189,31 +212,3 @@ def _needed_seconds(work: _Work, known: Sequence[_Work]) -> float | None:
     ]
     ratio, step_seconds = min(found, key=lambda one: abs(math.log(one[0])), default=(math.inf, math.inf))
     return work.steps * step_seconds * ratio if 1 / MAX_WORK_RATIO <= ratio <= MAX_WORK_RATIO else None
-
-
-def _starts(queued: Sequence[_Waiting], slots: Sequence[_Slot], known: Sequence[_Work]) -> Iterator[tuple[str, float]]:
-    """Job ids and the seconds until each starts, in the order of their starts, as far as they can be estimated: a free
-    slot takes the first claimable job that fits. `known`: the running jobs."""
-    remaining = [job for job in queued if any(slot.fits(job) for slot in slots)]
-    while remaining:
-        next_starts = [found for slot in slots if (found := _next_start(remaining, slot)) is not None]
-        seconds, slot, job = min(next_starts, key=lambda found: found[0], default=(math.inf, None, None))
-        # A slot of unknown time may be free at any moment, though not before those that are free now.
-        if slot is None or job is None or (seconds > 0 and any(slot.free_in is None for slot in slots)):
-            return
-        yield job.id, seconds
-        remaining.remove(job)
-        needed = _needed_seconds(job.work, known)
-        slot.free_in = math.inf if needed is None else seconds + needed
-
-
-def _next_start(remaining: Sequence[_Waiting], slot: _Slot) -> tuple[float, _Slot, _Waiting] | None:
-    """The job that a slot takes next, and in how many seconds; None where that is unknown, or no job fits."""
-    free_in = slot.free_in
-    if free_in is None or free_in == math.inf:
-        return None
-    fitting = (job for job in remaining if slot.fits(job))
-    if (job := next((job for job in remaining if slot.fits(job) and job.ready_in <= free_in), None)) is not None:
-        return free_in, slot, job
-    job = min(fitting, key=lambda job: job.ready_in, default=None)
-    return None if job is None else (job.ready_in, slot, job)

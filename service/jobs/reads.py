@@ -1,5 +1,6 @@
 """What is read of jobs and of what they recorded: texts, checkpoints, snapshots, steps, events. Changes nothing."""
 
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import sqlalchemy as sa
@@ -8,6 +9,8 @@ from sqlmodel import Session, col, select
 from service.database.database import Database
 from service.database.schema import table
 from service.errors import NotFound
+from service.jobs.ids import begins_with
+from service.jobs.ownership import is_visible, visible_jobs
 from service.jobs.series import read_series, read_steps_after
 from service.jobs.statuses import STATUSES, Status
 from service.jobs.tables import Checkpoint, Event, Job, Snapshot, Text
@@ -20,9 +23,9 @@ def get_job(db: Database, job_id: str) -> Job:
 
 
 def load_job(session: Session, job_id: str) -> Job:
-    """The job of that id, within a transaction. Raises NotFound `job_not_found`."""
+    """The job of that id, within a transaction. Raises NotFound `job_not_found`, for one that is another's, too."""
     job = session.get(Job, job_id)
-    if job is None:
+    if job is None or not is_visible(session, job):
         raise NotFound("job_not_found", f"there is no job {job_id!r}")
     return job
 
@@ -35,67 +38,100 @@ class NewestFigures(NamedTuple):
     perplexity: float | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class JobFilter:
+    """The jobs that are listed: those for which all of this holds."""
+
+    status: Status | None = None
+
+    tag: tuple[str, str | None] | None = None
+    """Key of a tag, which must have no quotes, and its value; None stands for any value."""
+
+    name: str | None = None
+    """The whole name."""
+
+    id_prefix: str | None = None
+    """What the id begins with."""
+
+    q: str | None = None
+    """A part of the name, in either case, or the beginning of the id or of the sweep's id."""
+
+    def conditions(self) -> list[sa.ColumnElement[bool]]:
+        """The conditions on the table of jobs."""
+        c = table(Job).c
+        conditions = []
+        if self.status is not None:
+            conditions.append(c.status == self.status)
+        if self.tag is not None:
+            key, value = self.tag
+            stored = c.tags[key].as_string()
+            conditions.append(stored.is_not(None) if value is None else stored == value)
+        if self.name is not None:
+            conditions.append(c.name == self.name)
+        if self.id_prefix is not None:
+            conditions.append(begins_with(c.id, self.id_prefix))
+        if self.q is not None:
+            begins = [column.startswith(self.q.lower(), autoescape=True) for column in (c.id, c.sweep_id)]
+            conditions.append(sa.or_(c.name.icontains(self.q, autoescape=True), *begins))
+        return conditions
+
+
+EVERY_JOB = JobFilter()
+"""No job is left out."""
+
+
 def list_measured_jobs(
-    db: Database,
-    *,
-    status: Status | None = None,
-    tag: tuple[str, str | None] | None = None,
-    before: int | None = None,
-    limit: int = 50,
+    db: Database, wanted: JobFilter = EVERY_JOB, *, before: int | None = None, limit: int = 50
 ) -> list[tuple[Job, NewestFigures | None]]:
-    """`list_jobs`, each with the figures of its newest checkpoint: one query, which reads no reconstruction."""
+    """The newest jobs first, each with the figures of its newest checkpoint: one query, which reads no reconstruction.
+    `before` is the `seq` of the last one of the page before, so inserts do not shift pages."""
+    query = _newest_first(_measured(), wanted, before).limit(limit)
+    with db.read() as session:
+        return [_with_figures(row) for row in session.execute(query.where(visible_jobs(session)))]
+
+
+def get_measured_job(db: Database, job_id: str) -> tuple[Job, NewestFigures | None]:
+    """The job of that id, with the figures of its newest checkpoint. Raises NotFound `job_not_found`."""
+    with db.read() as session:
+        row = session.execute(_measured().where(col(Job.id) == job_id, visible_jobs(session))).first()
+    if row is None:
+        raise NotFound("job_not_found", f"there is no job {job_id!r}")
+    return _with_figures(row)
+
+
+def _measured() -> "sa.Select[Any]":
+    """A query of jobs, each with figures of its newest checkpoint."""
     c = table(Checkpoint).c
     newest = sa.select(sa.func.max(c.percent)).where(c.job_id == Job.id).correlate(Job).scalar_subquery()
     of = table(Checkpoint).alias("newest").c
     figures = (of.percent, of.metrics["loss"].as_float(), of.metrics["perplexity"].as_float())
-    query = (
-        _newest_first(sa.select(Job, *figures), status, tag, before)
-        .outerjoin(of.percent.table, sa.and_(of.job_id == Job.id, of.percent == newest))
-        .limit(limit)
-    )
+    joined = sa.and_(of.job_id == Job.id, of.percent == newest)
+    return sa.select(Job, *figures).outerjoin(of.percent.table, joined)
+
+
+def _with_figures(row: Any) -> tuple[Job, NewestFigures | None]:
+    job, percent, *figures = row
+    return job, None if percent is None else NewestFigures(percent, *figures)
+
+
+def list_jobs(db: Database, wanted: JobFilter = EVERY_JOB, *, before: int | None = None, limit: int = 50) -> list[Job]:
+    """The newest jobs first, as `list_measured_jobs` lists them, without figures."""
+    query = _newest_first(sa.select(Job), wanted, before).limit(limit)
     with db.read() as session:
-        return [
-            (job, None if percent is None else NewestFigures(percent, loss, perplexity))
-            for job, percent, loss, perplexity in session.execute(query)
-        ]
+        return list(session.scalars(query.where(visible_jobs(session))))
 
 
-def list_jobs(
-    db: Database,
-    *,
-    status: Status | None = None,
-    tag: tuple[str, str | None] | None = None,
-    before: int | None = None,
-    limit: int = 50,
-) -> list[Job]:
-    """The newest jobs first; `before` is the `seq` of the last one of the page before, so inserts do not shift pages.
-
-    `tag`: its key, which must have no quotes, and its value; None stands for any value.
-    """
-    with db.read() as session:
-        return list(session.scalars(_newest_first(sa.select(Job), status, tag, before).limit(limit)))
-
-
-def _newest_first(
-    query: "sa.Select[Any]", status: Status | None, tag: tuple[str, str | None] | None, before: int | None
-) -> "sa.Select[Any]":
-    """A query of jobs, filtered, the newest first."""
-    query = query.order_by(col(Job.seq).desc())
-    if status is not None:
-        query = query.where(col(Job.status) == status)
-    if tag is not None:
-        key, value = tag
-        stored = table(Job).c.tags[key].as_string()
-        query = query.where(stored.is_not(None) if value is None else stored == value)
+def _newest_first(query: "sa.Select[Any]", wanted: JobFilter, before: int | None) -> "sa.Select[Any]":
+    query = query.where(*wanted.conditions()).order_by(col(Job.seq).desc())
     return query if before is None else query.where(col(Job.seq) < before)
 
 
-def count_jobs(db: Database) -> dict[str, int]:
-    """How many jobs have each status; every status is a key."""
+def count_jobs(db: Database, wanted: JobFilter = EVERY_JOB) -> dict[Status, int]:
+    """How many of these jobs have each status; every status is a key."""
+    c = table(Job).c
+    query = sa.select(c.status, sa.func.count()).where(*wanted.conditions()).group_by(c.status)
     with db.read() as session:
-        counts = dict(
-            session.execute(sa.select(table(Job).c.status, sa.func.count()).group_by(table(Job).c.status)).all()
-        )
+        counts: dict[Status, int] = dict(session.execute(query.where(visible_jobs(session))).all())
     return {status: counts.get(status, 0) for status in STATUSES}
 
 
@@ -138,13 +174,15 @@ def find_snapshot(db: Database, job_id: str) -> Snapshot | None:
         return session.get(Snapshot, job_id)
 
 
-def series(db: Database, job_id: str, points: int = 1000) -> dict[str, list[Any]]:
-    """The step series by column, thinned to at most `points` steps that keep the extremes.
+def series(
+    db: Database, job_id: str, points: int = 1000, *, from_step: int | None = None, to_step: int | None = None
+) -> dict[str, list[Any]]:
+    """The step series by column, or a part of it, thinned to at most `points` steps that keep the extremes.
 
     Raises ValueError for fewer points than `MIN_POINTS`.
     """
     with db.read() as session:
-        return read_series(session, job_id, points)
+        return read_series(session, job_id, points, from_step=from_step, to_step=to_step)
 
 
 def steps_after(db: Database, job_id: str, step: int, limit: int) -> list[sa.Row[Any]]:

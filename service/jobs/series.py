@@ -6,7 +6,8 @@ writes holds the job's fence.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import sqlalchemy as sa
@@ -14,7 +15,7 @@ from sqlmodel import Session
 
 from service.database.schema import table
 from service.database.upsert import insert_or_update
-from service.jobs.envelope import cut_envelope, widen_envelope
+from service.jobs.envelope import cut_envelope, widen_envelopes
 from service.jobs.tables import SERIES, Step, StepBlock
 
 BLOCK_SIZES = (256, 65_536)
@@ -32,34 +33,41 @@ Extremes = dict[str, list[Any]]
 
 _steps = table(Step)
 _blocks = table(StepBlock)
+_block_key = (_blocks.c.job_id, _blocks.c.size, _blocks.c.block)
 _columns = (_steps.c.step, *(_steps.c[name] for name in SERIES))
 
 
-def write_steps(session: Session, job_id: str, columns: Columns) -> None:
-    """Write a batch of steps and bring the blocks it touches up to date. Figures that are not finite become null.
+def write_steps(session: Session, batches: Mapping[str, Columns]) -> None:
+    """Write a batch of steps of each of these jobs, by job id, and bring the blocks and envelopes they touch up to
+    date; one statement for all jobs of each that is needed. Figures that are not finite become null.
 
     Writing a step again replaces it, so that a batch whose commit was in doubt can be sent a second time.
     """
-    rows = [
-        {"job_id": job_id, "step": step, **dict(zip(SERIES, map(_finite, figures), strict=True))}
-        for step, *figures in zip(columns["step"], *(columns[name] for name in SERIES), strict=True)
-    ]
+    rows: list[dict[str, Any]] = []
+    fresh: dict[tuple[str, int, int], Extremes] = {}
+    losses: dict[str, list[tuple[int, float | None]]] = {}
+    for job_id, columns in batches.items():
+        if not columns["step"]:
+            continue
+        steps, figures = columns["step"], {name: list(map(_finite, columns[name])) for name in SERIES}
+        rows += [
+            {"job_id": job_id, "step": step, **dict(zip(SERIES, row, strict=True))}
+            for step, *row in zip(steps, *figures.values(), strict=True)
+        ]
+        for block, extremes in _by_block(steps, figures, BLOCK_SIZES[0]):
+            for size in BLOCK_SIZES:
+                _widen(fresh.setdefault((job_id, size, block * BLOCK_SIZES[0] // size), {}), extremes)
+        losses[job_id] = list(zip(steps, figures["train_loss"], strict=True))
     if not rows:
         return
     insert_or_update(session, Step, rows)
-    for size in BLOCK_SIZES:
-        fresh: dict[int, Extremes] = {}
-        for row in rows:
-            _widen(fresh.setdefault(row["step"] // size, {}), _of_step(row))
-        stored = session.execute(
-            sa.select(_blocks.c.block, _blocks.c.extremes).where(
-                _blocks.c.job_id == job_id, _blocks.c.size == size, _blocks.c.block.in_(fresh)
-            )
-        ).all()
-        for block, extremes in stored:
-            fresh[block] = _widen(extremes, fresh[block])
-        _write_blocks(session, job_id, size, fresh)
-    widen_envelope(session, job_id, [(row["step"], row["train_loss"]) for row in rows])
+    stored = session.execute(
+        sa.select(*_block_key, _blocks.c.extremes).where(sa.tuple_(*_block_key).in_(list(fresh)))
+    ).all()
+    for *key, extremes in stored:
+        fresh[key[0], key[1], key[2]] = _widen(extremes, fresh[key[0], key[1], key[2]])
+    _write_blocks(session, fresh)
+    widen_envelopes(session, losses)
 
 
 def delete_steps_after(session: Session, job_id: str, step: int) -> None:
@@ -81,17 +89,20 @@ def delete_steps_after(session: Session, job_id: str, step: int) -> None:
             for part in _read_blocks(session, job_id, finer, first // finer):
                 _widen(extremes, part)
         if extremes:
-            _write_blocks(session, job_id, size, {block: extremes})
+            _write_blocks(session, {(job_id, size, block): extremes})
         finer = size
     cut_envelope(session, job_id, step)
 
 
-def read_series(session: Session, job_id: str, points: int) -> dict[str, list[Any]]:
+def read_series(
+    session: Session, job_id: str, points: int, *, from_step: int | None = None, to_step: int | None = None
+) -> dict[str, list[Any]]:
     """At most `points` steps of a job, by column, keeping the minima and maxima of every column.
 
-    The range is cut into buckets; each gives the steps where a column is smallest and largest, and evenly spaced steps
-    fill what is left. Reads at most five rows for each point, however long the series. Raises ValueError for fewer
-    points than `MIN_POINTS`.
+    `from_step`, `to_step`: only steps from the one to the other, both included; of a block of steps that lies partly
+    outside, an extreme may be missing. The range is cut into buckets; each gives the steps where a column is smallest
+    and largest, and evenly spaced steps fill what is left. Reads at most five rows for each point, however long the
+    series. Raises ValueError for fewer points than `MIN_POINTS`.
     """
     if points < MIN_POINTS:
         raise ValueError(f"points must be at least {MIN_POINTS}")
@@ -100,11 +111,13 @@ def read_series(session: Session, job_id: str, points: int) -> dict[str, list[An
     last = session.execute(sa.select(_steps.c.step).where(of_job).order_by(_steps.c.step.desc()).limit(1)).scalar()
     if first is None or last is None:
         return _by_column([])
+    first, last = max(first, from_step or first), min(last, to_step or last)
+    of_job &= _steps.c.step.between(first, last)
     n_steps = last - first + 1
     if n_steps <= points:
         return _by_column(session.execute(sa.select(*_columns).where(of_job).order_by(_steps.c.step)).all())
     size = next((size for size in BLOCK_SIZES if n_steps / size < ROWS_PER_POINT * points), BLOCK_SIZES[-1])
-    chosen = _choose(_read_blocks(session, job_id, size, 0), first, last, points)
+    chosen = _choose(_read_blocks(session, job_id, size, first // size, last // size), first, last, points)
     return _by_column(
         session.execute(
             sa.select(*_columns).where(of_job, _steps.c.step.in_(chosen)).order_by(_steps.c.step)
@@ -132,6 +145,23 @@ def _choose(blocks: list[Extremes], first: int, last: int, points: int) -> set[i
     return chosen
 
 
+def _by_block(steps: Sequence[int], figures: Columns, size: int) -> Iterator[tuple[int, Extremes]]:
+    """The blocks that a batch of steps touches, each with the extremes of the batch in it."""
+    for block, group in groupby(range(len(steps)), key=lambda place: steps[place] // size):
+        places = list(group)
+        part = slice(places[0], places[-1] + 1)
+        yield block, _of_steps(steps[part], {name: column[part] for name, column in figures.items()})
+
+
+def _of_steps(steps: Sequence[int], figures: Columns) -> Extremes:
+    extremes: Extremes = {}
+    for name, column in figures.items():
+        if known := [figure for figure in column if figure is not None]:
+            low, high = min(known), max(known)
+            extremes[name] = [low, steps[column.index(low)], high, steps[column.index(high)]]
+    return extremes
+
+
 def _of_step(row: Mapping[str, Any]) -> Extremes:
     return {name: [row[name], row["step"]] * 2 for name in SERIES if row[name] is not None}
 
@@ -149,18 +179,26 @@ def _widen(extremes: Extremes, other: Extremes) -> Extremes:
     return extremes
 
 
-def _read_blocks(session: Session, job_id: str, size: int, first_block: int) -> list[Extremes]:
+def _read_blocks(
+    session: Session, job_id: str, size: int, first_block: int, last_block: int | None = None
+) -> list[Extremes]:
     query = sa.select(_blocks.c.extremes).where(
         _blocks.c.job_id == job_id, _blocks.c.size == size, _blocks.c.block >= first_block
     )
+    if last_block is not None:
+        query = query.where(_blocks.c.block <= last_block)
     return list(session.execute(query.order_by(_blocks.c.block)).scalars())
 
 
-def _write_blocks(session: Session, job_id: str, size: int, blocks: Mapping[int, Extremes]) -> None:
+def _write_blocks(session: Session, blocks: Mapping[tuple[str, int, int], Extremes]) -> None:
+    """`blocks`: by job id, size and number."""
     insert_or_update(
         session,
         StepBlock,
-        [{"job_id": job_id, "size": size, "block": block, "extremes": found} for block, found in blocks.items()],
+        [
+            {"job_id": job_id, "size": size, "block": block, "extremes": found}
+            for (job_id, size, block), found in blocks.items()
+        ],
     )
 
 

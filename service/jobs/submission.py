@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from nanomoe import lineage
+from nanomoe.cohort_shape import cohort_key
 from nanomoe.config import ConfigWarning, JobConfig
 from nanomoe.config_warnings import config_warnings
 from nanomoe.model import size
@@ -57,6 +58,9 @@ class Assessment:
     n_tokens: int | None
     plan: Plan | None
     sizes: Sizes
+    cohort_key: str | None
+    """Shape of the job, by which it may be trained together with others; None also for a job that is trained alone."""
+
     warnings: list[ConfigWarning]
 
     @property
@@ -73,7 +77,7 @@ class Assessment:
         run_at: datetime | None = None,
         idempotency_key: str | None = None,
     ) -> NewJob:
-        """The job, ready for `queue.submit`."""
+        """The job, ready for `submit_job`."""
         parent = self.config.init_from
         return NewJob(
             text=self.text,
@@ -86,7 +90,8 @@ class Assessment:
             total_steps=None if self.plan is None else self.plan.total_steps,
             n_params=self.sizes.n_params,
             n_active_params=self.sizes.n_active_params,
-            training_bytes=self.sizes.training_bytes,
+            training_bytes=self.sizes.least_training_bytes,
+            cohort_key=self.cohort_key,
             warnings=[warning.model_dump(mode="json") for warning in self.warnings],
             parent_id=None if parent is None else parent.job_id,
             parent_percent=None if parent is None else parent.checkpoint,
@@ -168,8 +173,12 @@ def _assess(
         steps=None if plan is None else plan.total_steps,
     )
     warnings = config_warnings(config, plan, n_bytes=n_bytes, vocab_size=vocab_size) + of_parent
-    sizes = at_most if tokenizer is not None else Sizes(training_bytes=at_most.training_bytes)
-    return Assessment(text, config, n_bytes, n_tokens, plan, sizes, warnings)
+    of_memory = Sizes(training_bytes=at_most.training_bytes, least_training_bytes=at_most.least_training_bytes)
+    sizes = at_most if tokenizer is not None else of_memory
+    shape = None
+    if vocab_size is not None and n_tokens is not None:
+        shape = cohort_key(config, vocab_size=vocab_size, n_tokens=n_tokens)
+    return Assessment(text, config, n_bytes, n_tokens, plan, sizes, shape, warnings)
 
 
 def _most_entries(tokenizer: str) -> int:

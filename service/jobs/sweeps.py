@@ -1,6 +1,7 @@
-"""What is read of sweeps: the rows, how far their jobs are, their events. Changes nothing."""
+"""What is read of sweeps: the rows, and how far their jobs are. Changes nothing."""
 
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,16 +12,11 @@ from sqlmodel import Session, col, select
 from service.database.database import Database
 from service.database.schema import table
 from service.errors import NotFound
+from service.jobs.ownership import is_visible, visible_sweeps
 from service.jobs.statuses import STATUSES, TERMINAL, Status
-from service.jobs.tables import Checkpoint, Event, Job, Sweep, Worker
-from service.jobs.workers import is_alive
-
-RECENT_JOBS = 20
-"""How many of the jobs that succeeded last tell how fast jobs are trained."""
+from service.jobs.tables import Job, Sweep
 
 _jobs = table(Job)
-_events = table(Event)
-_checkpoints = table(Checkpoint)
 
 _PROGRESS = (
     _jobs.c.id,
@@ -30,6 +26,8 @@ _PROGRESS = (
     _jobs.c.n_active_params,
     _jobs.c.started_at,
     _jobs.c.finished_at,
+    _jobs.c.cohort_id,
+    _jobs.c.cohort_size,
 )
 
 
@@ -58,9 +56,9 @@ def get_sweep(db: Database, sweep_id: str) -> tuple[Sweep, dict[Status, int], Sw
 
 
 def load_sweep(session: Session, sweep_id: str) -> Sweep:
-    """The sweep of that id, within a transaction. Raises NotFound `sweep_not_found`."""
+    """The sweep of that id, within a transaction. Raises NotFound `sweep_not_found`, for one that is another's, too."""
     sweep = session.get(Sweep, sweep_id)
-    if sweep is None:
+    if sweep is None or not is_visible(session, sweep):
         raise NotFound("sweep_not_found", f"there is no sweep {sweep_id!r}")
     return sweep
 
@@ -72,16 +70,22 @@ def list_sweeps(db: Database, *, before: int | None = None, limit: int = 50) -> 
     if before is not None:
         query = query.where(col(Sweep.seq) < before)
     with db.read() as session:
-        found = session.exec(query).all()
-        by_status = session.execute(
-            sa.select(_jobs.c.sweep_id, _jobs.c.status, sa.func.count())
-            .where(_jobs.c.sweep_id.in_([sweep.id for sweep in found]))
-            .group_by(_jobs.c.sweep_id, _jobs.c.status)
-        ).all()
-    counts: dict[str, dict[Status, int]] = {sweep.id: dict.fromkeys(STATUSES, 0) for sweep in found}
+        found = session.exec(query.where(visible_sweeps(session))).all()
+        counts = count_by_status(session, [sweep.id for sweep in found])
+    return [(sweep, counts[sweep.id]) for sweep in found]
+
+
+def count_by_status(session: Session, sweep_ids: Sequence[str]) -> dict[str, dict[Status, int]]:
+    """How many jobs of each of these sweeps have each status, within a transaction; every status is a key."""
+    by_status = session.execute(
+        sa.select(_jobs.c.sweep_id, _jobs.c.status, sa.func.count())
+        .where(_jobs.c.sweep_id.in_(sweep_ids))
+        .group_by(_jobs.c.sweep_id, _jobs.c.status)
+    ).all()
+    counts: dict[str, dict[Status, int]] = {sweep_id: dict.fromkeys(STATUSES, 0) for sweep_id in sweep_ids}
     for sweep_id, status, n in by_status:
         counts[sweep_id][status] = n
-    return [(sweep, counts[sweep.id]) for sweep in found]
+    return counts
 
 
 def status_of(counts: Mapping[Status, int]) -> Status:
@@ -107,21 +111,36 @@ def _progress(rows: Sequence[Any]) -> SweepProgress:
 
 
 def _eta_seconds(rows: Sequence[Any]) -> float | None:
-    """Seconds until all have ended, if as many run at once as now, each step takes as long for each active parameter as
-    those that were done, and nothing else is claimed between them. None where nothing runs, or none has been timed."""
+    """Seconds until all have ended, if as many slots train them as now, each step takes as long for each active
+    parameter as those that were done, in company as large, and nothing else is claimed between them. None where nothing
+    runs, or none has been timed."""
     left = [row for row in rows if row.status not in TERMINAL]
     if not left:
         return 0.0
     running = [row for row in left if row.status == "running"]
     if not running or any(row.status == "paused" for row in left):
         return None
-    rates = [rate for row in rows if (rate := _seconds_per_work(row)) is not None]
-    needed = [_needed_seconds(row, statistics.fmean(rates) if rates else None) for row in left]
-    known = [seconds for seconds in needed if seconds is not None]
-    if len(known) < len(needed):
+    # Of the time of a cohort each of its jobs has an equal share.
+    slots = Counter(_slot(row) for row in running)
+    sizes = {row.id: slots[_slot(row)] if row.status == "running" else row.cohort_size or 1 for row in rows}
+    rates = {row.id: rate for row in rows if (rate := _seconds_per_work(row)) is not None}
+    rate = statistics.fmean(rates.values()) if rates else None
+    share = statistics.fmean(found / sizes[job_id] for job_id, found in rates.items()) if rates else None
+    longest = [_needed_seconds(row, rate) for row in left]
+    shares = [
+        seconds / sizes[row.id] if row.status == "running" and seconds is not None else _needed_seconds(row, share)
+        for row, seconds in zip(left, longest, strict=True)
+    ]
+    known = [seconds for seconds in longest if seconds is not None]
+    if len(known) < len(left):
         return None
     # The last to end is one of those that take longest, however the others are shared out.
-    return max(sum(known) / len(running), *known)
+    return max(sum(seconds for seconds in shares if seconds is not None) / len(slots), *known)
+
+
+def _slot(row: Any) -> str:
+    """What the jobs have in common that one trainer trains together."""
+    return str(row.cohort_id or row.id)
 
 
 def _work(row: Any, steps: int | None) -> float | None:
@@ -148,94 +167,10 @@ def _needed_seconds(row: Any, rate: float | None) -> float | None:
     return None if work is None or rate is None else work * rate
 
 
-# Events
-
-
-def events_end(db: Database, sweep_id: str) -> tuple[int, bool]:
-    """The number of the newest event of a sweep's jobs, and whether all of them have ended.
-
-    Raises NotFound `sweep_not_found`.
-    """
+def has_ended(db: Database, sweep_id: str) -> bool:
+    """Whether all jobs of a sweep have ended. Raises NotFound `sweep_not_found`."""
     with db.read() as session:
-        sweep = load_sweep(session, sweep_id)
+        load_sweep(session, sweep_id)
         unfinished = _jobs.c.status.not_in(TERMINAL)
         left = session.scalar(sa.select(_jobs.c.id).where(_jobs.c.sweep_id == sweep_id, unfinished).limit(1))
-        return sweep.event_seq, left is None
-
-
-@dataclass(frozen=True)
-class SweepEvent:
-    """An event of a job of a sweep."""
-
-    number: int
-    """Its number in the sweep."""
-
-    job_id: str
-    kind: str
-    data: dict[str, Any]
-    """Data of the event; of a checkpoint its figures."""
-
-
-def events_after(db: Database, sweep_id: str, number: int, limit: int = 1000) -> list[SweepEvent]:
-    """The next `limit` events of a sweep's jobs past `number`, oldest first. Reads no reconstruction."""
-    next_ones = (
-        sa.select(_events)
-        .where(_events.c.sweep_id == sweep_id, _events.c.sweep_seq > number)
-        .order_by(_events.c.sweep_seq)
-        .limit(limit)
-    )
-    with db.read() as session:
-        rows = session.execute(next_ones).all()
-        found = _checkpoints_of(session, [row for row in rows if row.kind == "checkpoint"])
-    return [
-        SweepEvent(row.sweep_seq, row.job_id, row.kind, found.get((row.job_id, row.data.get("percent")), row.data))
-        for row in rows
-    ]
-
-
-def _checkpoints_of(session: Session, events: Sequence[Any]) -> dict[tuple[str, Any], dict[str, Any]]:
-    """The figures of the checkpoints that these events are about."""
-    if not events:
-        return {}
-    c = _checkpoints.c
-    of_jobs = c.job_id.in_({event.job_id for event in events})
-    rows = session.execute(sa.select(c.job_id, c.percent, c.step, c.epoch, c.created_at, c.metrics).where(of_jobs))
-    return {
-        (row.job_id, row.percent): row.metrics
-        | {"percent": row.percent, "step": row.step, "epoch": row.epoch, "created_at": row.created_at}
-        for row in rows
-    }
-
-
-# Predicting
-
-
-@dataclass(frozen=True)
-class Pace:
-    """How fast this installation trains."""
-
-    seconds_per_work: float
-    """Seconds for a step and an active parameter, the median of the jobs that succeeded last."""
-
-    n_slots: int
-    """Slots of the workers that are alive."""
-
-
-def measure_pace(db: Database) -> Pace | None:
-    """How fast jobs are trained; None before one has succeeded, or while no worker is alive."""
-    with db.read() as session:
-        newest = sa.select(*_PROGRESS).where(_jobs.c.status == "succeeded").order_by(_jobs.c.seq.desc())
-        rows = session.execute(newest.limit(RECENT_JOBS)).all()
-        now = session.scalars(sa.select(db.now)).one()
-        n_slots = sum(worker.slots for worker in session.scalars(sa.select(Worker)) if is_alive(worker, now))
-    rates = [rate for row in rows if (rate := _seconds_per_work(row)) is not None]
-    return Pace(statistics.median(rates), n_slots) if rates and n_slots else None
-
-
-def predict_seconds(work: Sequence[float | None], pace: Pace | None) -> float | None:
-    """Seconds from the first start to the last end of jobs with this much work, in steps times active parameters; None
-    where that would be a guess."""
-    known = [one * pace.seconds_per_work for one in work if one is not None] if pace is not None else []
-    if pace is None or len(known) < len(work):
-        return None
-    return max(sum(known) / pace.n_slots, *known)
+        return left is None

@@ -16,11 +16,13 @@ from sqlalchemy import (
     ForeignKey,
     Index,
     LargeBinary,
+    Sequence,
     text,
 )
 from sqlmodel import AutoString, Field
 
 from nanomoe.config import PERCENTS
+from service.access import tables as _access_tables  # noqa: F401 - all tables are one schema
 from service.database.schema import Row
 from service.database.utc_time import UtcTime
 from service.jobs.ids import new_id
@@ -61,8 +63,8 @@ class Sweep(Row, table=True):
 
     __tablename__ = "sweeps"
     __table_args__ = (
-        CheckConstraint("event_seq >= 0", name="counts"),
         Index("ix_sweeps_seq", "seq"),
+        Index("ix_sweeps_owner", "owner", "seq"),
         Index("ix_sweeps_idempotency", "owner", "idempotency_key", unique=True,
               sqlite_where=text("idempotency_key IS NOT NULL"), postgresql_where=text("idempotency_key IS NOT NULL")),
     )  # fmt: skip
@@ -88,10 +90,6 @@ class Sweep(Row, table=True):
     request_sha256: str | None = None
     """SHA-256 of the request that came with the idempotency key, hexadecimal."""
 
-    event_seq: int = Field(default=0, sa_type=BigInteger)
-    """Number of the newest event of its jobs, which are numbered through. Whoever adds one locks this row until its
-    commit, after the rows of all jobs that it changes: the numbers are committed in their order."""
-
 
 class Job(Row, table=True):
     """A job: what was submitted, its place in the queue, the lease of the worker that runs it, its progress."""
@@ -109,10 +107,14 @@ class Job(Row, table=True):
         CheckConstraint("(waits_since IS NULL) = (waits_seconds IS NULL)", name="waits"),
         Index("ix_jobs_claim", text("priority DESC"), "seq",
               sqlite_where=text("status = 'queued'"), postgresql_where=text("status = 'queued'")),
+        Index("ix_jobs_cohort", "cohort_key", "seq",
+              sqlite_where=text("status = 'queued' AND cohort_key IS NOT NULL"),
+              postgresql_where=text("status = 'queued' AND cohort_key IS NOT NULL")),
         Index("ix_jobs_lease", "lease_until",
               sqlite_where=text("status = 'running'"), postgresql_where=text("status = 'running'")),
         # By seq, not by status: SQLite would prefer an index that starts with the status to the claim's own, and sort.
         Index("ix_jobs_status", "seq", "status"),
+        Index("ix_jobs_owner", "owner", "seq"),
         Index("ix_jobs_text", "text_sha256"),
         Index("ix_jobs_name", "name", sqlite_where=text("name IS NOT NULL"), postgresql_where=text("name IS NOT NULL")),
         Index("ix_jobs_parent", "parent_id"),
@@ -182,7 +184,20 @@ class Job(Row, table=True):
     n_params: int | None = Field(default=None, sa_type=BigInteger)
     n_active_params: int | None = Field(default=None, sa_type=BigInteger)
     training_bytes: int | None = Field(default=None, sa_type=BigInteger)
-    """Memory that training needs; a worker with less does not claim the job. Null fits every worker."""
+    """Memory that training needs at least, however it is cut; a worker with less does not claim it. Null fits all."""
+
+    cohort_key: str | None = None
+    """Shape of the job (`nanomoe.cohort_shape`): queued jobs of one shape may be claimed together, to be trained by one
+    trainer. Null for a job that is trained alone: its shape is not known, is too large, or its trainer crashed."""
+
+    cohort_id: str | None = None
+    """What the jobs have in common that the last claim claimed together; null where it claimed this one alone."""
+
+    cohort_size: int | None = None
+    """How many jobs the last claim claimed together; null where it claimed this one alone."""
+
+    cohort_most: int | None = None
+    """How many jobs may be claimed together with this one among them, after memory ran out for more."""
 
     warnings: list[dict[str, Any]] = Field(default_factory=list, sa_column=_json())
     error: dict[str, Any] | None = Field(default=None, sa_column=_json(nullable=True))
@@ -206,7 +221,7 @@ class Counter(Row, table=True):
     __tablename__ = "counters"
 
     name: str = Field(primary_key=True)
-    """`jobs`: the `seq` of the newest job."""
+    """`jobs`: the `seq` of the newest job. On SQLite `events`: the `number` of the newest event."""
 
     value: int = Field(sa_type=BigInteger)
 
@@ -215,7 +230,11 @@ class Checkpoint(Row, table=True):
     """A recorded checkpoint: the row exists only once all files do."""
 
     __tablename__ = "checkpoints"
-    __table_args__ = (CheckConstraint(f"percent IN {PERCENTS}", name="percent"),)
+    __table_args__ = (
+        CheckConstraint(f"percent IN {PERCENTS}", name="percent"),
+        # All that a sum of bytes reads: the rows themselves may be large.
+        Index("ix_checkpoints_bytes", "job_id", "n_bytes"),
+    )
 
     job_id: str = Field(sa_column=_job_key())
     percent: int = Field(primary_key=True)
@@ -229,6 +248,9 @@ class Checkpoint(Row, table=True):
     manifest_sha256: str
     files: list[dict[str, Any]] = Field(sa_column=_json())
     """`{"name", "size", "sha256"}` of each file."""
+
+    n_bytes: int = Field(default=0, sa_type=BigInteger, sa_column_kwargs={"server_default": "0"})
+    """Size of all files."""
 
     metrics: dict[str, Any] = Field(sa_column=_json())
     """Figures of the checkpoint, without what has a column of its own."""
@@ -286,6 +308,20 @@ class StepBlock(Row, table=True):
     """`{column: [minimum, its step, maximum, its step]}`; a column without a figure is absent."""
 
 
+class Attempt(Row, table=True):
+    """How long an owner's job used a device. It outlives the job: to delete one gives no seconds back."""
+
+    __tablename__ = "attempts"
+    __table_args__ = (Index("ix_attempts_owner", "owner", "ended_at"),)
+
+    job_id: str = Field(primary_key=True)
+    fence: int = Field(primary_key=True)
+    owner: str
+    started_at: datetime = Field(sa_type=UtcTime)
+    ended_at: datetime | None = Field(default=None, sa_type=UtcTime)
+    """Null while it runs."""
+
+
 class Envelope(Row, table=True):
     """The smallest and the largest training loss of a job in at most 100 stretches of equal length: what a chart of
     many jobs needs, in one row a job."""
@@ -303,12 +339,20 @@ class Envelope(Row, table=True):
     """Minima and maxima by bucket, `[[...], [...]]`, with five significant digits; null in a bucket without any."""
 
 
+EVENT_COUNTER = "events"
+"""The counter that numbers events on SQLite."""
+
+EVENT_NUMBERS = Sequence("event_numbers", metadata=Row.metadata)
+"""The sequence that numbers events on PostgreSQL."""
+
+
 class Event(Row, table=True):
-    """An event of a job, numbered from 1 in each job, and in its sweep from 1 through all of its jobs."""
+    """An event of a job, numbered from 1 in each job, and increasing through those of all jobs."""
 
     __tablename__ = "events"
     __table_args__ = (
-        Index("ix_events_sweep", "sweep_id", "sweep_seq", unique=True,
+        Index("ix_events_number", "number", unique=True),
+        Index("ix_events_sweep", "sweep_id", "number",
               sqlite_where=text("sweep_id IS NOT NULL"), postgresql_where=text("sweep_id IS NOT NULL")),
     )  # fmt: skip
 
@@ -322,7 +366,8 @@ class Event(Row, table=True):
     sweep_id: str | None = None
     """The sweep of the job, if it has one."""
 
-    sweep_seq: int | None = Field(default=None, sa_type=BigInteger)
+    number: int = Field(sa_type=BigInteger)
+    """Its place among the events of all jobs. Two transactions at once may commit against this order."""
 
 
 class Worker(Row, table=True):
@@ -339,7 +384,8 @@ class Worker(Row, table=True):
     """Length of its leases, and how long after it was last seen it counts as alive."""
 
     devices: list[dict[str, Any]] = Field(sa_column=_json())
-    """`{"device", "name", "memory_bytes"}` of each device."""
+    """`{"device", "name", "memory_bytes", "cohort"}` of each device; `cohort`: most jobs of one shape that a trainer on
+    it trains together, which rows of earlier versions do not have."""
 
     versions: dict[str, str] = Field(sa_column=_json())
     started_at: datetime = Field(sa_type=UtcTime)

@@ -32,6 +32,9 @@ class WorkerIdentity:
     """Length of its leases, and how long after it was last seen it counts as alive."""
 
     versions: dict[str, str] = field(default_factory=dict)
+    cohort: int = 1
+    """Most jobs of one shape that a slot trains together, unless its trainer measures another number."""
+
     memory_bytes: int | None = None
     """Memory for training; jobs that need more are not claimed. None claims every job."""
 
@@ -51,7 +54,7 @@ def worker_started(db: Database, worker: WorkerIdentity) -> None:
             "pid": os.getpid(),
             "slots": worker.slots,
             "lease_seconds": worker.lease_seconds,
-            "devices": list(worker.devices),
+            "devices": [device | {"cohort": worker.cohort} for device in worker.devices],
             "versions": worker.versions,
             "started_at": db.now,
             "last_seen_at": db.now,
@@ -65,6 +68,16 @@ def worker_seen(db: Database, worker_id: str) -> None:
     workers = table(Worker)
     with db.write() as session:
         session.execute(sa.update(workers).where(workers.c.id == worker_id).values(last_seen_at=db.now))
+
+
+def worker_measured(db: Database, worker_id: str, device: str, cohort: int) -> None:
+    """Record how many jobs of one shape a trainer on this device has found that it should train together."""
+    workers = table(Worker)
+    of_worker = workers.c.id == worker_id
+    with db.write() as session:
+        devices = session.execute(sa.select(workers.c.devices).where(of_worker).with_for_update()).scalar_one()
+        found = [one | {"cohort": cohort} if one["device"] == device else one for one in devices]
+        session.execute(sa.update(workers).where(of_worker).values(devices=found))
 
 
 def worker_stopped(db: Database, worker_id: str) -> None:

@@ -1,11 +1,10 @@
-"""Whether every checkpoint and snapshot in the database lies on the disk, byte for byte: the check of `nanomoe fsck`.
+"""Whether every checkpoint and snapshot in the database lies in the store, byte for byte: the check of `nanomoe fsck`.
 
 Changes nothing, and may run beside API and workers. Knows no HTTP, no terminal and no torch.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import sqlalchemy as sa
@@ -14,6 +13,7 @@ from sqlmodel import col, select
 
 from nanomoe import checkpoint
 from nanomoe.checkpoint import CheckpointDamaged
+from nanomoe.store.store import Store
 from service.database.database import Database
 from service.errors import StartRefused
 from service.jobs.tables import Checkpoint, Snapshot
@@ -27,7 +27,7 @@ class Fault:
 
     kind: Literal["missing", "damaged", "database", "installation"]
     """`missing`: a row without its folder. `damaged`: a file is not what was written. `database`: a check of
-    the database failed. `installation`: database and data folder do not belong together."""
+    the database failed. `installation`: database and store do not belong together."""
 
     message: str
     """What is wrong, with the name of the file."""
@@ -37,7 +37,7 @@ class Fault:
     """Percent of a checkpoint; None for a snapshot."""
 
     folder: str | None = None
-    """Relative to the data folder."""
+    """Relative to the store."""
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Report:
 
     faults: list[Fault] = field(default_factory=list)
     orphans: list[str] = field(default_factory=list)
-    """Files and folders without a row, relative to the data folder: no fault, they are swept after a day."""
+    """Files and folders without a row, relative to the store: no fault, they are swept after a day."""
 
     @property
     def is_clean(self) -> bool:
@@ -59,23 +59,23 @@ class Report:
         return not self.faults
 
 
-def check(db: Database, data_dir: Path) -> Report:
+def check(db: Database, store: Store) -> Report:
     """Compare the database with itself, and every checkpoint and snapshot with its files.
 
-    Where database and data folder do not belong together, that is the only fault. Raises DatabaseUnavailable,
-    SchemaMismatch.
+    Where database and store do not belong together, that is the only fault. Raises DatabaseUnavailable, SchemaMismatch,
+    StoreError.
     """
     db.check_revision()
     report = Report()
     try:
-        join_installation(db, data_dir)
+        join_installation(db, store)
     except StartRefused as error:
         report.faults.append(Fault("installation", str(error)))
         return report
     report.faults += [Fault("database", message) for message in _database_faults(db)]
     for row in _rows(db):
-        _check_row(db, data_dir, row, report)
-    report.orphans = find_orphans(db, data_dir)
+        _check_row(db, store, row, report)
+    report.orphans = find_orphans(db, store)
     return report
 
 
@@ -106,10 +106,10 @@ def _rows(db: Database) -> list[Checkpoint | Snapshot]:
     return [*checkpoints, *snapshots]
 
 
-def _check_row(db: Database, data_dir: Path, row: Checkpoint | Snapshot, report: Report) -> None:
+def _check_row(db: Database, store: Store, row: Checkpoint | Snapshot, report: Report) -> None:
     """Verify one row's files. A job that goes on replaces its snapshot, and one may be deleted: what fails is looked up
     again, and counts only if the row is still the same."""
-    while (fault := _verify(data_dir, row, report)) is not None:
+    while (fault := _verify(store, row, report)) is not None:
         newer = _reread(db, row)
         if newer is None:
             return
@@ -130,11 +130,11 @@ def _reread(db: Database, row: Checkpoint | Snapshot) -> Checkpoint | Snapshot |
         return session.get(Snapshot, row.job_id)
 
 
-def _verify(data_dir: Path, row: Checkpoint | Snapshot, report: Report) -> Fault | None:
+def _verify(store: Store, row: Checkpoint | Snapshot, report: Report) -> Fault | None:
     percent, files = (row.percent, row.files) if isinstance(row, Checkpoint) else (None, None)
     what = f"the snapshot of step {row.step}" if percent is None else f"checkpoint {percent}"
-    folder = data_dir / row.folder
-    if not folder.is_dir():
+    folder = store / row.folder
+    if not folder.exists():
         return Fault("missing", f"{what}: there is no folder {row.folder}", row.job_id, percent, row.folder)
     try:
         manifest = checkpoint.verify(folder, row.manifest_sha256)

@@ -1,4 +1,4 @@
-"""Where the files of a job lie, relative to the data folder."""
+"""Where the files of a job lie, relative to the store, or to the data folder."""
 
 from nanomoe import checkpoint
 

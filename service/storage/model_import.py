@@ -1,7 +1,8 @@
-"""Files of another program's weights, turned into a checkpoint in the data folder by a process of its own.
+"""Files of another program's weights, turned into a checkpoint in the store by a process of its own.
 
-What is sent lies in the folder of a job that has no row yet, and the checkpoint is written beside it: whatever a killed
-API leaves there is swept as any other orphan. This process loads no torch and reads none of the files.
+What is sent lies in the data folder, in that of a job that has no row yet, and the checkpoint is written beside it, or
+into a bucket: whatever a killed API leaves there is swept as any other orphan. This process loads no torch and reads
+none of the files.
 """
 
 import asyncio
@@ -15,9 +16,11 @@ from pathlib import Path
 import structlog
 from pydantic import TypeAdapter
 
-from nanomoe.checkpoint import UNFINISHED
 from nanomoe.import_messages import MODEL_FILES, Imported, ImportRequest, Refused
-from service.errors import Invalid, StorageFull, TooLarge, Unavailable
+from nanomoe.store.local import UNFINISHED
+from nanomoe.store.opening import open_store
+from nanomoe.store.store import StoreRefused, StoreUnavailable
+from service.errors import Invalid, StorageFull, TooLarge, Unavailable, store_out_of_reach
 from service.storage.job_folders import job_folder
 
 log = structlog.get_logger(__name__)
@@ -60,7 +63,8 @@ async def run(request: ImportRequest, seconds: float = IMPORT_SECONDS) -> Import
         Invalid: the files cannot be imported; the code is `NotImportable`'s, or a tokenizer's, or the text's.
         TooLarge: `model_too_large`.
         StorageFull: the disk of the data folder is full.
-        Unavailable: `import_failed`: the process ended without an answer, or took longer than `seconds`.
+        Unavailable: `import_failed`: the process ended without an answer, or took longer than `seconds`;
+            `store_unavailable`, `store_refused`: the bucket cannot be written to now.
     """
     process = await asyncio.create_subprocess_exec(
         sys.executable,
@@ -81,8 +85,10 @@ async def run(request: ImportRequest, seconds: float = IMPORT_SECONDS) -> Import
         if process.returncode is None:
             process.kill()
             await process.wait()
-        # Whoever was killed in the middle of it has left an unfinished folder.
-        shutil.rmtree(request.to + UNFINISHED, ignore_errors=True)
+        # Whoever was killed in the middle of it has left an unfinished folder; in a bucket it has no manifest, and is
+        # swept.
+        if (to := open_store(request.to)).is_local:
+            shutil.rmtree(to.location + UNFINISHED, ignore_errors=True)
     if process.returncode != 0:
         log.error("import_failed", status=process.returncode)
         raise Unavailable("import_failed", f"the process that reads the files ended with status {process.returncode}")
@@ -91,6 +97,9 @@ async def run(request: ImportRequest, seconds: float = IMPORT_SECONDS) -> Import
         return answer
     if answer.code == "storage_full":
         raise StorageFull(answer.message)
+    if answer.code in (StoreUnavailable.code, StoreRefused.code):
+        log.error("import_failed", reason=answer.message)
+        raise store_out_of_reach(answer.code)
     if answer.code == "model_too_large":
         raise TooLarge(answer.code, answer.message)
     raise Invalid(answer.code, answer.message)

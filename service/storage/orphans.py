@@ -1,22 +1,23 @@
-"""Files and folders of the data folder that no row refers to: those of a process that died before it wrote its row, and
-those of deleted jobs. Finds them, and deletes them after a day.
+"""Files and folders of the store that no row refers to: those of a process that died before it wrote its row, and those
+of deleted jobs. Finds them, and deletes them after a day.
 
-Deletes nothing outside of `<data>/jobs/`, nothing whose name is not one that this project gives, and nothing that the
-current claim of a running job has written. Knows no HTTP and no torch; database and data folder must belong together
+Deletes nothing outside of `jobs/`, nothing whose name is not one that this project gives, and nothing that the current
+claim of a running job has written. Knows no HTTP and no torch; database and store must belong together
 (`installation.join_installation`).
 """
 
 import re
-import shutil
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import timedelta
-from pathlib import Path
 
 import sqlalchemy as sa
 
-from nanomoe.checkpoint import FOLDER_NAME, UNFINISHED
+from nanomoe.checkpoint import FOLDER_NAME
 from nanomoe.config import JOB_ID_PATTERN
+from nanomoe.store.local import UNFINISHED, LocalStore
+from nanomoe.store.store import Store
 from service.database.database import Database
 from service.database.schema import table
 from service.jobs.tables import Checkpoint, Job, Snapshot
@@ -27,16 +28,19 @@ SWEEP_AFTER = timedelta(days=1)
 _FENCED = re.compile(rf"{FOLDER_NAME}({re.escape(UNFINISHED)})?|text\.f(\d+)\.tmp")
 """Names that a claim gives in its job's folder: checkpoints and snapshots, complete or not, and an incomplete text."""
 
+_SCRATCH = re.compile(rf"{JOB_ID_PATTERN.strip('^$')}/(text\.txt|text\.f\d+\.tmp|files{re.escape(UNFINISHED)})")
+"""What lies in the data folder while a job is trained or imported, wherever its files are kept."""
 
-def find_orphans(db: Database, data_dir: Path) -> list[str]:
-    """Files and folders without a row, sorted, relative to the data folder: all files of a job that is not in the
-    database, and files of earlier claims of other jobs.
 
-    Raises DatabaseUnavailable.
+def find_orphans(db: Database, store: Store) -> list[str]:
+    """Files and folders without a row, sorted, relative to the store: all files of a job that is not in the database,
+    and files of earlier claims of other jobs.
+
+    Raises DatabaseUnavailable, StoreError.
     """
     # The files first: a row is written after its files, so what lay here before the rows are read either has its row
     # by then, or belongs to the claim that is writing it, or will never have one.
-    there = list(_entries(data_dir))
+    there = list(_entries(store))
     with db.read() as session:
         jobs = table(Job)
         fences = {
@@ -53,53 +57,55 @@ def find_orphans(db: Database, data_dir: Path) -> list[str]:
     )
 
 
-def sweep_orphans(db: Database, data_dir: Path, *, older_than: timedelta = SWEEP_AFTER) -> list[str]:
+def sweep_orphans(db: Database, store: Store, *, older_than: timedelta = SWEEP_AFTER) -> list[str]:
     """Remove the orphans that nothing was written to for that long, by the host's clock; returns them, relative to the
-    data folder. What cannot be removed stays for the next time. Safe while API and workers run.
+    store. What cannot be removed stays for the next time. Safe while API and workers run.
 
-    Raises DatabaseUnavailable.
+    Raises DatabaseUnavailable, StoreError.
     """
     last = time.time() - older_than.total_seconds()
     swept = []
-    for name in find_orphans(db, data_dir):
-        path = data_dir / name
-        if _newest_change(path) > last:
+    for name in find_orphans(db, store):
+        folder = store / name
+        if folder.last_change() > last:
             continue
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
-        if not path.exists():
+        folder.remove()
+        if not folder.last_change():
             swept.append(name)
     return swept
 
 
-def _entries(data_dir: Path) -> Iterator[tuple[str, str, int | None]]:
+def sweep_scratch(db: Database, data_folder: LocalStore, *, older_than: timedelta = SWEEP_AFTER) -> list[str]:
+    """Where the files of jobs lie in a bucket: remove from the data folder what was only made there to be trained or
+    imported, of jobs that do not run and to which nothing was written for that long; returns it, relative to the data
+    folder. Checkpoints that may lie there, of the time before the bucket, stay.
+
+    Raises DatabaseUnavailable.
+    """
+    last = time.time() - older_than.total_seconds()
+    there = [entry.path for entry in (data_folder / "jobs").entries(2) if _SCRATCH.fullmatch(entry.path)]
+    with db.read() as session:
+        jobs = table(Job)
+        running = set(session.scalars(sa.select(jobs.c.id).where(jobs.c.status == "running")))
+    swept = []
+    for path in there:
+        job_id, _, _ = path.partition("/")
+        scratch = data_folder / "jobs" / path
+        if job_id not in running and scratch.last_change() <= last:
+            scratch.remove()
+            swept.append(f"jobs/{path}")
+            with suppress(OSError):  # something else lies there
+                (data_folder.folder / "jobs" / job_id).rmdir()
+    return sorted(swept)
+
+
+def _entries(store: Store) -> Iterator[tuple[str, str, int | None]]:
     """Job id, path and fence of everything that may be an orphan; no fence for the folder of a job itself."""
-    root = data_dir / "jobs"
-    for folder in root.iterdir() if root.is_dir() else ():
-        # We never make a link, and what it points to is not ours to delete.
-        if re.fullmatch(JOB_ID_PATTERN, folder.name) is None or folder.is_symlink() or not folder.is_dir():
+    for entry in (store / "jobs").entries(2):
+        job_id, _, name = entry.path.partition("/")
+        if re.fullmatch(JOB_ID_PATTERN, job_id) is None:
             continue
-        yield folder.name, f"jobs/{folder.name}", None
-        for entry in _listed(folder):
-            if (made := _FENCED.fullmatch(entry.name)) is not None and not entry.is_symlink():
-                yield folder.name, f"jobs/{folder.name}/{entry.name}", int(made[1] or made[3])
-
-
-def _newest_change(path: Path) -> float:
-    """When something in the first two levels of `path` was last written, in seconds since 1970; 0 if it is gone."""
-    newest = 0.0
-    for entry in (path, *_listed(path), *(below for folder in _listed(path) for below in _listed(folder))):
-        try:
-            newest = max(newest, entry.lstat().st_mtime)
-        except FileNotFoundError:
-            continue  # removed while we looked
-    return newest
-
-
-def _listed(folder: Path) -> list[Path]:
-    try:
-        return list(folder.iterdir())
-    except (FileNotFoundError, NotADirectoryError):
-        return []  # removed while we looked, or a file
+        if not name and entry.is_folder:
+            yield job_id, f"jobs/{job_id}", None
+        elif (made := _FENCED.fullmatch(name)) is not None:
+            yield job_id, f"jobs/{entry.path}", int(made[1] or made[3])

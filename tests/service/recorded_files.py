@@ -7,6 +7,7 @@ from service.database.database import Database
 from service.jobs import queue, recording
 from service.jobs.lease import Claim
 from service.jobs.new_job import NewJob
+from service.jobs.submit import submit_job
 from service.jobs.workers import WorkerIdentity
 from service.storage.job_folders import checkpoint_folder, job_folder
 
@@ -15,7 +16,7 @@ FILES = {"config.json": b"{}\n", "model.safetensors": bytes(range(256)) * 4}
 
 def job_with_files(db: Database, data: Path) -> Claim:
     """A running job with the checkpoints 0 and 25, and a snapshot at step 9."""
-    queue.submit(db, NewJob(text="a b", config={}))
+    submit_job(db, NewJob(text="a b", config={}))
     claim = queue.claim(db, WorkerIdentity(), 60)
     assert claim is not None
     for percent in (0, 25):

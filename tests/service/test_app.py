@@ -18,8 +18,8 @@ import pytest
 import sqlalchemy as sa
 from structlog.testing import capture_logs
 
-from service.app import create_app
 from service.errors import StartRefused
+from service.http.guard import check_address
 from service.settings import Settings
 from tests.api import TEXT, Api, Serve, serving
 from tests.databases import ONLY_POSTGRESQL
@@ -88,21 +88,22 @@ def test_it_refuses_to_serve_other_machines_without_keys(tmp_path: Path) -> None
     found = run_to_its_end(NANOMOE_DATA_DIR=str(tmp_path), NANOMOE_HOST="0.0.0.0")  # noqa: S104
     assert found.returncode == 2
     assert "NANOMOE_ALLOW_NO_KEYS" in found.stderr
-    assert "no keys yet" in found.stderr
+    assert "nanomoe keys create" in found.stderr
     assert "Traceback" not in found.stderr
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.7", "example.org", ""])  # noqa: S104
 def test_only_loopback_needs_no_keys(tmp_path: Path, host: str) -> None:
+    settings = Settings(_env_file=None, data_dir=tmp_path, host=host)
     with pytest.raises(StartRefused):
-        create_app(Settings(_env_file=None, data_dir=tmp_path, host=host))
-    create_app(Settings(_env_file=None, data_dir=tmp_path, host=host, allow_no_keys=True))
+        check_address(settings, has_keys=False)
+    check_address(settings, has_keys=True)
+    check_address(settings.model_copy(update={"allow_no_keys": True}), has_keys=False)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.53", "localhost", "::1"])
 def test_loopback_is_served(tmp_path: Path, host: str) -> None:
-    create_app(Settings(_env_file=None, data_dir=tmp_path, host=host))
+    check_address(Settings(_env_file=None, data_dir=tmp_path, host=host), has_keys=False)
 
 
 def test_a_wrong_setting_is_named(tmp_path: Path) -> None:
@@ -149,6 +150,16 @@ def test_a_foreign_origin_cannot_change_anything(api: Api, origin: str) -> None:
         assert (answer.status_code, answer.json()["code"]) == (403, "origin_not_allowed")
     assert api.http.get(f"/jobs/{job_id}").json()["status"] == "queued"
     assert len(api.http.get("/jobs").json()["data"]) == len(before["data"]) + 1
+
+
+@pytest.mark.parametrize(
+    ("site", "status"), [("cross-site", 403), ("same-site", 403), ("same-origin", 201), ("none", 201)]
+)
+def test_a_request_without_an_origin_is_judged_by_what_the_browser_says_of_its_page(
+    api: Api, site: str, status: int
+) -> None:
+    answer = api.http.post("/jobs", headers={"Sec-Fetch-Site": site}, json={"text": TEXT})
+    assert answer.status_code == status
 
 
 def test_the_own_origin_may_change_things(api: Api) -> None:

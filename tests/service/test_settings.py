@@ -45,6 +45,13 @@ def test_heartbeat_and_rescue_intervals_follow_the_lease(monkeypatch: pytest.Mon
     assert (Settings().heartbeat_seconds, Settings().rescue_seconds) == (0.5, 0.75)
 
 
+def test_a_cohort_is_a_number_or_auto(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Settings().cohort == 1
+    for given, read in (("auto", "auto"), ("64", 64)):
+        monkeypatch.setenv("NANOMOE_COHORT", given)
+        assert Settings().cohort == read
+
+
 def test_hosts_are_separated_by_commas(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NANOMOE_ALLOWED_HOSTS", "a.example, b.example,")
     assert Settings().allowed_hosts == ("a.example", "b.example")
@@ -55,6 +62,8 @@ def test_hosts_are_separated_by_commas(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("PORT", "70000"),
         ("PORT", "http"),
+        ("COHORT", "0"),
+        ("COHORT", "many"),
         ("LEASE_SECONDS", "0"),
         ("LEASE_SECONDS", "nan"),
         ("SNAPSHOT_SECONDS", "inf"),
@@ -62,6 +71,12 @@ def test_hosts_are_separated_by_commas(monkeypatch: pytest.MonkeyPatch) -> None:
         ("DATABASE_URL", "mysql://localhost/x"),
         ("ALLOW_HUB", "perhaps"),
         ("MAX_TEXT_BYTES", "0"),
+        ("STORE", "data"),
+        ("STORE", "s3://"),
+        ("STORE", "s3://Team/x"),
+        ("STORE", "s3://team//x"),
+        ("STORE", "s3://team/a?b"),
+        ("DOWNLOADS", "redirect"),  # without a bucket
     ],
 )
 def test_a_wrong_value_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
@@ -69,6 +84,17 @@ def test_a_wrong_value_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, name:
     with pytest.raises(ValidationError) as refused:
         Settings()
     assert refused.value.errors()[0]["loc"] == (name.lower(),)
+
+
+@pytest.mark.parametrize(
+    ("given", "store"), [("", None), ("s3://team", "s3://team"), ("s3://team/a/b.c_d-e/", "s3://team/a/b.c_d-e")]
+)
+def test_a_store_is_a_bucket_and_a_prefix(monkeypatch: pytest.MonkeyPatch, given: str, store: str | None) -> None:
+    monkeypatch.setenv("NANOMOE_STORE", given)
+    assert Settings().store == store
+    if store is not None:
+        monkeypatch.setenv("NANOMOE_DOWNLOADS", "redirect")
+        assert Settings().downloads == "redirect"
 
 
 def test_every_setting_is_described() -> None:
@@ -79,15 +105,17 @@ def test_the_home_folder_is_expanded_in_every_path(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("HOME", str(tmp_path / "h%me"))
     for name, value in {
         "DATA_DIR": "~/data",
+        "LOCK_DIR": "~/locks",
         "TOKENIZER_DIR": "~/tok",
         "DATABASE_URL": "sqlite:///~/a%3Fb.db?x=1",
     }.items():
         monkeypatch.setenv(f"NANOMOE_{name}", value)
     settings = Settings()
     assert (settings.data_dir, settings.tokenizer_dir) == (tmp_path / "h%me/data", tmp_path / "h%me/tok")
+    assert settings.lock_dir == tmp_path / "h%me/locks"
     assert settings.database_url == f"sqlite:///{tmp_path}/h%25me/a%3Fb.db?x=1"
     paths = [name for name, field in Settings.model_fields.items() if "Path" in str(field.annotation)]
-    assert paths == ["data_dir", "tokenizer_dir"], "another path: see that it is expanded"
+    assert paths == ["data_dir", "lock_dir", "tokenizer_dir"], "another path: see that it is expanded"
 
 
 @pytest.mark.parametrize(

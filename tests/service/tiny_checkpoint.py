@@ -71,3 +71,9 @@ def write_tiny_checkpoint(
     }
     _, manifest_sha256 = checkpoint.write(folder, files)
     return TinyCheckpoint(folder, manifest_sha256, config, weights, loaded)
+
+
+def tiny_files(folder: Path, seed: int = 0) -> dict[str, bytes]:
+    """The files of a checkpoint with a random model."""
+    write_tiny_checkpoint(folder, seed=seed)
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != checkpoint.MANIFEST}

@@ -16,15 +16,14 @@ import sqlalchemy as sa
 
 from nanomoe.config import JobConfig
 from service.cli.bench import rows
+from service.cli.bench.fill import fill
 from service.cli.bench.temporary_service import TemporaryService, run_service
 from service.client import Client, JobHandle
 from service.database.database import Database
-from service.database.schema import table
 from service.jobs import queue, reads
 from service.jobs.claim_order import QUEUED, jobs
-from service.jobs.ids import new_id
 from service.jobs.new_job import NewJob
-from service.jobs.tables import Counter
+from service.jobs.submit import submit_job
 from service.jobs.workers import WorkerIdentity, list_workers, worker_started
 
 _CLAIMS = 30
@@ -107,8 +106,8 @@ def claim_times(db: Database, queued: tuple[int, ...]) -> Iterator[ClaimTime]:
     worker_started(db, worker)
     config = JobConfig().model_dump(mode="json")
     for n in sorted(queued):
-        queue.submit(db, NewJob(text="Era uma vez", config=config))
-        _fill(db, n - _n_queued(db))
+        submit_job(db, NewJob(text="Era uma vez", config=config))
+        fill(db, n - _n_queued(db))
         taken = []
         for _ in range(min(n, _CLAIMS)):
             began = time.perf_counter()
@@ -121,26 +120,6 @@ def claim_times(db: Database, queued: tuple[int, ...]) -> Iterator[ClaimTime]:
 def _n_queued(db: Database) -> int:
     with db.read() as session:
         return session.scalars(sa.select(sa.func.count()).select_from(jobs).where(QUEUED)).one()
-
-
-def _fill(db: Database, n: int) -> None:
-    """Copy a queued job `n` times, within the database: a million submissions would take an hour."""
-    if n <= 0:
-        return
-    columns = [column.name for column in jobs.columns if column.name not in ("id", "seq")]
-    row = sa.select(jobs).where(QUEUED).limit(1).subquery()
-    first = sa.select(sa.literal(1).label("i")).cte("numbers", recursive=True)
-    numbers = first.union_all(sa.select(first.c.i + 1).where(first.c.i < n))
-    salt = new_id()
-    ids = sa.literal(salt[:-8]) + sa.func.substr(sa.cast(numbers.c.i + 100_000_000, sa.String), 2, 8)
-    counters = table(Counter)
-    with db.write() as session:
-        raised = sa.update(counters).values(value=counters.c.value + n).returning(counters.c.value)
-        seqs = session.scalars(raised).one() - n + numbers.c.i
-        chosen = sa.select(ids, seqs, *(row.c[name] for name in columns)).select_from(numbers.join(row, sa.true()))
-        if not db.is_sqlite:
-            session.execute(sa.text("SET LOCAL statement_timeout = 0"))
-        session.execute(sa.insert(jobs).from_select(["id", "seq", *columns], chosen))
 
 
 def traffic(service: TemporaryService, *, training: bool, seconds: float) -> Traffic:

@@ -43,9 +43,9 @@ def _commits(database: Database) -> Iterator[Callable[[], bool]]:
         yield has_changed
 
 
-def until(holds: Callable[[], bool], otherwise: str) -> float:
+def until(holds: Callable[[], bool], otherwise: str, most_seconds: float | None = None) -> float:
     """The monotonic time at which the condition first held. Raises AssertionError after a time-out."""
-    deadline = time.monotonic() + _TIMEOUT_SECONDS
+    deadline = time.monotonic() + (_TIMEOUT_SECONDS if most_seconds is None else most_seconds)
     while not holds():
         assert time.monotonic() < deadline, otherwise
         time.sleep(_POLL_SECONDS)

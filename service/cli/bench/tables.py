@@ -9,8 +9,11 @@ from service.cli import text
 
 if TYPE_CHECKING:
     from nanomoe.bench.generation import Figures
+    from service.cli.bench.cohort_rates import CohortRate
     from service.cli.bench.lifecycle import Beside, ClaimTime, Delays, Recovery, Traffic
+    from service.cli.bench.queue_rates import QueueRates
     from service.cli.bench.served import Served
+    from service.cli.bench.sweep_requests import SweepTimes
     from service.cli.bench.turnaround import Turnaround
 
 
@@ -80,6 +83,40 @@ def claims_table(claims: Iterable["ClaimTime"]) -> Table:
     table = text.new_table(">queued jobs", ">claim, median", ">largest")
     for one in claims:
         table.add_row(f"{one.n_queued:,}", _ms(one.median_seconds), _ms(one.max_seconds))
+    return table
+
+
+def queue_table(found: "QueueRates") -> Table:
+    """One row for each kind of transaction and number of jobs in it."""
+    table = text.new_table("transaction", ">jobs in one", ">jobs/s", ">CPU a job", ">p50", ">p99")
+    for one in found.rates:
+        times = (_ms(one.cpu_seconds_per_job), _ms(one.p50_seconds), _ms(one.p99_seconds))
+        table.add_row(one.what, str(one.at_once), f"{one.jobs_per_sec:,.0f}", *times)
+    return table
+
+
+def sweeps_table(found: "SweepTimes") -> Table:
+    """One row for each request."""
+    table = text.new_table(f"sweep of {found.n_jobs:,} jobs", ">median", ">largest", ">answer")
+    for one in found.requests:
+        table.add_row(one.request, _ms(one.median_seconds), _ms(one.max_seconds), f"{one.n_bytes / 1000:,.0f} kB")
+    return table
+
+
+def cohorts_table(found: Iterable["CohortRate"]) -> Table:
+    """One row for each sweep."""
+    columns = (">together", ">jobs/min", ">times as fast", ">transactions a job", ">peak memory", ">wait behind it")
+    table = text.new_table("sweep", *columns)
+    for one in found:
+        table.add_row(
+            f"{one.n_jobs} x {one.shape}, {one.n_steps} steps",
+            str(one.width),
+            f"{one.jobs_per_minute:,.1f}",
+            "" if one.times_as_fast is None else f"{one.times_as_fast:.2f}",
+            f"{one.transactions_per_job:.1f}",
+            "" if one.peak_bytes is None else f"{one.peak_bytes / 2**20:,.0f} MiB",
+            f"{one.seconds_behind:,.1f} s",
+        )
     return table
 
 

@@ -15,6 +15,7 @@ from service.database.database import Database
 from service.database.opening import open_database
 from service.jobs import queue, recording
 from service.jobs.new_job import NewJob
+from service.jobs.submit import submit_job
 from service.jobs.workers import WorkerIdentity, worker_started, worker_stopped
 from service.settings import Settings, sqlite_url
 from service.storage.job_folders import checkpoint_folder
@@ -43,7 +44,7 @@ class TemporaryService:
         config = JobConfig.model_validate(model.config.model_dump())
         worker = WorkerIdentity(name="bench")
         worker_started(self.database, worker)
-        job, _ = queue.submit(self.database, NewJob(text="Era uma vez", config=config.model_dump(mode="json")))
+        job, _ = submit_job(self.database, NewJob(text="Era uma vez", config=config.model_dump(mode="json")))
         claim = queue.claim(self.database, worker, 60)
         assert claim is not None
         assert claim.job_id == job.id, "no other job is queued"

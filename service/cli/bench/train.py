@@ -1,4 +1,5 @@
-"""`nanomoe bench train`: training steps beside other implementations and their limit, evaluation's share, growth."""
+"""`nanomoe bench train`: training steps beside other implementations and their limit, evaluation's share, growth,
+cohorts."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -13,16 +14,20 @@ from service.cli.bench.lists import names, numbers
 from service.cli.output import Json, print_json
 
 if TYPE_CHECKING:
+    from nanomoe.bench.training.cohort import CohortFigures
     from nanomoe.bench.training.evaluation import EvaluationShare
     from nanomoe.bench.training.growth import Point
     from nanomoe.bench.training.steps import StepFigures
 
-_MEASUREMENTS = ("steps", "evaluation", "growth")
+_MEASUREMENTS = ("steps", "evaluation", "growth", "cohort")
+
+_MEMBERS = {"cpu": (2, 4, 16), "cuda": (8, 32, 64, 128)}
+"""Jobs that are trained together, by the kind of device."""
 
 
 def train(
     only: Annotated[
-        str, typer.Option(metavar="NAME,...", help="Measurements to make: steps, evaluation, growth.")
+        str, typer.Option(metavar="NAME,...", help="Measurements to make: steps, evaluation, growth, cohort.")
     ] = "steps,evaluation",
     shapes: Annotated[
         str | None,
@@ -54,7 +59,7 @@ def train(
 ) -> None:
     """Seconds of a training step beside transformers, nanoGPT and the machine's limit; evaluation's share of a job."""
     from nanomoe.bench import machine
-    from nanomoe.bench.training import evaluation, growth
+    from nanomoe.bench.training import cohort, evaluation, growth
     from nanomoe.bench.training import steps as training_steps
     from nanomoe.bench.training.shapes import SHAPES
 
@@ -71,6 +76,7 @@ def train(
     figures: list[StepFigures] = []
     shares: list[EvaluationShare] = []
     points: list[Point] = []
+    together: list[CohortFigures] = []
     with text.console(stderr=True).status("measuring") as status:
         for name in chosen if "steps" in wanted else ():
             shape = SHAPES[name] if dropout is None else SHAPES[name].with_dropout(dropout)
@@ -88,6 +94,11 @@ def train(
             shares.append(evaluation.measure(length, job_steps, on, turns=min(turns, 3), said=status.update))
         if "growth" in wanted:
             points = growth.measure(on, turns=turns, steps=max(1, steps // 5), said=status.update)
+        if "cohort" in wanted:
+            of_each = [(each, n) for each in cohort.shapes(with_mixture=mixture) for n in _MEMBERS[on.type]]
+            together = [
+                cohort.measure(each, n, on, turns=turns, steps=steps, said=status.update) for each, n in of_each
+            ]
     if "steps" in wanted:
         not_measured += [f"{one.shape}, {who}: {why}" for one in figures for who, why in one.not_measured.items()]
     else:
@@ -99,6 +110,7 @@ def train(
                 "steps": [asdict(one) for one in figures],
                 "evaluation": [asdict(one) for one in shares],
                 "growth": [asdict(one) for one in points],
+                "cohort": [asdict(one) for one in together],
                 "not_measured": not_measured,
             }
         )
@@ -110,6 +122,8 @@ def train(
         shown.append(training_tables.evaluation_table(shares))
     if points:
         shown.append(training_tables.growth_table(points))
+    if together:
+        shown.append(training_tables.cohort_table(together))
     for table in shown:
         text.print_table(table)
         text.console().print()

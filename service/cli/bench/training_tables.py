@@ -8,6 +8,7 @@ from rich.table import Table
 from service.cli import text
 
 if TYPE_CHECKING:
+    from nanomoe.bench.training.cohort import CohortFigures
     from nanomoe.bench.training.evaluation import EvaluationShare
     from nanomoe.bench.training.growth import Point
     from nanomoe.bench.training.steps import StepFigures
@@ -82,4 +83,21 @@ def growth_table(points: Iterable["Point"]) -> Table:
     table = text.new_table("growth over", ">value", "by", ">µs per token")
     for one in points:
         table.add_row(one.axis, str(one.value), one.way, f"{1e6 * one.seconds_per_token:.1f}")
+    return table
+
+
+def cohort_table(figures: Iterable["CohortFigures"]) -> Table:
+    """One row for each shape and number of members."""
+    table = text.new_table(
+        "jobs together", ">members", ">ms alone", ">threads alone", ">ms a step together", ">times as fast"
+    )
+    for one in figures:
+        table.add_row(
+            one.shape,
+            str(one.n_members),
+            f"{1e3 * one.seconds_alone:,.2f}",
+            str(one.n_threads_alone),
+            f"{1e3 * one.seconds_together:,.2f}",
+            f"{one.times_as_fast:.2f}",
+        )
     return table

@@ -3,11 +3,10 @@
 from typing import Annotated
 
 from fastapi import APIRouter, Query
-from fastapi.responses import FileResponse
+from fastapi.responses import FileResponse, Response
 from pydantic import Field
 
-from service.http import schemas, views
-from service.http.files import RecordedFile
+from service.http import files, schemas, views
 from service.http.openapi import NOT_MODIFIED, problems
 from service.http.routes.parameters import CheckpointPath, FileName, JobId, Service, StrictQuery, selected
 from service.jobs import reads
@@ -80,10 +79,14 @@ def get_reconstruction(
             },
         },
         304: NOT_MODIFIED,
+        307: {
+            "description": "The file can be read at `Location` for some minutes, without a key: where "
+            "`NANOMOE_DOWNLOADS` is `redirect`.",
+        },
         **problems(404, 409, 412, 416, 503),
     },
 )
-def get_checkpoint_file(service: Service, job_id: JobId, percent: CheckpointPath, name: FileName) -> FileResponse:
+def get_checkpoint_file(service: Service, job_id: JobId, percent: CheckpointPath, name: FileName) -> Response:
     """A file of a checkpoint. `Repr-Digest` is its recorded SHA-256."""
     row = reads.get_checkpoint(service.database, job_id, selected(percent))
-    return RecordedFile.of(row, name, service.settings.data_dir)
+    return files.recorded_file(row, name, service.store, redirects=service.settings.downloads == "redirect")

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from fastapi import APIRouter, Query, Response
 from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
-from nanomoe.config import JOB_ID_PATTERN, JOB_REFERENCE_PATTERN
+from nanomoe.config import JOB_REFERENCE_PATTERN
 from service.database.database import Database
 from service.http import schemas, views
 from service.http.openapi import problems
@@ -18,17 +18,26 @@ from service.http.routes.parameters import Service, StrictQuery
 from service.http.routes.responses import as_json
 from service.http.schemas.comparison import DEFAULT_METRICS, METRICS
 from service.http.schemas.jobs import split_tag
-from service.jobs import compared_jobs
+from service.jobs import compared_jobs, sweeps
 from service.jobs.compared_jobs import Selection
 from service.jobs.comparison import Comparison, compare
 from service.jobs.envelope import MAX_BUCKETS
-from service.jobs.references import find_job_id
+from service.jobs.references import find_job_id, find_sweep_id
 from service.jobs.tables import SERIES
+from service.report import comparison as report
+from service.report.words import Language
 
 router = APIRouter(tags=["comparison"])
 
 MAX_NAMED = 100
 """Most jobs that a request may name; a sweep or a tag stands for more."""
+
+_FILE_HEADERS = {
+    "Content-Disposition": 'attachment; filename="comparison.html"',
+    # The file needs no script: what a job is named cannot become one.
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'",
+    "X-Content-Type-Options": "nosniff",
+}
 
 
 def _metric(given: str) -> str:
@@ -38,20 +47,19 @@ def _metric(given: str) -> str:
 
 
 Metric = Annotated[str, AfterValidator(_metric), Field(json_schema_extra={"enum": list[Any](METRICS)})]
-AnId = Annotated[str, StringConstraints(pattern=JOB_ID_PATTERN)]
-AJob = Annotated[str, StringConstraints(pattern=JOB_REFERENCE_PATTERN)]
+AReference = Annotated[str, StringConstraints(pattern=JOB_REFERENCE_PATTERN)]
 
 
 class SelectionQuery(StrictQuery):
     """Which jobs are compared: exactly one of sweep, tag and job."""
 
-    sweep: AnId | None = None
-    """Compare the jobs of this sweep."""
+    sweep: AReference | None = None
+    """Compare the jobs of this sweep: by id, by name, or by a unique beginning of the id."""
 
     tag: Annotated[str, StringConstraints(pattern=TAG)] | None = None
     """Compare the jobs with this tag, at most 1,000: `key`, or `key=value`, for which `key:value` does as well."""
 
-    job: list[AJob] = Field(default_factory=list, max_length=MAX_NAMED)
+    job: list[AReference] = Field(default_factory=list, max_length=MAX_NAMED)
     """Compare this job with the others that are named, at most 100: by id, by name, or by a unique beginning of the
     id."""
 
@@ -62,10 +70,11 @@ class SelectionQuery(StrictQuery):
         return self
 
     def selection(self, db: Database) -> Selection:
-        """The jobs that are meant. Raises NotFound `job_not_found`, AmbiguousJob."""
+        """The jobs that are meant. Raises NotFound `job_not_found`, `sweep_not_found`, Ambiguous."""
         tag = None if self.tag is None else split_tag(self.tag)
+        sweep_id = None if self.sweep is None else find_sweep_id(db, self.sweep)
         return Selection(
-            sweep_id=self.sweep, tag=tag, job_ids=list(dict.fromkeys(find_job_id(db, job) for job in self.job))
+            sweep_id=sweep_id, tag=tag, job_ids=list(dict.fromkeys(find_job_id(db, job) for job in self.job))
         )
 
 
@@ -84,8 +93,12 @@ class CompareQuery(SelectionQuery):
     at: Annotated[str, StringConstraints(pattern=AT_STEP)] | None = None
     """Step at which the step series are read, as `step:200`."""
 
-    format: Literal["json", "csv"] = "json"
-    """Format of the answer; `csv` has a line for each checkpoint of each job."""
+    format: Literal["json", "csv", "html"] = "json"
+    """Format of the answer; `csv` has a line for each checkpoint of each job; `html` is a file with charts and tables
+    that opens offline, with its data inside."""
+
+    lang: Language = "en"
+    """Language of an answer as `html`."""
 
     @property
     def at_step(self) -> int | None:
@@ -105,7 +118,10 @@ class SeriesQuery(SelectionQuery):
     summary="Compare jobs",
     response_description="The comparison, as far as the jobs have come.",
     response_model=schemas.Comparison,
-    responses={200: {"content": {"text/csv": {"schema": {"type": "string"}}}}, **problems(404, 409, 422, 503)},
+    responses={
+        200: {"content": {kind: {"schema": {"type": "string"}} for kind in ("text/csv", "text/html")}},
+        **problems(404, 409, 422, 503),
+    },
 )
 def compare_jobs(service: Service, query: Annotated[CompareQuery, Query()]) -> Response:
     """What differs between jobs, their figures by quarter, groups that differ only in the seed, and the best."""
@@ -115,7 +131,10 @@ def compare_jobs(service: Service, query: Annotated[CompareQuery, Query()]) -> R
     found = compare(jobs, best_by=best_by, perplexity=query.perplexity)
     if query.format == "csv":
         return Response(_csv(found, metrics, query), media_type="text/csv; charset=utf-8")
-    return as_json(views.comparison(found, metrics))
+    view = views.comparison(found, metrics)
+    if query.format == "html":
+        return _file(service, query, view)
+    return as_json(view)
 
 
 @router.get(
@@ -132,6 +151,16 @@ def compare_series(service: Service, query: Annotated[SeriesQuery, Query()]) -> 
         while 2 * len(envelope.low) > query.points:
             envelope.double()
     return as_json(views.compared_series(found))
+
+
+def _file(service: Service, query: CompareQuery, view: schemas.Comparison) -> Response:
+    selection = query.selection(service.database)
+    series = views.compared_series(compared_jobs.read_envelopes(service.database, selection))
+    title = query.tag
+    if selection.sweep_id is not None:
+        title = sweeps.get_sweep(service.database, selection.sweep_id)[0].name
+    html = report.document(view, series, title=title, language=query.lang)
+    return Response(html, headers=_FILE_HEADERS, media_type="text/html; charset=utf-8")
 
 
 def _csv(found: Comparison, metrics: list[str], query: CompareQuery) -> str:

@@ -24,10 +24,11 @@ class EventStream(StreamingResponse):
         super().__init__(events, headers={**_HEADERS, **(headers or {})})
 
 
-def documented(description: str) -> dict[str, Any]:
+def documented(description: str, example: str | None = None) -> dict[str, Any]:
     """The `content` of a streamed response in the OpenAPI document, described in words.
 
     OpenAPI 3.1 cannot say what type the items of a stream have. Some readers take a `schema` for that of the whole
     text and some for that of each event, so it names no type.
     """
-    return {MEDIA_TYPE: {"schema": {"description": description}}}
+    given = {} if example is None else {"example": example}
+    return {MEDIA_TYPE: {"schema": {"description": description}, **given}}

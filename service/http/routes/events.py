@@ -1,4 +1,4 @@
-"""The events of a job, and of all jobs of a sweep, as resumable streams of server-sent events."""
+"""The events of a job as a resumable stream of server-sent events."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -18,8 +18,8 @@ from service.http.openapi import problems
 from service.http.patterns import SEQUENCE_NUMBER
 from service.http.routes import event_stream
 from service.http.routes.event_stream import EventStream
-from service.http.routes.parameters import JobId, Service, SweepId
-from service.jobs import reads, sweeps
+from service.http.routes.parameters import JobId, Service
+from service.jobs import reads
 from service.jobs.statuses import TERMINAL
 from service.jobs.tables import Event, Job
 
@@ -87,6 +87,7 @@ async def _events(service: Context, job_id: str, after: int) -> AsyncIterator[by
     while not service.wakeups.closed:
         change = service.wakeups.next()
         try:
+            await service.authenticator.check_still_answered(service.database.caller)
             row, events = await to_thread.run_sync(_read, service, job_id, seen)
         except ServiceError as error:
             # The answer has begun, so it can only be ended. A client that reconnects gets the error.
@@ -131,62 +132,3 @@ def _data(service: Context, event: Event) -> BaseModel:
             return views.checkpoint_metrics(row, tokens=False)
         case _:
             return ConfigWarning.model_validate(event.data)
-
-
-async def _resume_sweep_after(service: Service, sweep_id: SweepId, last_event_id: LastEventId = None) -> int:
-    seen = int(last_event_id or 0)
-    last, ended = await to_thread.run_sync(sweeps.events_end, service.database, sweep_id)
-    if ended and seen >= last:
-        raise StreamEnded
-    return seen
-
-
-@router.get(
-    "/sweeps/{sweep_id}/events",
-    summary="Follow the events of a sweep's jobs",
-    response_class=Response,
-    responses={
-        200: {
-            "description": "The stream of the events of all jobs of the sweep.",
-            "content": event_stream.documented(
-                "Events `status` (a `SweepStatusEvent`) and `checkpoint` (a `SweepCheckpointEvent`), each with an `id` "
-                "that increases through the whole sweep."
-            ),
-        },
-        204: {"description": "All jobs have ended, and the client has the last event."},
-        **problems(404, 422, 503),
-    },
-)
-async def get_sweep_events(
-    service: Service, sweep_id: SweepId, after: Annotated[int, Depends(_resume_sweep_after)]
-) -> EventStream:
-    """Stream status changes and checkpoints of all jobs of a sweep; ends once all have ended."""
-    return EventStream(_sweep_events(service, sweep_id, after))
-
-
-async def _sweep_events(service: Context, sweep_id: str, after: int) -> AsyncIterator[bytes]:
-    """The events after number `after`, and a comment where there have been none for `KEEPALIVE_SECONDS`."""
-    seen = after
-    clock = asyncio.get_running_loop().time
-    last_sent_at = clock()
-    while not service.wakeups.closed:
-        change = service.wakeups.next()
-        try:
-            last, ended = await to_thread.run_sync(sweeps.events_end, service.database, sweep_id)
-            events = await to_thread.run_sync(sweeps.events_after, service.database, sweep_id, seen)
-        except ServiceError as error:
-            log.info("event_stream_aborted", sweep_id=sweep_id, reason=error.detail)
-            return
-        for event in events:
-            seen = event.number
-            if event.kind in ("status", "checkpoint"):
-                data = views.sweep_event(event).model_dump_json()
-                yield format_sse_event(event=event.kind, id=str(seen), data_str=data)
-                last_sent_at = clock()
-        if ended and seen >= last:
-            return
-        if not events and clock() - last_sent_at >= KEEPALIVE_SECONDS:
-            yield KEEPALIVE_COMMENT
-            last_sent_at = clock()
-        if not events:
-            await service.wakeups.wait(change)

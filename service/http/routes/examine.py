@@ -54,7 +54,7 @@ async def inspect(service: Service, request: InspectRequest, connection: Request
 
 
 def _folder_of(service: Context, address: Address) -> tuple[str, str]:
-    return str(service.settings.data_dir / address.folder), address.manifest_sha256
+    return (service.store / address.folder).location, address.manifest_sha256
 
 
 def _copied(service: Context, job_id: str, text: str) -> CopiedSpan | None:

@@ -1,6 +1,7 @@
 """Jobs: submit, list, read, rename, cancel, pause, resume, delete."""
 
 import asyncio
+from dataclasses import replace
 from typing import Annotated
 
 from anyio import to_thread
@@ -13,13 +14,14 @@ from service.http.conditional import ConditionalResponse
 from service.http.context import Context
 from service.http.openapi import NOT_MODIFIED, problems, ref
 from service.http.parent import find_parent
-from service.http.patterns import SEQUENCE_NUMBER, TAG
+from service.http.patterns import ID_PREFIX, PRINTABLE, SEQUENCE_NUMBER, TAG
 from service.http.routes.parameters import CertainJobId, IdempotencyKey, JobId, Service, StrictQuery
 from service.http.routes.submit_body import DOCUMENTED, Submission
 from service.http.schemas import JobView
 from service.http.schemas.jobs import split_tag
-from service.jobs import queue, queue_position, reads, submission
+from service.jobs import queue, queue_position, quotas, reads, submission, submit
 from service.jobs.labels import relabel
+from service.jobs.pace import measure_pace
 from service.jobs.statuses import TERMINAL
 from service.jobs.tables import Job
 
@@ -47,11 +49,22 @@ class ListQuery(StrictQuery):
     tag: Annotated[str, StringConstraints(pattern=TAG)] | None = None
     """Only jobs with this tag: `key`, or `key=value`, for which `key:value` does as well."""
 
+    name: Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=PRINTABLE)] | None = None
+    """Only jobs of exactly this name."""
+
+    id_prefix: Annotated[str, StringConstraints(pattern=ID_PREFIX)] | None = None
+    """Only jobs whose id begins with these digits."""
+    q: Annotated[str, StringConstraints(pattern=PRINTABLE, max_length=200)] | None = None
+    """Only jobs with this in their name, in upper or lower case, or at the beginning of their id or their sweep's."""
+
     limit: int = Field(50, ge=1, le=200)
     """Most jobs of a page."""
 
     cursor: Annotated[str, StringConstraints(pattern=SEQUENCE_NUMBER)] | None = None
     """Value of `next_cursor` in the previous page."""
+
+    counts: bool = False
+    """Whether to count the jobs of each status, among those with this `tag` and `q`."""
 
 
 class JobQuery(StrictQuery):
@@ -91,7 +104,8 @@ def submit_job(
         request.text, request.config, service.settings, find_parent(service, request.config.init_from)
     )
     if query.dry_run:
-        return Response(views.estimate(found).model_dump_json(), 200, media_type="application/json")
+        estimate = views.estimate(found, measure_pace(service.database))
+        return Response(estimate.model_dump_json(), 200, media_type="application/json")
     new = found.new_job(
         name=request.name,
         tags=request.tags,
@@ -99,7 +113,7 @@ def submit_job(
         run_at=request.run_at,
         idempotency_key=idempotency_key,
     )
-    row, created = queue.submit(service.database, new, max_queued=service.settings.max_queued)
+    row, created = submit.submit_job(service.database, new, max_queued=service.settings.max_queued)
     response.status_code = 201 if created else 200
     response.headers["Location"] = f"/jobs/{row.id}"
     return _with_queue_position(service, row)
@@ -111,14 +125,17 @@ def submit_job(
     response_description="A page of jobs.",
     responses=problems(422, 503),
 )
-def list_jobs(service: Service, query: Annotated[ListQuery, Query()]) -> schemas.Page[JobView]:
+def list_jobs(service: Service, query: Annotated[ListQuery, Query()]) -> schemas.JobPage:
     """The jobs, newest first. Jobs that arrive meanwhile do not shift the pages."""
     tag = None if query.tag is None else split_tag(query.tag)
     before = None if query.cursor is None else int(query.cursor)
+    wanted = reads.JobFilter(name=query.name, id_prefix=query.id_prefix, tag=tag, q=query.q)
     rows = reads.list_measured_jobs(
-        service.database, status=query.status, tag=tag, before=before, limit=query.limit + 1
+        service.database, replace(wanted, status=query.status), before=before, limit=query.limit + 1
     )
-    return views.job_page(rows, query.limit)
+    counts = reads.count_jobs(service.database, wanted) if query.counts else None
+    reasons = quotas.find_waiting_reasons(service.database, [row for row, _ in rows])
+    return views.job_page(rows, query.limit, counts, reasons)
 
 
 @router.get(
@@ -142,11 +159,12 @@ async def get_job(service: Service, job_id: JobId, query: Annotated[JobQuery, Qu
     while True:
         change = service.wakeups.next()
         try:
-            row = await to_thread.run_sync(reads.get_job, service.database, job_id)
+            row, figures = await to_thread.run_sync(reads.get_measured_job, service.database, job_id)
             seen = seen or row.status
             if row.status != seen or row.status in TERMINAL or is_over():
                 # Only now: a queue position takes a query over the whole queue.
-                return await to_thread.run_sync(_with_queue_position, service, row)
+                view = await to_thread.run_sync(_with_queue_position, service, row)
+                return views.with_figures(view, figures)
             pause = deadline - clock()
         except DatabaseUnavailable:
             if is_over():
@@ -156,11 +174,16 @@ async def get_job(service: Service, job_id: JobId, query: Annotated[JobQuery, Qu
 
 
 def _with_queue_position(service: Context, row: Job) -> JobView:
-    """The job with its queue position."""
+    """The job with its queue position, and why it waits."""
     place = queue_position.find_queue_position(service.database, row.id) if row.status == "queued" else None
     if place is None:
         return views.job(row)
-    return views.job(row, queue_position=place.position, estimated_start_at=place.estimated_start_at)
+    return views.job(
+        row,
+        queue_position=place.position,
+        estimated_start_at=place.estimated_start_at,
+        waiting_reason=quotas.find_waiting_reasons(service.database, [row]).get(row.id),
+    )
 
 
 @router.patch(
@@ -243,4 +266,4 @@ def resume_job(service: Service, job_id: JobId) -> JobView:
 def delete_job(service: Service, job_id: CertainJobId) -> None:
     """Delete a finished job, its files, and its text if no other job has it."""
     queue.delete(service.database, job_id)
-    files.remove_job(job_id, service.settings.data_dir)
+    files.remove_jobs([job_id], service.store, service.settings.data_dir)

@@ -25,6 +25,12 @@ class MetricsQuery(StrictQuery):
     points: int = Field(1000, ge=MIN_POINTS, le=100_000)
     """Most steps of the series; its extremes are kept."""
 
+    from_step: int | None = Field(None, ge=1, le=2**62)
+    """First step of the series; left out, the first of the job."""
+
+    to_step: int | None = Field(None, ge=1, le=2**62)
+    """Last step of the series; left out, the last of the job."""
+
     tokens: bool = True
     """Whether reconstructions list their tokens."""
 
@@ -39,7 +45,7 @@ def get_job_metrics(service: Service, job_id: JobId, query: Annotated[MetricsQue
     """The figures of each checkpoint of a job, and its step series."""
     row = reads.get_job(service.database, job_id)
     checkpoints = reads.list_checkpoints(service.database, job_id)
-    steps = reads.series(service.database, job_id, query.points)
+    steps = reads.series(service.database, job_id, query.points, from_step=query.from_step, to_step=query.to_step)
     return views.metrics(row, checkpoints, steps, tokens=query.tokens)
 
 

@@ -11,14 +11,15 @@ from fastapi import Form as FormParameter
 from pydantic import BaseModel, ConfigDict, Field
 
 from nanomoe.import_messages import Imported, ImportRequest
-from service.errors import Invalid, TooLarge
+from service.errors import Invalid, QuotaExceeded, TooLarge
 from service.http import views
+from service.http.files import remove_jobs
 from service.http.openapi import problems
 from service.http.patterns import PRINTABLE
 from service.http.routes.parameters import Service
 from service.http.schemas import JobView
 from service.http.schemas.jobs import JobName
-from service.jobs import queue
+from service.jobs import submit
 from service.jobs.ids import new_id
 from service.jobs.new_job import NewJob
 from service.storage import model_import
@@ -81,7 +82,7 @@ async def import_model(service: Service, response: Response, form: Form) -> JobV
                 await _keep(file, stage)
             request = ImportRequest(
                 files=str(stage),
-                to=str(settings.data_dir / folder),
+                to=(service.store / folder).location,
                 text=text,
                 tokenizer=form.tokenizer,
                 block_size=form.block_size,
@@ -90,8 +91,13 @@ async def import_model(service: Service, response: Response, form: Form) -> JobV
                 max_params=settings.max_params,
             )
             imported = await model_import.run(request)
-    # Should this fail, the files stay and are swept as orphans: a commit whose outcome is unknown may have a row.
-    row = await to_thread.run_sync(_record, service, job_id, folder, text, form.name, imported)
+    # Should this fail, the files stay and are swept as orphans: a commit whose outcome is unknown may have a row. A
+    # refusal is known, and who is refused must not fill the disk all the same.
+    try:
+        row = await to_thread.run_sync(_record, service, job_id, folder, text, form.name, imported)
+    except QuotaExceeded:
+        await to_thread.run_sync(remove_jobs, [job_id], service.store, settings.data_dir)
+        raise
     response.headers["Location"] = f"/jobs/{job_id}"
     return row
 
@@ -106,11 +112,12 @@ def _record(service: Service, job_id: str, folder: str, text: str, name: str | N
         n_active_params=imported.n_active_params,
         warnings=[warning.model_dump(mode="json") for warning in imported.warnings],
     )
-    row = queue.submit_finished(
+    row = submit.submit_finished_job(
         service.database,
         new,
         job_id=job_id,
-        reason=f"imported from {imported.origin}; figures are of the text given here, not of the one trained on",
+        reason=f"imported from {imported.origin}; figures are of the text given here, not of the one trained on, and "
+        "the training knobs of its config were not used",
         folder=folder,
         manifest_sha256=imported.manifest_sha256,
         files=imported.files,

@@ -172,7 +172,7 @@ async def _begin(
     service: Context, resolved: _Resolved, address: Address
 ) -> tuple["_Answer", AsyncGenerator[Gain | Count]]:
     """The answer of one checkpoint, with the prompts' own tokens where they are needed, and the chunks to come."""
-    asked, folder = resolved.asked, str(service.settings.data_dir / address.folder)
+    asked, folder = resolved.asked, (service.store / address.folder).location
     read: Sequence[Sequence[PromptTokenLogProbs]] | None = None
     if resolved.is_read:
         logprobs = asked.logprobs if asked.echo else None

@@ -1,9 +1,10 @@
 """Parameters of several routes: the service's context, and the ids and names in paths.
 
-A job is looked up before its route is called. A malformed id is answered as an unknown one is: 404.
+A job or a sweep is looked up before its route is called. A malformed id is answered as an unknown one is: 404.
 """
 
 import re
+from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -12,10 +13,12 @@ from fastapi import Depends, Header, Path, Request
 from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints
 
 from nanomoe.config import JOB_ID_PATTERN, PERCENTS, Percent
+from service.database.caller import Caller
 from service.errors import NotFound
+from service.http.access import identity_of
 from service.http.context import Context
 from service.http.patterns import IDEMPOTENCY_KEY
-from service.jobs.references import MIN_PREFIX, find_job_id
+from service.jobs.references import MIN_PREFIX, find_job_id, find_sweep_id
 
 _JOB_ID = re.compile(JOB_ID_PATTERN)
 _CHECKPOINTS: dict[str, Percent | Literal["latest"]] = {
@@ -27,10 +30,14 @@ _FILE_NAME = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")
 
 def _context(request: Request) -> Context:
     context: Context = request.app.state.context
-    return context
+    identity = identity_of(request)
+    # On behalf of nobody, nothing is there.
+    caller = Caller(sees_all=False) if identity is None else identity.caller
+    return replace(context, database=context.database.acting_as(caller))
 
 
 Service = Annotated[Context, Depends(_context)]
+"""The context of a request: its database shows and changes what its key may, and nothing else."""
 
 
 class StrictQuery(BaseModel):
@@ -42,7 +49,8 @@ class StrictQuery(BaseModel):
 _JobReference = Annotated[
     str,
     Path(
-        description=f"The job: its id, its name, or a unique beginning of its id of {MIN_PREFIX} characters or more.",
+        description=f"The job: its id, its name, or a unique beginning of its id of {MIN_PREFIX} characters or more. "
+        "A name with a slash cannot stand in a path: `GET /jobs?name=` finds its id.",
         json_schema_extra={"pattern": r"^[^\x00-\x1f\x7f/]{1,200}$"},
     ),
 ]
@@ -67,17 +75,32 @@ CertainJobId = Annotated[str, Depends(_certain_job_id)]
 """`JobId` of a route that cannot be undone."""
 
 
-def _sweep_id(given: str) -> str:
-    if not _JOB_ID.fullmatch(given):
-        raise NotFound("sweep_not_found", f"there is no sweep {given!r}")
-    return given
-
-
-SweepId = Annotated[
+_SweepReference = Annotated[
     str,
-    Path(description="Id of the sweep: 32 hexadecimal digits.", json_schema_extra={"pattern": JOB_ID_PATTERN}),
-    AfterValidator(_sweep_id),
+    Path(
+        description=f"The sweep: its id, its name, or a unique beginning of its id of {MIN_PREFIX} characters or more.",
+        json_schema_extra={"pattern": r"^[^\x00-\x1f\x7f/]{1,200}$"},
+    ),
 ]
+
+
+async def _sweep_id(service: Service, sweep_id: _SweepReference) -> str:
+    if _JOB_ID.fullmatch(sweep_id):
+        return sweep_id
+    return await to_thread.run_sync(find_sweep_id, service.database, sweep_id)
+
+
+async def _certain_sweep_id(service: Service, sweep_id: _SweepReference) -> str:
+    if _JOB_ID.fullmatch(sweep_id):
+        return sweep_id
+    return await to_thread.run_sync(partial(find_sweep_id, service.database, sweep_id, certain=True))
+
+
+SweepId = Annotated[str, Depends(_sweep_id)]
+"""Id of the sweep that the path names."""
+
+CertainSweepId = Annotated[str, Depends(_certain_sweep_id)]
+"""`SweepId` of a route that cannot be undone."""
 
 IdempotencyKey = Annotated[
     Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=IDEMPOTENCY_KEY)] | None,

@@ -12,11 +12,12 @@ from service.http import files, schemas, views
 from service.http.openapi import problems, ref
 from service.http.parent import find_parent
 from service.http.patterns import SEQUENCE_NUMBER
-from service.http.routes.parameters import IdempotencyKey, Service, StrictQuery, SweepId
+from service.http.routes.parameters import CertainSweepId, IdempotencyKey, Service, StrictQuery, SweepId
 from service.http.schemas import SweepRequest, SweepView
 from service.http.sweep_points import Fault, Point, parameters_of, points_of, refuse_points
-from service.jobs import queue, sweeps
+from service.jobs import queue, submit, sweeps
 from service.jobs.new_job import NewJob, NewSweep
+from service.jobs.pace import measure_pace
 from service.jobs.submission import Assessment, Assessor
 
 router = APIRouter(tags=["sweeps"])
@@ -45,6 +46,34 @@ EXAMPLES = {
 }
 
 
+DRY_RUN = schemas.SweepEstimate(
+    n_jobs=12,
+    parameters=[
+        schemas.SweepParameter(name="lr", values=[1e-4, 5e-3]),
+        schemas.SweepParameter(name="n_embd", values=[64, 128]),
+        schemas.SweepParameter(name="seed", values=[42, 43, 44]),
+    ],
+    shapes=[
+        schemas.SweepShape(
+            n_jobs=6,
+            n_params=n_params,
+            n_active_params=n_params,
+            training_bytes=training_bytes,
+            total_steps=500,
+            together=4,
+        )
+        for n_params, training_bytes in ((730_000, 27_000_000), (1_854_720, 68_000_000))
+    ],
+    training_bytes=68_000_000,
+    total_steps=6_000,
+    cohorts=[schemas.SweepCohorts(n_jobs=4, n_cohorts=2), schemas.SweepCohorts(n_jobs=2, n_cohorts=2)],
+    predicted_seconds=None,
+    predicted_alone_seconds=96.0,
+    warnings=[],
+)
+"""Example of what a dry run answers: cohorts of four, as no job has been trained in company yet."""
+
+
 class SubmitSweepQuery(StrictQuery):
     """Query of `POST /sweeps`."""
 
@@ -71,7 +100,12 @@ class ListSweepsQuery(StrictQuery):
     responses={
         200: {
             "description": "The sweep that was submitted with this key before; or the estimate of a dry run.",
-            "content": {"application/json": {"schema": {"anyOf": [ref(SweepView), ref(schemas.SweepEstimate)]}}},
+            "content": {
+                "application/json": {
+                    "schema": {"anyOf": [ref(SweepView), ref(schemas.SweepEstimate)]},
+                    "examples": {"dry run": {"summary": "A dry run", "value": DRY_RUN.model_dump(mode="json")}},
+                }
+            },
         },
         **problems(400, 404, 409, 413, 415, 422, 429, 503, 507),
     },
@@ -88,9 +122,8 @@ def submit_sweep(
     parameters = parameters_of(points)
     assessed = _assess(service, points)
     if query.dry_run:
-        pace = sweeps.measure_pace(service.database)
         sizes = [found for point, found in zip(points, assessed, strict=True) for _ in point.seeds]
-        estimate = views.sweep_estimate(sizes, parameters, pace)
+        estimate = views.sweep_estimate(sizes, parameters, measure_pace(service.database))
         return Response(estimate.model_dump_json(), 200, media_type="application/json")
     new = NewSweep(
         jobs=_jobs(request, points, assessed),
@@ -101,7 +134,7 @@ def submit_sweep(
         idempotency_key=idempotency_key,
     )
     _refuse_more_than_may_wait(new.jobs, service.settings.max_queued)
-    row, created = queue.submit_sweep(service.database, new, max_queued=service.settings.max_queued)
+    row, created = submit.submit_sweep(service.database, new, max_queued=service.settings.max_queued)
     response.status_code = 201 if created else 200
     response.headers["Location"] = f"/sweeps/{row.id}"
     return _read(service, row.id)
@@ -159,7 +192,7 @@ def list_sweeps(service: Service, query: Annotated[ListSweepsQuery, Query()]) ->
     "/sweeps/{sweep_id}",
     summary="Get a sweep",
     response_description="The sweep as it is now.",
-    responses=problems(404, 503),
+    responses=problems(404, 409, 503),
 )
 def get_sweep(service: Service, sweep_id: SweepId) -> SweepView:
     """A sweep: what varies, its jobs, how many have which status, and how far they are."""
@@ -173,7 +206,7 @@ def get_sweep(service: Service, sweep_id: SweepId) -> SweepView:
     status_code=202,
     responses=problems(404, 409, 503, 507),
 )
-def cancel_sweep(service: Service, sweep_id: SweepId) -> SweepView:
+def cancel_sweep(service: Service, sweep_id: CertainSweepId) -> SweepView:
     """Request that every job of the sweep stops for good. Their checkpoints stay."""
     queue.request_cancel_sweep(service.database, sweep_id)
     return _read(service, sweep_id)
@@ -212,7 +245,7 @@ def resume_sweep(service: Service, sweep_id: SweepId) -> SweepView:
     status_code=204,
     responses=problems(404, 409, 503, 507),
 )
-def delete_sweep(service: Service, sweep_id: SweepId) -> None:
+def delete_sweep(service: Service, sweep_id: CertainSweepId) -> None:
     """Delete a sweep all of whose jobs have ended, with its jobs, their files, and texts that no other job has."""
-    for job_id in queue.delete_sweep(service.database, sweep_id):
-        files.remove_job(job_id, service.settings.data_dir)
+    deleted = queue.delete_sweep(service.database, sweep_id)
+    files.remove_jobs(deleted, service.store, service.settings.data_dir)

@@ -7,6 +7,7 @@ job's status. Knows no torch, no FastAPI and no database.
 
 from nanomoe.config import Percent
 from service.generation.answers import LayerRoutingView, NextTokenView, PromptToken, Timing, TokenLogProb
+from service.http.schemas.access import SessionView, SignInRequest
 from service.http.schemas.base import (
     BYTE_ORDER_MARK,
     JobCandidate,
@@ -14,6 +15,7 @@ from service.http.schemas.base import (
     Page,
     Problem,
     ProblemError,
+    QuotaState,
     View,
 )
 from service.http.schemas.checkpoints import (
@@ -46,6 +48,12 @@ from service.http.schemas.comparison import (
     StepFigures,
     StepsUntil,
 )
+from service.http.schemas.events import (
+    JobCheckpointEvent,
+    JobStatusEvent,
+    JobStepEvent,
+    JobWarningEvent,
+)
 from service.http.schemas.examination import (
     CopiedSpan,
     InspectRequest,
@@ -57,16 +65,21 @@ from service.http.schemas.examination import (
 )
 from service.http.schemas.generation import (
     Choice,
+    ChosenToken,
     GenerateChunk,
     GenerateEnd,
     GenerateRequest,
     GenerateResponse,
+    GenerateTarget,
+    GenerateTargetsResponse,
     Usage,
 )
 from service.http.schemas.jobs import (
+    Cohort,
     Estimate,
     JobError,
     JobFigures,
+    JobPage,
     JobPatch,
     JobView,
     ModelSize,
@@ -90,13 +103,12 @@ from service.http.schemas.openai import (
 )
 from service.http.schemas.presets import LookAt, PresetCompare, PresetView
 from service.http.schemas.sweeps import (
-    SweepCheckpointEvent,
+    SweepCohorts,
     SweepEstimate,
     SweepParameter,
     SweepProgress,
     SweepRequest,
     SweepShape,
-    SweepStatusEvent,
     SweepView,
     SweepWarning,
 )
@@ -112,6 +124,8 @@ __all__ = [
     "CheckpointMetrics",
     "CheckpointView",
     "Choice",
+    "ChosenToken",
+    "Cohort",
     "ComparedGroup",
     "ComparedJob",
     "ComparedQuarter",
@@ -131,16 +145,23 @@ __all__ = [
     "GenerateEnd",
     "GenerateRequest",
     "GenerateResponse",
+    "GenerateTarget",
+    "GenerateTargetsResponse",
     "GroupQuarter",
     "Health",
     "InspectRequest",
     "InspectResponse",
     "JobCandidate",
+    "JobCheckpointEvent",
     "JobEnvelope",
     "JobError",
     "JobFigures",
+    "JobPage",
     "JobPatch",
+    "JobStatusEvent",
+    "JobStepEvent",
     "JobView",
+    "JobWarningEvent",
     "LayerRoutingView",
     "Listing",
     "LookAt",
@@ -163,6 +184,7 @@ __all__ = [
     "ProblemError",
     "Progress",
     "PromptToken",
+    "QuotaState",
     "Readiness",
     "ReconstructedToken",
     "Reconstruction",
@@ -171,6 +193,8 @@ __all__ = [
     "ScoreRequest",
     "ScoreResponse",
     "ScoredToken",
+    "SessionView",
+    "SignInRequest",
     "Spread",
     "Status",
     "StatusEvent",
@@ -179,13 +203,12 @@ __all__ = [
     "StepsUntil",
     "StreamOptions",
     "SubmitRequest",
-    "SweepCheckpointEvent",
+    "SweepCohorts",
     "SweepEstimate",
     "SweepParameter",
     "SweepProgress",
     "SweepRequest",
     "SweepShape",
-    "SweepStatusEvent",
     "SweepView",
     "SweepWarning",
     "TextInfo",

@@ -25,6 +25,10 @@ def _is_empty(values: list[object]) -> bool:
     return not values
 
 
+def _is_none(value: object) -> bool:
+    return value is None
+
+
 SAME_AS = "x-same-as"
 """Key of a JSON schema that stands for another schema, whose name is its value; the OpenAPI document refers to that."""
 
@@ -78,19 +82,35 @@ class ProblemError(View):
 
 
 class JobCandidate(View):
-    """A job that may have been meant."""
+    """A job, or a sweep, that may have been meant."""
 
     id: str
-    """Id of the job."""
+    """Id of the job or sweep."""
 
     name: str | None
-    """Name of the job; null for none."""
+    """Name of the job or sweep; null for none."""
 
     status: Status
-    """Status of the job."""
+    """Status of the job or sweep."""
 
     created_at: datetime
-    """Time at which the job was submitted."""
+    """Time at which the job or sweep was submitted."""
+
+
+class QuotaState(View):
+    """A quota of the key's owner, and how far it is used."""
+
+    name: str
+    """Name of the quota: `queued_jobs`, `running_jobs`, `device_seconds_per_day` or `bytes_stored`."""
+
+    limit: float
+    """Most that the owner may use."""
+
+    used: float
+    """Amount that the owner uses now."""
+
+    left: float
+    """Amount that is left."""
 
 
 class Problem(View):
@@ -115,4 +135,8 @@ class Problem(View):
     """Each fault of an invalid request, up to 20."""
 
     candidates: list[JobCandidate] = Field(default_factory=list, exclude_if=_is_empty)
-    """With `ambiguous_job` the jobs that may have been meant, newest first, up to 20; otherwise left out."""
+    """With `ambiguous_job` and `ambiguous_sweep` those that may have been meant, newest first, up to 20; otherwise left
+    out."""
+
+    quota: QuotaState | None = Field(None, exclude_if=_is_none)
+    """With `quota_exceeded` the quota that is used up; otherwise left out."""

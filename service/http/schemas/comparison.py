@@ -1,6 +1,6 @@
 """A comparison of jobs: what differs, the figures of each quarter, groups over seeds, and the curves of all."""
 
-from pydantic import JsonValue
+from pydantic import Field, JsonValue
 
 from nanomoe.evaluation.metrics import MixtureFigures
 from service.http.schemas.base import View
@@ -158,6 +158,9 @@ class Comparison(View):
 
     metrics: list[str]
     """Names of the metrics that are compared."""
+
+    larger_is_better: list[str] = Field(default_factory=list)
+    """Metrics of the comparison whose largest value is the best; of the others it is the smallest."""
 
     jobs: list[ComparedJob]
     """The jobs in the order of submission."""

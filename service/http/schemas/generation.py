@@ -1,10 +1,10 @@
 """Generation: the request, the plain response, and the events of a stream."""
 
-from typing import Annotated
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, StringConstraints
+from pydantic import Field, StringConstraints, model_validator
 
-from nanomoe.config import Integer, SamplingConfig, Whole
+from nanomoe.config import JOB_REFERENCE_PATTERN, Integer, Percent, SamplingConfig, Whole
 from service.generation.answers import FinishReason, Timing, TokenLogProb
 from service.http.schemas.base import CheckpointRequest, View
 
@@ -17,8 +17,25 @@ MAX_STOP_STRINGS = 16
 """Most strings that may end a continuation."""
 
 
-class GenerateRequest(SamplingConfig, CheckpointRequest):
-    """The body of `POST /generate`."""
+MAX_TARGETS = 32
+"""Most checkpoints that continue one prompt side by side."""
+
+
+class GenerateTarget(CheckpointRequest):
+    """One of the checkpoints that continue a prompt."""
+
+
+class GenerateRequest(SamplingConfig):
+    """The body of `POST /generate`: the checkpoint is named by `job_id` and `checkpoint`, or several by `targets`."""
+
+    job_id: str | None = Field(None, max_length=200, pattern=JOB_REFERENCE_PATTERN)
+    """The job whose checkpoint is used: its id, its name, or a unique beginning of its id; null with `targets`."""
+
+    checkpoint: Annotated[Percent, Whole] | Literal["latest"] = "latest"
+    """Percent of a recorded checkpoint, or the newest that is not damaged."""
+
+    targets: list[GenerateTarget] | None = Field(None, min_length=1, max_length=MAX_TARGETS)
+    """Checkpoints that continue the prompt side by side, with the same seed, in place of `job_id` and `checkpoint`."""
 
     prompt: TextPrompt
     """The text to continue."""
@@ -38,8 +55,40 @@ class GenerateRequest(SamplingConfig, CheckpointRequest):
     logprobs: bool = False
     """Whether to answer each token's log-probability."""
 
+    alternatives: Integer = Field(0, ge=0, le=20)
+    """Number of likeliest tokens to answer in the place of each token; needs `logprobs`."""
+
     stream: bool = False
     """Answer server-sent events instead of one JSON value."""
+
+    @model_validator(mode="after")
+    def _one_way_to_name_checkpoints(self) -> Self:
+        if (self.job_id is None) == (self.targets is None):
+            raise ValueError("name job_id, or targets")
+        if self.targets is not None and "checkpoint" in self.model_fields_set:
+            raise ValueError("with targets, each has a checkpoint of its own")
+        return self
+
+    @property
+    def checkpoints(self) -> list[CheckpointRequest]:
+        """The checkpoints that are named, in order."""
+        if self.targets is not None:
+            return [*self.targets]
+        assert self.job_id is not None, "validated"
+        return [CheckpointRequest(job_id=self.job_id, checkpoint=self.checkpoint)]
+
+    @model_validator(mode="after")
+    def _alternatives_of_logprobs(self) -> Self:
+        if self.alternatives and not self.logprobs:
+            raise ValueError("alternatives are answered with logprobs only")
+        return self
+
+
+class ChosenToken(TokenLogProb):
+    """A token that was chosen, and what else was likely in its place."""
+
+    alternatives: list[TokenLogProb] = Field(default_factory=list)
+    """The likeliest tokens in its place, best first, which may include itself; as many as were asked for."""
 
 
 class Choice(View):
@@ -57,7 +106,7 @@ class Choice(View):
     finish_reason: FinishReason
     """Whether `max_new_tokens` or a stop string ended it."""
 
-    logprobs: list[TokenLogProb] | None = None
+    logprobs: list[ChosenToken] | None = None
     """Log-probability of each token; null unless asked for."""
 
 
@@ -75,7 +124,10 @@ class Usage(View):
 
 
 class GenerateEnd(View):
-    """`event: end`: usage and timing of a generation, the last event of a stream and a part of a plain response."""
+    """`event: end`: usage and timing of a generation, the last event of each target and a part of a plain response."""
+
+    target: int = 0
+    """Number of the target, from 0; 0 where there is one."""
 
     job_id: str
     """Id of the job."""
@@ -100,7 +152,7 @@ class GenerateEnd(View):
 
 
 class GenerateResponse(GenerateEnd):
-    """The answer to `POST /generate`."""
+    """The answer to `POST /generate` of one checkpoint."""
 
     prompt: str
     """The prompt, as sent."""
@@ -109,8 +161,24 @@ class GenerateResponse(GenerateEnd):
     """The `n` continuations."""
 
 
+class GenerateTargetsResponse(View):
+    """The answer to `POST /generate` with `targets`."""
+
+    prompt: str
+    """The prompt, as sent."""
+
+    seed: int
+    """Seed that was used for each target: the same seed gives the same texts again."""
+
+    answers: list[GenerateResponse]
+    """What each target answers, in the order of the request, as it would alone with that seed."""
+
+
 class GenerateChunk(View):
     """`event: chunk`: the part of a continuation that is new since its last chunk."""
+
+    target: int = 0
+    """Number of the target, from 0; 0 where there is one."""
 
     index: int
     """Number of the continuation, 0 to n - 1."""
@@ -121,7 +189,7 @@ class GenerateChunk(View):
     tokens: list[int]
     """The new tokens that begin in the text so far."""
 
-    logprobs: list[TokenLogProb] | None = None
+    logprobs: list[ChosenToken] | None = None
     """Log-probability of each new token; null unless asked for."""
 
     finish_reason: FinishReason | None

@@ -8,7 +8,7 @@ from pydantic import AwareDatetime, Field, JsonValue, StringConstraints
 
 from nanomoe.config import ConfigWarning, Integer, JobConfig, Strict
 from service.http.patterns import PRINTABLE, PRINTABLE_OR_EMPTY, TAG_KEY
-from service.http.schemas.base import Text, View
+from service.http.schemas.base import Page, Text, View
 from service.jobs.statuses import TERMINAL, Status
 
 # Names and tags end up in terminals, tables and file names: no control characters.
@@ -135,6 +135,16 @@ class JobFigures(View):
     """exp(`loss`); null where that is too large for a number."""
 
 
+class Cohort(View):
+    """Jobs of one shape that a worker claimed together, to be trained by one trainer."""
+
+    id: str
+    """Id of the cohort: 32 hexadecimal digits."""
+
+    size: int
+    """Number of the jobs that were claimed together."""
+
+
 class JobView(View):
     """A training job: its config, status and progress."""
 
@@ -170,7 +180,7 @@ class JobView(View):
     """Number of times that a worker claimed the job."""
 
     status_reason: str | None
-    """Why the job is paused or waiting, or succeeded before its last step:
+    """Why the job is paused or waiting, also where a quota of its owner is used up, or succeeded before its last step:
     `stopped early at step 42: perplexity 1.987`."""
 
     priority: int
@@ -181,6 +191,9 @@ class JobView(View):
 
     execution: dict[str, JsonValue] | None
     """Device, precision, threads and paths, fixed at the first start; `micro_batch` shrinks when memory runs out."""
+
+    cohort: Cohort | None = None
+    """The cohort in which the last attempt ran; null where it ran alone."""
 
     progress: Progress
     """Progress of the training."""
@@ -207,12 +220,19 @@ class JobView(View):
     """Id of the sweep that the job was submitted with; null for a job of its own."""
 
     figures: JobFigures | None = None
-    """Figures of the newest checkpoint; null before the first one, and everywhere but in lists."""
+    """Figures of the newest checkpoint; null before the first one, and in the answer to a change."""
 
     @property
     def is_terminal(self) -> bool:
         """Whether the status is terminal."""
         return self.status in TERMINAL
+
+
+class JobPage(Page[JobView]):
+    """One page of the jobs, newest first."""
+
+    counts: dict[Status, int] | None = None
+    """Number of the jobs with each status, whatever `status` and page were asked for; null unless asked for."""
 
 
 class Estimate(View):
@@ -228,7 +248,8 @@ class Estimate(View):
     """Parameter counts that the model would have."""
 
     training_bytes: int | None
-    """Bytes of memory for weights, gradients, optimizer and activations."""
+    """Bytes of memory at the peak of training on a CPU: weights, gradients, optimizer, activations and the bytes of a
+    checkpoint. With less, training takes fewer windows together, or computes activations again."""
 
     flops_per_token: int | None
     """Floating-point operations of training on one token, counting only the experts that it is routed to."""
@@ -241,6 +262,9 @@ class Estimate(View):
 
     quarters: dict[int, int]
     """Percent of each checkpoint -> the step after which it is recorded; empty until `total_steps` is known."""
+
+    predicted_seconds: float | None = None
+    """Seconds of training, by the speed of the jobs that succeeded last; null where nothing is known of it."""
 
     warnings: list[ConfigWarning]
     """Warnings about the config."""

@@ -7,13 +7,13 @@ from service.http.schemas.sweeps import SweepRequest
 
 
 class LookAt(View):
-    """What to look at in the result of an experiment, in one sentence."""
+    """The question of an experiment, and what to look at in its result."""
 
     en: str
-    """The sentence in English."""
+    """The text in English."""
 
     pt: str
-    """The sentence in Brazilian Portuguese."""
+    """The text in Brazilian Portuguese."""
 
 
 class PresetCompare(View):
@@ -35,7 +35,7 @@ class PresetView(View):
     """Name of the experiment."""
 
     look_at: LookAt
-    """What to look at in its result."""
+    """Question of the experiment, and what to look at in its result."""
 
     sweep: SweepRequest
     """The body of `POST /sweeps` that submits it."""

@@ -1,4 +1,4 @@
-"""A sweep: the request that submits one, its representation, its estimate and its events."""
+"""A sweep: the request that submits one, its representation and its estimate."""
 
 from datetime import datetime
 from typing import Annotated, Self
@@ -7,8 +7,7 @@ from pydantic import Field, JsonValue, WithJsonSchema, model_validator
 
 from nanomoe.config import ConfigWarning, Integer, Strict
 from service.http.schemas.base import SAME_AS, Text, View
-from service.http.schemas.checkpoints import CheckpointFigures
-from service.http.schemas.jobs import JobName, StatusEvent, Tags
+from service.http.schemas.jobs import JobName, Tags
 from service.jobs.statuses import TERMINAL, Status
 
 MAX_JOBS = 1000
@@ -122,7 +121,7 @@ class SweepView(View):
 
 
 class SweepShape(View):
-    """Jobs of a sweep that have the same size."""
+    """Jobs of a sweep that have the same size, and whose tensors have."""
 
     n_jobs: int
     """Number of these jobs."""
@@ -138,6 +137,20 @@ class SweepShape(View):
 
     total_steps: int | None
     """Optimizer steps of one of the jobs; null until the text is tokenised."""
+
+    together: int | None
+    """Most jobs of the sweep that one trainer would train together with one of these, itself included: 1 where each is
+    trained alone; null where no worker is alive that has the memory."""
+
+
+class SweepCohorts(View):
+    """How many cohorts of one size a sweep has; a job that is trained alone counts as a cohort of one."""
+
+    n_jobs: int
+    """Number of jobs of each cohort."""
+
+    n_cohorts: int
+    """Number of cohorts."""
 
 
 class SweepWarning(ConfigWarning):
@@ -157,7 +170,8 @@ class SweepEstimate(View):
     """What varies between the jobs."""
 
     shapes: list[SweepShape]
-    """The jobs by their sizes, the first submitted first."""
+    """The jobs by their sizes, the first submitted first. Tensors of different sizes may have the same number of
+    parameters: such jobs are listed apart, because they are not trained together."""
 
     training_bytes: int | None
     """Bytes of memory that the largest of the jobs needs."""
@@ -165,23 +179,17 @@ class SweepEstimate(View):
     total_steps: int | None
     """Optimizer steps of all jobs; null until every text is tokenised."""
 
+    cohorts: list[SweepCohorts] | None
+    """Cohorts that the workers which are alive would claim if nothing else waited or ran, the largest first; null where
+    for some job no worker is alive that has the memory."""
+
     predicted_seconds: float | None
-    """Seconds from the first start to the last end, by the speed of the jobs that succeeded last and the slots of the
-    workers that are alive; null where nothing is known of either."""
+    """Seconds from the first start to the last end, trained in these cohorts, by the speed of the jobs that succeeded
+    last, alone or in cohorts of up to twice or half the size; null where nothing is known of it."""
+
+    predicted_alone_seconds: float | None
+    """Seconds from the first start to the last end if each job were trained alone; null where nothing is known of
+    it."""
 
     warnings: list[SweepWarning]
     """Warnings about the jobs, each with the number of jobs that have it."""
-
-
-class SweepStatusEvent(StatusEvent):
-    """`event: status` of a sweep's stream: a job's status right after a change."""
-
-    job_id: str
-    """Id of the job."""
-
-
-class SweepCheckpointEvent(CheckpointFigures):
-    """`event: checkpoint` of a sweep's stream: the figures of a checkpoint that a job has recorded."""
-
-    job_id: str
-    """Id of the job."""

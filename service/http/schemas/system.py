@@ -22,6 +22,9 @@ class Device(View):
     memory_bytes: int | None = None
     """Total memory of the device, in bytes."""
 
+    cohort: int | None = None
+    """Most jobs of one shape that a trainer on the device trains together; null of a worker that does not say."""
+
 
 class WorkerView(View):
     """A worker, as it last reported itself."""
@@ -42,7 +45,10 @@ class WorkerView(View):
     """Devices that the worker trains on."""
 
     slots: int
-    """Number of jobs that the worker trains at once."""
+    """Number of jobs, or cohorts of jobs, that the worker trains at once."""
+
+    busy_slots: int
+    """Number of slots that train: the jobs of a cohort have one."""
 
     versions: dict[str, str]
     """Versions of the code and its libraries."""

@@ -9,6 +9,10 @@ from typing import Any, Protocol
 import pytest
 
 from service.cli import main
+from tests.api import TEXT, Api
+
+TINY = ("--set", "tokenizer=bytes", "--set", "epochs=3")
+"""Settings of a job of three steps."""
 
 
 class Result:
@@ -29,7 +33,7 @@ class Run(Protocol):
 @pytest.fixture
 def nanomoe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
     """Run the command line in this process, in an empty folder, with nothing set."""
-    for name in ("NANOMOE_URL", "NANOMOE_HOST", "NANOMOE_PORT"):
+    for name in ("NANOMOE_URL", "NANOMOE_HOST", "NANOMOE_PORT", "NANOMOE_KEY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
 
@@ -42,3 +46,18 @@ def nanomoe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
         return Result(int(exit_.value.code or 0), printed.out, printed.err)
 
     return run
+
+
+@pytest.fixture
+def at(nanomoe: Run, api: Api, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """The command line with the address of a running API in its environment."""
+    monkeypatch.setenv("NANOMOE_URL", api.url)
+    return nanomoe
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> str:
+    """The path of a text to train on."""
+    path = tmp_path / "texto.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return str(path)

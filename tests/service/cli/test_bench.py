@@ -1,12 +1,17 @@
 """`nanomoe bench`: what it measures through a service of its own."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from types import ModuleType
+from typing import Any
 
 import pytest
 
+from nanomoe.bench.training import cohort, evaluation, growth, steps
 from nanomoe.bench.training.shapes import Shape
 from nanomoe.config import JobConfig
 from service.cli.bench import lifecycle, rows, tables
+from service.cli.bench.cohort_rates import CohortRate
 from service.cli.bench.temporary_service import run_service
 from service.cli.bench.turnaround import Split, Times, Turnaround
 from tests.service.cli.conftest import Run
@@ -31,8 +36,8 @@ def test_generation_is_measured_through_http_too(nanomoe: Run, monkeypatch: pyte
         (["generate", "--models", "sparse"], "there are dense, mixture"),
         (["generate", "--at-once", "many"], "must look like 1,8,32"),
         (["generate", "--at-once", "2000000"], "numbers from 1 to 1,000,000"),
-        (["jobs", "--only", "lunch"], "there are traffic, delays, beside, turnaround, claims, recovery"),
-        (["train", "--only", "all"], "there are steps, evaluation, growth"),
+        (["jobs", "--only", "lunch"], "there are traffic, delays, beside, turnaround, claims, queue, sweeps, recovery"),
+        (["train", "--only", "all"], "there are steps, evaluation, growth, cohort"),
         (["train", "--shapes", "large"], "there are reference, reference-50k, small, gpt2"),
         (["train", "--device", "abacus"], "--device abacus"),
         (["train", "--device", "cuda:77"], "CUDA devices"),
@@ -45,14 +50,31 @@ def test_an_invalid_measurement_is_a_usage_error(nanomoe: Run, options: list[str
     assert said in result.err
 
 
+def measure_once(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> None:
+    """Have a module's `measure` give what it gave before, when it is asked for the same again."""
+    measure: Callable[..., Any] = module.measure
+    given: dict[str, Any] = {}
+
+    def remember(*arguments: Any, said: Any, **options: Any) -> Any:
+        asked = repr((arguments, options))
+        if asked not in given:
+            given[asked] = measure(*arguments, said=said, **options)
+        return given[asked]
+
+    monkeypatch.setattr(module, "measure", remember)
+
+
 def test_training_is_measured_in_all_its_parts(nanomoe: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = Shape("tiny", JobConfig(block_size=8, n_layer=2, n_head=2, n_embd=16, batch_size=2), 256, 2, 8)
     monkeypatch.setattr("nanomoe.bench.training.shapes.SHAPES", {"tiny": tiny})
     monkeypatch.setattr("nanomoe.bench.training.growth.TOKENS", 16)
     axes = {"layers": {1: {"n_layer": 1, "n_embd": 8, "block_size": 8}}}
     monkeypatch.setattr("nanomoe.bench.training.growth.AXES", axes)
+    monkeypatch.setattr("nanomoe.bench.training.cohort._SHAPES", (tiny,))
     options = ["--turns", "1", "--steps", "2", "--dropout", "0", "--texts", "100", "--job-steps", "4"]
-    given = ["bench", "train", "--only", "steps,evaluation,growth", *options]
+    given = ["bench", "train", "--only", "steps,evaluation,growth,cohort", *options]
+    for module in (steps, evaluation, growth, cohort):  # what is shown below is what was measured here
+        measure_once(monkeypatch, module)
     result = nanomoe(*given, "--json")
     assert result.code == 0, result.err
     figures = result.json
@@ -61,17 +83,28 @@ def test_training_is_measured_in_all_its_parts(nanomoe: Run, monkeypatch: pytest
     assert losses["transformers"] == pytest.approx(losses["eager"], rel=1e-5)
     assert figures["evaluation"][0]["n_trained_tokens"] == 4 * 99
     assert {point["axis"] for point in figures["growth"]} == {"layers"}
+    of_cohorts = [(one["shape"], one["n_members"]) for one in figures["cohort"]]
+    assert of_cohorts == [(name, n) for name in ("tiny", "tiny-mixture") for n in (2, 4, 16)]
     assert "nanoGPT: no --nanogpt FOLDER was given" in figures["not_measured"]
     assert (
         "tiny-mixture, transformers: no class of transformers computes this mixture of experts"
         in (figures["not_measured"])
     )
     shown = nanomoe(*given).out
-    for said in ("loop over experts", "x transformers", "of dense", "GFLOP/s", "not training", "µs per token"):
+    for said in (
+        "loop over experts",
+        "x transformers",
+        "of dense",
+        "GFLOP/s",
+        "not training",
+        "µs per token",
+        "jobs together",
+    ):
         assert said in shown
 
 
-def test_jobs_follow_one_another_through_one_worker(nanomoe: Run) -> None:
+def test_jobs_follow_one_another_through_one_worker(nanomoe: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.cli.bench.turnaround._SHORT_STEPS", 4)
     options = ["--jobs", "1", "--tiny", "3", "--most-seconds", "0", "--job-steps", "4"]
     result = nanomoe("bench", "jobs", "--only", "turnaround", *options, "--json")
     assert result.code == 0, result.err
@@ -119,6 +152,19 @@ def test_a_claim_is_timed_with_the_given_number_of_queued_jobs() -> None:
         assert all(0 < one.median_seconds <= one.max_seconds for one in times)
 
 
+def test_the_queue_is_measured_with_several_processes(nanomoe: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.cli.bench.queue_rates.WAITING", 60)
+    options = ["--connections", "2", "--batches", "1,4", "--seconds", "1", "--rows", "30", "--held-open", "--json"]
+    result = nanomoe("bench", "jobs", "--only", "queue", *options)
+    assert result.code == 0, result.err
+    found = result.json["queue"]
+    assert (found["database"], found["n_connections"], found["n_rows"], found["held_open"]) == ("sqlite", 2, 30, True)
+    rates = {(one["what"], one["at_once"]): one for one in found["rates"]}
+    assert rates["submit, in sweeps", 100]["n_jobs"] % 100 == 0
+    assert rates["finish", 1]["n_jobs"] <= rates["claim", 1]["n_jobs"]
+    assert all(0 < one["p50_seconds"] <= one["p99_seconds"] for one in found["rates"])
+
+
 def test_submissions_are_counted_and_cancelled() -> None:
     with run_service() as site:
         seen = lifecycle.traffic(site, training=False, seconds=2)
@@ -139,3 +185,32 @@ def test_the_time_after_a_killed_worker_names_the_database_it_was_measured_on() 
     delays = lifecycle.Delays(1, (1.0, 1.0), (1.0, 1.0), (1.0, 1.0), (1.0, 1.0))
     table = tables.delays_table(delays, [lifecycle.Recovery("sqlite", 60, 61.0, 62.0)])
     assert list(table.columns[0].cells)[-1] == "worker killed, lease 60 s, sqlite"
+
+
+def test_the_requests_of_a_sweep_are_measured(nanomoe: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.cli.bench.sweep_requests.N_JOBS", 100)
+    monkeypatch.setattr("service.cli.bench.sweep_requests.N_STEPS", 8)
+    result = nanomoe("bench", "jobs", "--only", "sweeps", "--jobs", "2", "--json")
+    assert result.code == 0, result.err
+    found = {one["request"]: one for one in result.json["sweeps"]["requests"]}
+    created, compared = found["POST /sweeps"], found["GET /compare"]
+    assert 0 < created["median_seconds"] <= created["max_seconds"]
+    assert created["n_bytes"] > 100 * 32  # the jobs' ids
+    assert compared["n_bytes"] > 10 * found["POST /sweeps?dry_run=true"]["n_bytes"]
+    assert {"GET /compare/series", "DELETE /sweeps/{sweep_id}"} < set(found)
+
+
+def test_a_sweep_is_measured_with_its_jobs_trained_together(nanomoe: Run) -> None:
+    options = ["--in-sweep", "3", "--job-steps", "4", "--shapes", "narrow-bytes", "--widths", "2", "--json"]
+    result = nanomoe("bench", "jobs", "--only", "cohort", *options)
+    assert result.code == 0, result.err
+    (found,) = result.json["cohorts"]
+    assert (found["shape"], found["n_jobs"], found["n_steps"], found["width"]) == ("narrow-bytes", 3, 4, 2)
+    assert found["jobs_per_minute"] == pytest.approx(60 * 3 / found["seconds"])
+    assert found["times_as_fast"] is None
+    assert 1 < found["transactions_per_job"] < 1000
+    assert found["peak_bytes"] is None or found["peak_bytes"] > 2**26
+    assert found["seconds_behind"] > 0
+    rate = CohortRate("reference", 64, 100, 16, 60.0, 64.0, 2.5, 3.0, None, 59.0)
+    (row,) = zip(*(column.cells for column in tables.cohorts_table([rate]).columns), strict=True)
+    assert row == ("64 x reference, 100 steps", "16", "64.0", "2.50", "3.0", "", "59.0 s")

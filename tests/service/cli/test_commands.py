@@ -23,24 +23,9 @@ from service.http import schemas
 from service.jobs import queue, recording
 from tests.api import TEXT, Api
 from tests.descriptions import stands_alone
-from tests.service.cli.conftest import Run
+from tests.service.cli.conftest import TINY, Run
 
 ROOT = Path(__file__).parents[3]
-TINY = ("--set", "tokenizer=bytes", "--set", "epochs=3")
-
-
-@pytest.fixture
-def at(nanomoe: Run, api: Api, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """The command line with the address of a running API in its environment."""
-    monkeypatch.setenv("NANOMOE_URL", api.url)
-    return nanomoe
-
-
-@pytest.fixture
-def text_file(tmp_path: Path) -> str:
-    path = tmp_path / "texto.txt"
-    path.write_text(TEXT, encoding="utf-8")
-    return str(path)
 
 
 def test_submit_prints_the_job_and_how_to_watch_it(at: Run, text_file: str, api: Api) -> None:
@@ -131,7 +116,7 @@ def test_a_dry_run_prints_the_steps_and_submits_no_job(at: Run, text_file: str, 
         (["submit", "-", "--set", 'tokenizer="a\\nb"'], "tokenizer must not hold control characters"),
         (
             ["submit", "-", "--set", "init_from=x\n@50"],
-            "init_from.job_id must be a job's id, name, or",
+            "init_from.job_id must be an id, a name, or",
         ),
         (["jobs", "--tag", "ç"], "query.tag: must look like key or key=value"),
         (["submit", "-"], "invalid_request: "),
@@ -139,7 +124,7 @@ def test_a_dry_run_prints_the_steps_and_submits_no_job(at: Run, text_file: str, 
         (["generate", "latest@33", "x"], "after @ comes 0, 25, 50, 75, 100 or latest"),
         (["generate", "latest", "x", "--set", "prompt=y"], "there is no 'prompt'"),
         (["watch", "0" * 32], "job_not_found: "),
-        (["watch", "../../workers"], "not_found: "),
+        (["watch", "../../workers"], "no job has the name"),
         (["jobs", "--limit", "0"], "invalid_request: "),
         (["knobs", "zzz"], "there is no 'zzz'"),
         (["jobs", "--url", "nanomoe.test"], "'nanomoe.test' is not an address"),

@@ -18,7 +18,6 @@ from tests.service.cli.conftest import Run
 LATIN = os.fsdecode("olá".encode("latin-1"))
 """What Python makes of `olá` typed into a Latin-1 terminal: its last byte is no UTF-8."""
 
-TINY = ("--set", "tokenizer=bytes", "--set", "epochs=3")
 ROOT = Path(__file__).parents[3]
 
 
@@ -46,7 +45,7 @@ def at(nanomoe: Run, api: Api, monkeypatch: pytest.MonkeyPatch) -> Run:
         (["jobs", "--status", LATIN], "--status"),
         (["jobs", "--url", f"http://{LATIN}"], "--url"),
         (["watch", LATIN], "JOB"),
-        (["cancel", LATIN], "JOB"),
+        (["cancel", LATIN], "[JOB]"),
         (["knobs", LATIN], "NAME"),
         (["bench", "generate", "--models", LATIN], "--models"),
     ],

@@ -6,11 +6,15 @@ import threading
 from pathlib import Path
 
 import pytest
+from sqlmodel import select
 
 from nanomoe import checkpoint
+from nanomoe.store.local import LocalStore
+from nanomoe.store.opening import open_store
 from service.database.database import Database
 from service.database.opening import open_database
 from service.jobs import queue, reads, recording
+from service.jobs.tables import Installation
 from service.jobs.workers import WorkerIdentity
 from service.settings import Settings
 from service.storage.installation import join_installation
@@ -23,7 +27,7 @@ from tests.service.recorded_files import job_with_files, snapshot, snapshot_fold
 @pytest.fixture
 def at(nanomoe: Run, db: Database, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Run:
     """The command line with the settings of a database that has been joined to its data folder."""
-    join_installation(db, settings.data_dir, create=True)
+    join_installation(db, LocalStore(settings.data_dir), create=True)
     point_to(monkeypatch, settings)
     return nanomoe
 
@@ -98,6 +102,28 @@ def test_a_backup_never_writes_over_a_file(at: Run, tmp_path: Path) -> None:
     assert (tmp_path / "copy.db").read_text() == "precious"
 
 
+@ONLY_SQLITE
+def test_where_files_lie_in_a_bucket_the_backup_says_so_and_the_check_reads_it(
+    at: Run, db: Database, bucket_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NANOMOE_STORE", bucket_url)
+    done = at("backup", "copy.db")
+    assert (done.code, done.out) == (0, "wrote copy.db\n")
+    assert done.err.startswith(f"The files of the jobs are not in it: they lie in {bucket_url}.\n")
+    assert "cp " not in done.err
+    refused = at("fsck")
+    assert refused.code == 1
+    assert f"the bucket {bucket_url} (installation None)" in refused.out
+    with db.read() as session:
+        installation = session.scalars(select(Installation.id)).one()
+    open_store(bucket_url).put("installation", installation.encode())
+    assert at("fsck", "--json").json["clean"]
+    monkeypatch.setattr("service.storage.opening.REQUEST_RETRY_SECONDS", 0.2)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")  # where nobody listens
+    away = at("fsck")
+    assert (away.code, away.err.startswith("nanomoe: store_unavailable: ")) == (2, True)
+
+
 @ONLY_POSTGRESQL
 def test_a_backup_of_postgresql_prints_the_command_and_writes_nothing(at: Run, settings: Settings) -> None:
     done = at("backup", "a copy.dump")
@@ -106,6 +132,7 @@ def test_a_backup_of_postgresql_prints_the_command_and_writes_nothing(at: Run, s
     assert done.out.startswith("pg_dump --format=custom '--file=a copy.dump' ")
     assert url.partition("?")[0] in done.out
     assert done.err.startswith("nanomoe: nothing was written: run the command above")
+    assert f"the files of the jobs, in {settings.data_dir}/jobs, are copied" in done.err
 
 
 def test_the_command_for_postgresql_shows_no_password(nanomoe: Run, monkeypatch: pytest.MonkeyPatch) -> None:

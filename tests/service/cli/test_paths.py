@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from nanomoe.store.local import LocalStore
 from service.cli.processes import Processes
 from service.database import migrate
 from service.database.opening import open_database
@@ -14,7 +15,7 @@ from service.database.sqlite import MAX_PATH_BYTES
 from service.errors import StartRefused
 from service.jobs import reads
 from service.jobs.new_job import NewJob
-from service.jobs.queue import submit
+from service.jobs.submit import submit_job
 from service.settings import Settings, sqlite_url
 from service.storage import fsck
 from service.storage.installation import join_installation
@@ -46,10 +47,10 @@ def test_the_database_lies_in_the_folder_of_that_very_name(name: str, tmp_path: 
         migrate.upgrade(db)
         assert [path.name for path in tmp_path.iterdir()] == [name]
         assert (settings.data_dir / "nanomoe.db").is_file()
-        join_installation(db, settings.data_dir, create=True)
+        join_installation(db, LocalStore(settings.data_dir), create=True)
         seen = db.changes.wait(30)
         with closing(open_database(settings)) as other:
-            submit(other, NewJob(text=TEXT, config={}))
+            submit_job(other, NewJob(text=TEXT, config={}))
         assert db.changes.wait(30, since=seen) > seen
 
         copied = tmp_path / name / "copy"
@@ -57,7 +58,7 @@ def test_the_database_lies_in_the_folder_of_that_very_name(name: str, tmp_path: 
         db.backup(copied / "nanomoe.db")
         shutil.copy(settings.data_dir / "installation", copied)
         with closing(open_database(Settings(_env_file=None, data_dir=copied))) as copy:
-            assert fsck.check(copy, copied).is_clean
+            assert fsck.check(copy, LocalStore(copied)).is_clean
             assert len(reads.list_jobs(copy)) == 1
 
 
@@ -95,11 +96,11 @@ def test_a_folder_of_an_earlier_version_keeps_its_database(name: str, earlier: s
         migrate.upgrade(db)
         # A new folder beside another's database is none of its folders.
         assert Settings(_env_file=None, data_dir=data).database_url == sqlite_url(data / "nanomoe.db")
-        join_installation(db, data, create=True)
-        submit(db, NewJob(text=TEXT, config={}))
+        join_installation(db, LocalStore(data), create=True)
+        submit_job(db, NewJob(text=TEXT, config={}))
     with closing(open_database(Settings(_env_file=None, data_dir=data))) as db:
         assert len(reads.list_jobs(db)) == 1
-        assert join_installation(db, data)
+        assert join_installation(db, LocalStore(data))
 
 
 def test_a_backup_may_have_a_name_that_is_not_utf_8(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import os
 import pty
 import re
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -101,13 +102,19 @@ def test_children_of_a_killed_serve_do_not_live_on(tmp_path: Path) -> None:
         assert ended(children)
 
 
-def test_serve_names_the_child_that_exited_and_stops_the_other(tmp_path: Path) -> None:
-    with command(tmp_path, "serve") as serve:
+def test_serve_opens_the_page_and_names_the_child_that_exited_and_stops_the_other(tmp_path: Path) -> None:
+    opened, browser = tmp_path / "opened", tmp_path / "browser"
+    browser.write_text(f'#!/bin/sh\nprintf %s "$1" > {shlex.quote(str(opened))}\n')
+    browser.chmod(0o755)
+    with command(tmp_path, "serve", "--open", env=environment(tmp_path) | {"BROWSER": f"{browser} %s"}) as serve:
         url = re.fullmatch(r"nanomoe is at (\S+), its data in .*\n", line_of(serve))
         assert url is not None
         # Another terminal does not know the port: the hint says it.
         hint = f"try: nanomoe submit FILE --watch --url {url[1]}; docs at {url[1]}/docs; Ctrl-C stops both\n"
         assert line_of(serve) == hint
+        while not opened.exists() or opened.read_text() != url[1]:
+            assert serve.poll() is None
+            time.sleep(0.05)
         children = psutil.Process(serve.pid).children()
         (worker,) = [child for child in children if "worker" in child.cmdline()]
         worker.kill()

@@ -29,6 +29,15 @@ def test_a_job_is_named_and_an_ambiguous_name_lists_the_jobs(api: Api, at: Run) 
     assert all(line.endswith(name) for line in listed)
 
 
+def test_a_name_with_a_slash_is_found_although_no_path_holds_it(api: Api, at: Run) -> None:
+    name = f"rato/rei {uuid4().hex}"
+    job_id = api.finished(name=name)
+    assert at("metrics", name, "--json").json["job_id"] == job_id
+    assert "no job has the name 'a/b'" in at("metrics", "a/b").err
+    api.finished(name=name)
+    assert f"several jobs have the name '{name}'" in at("delete", name, "--yes").err
+
+
 @pytest.mark.parametrize(
     ("given", "job", "checkpoint"),
     [

@@ -128,7 +128,12 @@ def test_methods_show_the_parameters_that_they_take() -> None:
     with Client("http://nanomoe.test") as client:
         assert list(inspect.signature(client.submit).parameters)[:3] == ["text", "config", "name"]
         assert list(inspect.signature(client.health).parameters) == []
-        assert list(inspect.signature(of_job(client).metrics).parameters) == ["points", "tokens"]
+        assert list(inspect.signature(of_job(client).metrics).parameters) == [
+            "points",
+            "from_step",
+            "to_step",
+            "tokens",
+        ]
 
 
 def test_a_handle_has_every_field_of_its_job() -> None:

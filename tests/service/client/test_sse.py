@@ -29,6 +29,16 @@ def decode(chunks: list[bytes]) -> list[ServerSentEvent]:
     return [event for chunk in chunks for event in decoder.feed(chunk)]
 
 
+def test_an_id_alone_is_the_position_of_the_stream() -> None:
+    decoder = EventDecoder()
+    assert list(decoder.feed(b"id: 41\n\n")) == []
+    assert decoder.last_id == "41"
+    (event,) = decoder.feed(b"id: 42\nevent: status\ndata: {}\n\nevent: step\ndata: ")
+    assert (event.id, decoder.last_id) == ("42", "42")
+    assert [event.id for event in decoder.feed(b"{}\n\n")] == [None]
+    assert decoder.last_id == "42"
+
+
 @given(st.sets(st.integers(0, len(STREAM)), max_size=40))
 @example(set(range(len(STREAM))))
 @example(set())

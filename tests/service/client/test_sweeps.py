@@ -2,14 +2,16 @@
 
 import asyncio
 import sys
+import threading
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from service.client import AsyncClient, Client, Conflict, Invalid, NotFound
-from service.http.schemas import SweepCheckpointEvent, SweepStatusEvent
-from service.jobs import queue
+from service.http.schemas import JobCheckpointEvent, JobStatusEvent
+from service.jobs import queue, reads
 from tests.api import TEXT, Api
 
 TINY = {"tokenizer": "bytes", "epochs": 3}
@@ -51,8 +53,8 @@ def test_a_sweep_is_waited_for_and_compared(api: Api) -> None:
         assert sweep.wait(on_event=events.append).status == "succeeded"
         found = sweep.compare(["loss", "accuracy"], perplexity=1.7, at_step=2)
         curves = sweep.series(points=4)
-    assert [event.data.status for event in events if isinstance(event.data, SweepStatusEvent)][-1] == "succeeded"
-    assert [event.data.percent for event in events if isinstance(event.data, SweepCheckpointEvent)] == [0, 100] * 2
+    assert [event.data.status for event in events if isinstance(event.data, JobStatusEvent)][-1] == "succeeded"
+    assert [event.data.percent for event in events if isinstance(event.data, JobCheckpointEvent)] == [0, 100] * 2
     numbers = [int(event.id) for event in events]
     assert numbers == sorted(set(numbers))
     assert found.parameters == {"dropout": [0.0, 0.5]}
@@ -82,15 +84,74 @@ def test_jobs_are_compared_by_name_and_tag(api: Api) -> None:
             client.compare()
 
 
-def test_a_comparison_is_a_table_in_a_notebook_and_a_frame_in_pandas(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_comparison_shows_its_curves_in_a_notebook_and_is_a_frame_in_pandas(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with Client(api.url) as client:
-        job = client.submit(TEXT, TINY, name="<b>&")
-        found = client.compare(job.id)
-    html = found._repr_html_()
-    assert html.startswith("<table><thead><tr><th>job</th><th>status</th>")
-    assert "<td>&lt;b&gt;&amp;</td><td>queued</td>" in html
+        jobs = [client.submit(TEXT, TINY | {"lr": lr}, name="<b>&") for lr in (1e-4, 1e-3)]
+        finish_all(api, SimpleNamespace(job_ids=[job.id for job in jobs]))
+        found = client.compare(*(job.id for job in jobs))
+        html = found._repr_html_()
+        assert html.count("<svg") == 2  # curves over steps, and the loss over lr
+        assert "lr 0.001" in html
+        alone = client.compare(jobs[0].id)._repr_html_()
+        assert "&lt;b&gt;&amp;" in alone
+        assert "<b>&" not in alone
+    assert "did not answer" in found._repr_html_()  # the client is closed
     monkeypatch.setitem(sys.modules, "pandas", SimpleNamespace(DataFrame=list))
     assert found.to_pandas() == found.rows
+
+
+def test_a_job_and_a_sweep_show_themselves_in_a_notebook(api: Api) -> None:
+    with Client(api.url) as client:
+        sweep = client.sweep(TEXT, TINY, grid={"lr": [1e-4, 5e-3]}, name="<taxas>")
+        finish_all(api, sweep)
+        job = next(sweep.jobs())
+        queued = client.submit(TEXT, TINY)
+        as_job, as_sweep = job._repr_html_(), sweep._repr_html_()
+        assert "<svg" not in queued._repr_html_()
+    assert "succeeded, 100 %" in as_job
+    assert as_job.count("<svg") == 1
+    assert "100 %</td>" in as_job
+    assert "&lt;taxas&gt;" in as_sweep
+    assert "2 succeeded; lr 0.0001, 0.005" in as_sweep
+    assert as_sweep.count("<svg") == 2
+    # Without a service, what is known is shown all the same.
+    assert "succeeded" in job._repr_html_()
+    assert "lr 0.0001, 0.005" in sweep._repr_html_()
+
+
+def test_curves_are_a_picture_in_one_line(api: Api, tmp_path: Path) -> None:
+    with Client(api.url) as client:
+        sweep = client.sweep(TEXT, TINY, grid={"lr": [1e-4, 5e-3]}, seeds=2)
+        with pytest.raises(ValueError, match="no job has a step"):
+            sweep.plot().save(tmp_path / "none.svg")
+        assert sweep.plot().svg == ""
+        finish_all(api, sweep)
+        plot, found = sweep.plot(["loss"]), sweep.compare(["loss"])
+        assert [curve.label for curve in client.plot(*sweep.job_ids or ()).curves] == ["lr 0.0001", "lr 0.005"]
+        assert found.save(tmp_path / "curves.svg").read_text("utf-8") == plot.svg
+        assert found._repr_html_() == plot._repr_html_()
+    # The client is closed: a comparison would ask for its curves, and this one has them.
+    assert plot.svg.startswith("<svg ")
+    assert plot._repr_html_().count("<polygon") == 2
+    assert "<polygon" not in found._repr_html_()
+
+
+def test_an_experiment_is_one_line(api: Api) -> None:
+    for job in reads.list_jobs(api.db, reads.JobFilter(status="queued")):
+        queue.request_cancel(api.db, job.id)
+    events: list[Any] = []
+    with Client(api.url) as client:
+        with pytest.raises(ValueError, match="there are reference, mixture, "):
+            client.run("nope")
+        worker = threading.Thread(target=api.train_queued, args=[0.5, 0.25, 0.5])
+        worker.start()
+        found = client.run("reference", on_event=events.append)
+        worker.join()
+    assert [row["loss"] for row in found.last] == [0.5, 0.25, 0.5]
+    assert [curve.n_jobs for curve in found.curves] == [3]
+    assert len(events) > 3
 
 
 def test_a_dry_run_and_the_ready_experiments(api: Api) -> None:
@@ -102,7 +163,7 @@ def test_a_dry_run_and_the_ready_experiments(api: Api) -> None:
             estimate = client.estimate_sweep(
                 given.text, given.config, grid=given.grid, points=given.points, seeds=given.seeds
             )
-            assert 1 <= estimate.n_jobs <= 9
+            assert 3 <= estimate.n_jobs <= 12
             assert client.compare(
                 tag="nobody", metrics=preset.compare.metric, perplexity=preset.compare.perplexity
             ).view
@@ -118,7 +179,9 @@ def test_the_stream_of_a_sweep_is_resumed_after_an_event(api: Api) -> None:
         events.close()
         queue.request_cancel_sweep(api.db, sweep.id)
         rest = list(sweep.events(last_event_id=first.id))
-    assert [event.id for event in rest] == ["2", "3", "4"]
+    numbers = [int(event.id or 0) for event in rest]
+    assert len(numbers) == 3
+    assert sorted([int(first.id or 0), *numbers]) == [int(first.id or 0), *numbers]
 
 
 def test_the_asynchronous_client_does_the_same(api: Api) -> None:
@@ -135,7 +198,9 @@ def test_the_asynchronous_client_does_the_same(api: Api) -> None:
             assert (await sweep.wait(on_event=keep)).status == "succeeded"
             assert len(events) > 8
             assert [row["loss"] for row in (await sweep.compare(["loss"])).last] == [1.0, 0.5]
-            assert len(await sweep.series()) == 2
+            assert len(await sweep.series()) == len((await sweep.plot()).curves) == 2
+            with pytest.raises(ValueError, match="plot"):
+                (await sweep.compare()).save("none.svg")
             assert (await client.get_sweep(sweep.id)).is_terminal
             await sweep.delete()
 

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -11,8 +12,9 @@ from service.database.change_notification import Changes
 from service.database.database import Database
 from service.database.opening import open_database
 from service.database.utc_time import EPOCH
-from service.jobs import queue, reads
+from service.jobs import reads
 from service.jobs.new_job import NewJob
+from service.jobs.submit import submit_job
 from service.jobs.tables import Installation
 from service.settings import Settings
 from tests.databases import ONLY_POSTGRESQL
@@ -28,7 +30,7 @@ def other(settings: Settings) -> Iterator[Database]:
 
 
 def submit(db: Database) -> None:
-    queue.submit(db, NewJob(text="a b", config={}))
+    submit_job(db, NewJob(text="a b", config={}))
 
 
 def settled(db: Database) -> int:
@@ -134,3 +136,15 @@ def test_a_source_that_fails_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> 
         pass
     assert asked == 3
     watching.close()
+
+
+@ONLY_POSTGRESQL
+def test_a_commit_stands_though_nobody_can_be_notified_of_it(db: Database, caplog: pytest.LogCaptureFixture) -> None:
+    @sa.event.listens_for(db.engine, "before_cursor_execute")
+    def _break(*arguments: Any) -> None:
+        if "pg_notify" in arguments[2]:
+            raise sa.exc.InterfaceError(arguments[2], None, RuntimeError("the connection is closed"))
+
+    submit(db)
+    assert len(reads.list_jobs(db)) == 1
+    assert "cannot notify of a change" in caplog.text

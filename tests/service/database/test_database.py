@@ -4,7 +4,6 @@ import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -12,26 +11,12 @@ import sqlalchemy as sa
 from service.database.database import Database
 from service.database.opening import open_database
 from service.errors import Invalid, NotFound
-from service.jobs import queue, reads
-from service.jobs.new_job import NewJob
-from service.jobs.tables import Job, Text
+from service.jobs import reads
+from service.jobs.tables import Job
 from service.settings import Settings
 from tests.databases import ONLY_POSTGRESQL, ONLY_SQLITE, Clock
 from tests.races import Races, at_once
-
-
-def submit(db: Database, text: str = "a b") -> Job:
-    return queue.submit(db, NewJob(text=text, config={}))[0]
-
-
-def enter_text(db: Database) -> sa.Insert:
-    return sa.insert(Text).values(sha256="a", n_bytes=1, content=b"a", created_at=db.now)
-
-
-def pragma(db: Database, name: str) -> Any:
-    with db.read() as session:
-        return session.execute(sa.text(f"PRAGMA {name}")).scalar_one()
-
+from tests.service.database.statements import enter_text, pragma, submit
 
 # Transactions
 

@@ -11,23 +11,12 @@ from service.database.opening import open_database
 from service.errors import DatabaseUnavailable, Invalid, NotFound, StorageFull
 from service.jobs import queue, reads
 from service.jobs.new_job import NewJob
-from service.jobs.tables import Job, Text, Worker
+from service.jobs.submit import submit_job
+from service.jobs.tables import Worker
 from service.settings import Settings
 from tests.databases import ONLY_POSTGRESQL, ONLY_SQLITE
 from tests.races import Races
-
-
-def submit(db: Database, text: str = "a b") -> Job:
-    return queue.submit(db, NewJob(text=text, config={}))[0]
-
-
-def enter_text(db: Database) -> sa.Insert:
-    return sa.insert(Text).values(sha256="a", n_bytes=1, content=b"a", created_at=db.now)
-
-
-def pragma(db: Database, name: str) -> Any:
-    with db.read() as session:
-        return session.execute(sa.text(f"PRAGMA {name}")).scalar_one()
+from tests.service.database.statements import enter_text, pragma, submit
 
 
 def test_a_locked_database_is_waited_for(db: Database, races: Races) -> None:
@@ -129,4 +118,4 @@ def test_a_mistake_of_our_own_is_not_passed_off_as_an_outage(db: Database) -> No
 
 def test_json_never_carries_nan(db: Database) -> None:
     with pytest.raises((ValueError, sa.exc.StatementError), match="JSON compliant"):
-        queue.submit(db, NewJob(text="a b", config={"lr": float("nan")}))
+        submit_job(db, NewJob(text="a b", config={"lr": float("nan")}))

@@ -20,6 +20,7 @@ from service.database.utc_time import EPOCH
 from service.errors import SchemaMismatch, StartRefused
 from service.jobs import queue, reads
 from service.jobs.new_job import NewJob
+from service.jobs.submit import submit_job
 from service.jobs.workers import WorkerIdentity
 from service.settings import Settings
 from tests.databases import ONLY_SQLITE
@@ -99,7 +100,7 @@ def test_a_new_database_has_no_revision_and_workers_wait(empty: Database) -> Non
 
 
 def test_migrating_again_changes_nothing(db: Database) -> None:
-    queue.submit(db, NewJob(text="a b", config={}))
+    submit_job(db, NewJob(text="a b", config={}))
     before = schema(db)
     migrate.upgrade(db)
     assert schema(db) == before
@@ -118,13 +119,16 @@ def test_a_database_of_a_newer_version_is_refused(db: Database) -> None:
         migrate.upgrade(db)
 
 
-REBUILD = '''
+AFTER = "9000"
+"""The revision that comes next."""
+
+REBUILD = f'''
 """Rebuilds the table of jobs, as SQLite must for most changes."""
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0004"
-down_revision = "0003"
+revision = "{AFTER}"
+down_revision = "{REVISION}"
 
 def upgrade() -> None:
     with op.batch_alter_table("jobs") as batch:
@@ -141,16 +145,16 @@ def next_schema(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The product's migrations and one more."""
     scripts = tmp_path / "migrations"
     shutil.copytree(migrate.SCRIPTS, scripts, ignore=shutil.ignore_patterns("__pycache__"))
-    (scripts / "versions" / "0004_rebuild.py").write_text(REBUILD)
+    (scripts / "versions" / f"{AFTER}_rebuild.py").write_text(REBUILD)
     monkeypatch.setattr(migrate, "SCRIPTS", scripts)
 
 
 @pytest.mark.usefixtures("next_schema")
 def test_a_table_that_is_rebuilt_keeps_its_children(db: Database) -> None:
-    job, _ = queue.submit(db, NewJob(text="a b", config={}))
+    job, _ = submit_job(db, NewJob(text="a b", config={}))
     before = schema(db)
-    migrate.upgrade(db, "0004")
-    assert db.revision() == "0004"
+    migrate.upgrade(db, AFTER)
+    assert db.revision() == AFTER
     assert {**schema(db), "jobs": None} == {**before, "jobs": None}
     assert len(reads.events_after(db, job.id, 0)) == 1
     if db.is_sqlite:
@@ -163,22 +167,22 @@ def test_a_table_that_is_rebuilt_keeps_its_children(db: Database) -> None:
 def test_with_foreign_keys_on_a_rebuilt_table_would_lose_its_children(
     db: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job, _ = queue.submit(db, NewJob(text="a b", config={}))
+    job, _ = submit_job(db, NewJob(text="a b", config={}))
     monkeypatch.setattr(migrate, "_pragma", lambda connection, pragma: None)
-    migrate.upgrade(db, "0004")
+    migrate.upgrade(db, AFTER)
     assert reads.events_after(db, job.id, 0) == []
 
 
 @pytest.mark.usefixtures("next_schema")
 def test_a_migration_that_fails_leaves_nothing_behind(db: Database) -> None:
-    script = migrate.SCRIPTS / "versions" / "0004_rebuild.py"
+    script = migrate.SCRIPTS / "versions" / f"{AFTER}_rebuild.py"
     script.write_text(REBUILD + "    raise RuntimeError('half-way')\n")
     before = schema(db)
     with pytest.raises(RuntimeError, match="half-way"):
-        migrate.upgrade(db, "0004")
+        migrate.upgrade(db, AFTER)
     assert schema(db) == before
     db.check_revision()
-    queue.submit(db, NewJob(text="a b", config={}))
+    submit_job(db, NewJob(text="a b", config={}))
 
 
 # From 0001: every job had a `run_at`, and the order was by it and by the id
@@ -219,7 +223,7 @@ def test_jobs_get_their_numbers_in_the_order_of_their_ids_and_new_ones_go_on(old
         insert_as_0001(old, job_id)
     migrate.upgrade(old)
     assert [(job.id, job.seq) for job in reads.list_jobs(old)] == [("c", 3), ("b", 2), ("a", 1)]
-    assert queue.submit(old, NewJob(text="a b", config={}))[0].seq == 4
+    assert submit_job(old, NewJob(text="a b", config={}))[0].seq == 4
 
 
 def test_only_a_date_that_was_asked_for_is_kept(old: Database) -> None:
@@ -252,3 +256,38 @@ def test_a_job_that_waits_after_a_crash_waits_on(old: Database) -> None:
     assert found is not None
     assert found.job_id == "waited"
     assert queue.claim(old, WorkerIdentity(), 60) is None
+
+
+# From 0003: events were numbered in their job and in their sweep
+
+
+def test_events_are_numbered_by_time_and_those_of_a_job_and_of_a_sweep_in_their_order(empty: Database) -> None:
+    migrate.upgrade(empty, "0003")
+    sweep = "INSERT INTO sweeps (id, seq, owner, tags, created_at, config, parameters, event_seq) "
+    event = "INSERT INTO events (job_id, seq, kind, created_at, data, sweep_id, sweep_seq) VALUES "
+    with empty.write() as session:
+        session.execute(sa.text("INSERT INTO texts VALUES ('t', 1, :content, 0)"), {"content": b"a"})
+        session.execute(sa.text(sweep + "VALUES ('s', 1, '', '{}', 0, '{}', '[]', 4)"))
+        for seq, job_id in enumerate(("lone", "one", "two"), start=1):
+            columns = "id, seq, owner, tags, status, priority, created_at, finished_at, fence, attempt, crashes, config"
+            columns += ", progress, text_sha256, text_n_bytes, warnings, event_seq"
+            values = f"'{job_id}', {seq}, '', '{{}}', 'cancelled', 0, 0, 0, 0, 0, 0, '{{}}', '{{}}', 't', 1, '[]', 2"
+            session.execute(sa.text(f"INSERT INTO jobs ({columns}) VALUES ({values})"))  # noqa: S608 - ours
+        for row in (
+            "('lone', 1, 'status', 20, '{}', NULL, NULL)",
+            "('lone', 2, 'status', 10, '{}', NULL, NULL)",  # the clock was set back between the two
+            "('one', 1, 'status', 5, '{}', 's', 1)",
+            "('two', 1, 'status', 30, '{}', 's', 2)",
+            "('one', 2, 'status', 25, '{}', 's', 3)",
+            "('two', 2, 'status', 31, '{}', 's', 4)",
+        ):
+            session.execute(sa.text(event + row))
+    migrate.upgrade(empty)
+    with empty.read() as session:
+        found = session.execute(sa.text("SELECT job_id, seq, number FROM events ORDER BY number")).all()
+    assert [tuple(row) for row in found] == [
+        ("one", 1, 1), ("lone", 1, 2), ("lone", 2, 3), ("two", 1, 4), ("one", 2, 5), ("two", 2, 6),
+    ]  # fmt: skip
+    submit_job(empty, NewJob(text="a b", config={}))
+    with empty.read() as session:
+        assert session.execute(sa.text("SELECT max(number) FROM events")).scalar_one() == 7

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -17,25 +16,12 @@ from service.database.database import Database
 from service.database.opening import open_database
 from service.database.sqlite import sqlite_driver, wal_is_safe
 from service.errors import DatabaseUnavailable, StartRefused
-from service.jobs import queue, reads
-from service.jobs.new_job import NewJob
-from service.jobs.tables import Job, Text
+from service.jobs import reads
+from service.jobs.tables import Job
 from service.settings import Settings
 from tests.databases import ONLY_SQLITE
 from tests.races import Races, at_once
-
-
-def submit(db: Database, text: str = "a b") -> Job:
-    return queue.submit(db, NewJob(text=text, config={}))[0]
-
-
-def enter_text(db: Database) -> sa.Insert:
-    return sa.insert(Text).values(sha256="a", n_bytes=1, content=b"a", created_at=db.now)
-
-
-def pragma(db: Database, name: str) -> Any:
-    with db.read() as session:
-        return session.execute(sa.text(f"PRAGMA {name}")).scalar_one()
+from tests.service.database.statements import enter_text, pragma, submit
 
 
 @contextmanager

@@ -40,3 +40,15 @@ def script_engines(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
     head = "import json, sys, time\nreceive = lambda: json.loads(sys.stdin.readline())\n"
     answer = "send = lambda **message: print(json.dumps(message), flush=True)\nreceive()\n"
     monkeypatch.setattr("service.generation.engine_process._ARGUMENTS", ("-c", head + answer + script))
+
+
+ANSWERING = """
+send(type="ready")
+for line in sys.stdin:
+    at = time.monotonic()
+    of_request = {"id": json.loads(line)["id"]}
+    send(type="begun", at=at, **of_request)
+    send(type="done", prompt_tokens=1, completion_tokens=0, window_slid=False, numerics="", first_token_at=at,
+         finished_at=at, n_cached=1, cache_bytes=1, **of_request)
+"""
+"""A scripted engine that answers each request, with nothing added."""

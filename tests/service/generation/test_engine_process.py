@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 
 from service.errors import ServiceError, Unavailable
 from service.generation.admission import Generation
-from tests.service.generation.generations import Run, failure, first_chunk, script_engines, settings
+from tests.service.generation.generations import ANSWERING, Run, failure, first_chunk, script_engines, settings
 from tests.service.tiny_checkpoint import TinyCheckpoint, write_tiny_checkpoint
 
 
@@ -92,8 +92,9 @@ def test_a_line_that_is_too_long_ends_the_engine(
     run: Run, tiny: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("service.generation.engine_process._MAX_LINE_BYTES", 200)
+    script_engines(monkeypatch, 'send(type="ready"); receive(); print("x" * 300, flush=True); receive()')
     generation = Generation(settings())
-    error = run(failure(generation.generate(tiny.request(max_new_tokens=1000))))
+    error = run(failure(generation.generate(tiny.request())))
     assert (error.status, error.code) == (503, "engine_restarted")
     assert generation._engine._process is None
     run(generation.stop())
@@ -112,9 +113,10 @@ def test_an_engine_keeps_a_higher_niceness_that_it_has(
 
     monkeypatch.setattr(os, "getpriority", lambda which, who: 3)
     monkeypatch.setattr(os, "setpriority", setpriority)
+    script_engines(monkeypatch, ANSWERING)
     generation = Generation(settings(engine_nice=2))  # little: the rest of its session's share is really taken
     with capture_logs() as logged:
-        assert len(run(generation.generate(tiny.request())).choices[0].tokens) == 8
+        assert run(generation.generate(tiny.request())).summary.prompt_tokens == 1
     assert asked == [3]
     assert ("generation_engine_priority_unchanged" in [entry["event"] for entry in logged]) == (not allowed)
     run(generation.stop())
@@ -129,6 +131,7 @@ def test_an_engine_without_its_first_line_is_killed_and_gets_no_request(
         started.append(os.pidfd_open(pid))
         raise RuntimeError("a fault between the start and the first line")
 
+    script_engines(monkeypatch, ANSWERING)
     generation = Generation(settings())
     with monkeypatch.context() as patched:
         patched.setattr("service.generation.engine_process._lower_priority", fail)
@@ -137,7 +140,7 @@ def test_an_engine_without_its_first_line_is_killed_and_gets_no_request(
     assert generation._engine._process is None
     assert select.select(started, [], [], 10)[0], "a pidfd is readable once its process has ended"
     os.close(started[0])
-    assert len(run(generation.generate(tiny.request())).choices[0].tokens) == 8
+    assert run(generation.generate(tiny.request())).summary.prompt_tokens == 1
     run(generation.stop())
 
 

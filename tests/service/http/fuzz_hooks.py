@@ -18,6 +18,7 @@ SOME_ID = re.compile(r"[0-9a-f]{32}")
 SOME_JOB = re.compile(r"[^\x00-\x1f\x7f/]{1,200}")
 NUMBER = re.compile(r"[0-9]+(\.[0-9]+)?(e-?[0-9]+)?")
 SHORT_WAIT = 0.05
+NOBODY = "0" * 32
 
 
 def _mostly() -> bool:
@@ -60,11 +61,13 @@ def map_body(context: Any, body: Any) -> Any:
 
 @schemathesis.hook
 def before_call(context: Any, case: Any, kwargs: Any) -> None:
-    """The events of a job that goes on never end, and a wait is as good when it is short."""
+    """The events of a job that goes on, and of all jobs, never end, and a wait is as good when it is short."""
     if case.operation.path.endswith("/events") and SOME_JOB.fullmatch(str(case.path_parameters.get("job_id", ""))):
         case.path_parameters["job_id"] = FINISHED
     if case.operation.path.endswith("/events") and SOME_ID.fullmatch(str(case.path_parameters.get("sweep_id"))):
         case.path_parameters["sweep_id"] = SWEEPS[0]
+    if case.operation.path == "/events" and SOME_ID.fullmatch(str((case.query or {}).get("sweep", NOBODY))):
+        case.query = {**(case.query or {}), "sweep": NOBODY}
     # Waits arrive here as numbers and as strings; above 120 they are illegal.
     if NUMBER.fullmatch(wait := str((case.query or {}).get("wait"))) and float(wait) <= 120:
         case.query["wait"] = SHORT_WAIT

@@ -128,6 +128,7 @@ def test_every_stream_says_that_it_must_not_be_buffered(api: Api, monkeypatch: p
     requests: dict[tuple[str, str], dict[str, Any] | None] = {
         ("get", "/jobs/{job_id}/events"): None,
         ("get", "/sweeps/{sweep_id}/events"): None,
+        ("get", "/events"): None,
         ("post", "/generate"): {"job_id": job_id, "prompt": "a", "stream": True},
         ("post", "/v1/completions"): {"model": job_id, "prompt": "a", "stream": True},
     }

@@ -12,7 +12,7 @@ import pytest
 
 from service.jobs import queue
 from tests.api import Api, Serve
-from tests.service.http.routes.test_generate import tiny_files
+from tests.service.tiny_checkpoint import tiny_files
 
 EXAMPLES = os.environ.get("NANOMOE_FUZZ_EXAMPLES", "10")
 HERE = Path(__file__).parent
@@ -21,7 +21,9 @@ HERE = Path(__file__).parent
 # the document allows may still be refused there, with a 422 or, for a text in bytes, a 413.
 CONFIG = """
 [checks]
-negative_data_rejection = { expected-statuses = ["400", "403", "404", "405", "409", "413", "415", "422", "429", "503"] }
+negative_data_rejection = { expected-statuses = [
+    "400", "401", "403", "404", "405", "409", "413", "415", "422", "429", "503",
+] }
 
 [[operations]]
 include-name = [

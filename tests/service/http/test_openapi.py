@@ -3,27 +3,33 @@
 import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Barrier, BrokenBarrierError
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from fastapi import FastAPI
 from openapi_spec_validator import validate
 
+from service.access.keys import create_key
 from service.app import create_app
 from service.client.calls import model_files
 from service.errors import ServiceError, StorageFull, Unavailable
+from service.http import openapi
 from service.http.openapi import document
 from service.jobs import queue
 from service.settings import Settings
 from tests.api import TEXT, Api, Serve
 from tests.descriptions import stands_alone
 from tests.nanomoe.foreign_models import gpt2, save_gpt2
-from tests.service.http.routes.test_generate import tiny_files
+from tests.races import at_once
+from tests.service.tiny_checkpoint import tiny_files
 
 NOBODY = "0" * 32
 READ_ONLY = ("/generate", "/score", "/inspect", "/v1/completions")
+SIGNED_IN = {"nanomoe_session": "token"}
 JSON = {"content-type": "application/json"}
 
 Reached = set[tuple[str, str, int]]
@@ -38,7 +44,9 @@ class Explorer:
         self._routes = [(template, re.compile(re.sub(r"\{\w+\}", "[^/]+", template))) for template in templates]
 
     def send(self, method: str, path: str, **request: Any) -> None:
-        answer = self.api.http.request(method, path, **request)
+        with self.api.http.stream(method, path, **request) as answer:
+            if path != "/events":  # which never ends
+                answer.read()
         template = next(template for template, route in self._routes if route.fullmatch(path.partition("?")[0]))
         self.reached.add((method.lower(), template, answer.status_code))
 
@@ -81,6 +89,7 @@ def valid_requests(queued: str, finished: str, sweep: str) -> list[tuple[str, st
         ("GET", "/presets", None),
         ("GET", f"/sweeps/{sweep}", None),
         ("GET", f"/sweeps/{sweep}/events", None),
+        ("GET", "/events", None),
         ("GET", f"/compare?sweep={sweep}", None),
         ("GET", f"/compare/series?sweep={sweep}", None),
         ("POST", "/generate", generate),
@@ -89,6 +98,9 @@ def valid_requests(queued: str, finished: str, sweep: str) -> list[tuple[str, st
         ("POST", "/v1/completions", {"model": finished, "prompt": "a", "max_tokens": 1}),
         ("GET", "/v1/models", None),
         ("GET", f"/v1/models/{finished}", None),
+        ("GET", "/session", None),
+        ("POST", "/session", {"key": "nmk_wrong"}),
+        ("DELETE", "/session", None),
         ("GET", "/workers", None),
         ("GET", "/healthz", None),
         ("GET", "/readyz", None),
@@ -127,13 +139,30 @@ def explore_imports(explorer: Explorer, folder: Path, patch: pytest.MonkeyPatch)
             send()
 
 
+def explore_keys(explorer: Explorer, requests: list[tuple[str, str, Any]]) -> None:
+    """What the routes answer where there are keys: each without one, and what only one who has a key is answered."""
+    api, key = explorer.api, create_key(explorer.api.db, "ana", "member").key
+    for method, path, body in (*requests, ("POST", "/models", None)):
+        explorer.send(method, path, json=body)
+    wrong, own = ({"Authorization": f"Bearer {sent}"} for sent in ("wrong", key))
+    for method in ("GET", "DELETE"):
+        explorer.send(method, "/session", headers=wrong)
+    explorer.send("POST", "/session", json={"key": key})
+    for error_code in (None, 13):
+        with failing(api, error_code):
+            explorer.send("POST", "/session", json={"key": key})
+    with failing(api, None):
+        explorer.send("GET", "/session", headers=own)
+
+
 def test_every_documented_status_is_reached_and_no_other(
-    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bucket_url: str
 ) -> None:
     api = serve(max_text_bytes=1000, max_queued=4, engine_max_waiting=1)
     made = api.http.get("/openapi.json").json()
     explorer = Explorer(api, list(made["paths"]))
     send = explorer.send
+    api.http.cookies.update(SIGNED_IN)
     claim = api.claim(api.submit()["id"])
     api.record_checkpoint(claim, 0, 0, tiny_files(tmp_path / "tiny"))
     queue.finish(api.db, claim, "succeeded")
@@ -179,6 +208,8 @@ def test_every_documented_status_is_reached_and_no_other(
         send("GET", path, params={"nope": 1})
     send("GET", f"/jobs/{finished}/events", headers={"Last-Event-ID": "x"})
     send("GET", f"/sweeps/{sweep}/events", headers={"Last-Event-ID": "x"})
+    send("GET", "/events", headers={"Last-Event-ID": "x"})
+    send("GET", f"/events?sweep={NOBODY}")
     send("GET", f"/sweeps/{sweep}/events", headers={"Last-Event-ID": "999"})
     send("GET", f"/jobs/{finished}/events", headers={"Last-Event-ID": "999"})
     send("DELETE", f"/jobs/{queued}")
@@ -186,7 +217,9 @@ def test_every_documented_status_is_reached_and_no_other(
     send("DELETE", f"/sweeps/{waiting_sweep}")
     for action in ("pause", "resume", "cancel"):
         send("POST", f"/sweeps/{waiting_sweep}/{action}")
-    ended = api.submit_finished_sweep()
+    ended = api.submit_finished_sweep(name="twins")
+    api.submit_finished_sweep(name="twins")
+    send("GET", "/sweeps/twins")
     for action in ("pause", "resume", "cancel"):
         send("POST", f"/sweeps/{ended}/{action}")
     for method, path, body in requests:
@@ -229,6 +262,10 @@ def test_every_documented_status_is_reached_and_no_other(
             asker.send("POST", path, json=request | {"job_id": job_id})
     send("POST", "/v1/completions", json={"model": NOBODY, "prompt": "a"})
     full.send("POST", "/v1/completions", json={"model": full_claim.job_id, "prompt": "a"})
+    stored = Explorer(serve(store=bucket_url, downloads="redirect"), list(made["paths"]))
+    stored.send("GET", f"/jobs/{stored.api.finished()}/checkpoints/100/files/config.json")
+    guarded = Explorer(serve(), list(made["paths"]))
+    explore_keys(guarded, requests)
     explore_imports(explorer, save_gpt2(tmp_path / "gpt2", gpt2()), monkeypatch)
 
     documented = {
@@ -237,7 +274,7 @@ def test_every_documented_status_is_reached_and_no_other(
         for method, operation in operations.items()
         for status in operation["responses"]
     }
-    assert explorer.reached | full.reached == documented
+    assert explorer.reached | full.reached | stored.reached | guarded.reached == documented
 
 
 @pytest.fixture(scope="module")
@@ -301,6 +338,24 @@ def operations_of(made: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, An
             yield method, path, operation
 
 
+def test_the_document_is_made_once_though_two_ask_for_it_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = create_app(Settings(data_dir=tmp_path))
+    make, both, n_made = openapi._made, Barrier(2), []
+
+    def counted(of: FastAPI) -> dict[str, Any]:
+        n_made.append(of)
+        with suppress(BrokenBarrierError):
+            both.wait(0.5)  # for the other, if it comes
+        return make(of)
+
+    monkeypatch.setattr(openapi, "_made", counted)
+    first, second = at_once([lambda: document(app)] * 2)
+    assert first is second
+    assert n_made == [app]
+
+
 def test_the_document_is_valid(made: dict[str, Any]) -> None:
     validate(made)
 
@@ -308,11 +363,11 @@ def test_the_document_is_valid(made: dict[str, Any]) -> None:
 # Generated clients name their functions after these.
 OPERATIONS = {
     "cancel_job", "create_completion", "delete_job", "generate", "get_checkpoint", "get_checkpoint_file", "get_health",
-    "get_job", "get_job_events", "get_job_metrics", "get_job_metrics_csv", "get_job_text", "get_model",
+    "get_job", "get_events", "get_job_events", "get_job_metrics", "get_job_metrics_csv", "get_job_text", "get_model",
     "get_prometheus_metrics", "get_readiness", "get_reconstruction", "inspect", "list_checkpoints", "list_jobs",
     "list_models", "list_workers", "patch_job", "pause_job", "resume_job", "score", "submit_job", "cancel_sweep",
     "compare_jobs", "compare_series", "delete_sweep", "get_sweep", "get_sweep_events", "list_sweeps", "pause_sweep",
-    "list_presets", "resume_sweep", "submit_sweep",
+    "list_presets", "resume_sweep", "submit_sweep", "get_session", "create_session", "delete_session",
 }  # fmt: skip
 
 
@@ -376,5 +431,7 @@ def test_a_stream_is_described_in_words_and_has_no_type(made: dict[str, Any]) ->
         for answer in operation["responses"].values()
         if "text/event-stream" in answer.get("content", {})
     ]
-    assert len(streams) == 4
-    assert all(set(stream) == {"schema"} and set(stream["schema"]) == {"description"} for stream in streams)
+    assert len(streams) == 5
+    assert all(
+        set(stream) - {"example"} == {"schema"} and set(stream["schema"]) == {"description"} for stream in streams
+    )

@@ -9,12 +9,13 @@ from service.errors import NotFound
 from service.jobs import queue, reads
 from service.jobs.labels import relabel
 from service.jobs.new_job import NewJob
+from service.jobs.submit import submit_job
 from service.jobs.tables import Job
 from tests.races import at_once
 
 
 def submit(db: Database, **changes: Any) -> Job:
-    return queue.submit(db, NewJob(**{"text": "a b", "config": {}, **changes}))[0]
+    return submit_job(db, NewJob(**{"text": "a b", "config": {}, **changes}))[0]
 
 
 def test_a_job_is_relabelled(db: Database) -> None:

@@ -1,7 +1,7 @@
 """The fence: writes of the worker that holds the lease, and of one that has lost it, on SQLite and on PostgreSQL."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -10,7 +10,11 @@ import pytest
 from service.database.database import Database
 from service.errors import LeaseLost
 from service.jobs import queue, reads, recording
-from service.jobs.lease import Claim, Intents, renew_lease
+from service.jobs.claim_order import jobs
+from service.jobs.lease import Claim, Intents
+from service.jobs.queue import Finish, Release
+from service.jobs.recording import Report
+from service.jobs.tables import Job
 from service.jobs.workers import WorkerIdentity, worker_seen
 from tests.databases import Clock
 from tests.queued import (
@@ -23,6 +27,7 @@ from tests.queued import (
     prepare,
     running,
 )
+from tests.races import Races
 
 WRITES: dict[str, Callable[[Database, Claim], object]] = {
     "heartbeat": lambda db, claim: recording.heartbeat(db, claim, {"step": 7}),
@@ -92,12 +97,10 @@ def test_without_the_fence_a_stale_worker_would_overwrite(
     clock.advance(queue.MAX_BACKOFF.total_seconds())
     fresh = claim(db, worker)
 
-    def renew_without_fence(db: Database, session: Any, held: Claim, **values: Any) -> Any:
-        current = held.job.model_copy(update={"fence": reads.load_job(session, held.job_id).fence})
-        return renew_lease(db, session, replace(held, job=current), **values)
-
-    monkeypatch.setattr(queue, "renew_lease", renew_without_fence)
-    queue.finish(db, stale, "failed", error={"code": "stale", "message": "an old result"})
+    monkeypatch.setattr(queue, "HOLDS", jobs.c.id == stale.job_id)
+    monkeypatch.setattr(queue, "_finishing", queue._finishing.__wrapped__)  # built anew
+    with suppress(LeaseLost):  # its outcome is found by the fence, too
+        queue.finish(db, stale, "failed", error={"code": "stale", "message": "an old result"})
     monkeypatch.undo()
     with pytest.raises(LeaseLost):
         queue.finish(db, fresh, "succeeded")
@@ -116,3 +119,112 @@ def test_a_heartbeat_renews_the_lease_and_keeps_the_progress(
     assert job.lease_until == clock.now + timedelta(seconds=LEASE)
     assert job.progress == {"step": 3}
     assert queue.rescue(db) == []
+
+
+# Several jobs of a worker at once
+
+
+def held_and_lost(db: Database, clock: Clock, worker: WorkerIdentity) -> tuple[list[Claim], Claim, Claim]:
+    """Two claims that hold, and two of one job: the lost one, and the one by which the same worker got it again."""
+    lost = running(db, worker)
+    clock.advance(LEASE + 1)
+    worker_seen(db, worker.id)
+    queue.rescue(db)
+    again = claim(db, worker)
+    assert again.job_id == lost.job_id
+    return [running(db, worker), running(db, worker)], lost, again
+
+
+BATCHES: dict[str, Callable[[Database, list[Claim]], list[Any]]] = {
+    "reports": lambda db, claims: recording.record_reports(
+        db, [Report(claim, STEPS | {"train_loss": [claim.fence] * 2}, {"step": claim.fence}) for claim in claims]
+    ),
+    "releases": lambda db, claims: queue.release_jobs(
+        db, [Release(one, pause_reason=f"{one.fence}") for one in claims]
+    ),
+    "heartbeats": lambda db, claims: recording.record_reports(db, [Report(claim) for claim in claims]),
+    "ends": lambda db, claims: queue.finish_jobs(
+        db,
+        [
+            Finish(one, "failed", error={"code": "c", "message": f"{one.fence}"}) if number % 2
+            else Finish(one, "succeeded", reason=f"{one.fence}", progress={"step": one.fence})
+            for number, one in enumerate(claims)
+        ],
+    ),
+}  # fmt: skip
+every_batch = pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
+
+
+@every_batch
+@pytest.mark.parametrize("place", [0, 1, 2, 3])
+def test_in_a_batch_a_lost_lease_drops_that_claim_alone(
+    db: Database,
+    clock: Clock,
+    worker: WorkerIdentity,
+    batch: Callable[[Database, list[Claim]], list[Any]],
+    place: int,
+) -> None:
+    held, lost, again = held_and_lost(db, clock, worker)
+    clock.advance(9)
+    claims = [*held, again]
+    claims.insert(place, lost)
+    outcomes = batch(db, claims)
+    assert [isinstance(outcome, LeaseLost) for outcome in outcomes] == [one is lost for one in claims]
+    for one, outcome in zip(claims, outcomes, strict=True):
+        row = reads.get_job(db, one.job_id)
+        if one is lost:
+            assert str(lost.fence) in str(outcome)
+        elif isinstance(outcome, Job):
+            assert outcome == row
+            assert (row.status_reason, row.error and row.error["message"]).count(str(one.fence)) == 1
+            assert reads.events_after(db, row.id, 0)[-1].data["status"] == row.status
+        else:
+            assert row.lease_until == clock.now + timedelta(seconds=LEASE)
+            assert set(reads.series(db, row.id)["train_loss"]) <= {float(one.fence)}
+            assert row.progress.get("step", one.fence) == one.fence
+
+
+def test_a_batch_that_has_lost_every_lease_writes_nothing(db: Database, worker: WorkerIdentity) -> None:
+    held = running(db, worker), running(db, worker)
+    queue.finish_jobs(db, [Finish(one, "succeeded") for one in held])
+    before = everything(db)
+    for batch in BATCHES.values():
+        assert all(isinstance(outcome, LeaseLost) for outcome in batch(db, list(held)))
+    assert everything(db) == before
+
+
+def test_each_job_of_a_batch_hears_its_own_requests(db: Database, worker: WorkerIdentity) -> None:
+    cancelled, paused, undisturbed = (running(db, worker) for _ in range(3))
+    queue.request_cancel(db, cancelled.job_id)
+    queue.request_pause(db, paused.job_id)
+    claims = [cancelled, undisturbed, paused]
+    heard = recording.record_reports(db, [Report(one) for one in claims])
+    assert heard == [Intents(True, False), Intents(False, False), Intents(False, True)]
+    ended = queue.finish_jobs(db, [Finish(one, "failed", error={"code": "c", "message": "m"}) for one in claims])
+    assert [(job.status, job.error is None) for job in ended if isinstance(job, Job)] == [
+        ("cancelled", True), ("failed", False), ("failed", False),
+    ]  # fmt: skip
+
+
+def test_batches_of_the_same_jobs_in_opposite_orders_do_not_block_each_other(
+    db: Database, worker: WorkerIdentity, races: Races
+) -> None:
+    """A cancel of all holds the rows; two batches wait for them, in opposite orders, and then each other's."""
+    claims = [running(db, worker) for _ in range(4)]
+    first = races.hold(recording.record_reports, db, [Report(one) for one in claims])
+    others = [
+        races.start(recording.record_reports, db, [Report(one) for one in order])
+        for order in (claims[::-1], claims, claims[::-1])
+    ]
+    for outcome in (first.let_go(), *(other.result(30) for other in others)):
+        assert outcome == [Intents(False, False)] * 4
+
+
+def test_a_cancel_that_meets_a_batch_of_ends_loses_or_wins_for_each_job(
+    db: Database, worker: WorkerIdentity, races: Races
+) -> None:
+    one, other = running(db, worker), running(db, worker)
+    cancelling = races.hold(queue.request_cancel, db, other.job_id)
+    ending = races.start(queue.finish_jobs, db, [Finish(one, "succeeded"), Finish(other, "succeeded")])
+    cancelling.let_go()
+    assert [job.status for job in ending.result() if isinstance(job, Job)] == ["succeeded", "cancelled"]

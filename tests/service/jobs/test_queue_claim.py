@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from service.database.database import Database
 from service.errors import SchemaMismatch
-from service.jobs import queue, reads
+from service.jobs import queue, reads, recording
 from service.jobs.lease import Claim
 from service.jobs.workers import WorkerIdentity, worker_seen
 from tests.databases import ONLY_POSTGRESQL, Clock
@@ -110,9 +110,10 @@ def test_without_the_row_lock_and_the_status_check_two_workers_claim_one_job(
     @sa.event.listens_for(db.engine, "before_cursor_execute", retval=True)
     def _take_away(*arguments: Any) -> tuple[str, Any]:
         statement, parameters = arguments[2:4]
-        if statement.startswith("UPDATE jobs SET status"):
-            assert " FOR UPDATE SKIP LOCKED) AND jobs.status = 'queued'" in statement
-            statement = statement.replace(" FOR UPDATE SKIP LOCKED) AND jobs.status = 'queued'", ")")
+        if "UPDATE jobs SET status" in statement:
+            for protection in (" FOR NO KEY UPDATE SKIP LOCKED", " AND jobs.status = 'queued' AND (EXISTS"):
+                assert protection in statement
+                statement = statement.replace(protection, " AND (EXISTS" if "EXISTS" in protection else "")
         return statement, parameters
 
     held = races.hold(queue.claim, db, worker, LEASE)
@@ -135,12 +136,13 @@ def test_eight_workers_claim_every_job_once(db: Database, worker: WorkerIdentity
     assert set(claimed) == expected
 
 
-def test_a_worker_of_another_schema_claims_nothing(db: Database, worker: WorkerIdentity) -> None:
+@pytest.mark.parametrize("look_first", [True, False])
+def test_a_worker_of_another_schema_claims_nothing(db: Database, worker: WorkerIdentity, look_first: bool) -> None:
     job = submit(db)
     with db.write() as session:
         session.execute(sa.text("UPDATE alembic_version SET version_num = '9999'"))
     with pytest.raises(SchemaMismatch) as refused:
-        queue.claim(db, worker, LEASE)
+        queue.claim_jobs(db, worker, LEASE, 1, look_first=look_first)
     assert "9999" in refused.value.detail
     assert reads.get_job(db, job.id).status == "queued"
 
@@ -163,6 +165,58 @@ def test_a_migration_between_the_look_and_the_claim_is_noticed(
     assert reads.get_job(db, job.id).status == "queued"
 
 
+# Several at once
+
+
+def test_several_are_claimed_in_the_order_of_the_line(db: Database, clock: Clock, worker: WorkerIdentity) -> None:
+    small = replace(worker, memory_bytes=5_000)
+    submit(db, run_at=clock.now + timedelta(seconds=10), priority=9)
+    submit(db, training_bytes=10_000, priority=9)
+    crashed = claim(db, small).job_id if submit(db, priority=8) else ""
+    queue.release(db, queue.Claim(reads.get_job(db, crashed), LEASE), crash="signal 9")
+    ordinary = [submit(db).id for _ in range(3)]
+    urgent = submit(db, priority=5).id
+    assert [held.job_id for held in queue.claim_jobs(db, small, LEASE, 2)] == [urgent, ordinary[0]]
+    rest = queue.claim_jobs(db, small, LEASE, 5)
+    assert [held.job_id for held in rest] == ordinary[1:]
+    assert [(held.fence, held.job.attempt, held.job.status) for held in rest] == [(1, 1, "running")] * 2
+    assert {held.job.lease_until for held in rest} == {clock.now + timedelta(seconds=LEASE)}
+    assert statuses(db, rest[1].job_id) == ["queued", "running"]
+    assert queue.claim_jobs(db, small, LEASE, 5) == []
+
+
+def test_workers_that_claim_several_at_once_share_the_line(db: Database, worker: WorkerIdentity) -> None:
+    ids = [submit(db).id for _ in range(20)]
+    found = at_once([lambda: queue.claim_jobs(db, worker, LEASE, 3)] * 6)
+    rest = queue.claim_jobs(db, worker, LEASE, 20)
+    claimed = [held.job_id for batch in (*found, rest) for held in batch]
+    assert sorted(claimed) == sorted(ids)
+    for batch in (*found, rest):
+        assert [held.job.seq for held in batch] == sorted(held.job.seq for held in batch)
+
+
+@ONLY_POSTGRESQL
+def test_a_batch_passes_over_rows_that_another_claim_holds(db: Database, worker: WorkerIdentity, races: Races) -> None:
+    ids = [submit(db).id for _ in range(5)]
+    first = races.hold(queue.claim_jobs, db, worker, LEASE, 2)
+    assert [held.job_id for held in queue.claim_jobs(db, worker, LEASE, 2)] == ids[2:4]
+    assert [held.job_id for held in first.let_go()] == ids[:2]
+
+
+@ONLY_POSTGRESQL  # SQLite has one writer
+def test_a_job_from_which_another_is_just_being_submitted_is_neither_passed_over_nor_waited_for(
+    db: Database, worker: WorkerIdentity, races: Races
+) -> None:
+    parent = submit(db).id
+    behind = submit(db).id
+    child = races.hold(submit, db, parent_id=parent, parent_percent=0)
+    held = claim(db, worker)
+    assert held.job_id == parent
+    recording.heartbeat(db, held)
+    assert claim(db, worker).job_id == behind
+    child.let_go()
+
+
 def test_an_idle_claim_takes_no_write_lock(db: Database, worker: WorkerIdentity, races: Races) -> None:
     held = races.hold(worker_seen, db, worker.id)
     assert queue.claim(db, worker, LEASE) is None
@@ -176,11 +230,12 @@ def test_a_claim_reads_the_index_of_queued_jobs_and_no_more(db: Database, worker
     if not db.is_sqlite:
         with db.write() as session:
             session.execute(sa.text("ANALYZE jobs"))
-    plan = "\n".join(plans_of(db, lambda: queue.claim(db, worker, LEASE)))
+    plan = "\n".join(plans_of(db, lambda: queue.claim_jobs(db, worker, LEASE, 8)))
     assert "ix_jobs_claim" in plan
     assert "SCAN jobs USING INDEX ix_jobs_claim" in plan or "Index Scan using ix_jobs_claim" in plan
-    assert "TEMP B-TREE" not in plan
-    assert "Sort" not in plan
+    # Only the few that are found are sorted, by their owners.
+    assert plan.count("TEMP B-TREE") == plan.count("SCAN first\nUSE TEMP B-TREE")
+    assert plan.count("Sort Key: ") == plan.count("Sort Key: first.")
     assert "Seq Scan on jobs" not in plan
 
 

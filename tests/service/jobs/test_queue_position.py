@@ -1,6 +1,7 @@
 """Places in the line, on SQLite and on PostgreSQL."""
 
 from datetime import datetime, timedelta
+from typing import Any
 
 from service.database.database import Database
 from service.jobs import queue, recording
@@ -35,6 +36,54 @@ def test_the_position_is_counted_up_to_a_thousand(db: Database) -> None:
     last = submit(db)
     assert position(db, first.id) == 0
     assert position(db, last.id) == MAX_POSITION == 1_000
+
+
+def test_the_jobs_of_a_cohort_have_one_slot(db: Database, clock: Clock) -> None:
+    worker = WorkerIdentity(slots=2)
+    worker_started(db, worker)
+    for _ in range(3):
+        submit(db, cohort_key="shape", total_steps=100)
+    (cohort,) = queue.claim_cohorts(db, worker, 600, 1, 3)
+    waits, second = submit(db).id, submit(db).id
+    for held, eta in zip(cohort, (20.0, 90.0, 30.0), strict=True):
+        recording.heartbeat(db, held, {"eta_seconds": eta})
+    assert estimate(db, waits) == clock.now
+    recording.heartbeat(db, claim(db, worker), {"eta_seconds": 500.0})
+    assert estimate(db, second) == clock.now + timedelta(seconds=90)
+
+
+TOGETHER: dict[str, Any] = {"cohort": 3, "devices": [{"device": "cpu", "name": "cpu", "memory_bytes": 1_000}]}
+
+
+def test_jobs_that_will_be_claimed_together_have_one_place(db: Database, clock: Clock) -> None:
+    worker_started(db, WorkerIdentity(**TOGETHER))
+    member = {"cohort_key": "shape", "total_steps": 100}
+    first, other, taken, third, fourth, late = (
+        submit(db, **changes).id for changes in (member, {}, member, member, member, {"total_steps": 100})
+    )
+    urgent = submit(db, priority=1, **member).id
+    assert [position(db, one) for one in (urgent, first, taken, third)] == [0, 1, 1, 1]
+    assert [position(db, one) for one in (other, fourth, late)] == [4, 5, 6]
+    large = submit(db, training_bytes=1_001).id
+    assert position(db, large) == 7
+    assert position(db, submit(db).id) == 8  # the large one stands before it, though no worker can take it yet
+
+
+def test_jobs_ahead_that_will_be_trained_together_have_one_slot(db: Database, clock: Clock) -> None:
+    worker = WorkerIdentity(**TOGETHER)
+    worker_started(db, worker)
+    member = MODEL | {"cohort_key": "shape", "total_steps": 200}
+    for _ in range(3):
+        submit(db, **member)
+    (cohort,) = queue.claim_cohorts(db, worker, 600, 1, 3)
+    for held in cohort:
+        train(db, held, step=100, seconds_left=50)  # half a second a step of three
+    alike = [submit(db, **member).id for _ in range(3)]
+    pair = [submit(db, **member | {"total_steps": 150}).id for _ in range(2)]
+    last = submit(db).id
+    assert [estimate(db, one) for one in alike] == [clock.now + timedelta(seconds=50)] * 3
+    assert [estimate(db, one) for one in pair] == [clock.now + timedelta(seconds=50 + 200 * 0.5)] * 2
+    assert estimate(db, last) == clock.now + timedelta(seconds=150 + 150 * 0.5 * 2 / 3)
 
 
 def test_the_start_is_estimated_for_as_many_as_there_are_slots(db: Database, clock: Clock) -> None:

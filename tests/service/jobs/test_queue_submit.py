@@ -7,10 +7,12 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 
+from service.database.caller import Caller
 from service.database.database import Database
 from service.errors import Conflict, Invalid, NotFound, TooManyRequests
 from service.jobs import queue, reads, recording
 from service.jobs.new_job import NewJob
+from service.jobs.submit import submit_finished_job, submit_job
 from service.jobs.workers import WorkerIdentity
 from tests.databases import ONLY_POSTGRESQL
 from tests.queued import CHECKPOINT, STEPS, claim, everything, running, statuses, submit
@@ -34,8 +36,8 @@ def test_a_submitted_job_waits_with_all_that_was_said_of_it(db: Database) -> Non
 
 def test_a_key_that_is_sent_twice_makes_one_job(db: Database) -> None:
     new = NewJob(text="a b", config={"lr": 1e-4}, idempotency_key="k")
-    first, created = queue.submit(db, new)
-    again, created_again = queue.submit(db, new)
+    first, created = submit_job(db, new)
+    again, created_again = submit_job(db, new)
     assert (created, created_again) == (True, False)
     assert again.id == first.id
     assert reads.count_jobs(db)["queued"] == 1
@@ -44,24 +46,24 @@ def test_a_key_that_is_sent_twice_makes_one_job(db: Database) -> None:
 @pytest.mark.parametrize("change", [{"text": "c d"}, {"config": {"lr": 1e-3}}, {"name": "n"}, {"tags": {"a": "b"}}])
 def test_a_key_is_refused_for_another_request(db: Database, change: dict[str, Any]) -> None:
     new = NewJob(text="a b", config={"lr": 1e-4}, idempotency_key="k")
-    queue.submit(db, new)
+    submit_job(db, new)
     with pytest.raises(Invalid) as refused:
-        queue.submit(db, replace(new, **change))
+        submit_job(db, replace(new, **change))
     assert refused.value.code == "idempotency_key_reused"
     assert reads.count_jobs(db)["queued"] == 1
 
 
 def test_each_owner_has_keys_of_its_own(db: Database) -> None:
     new = NewJob(text="a b", config={}, idempotency_key="k")
-    mine, _ = queue.submit(db, replace(new, owner="me"))
-    yours, created = queue.submit(db, replace(new, owner="you"))
+    mine, _ = submit_job(db.acting_as(Caller("me")), new)
+    yours, created = submit_job(db.acting_as(Caller("you")), new)
     assert created
     assert mine.id != yours.id
 
 
 def test_fifty_submits_at_once_with_one_key_make_one_job(db: Database) -> None:
     new = NewJob(text="a b", config={}, idempotency_key="k")
-    answers = at_once([lambda: queue.submit(db, new)] * 50)
+    answers = at_once([lambda: submit_job(db, new)] * 50)
     assert len({job.id for job, _ in answers}) == 1
     assert sum(created for _, created in answers) == 1
     assert reads.count_jobs(db)["queued"] == 1
@@ -69,8 +71,8 @@ def test_fifty_submits_at_once_with_one_key_make_one_job(db: Database) -> None:
 
 def test_a_submit_waits_for_the_commit_of_another_with_its_key(db: Database, races: Races) -> None:
     new = NewJob(text="a b", config={}, idempotency_key="k")
-    first = races.hold(queue.submit, db, new)
-    second = races.start(queue.submit, db, new)
+    first = races.hold(submit_job, db, new)
+    second = races.start(submit_job, db, new)
     job, created = first.let_go()
     assert created
     assert second.result() == (job, False)
@@ -81,8 +83,8 @@ def test_without_the_unique_index_one_key_makes_two_jobs(db: Database, races: Ra
     with db.write() as session:
         session.execute(sa.text("DROP INDEX ix_jobs_idempotency"))
     new = NewJob(text="a b", config={}, idempotency_key="k")
-    held = races.hold(queue.submit, db, new)
-    other = races.start(queue.submit, db, new)
+    held = races.hold(submit_job, db, new)
+    other = races.start(submit_job, db, new)
     held.let_go()
     _, created = other.result()
     assert created
@@ -101,7 +103,8 @@ def test_with_a_sequence_instead_of_the_counters_row_a_later_commit_gets_a_lower
 ) -> None:
     with db.write() as session:
         session.execute(sa.text("CREATE SEQUENCE without_lock"))
-    monkeypatch.setattr(queue, "_next_seq", lambda session: session.scalar(sa.text("SELECT nextval('without_lock')")))
+    without_lock = sa.text("SELECT nextval('without_lock')")
+    monkeypatch.setattr("service.jobs.submit._next_seq", lambda session: session.scalar(without_lock))
     first = races.hold(submit, db, text="one")
     second = submit(db, text="another")
     assert [job.id for job in reads.list_jobs(db)] == [second.id]  # a page, and its cursor, without the first
@@ -118,10 +121,10 @@ def test_a_full_queue_takes_no_more(db: Database) -> None:
         submit(db)
     new = NewJob(text="a b", config={}, idempotency_key="k")
     with pytest.raises(TooManyRequests) as refused:
-        queue.submit(db, new, max_queued=3)
+        submit_job(db, new, max_queued=3)
     assert refused.value.code == "queue_full"
-    queue.submit(db, new, max_queued=4)
-    _, created = queue.submit(db, new, max_queued=4)  # a repeated key is answered although the queue is full
+    submit_job(db, new, max_queued=4)
+    _, created = submit_job(db, new, max_queued=4)  # a repeated key is answered although the queue is full
     assert not created
 
 
@@ -243,7 +246,7 @@ def imported(db: Database, job_id: str = "0" * 31 + "1") -> str:
     """The id of a job whose weights came from elsewhere."""
     new = NewJob(text="a b", config={"epochs": 1}, name="gpt2", n_tokens=3, n_params=5, n_active_params=5)
     file = {"name": "config.json", "size": 3, "sha256": "0" * 64}
-    queue.submit_finished(
+    submit_finished_job(
         db,
         new,
         job_id=job_id,

@@ -5,11 +5,13 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
+from service.database.caller import Caller
 from service.database.database import Database
 from service.errors import NotFound
 from service.jobs import queue, reads, recording
 from service.jobs.new_job import NewJob
 from service.jobs.statuses import STATUSES
+from service.jobs.submit import submit_job
 from service.jobs.tables import Job
 from service.jobs.workers import (
     WorkerIdentity,
@@ -17,7 +19,7 @@ from service.jobs.workers import (
 
 
 def submit(db: Database, **changes: Any) -> Job:
-    return queue.submit(db, NewJob(**{"text": "a b", "config": {}, **changes}))[0]
+    return submit_job(db, NewJob(**{"text": "a b", "config": {}, **changes}))[0]
 
 
 def finished(db: Database, worker: WorkerIdentity, percents: tuple[int, ...] = ()) -> Job:
@@ -30,6 +32,14 @@ def finished(db: Database, worker: WorkerIdentity, percents: tuple[int, ...] = (
             manifest_sha256="m", files=[{"name": "config.json", "size": 2, "sha256": "s"}], metrics={"loss": 1.5},
         )  # fmt: skip
     return queue.finish(db, claim, "succeeded")
+
+
+def test_on_behalf_of_nobody_nothing_is_there(db: Database) -> None:
+    job = submit(db)  # without keys, so that it has no owner either
+    nobody = db.acting_as(Caller(sees_all=False))
+    assert reads.list_jobs(nobody) == []
+    with pytest.raises(NotFound):
+        reads.get_job(nobody, job.id)
 
 
 def test_a_job_that_is_not_there_is_not_found(db: Database) -> None:
@@ -55,7 +65,7 @@ def test_jobs_are_listed_by_status_and_tag(db: Database) -> None:
     queue.request_cancel(db, plain.id)
 
     def listed(**by: Any) -> list[str]:
-        return [job.id for job in reads.list_jobs(db, **by)]
+        return [job.id for job in reads.list_jobs(db, reads.JobFilter(**by))]
 
     assert listed() == [tagged.id, plain.id]
     assert listed(status="cancelled") == [plain.id]
@@ -71,7 +81,7 @@ def test_jobs_are_listed_in_the_order_of_their_submission_whatever_their_ids(
     db: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids = iter(("c" * 32, "a" * 32, "b" * 32))  # two processes, or a clock that was set back
-    monkeypatch.setattr(queue, "new_id", lambda: next(ids))
+    monkeypatch.setattr("service.jobs.submit.new_id", lambda: next(ids))
     jobs = [submit(db) for _ in range(3)]
     listed = [job.id for job in reads.list_jobs(db)]
     assert listed == ["b" * 32, "a" * 32, "c" * 32]
@@ -99,7 +109,9 @@ def test_a_list_has_the_figures_of_the_newest_checkpoints_and_reads_no_reconstru
     ]
     (query,) = [statement for statement in statements if "SELECT" in statement]
     assert "reconstruction" not in query
-    assert [job.id for job, _ in reads.list_measured_jobs(db, status="paused", limit=1)] == [waiting.id]
+    assert [job.id for job, _ in reads.list_measured_jobs(db, reads.JobFilter(status="paused"), limit=1)] == [
+        waiting.id
+    ]
     assert [job.id for job, _ in reads.list_measured_jobs(db, before=done.seq)] == [waiting.id]
 
 
@@ -108,6 +120,20 @@ def test_jobs_are_counted_by_status(db: Database) -> None:
     submit(db)
     queue.request_pause(db, submit(db).id)
     assert reads.count_jobs(db) == dict.fromkeys(STATUSES, 0) | {"queued": 1, "paused": 1}
+
+
+def test_jobs_are_found_by_a_part_of_their_name_or_the_beginning_of_an_id(db: Database) -> None:
+    plain, named, percent = submit(db), submit(db, name="Dropout 0.2"), submit(db, name="100 %")
+
+    def found(q: str) -> list[str]:
+        return [job.id for job in reads.list_jobs(db, reads.JobFilter(q=q))]
+
+    assert found("drop") == found("OUT 0") == [named.id]
+    assert found("%") == [percent.id], "a sign of the query language is a sign like any other"
+    assert found(plain.id.upper()) == [plain.id]
+    assert found(plain.id[1:]) == found("_") == []
+    queue.request_cancel(db, named.id)
+    assert reads.count_jobs(db, reads.JobFilter(q="drop")) == dict.fromkeys(STATUSES, 0) | {"cancelled": 1}
 
 
 def test_a_text_is_found_by_its_hash(db: Database) -> None:

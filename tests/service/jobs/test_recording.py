@@ -2,6 +2,7 @@
 
 from service.database.database import Database
 from service.jobs import queue, reads, recording
+from service.jobs.recording import Report
 from service.jobs.workers import WorkerIdentity
 from tests.queued import CHECKPOINT, EXECUTION, STEPS, claim, out_of_memory, prepare, running
 
@@ -89,3 +90,28 @@ def test_events_are_numbered_without_a_gap(db: Database, worker: WorkerIdentity)
     ]  # fmt: skip
     assert [event.seq for event in reads.events_after(db, held.job_id, 3, limit=1)] == [4]
     assert reads.get_job(db, held.job_id).event_seq == 5
+
+
+def test_reports_of_a_job_that_go_together_are_recorded_in_their_order(db: Database, worker: WorkerIdentity) -> None:
+    held = running(db, worker)
+    recording.record_steps(db, held, STEPS)
+    decided = {"execution": EXECUTION, "n_tokens": 9, "total_steps": 4, "model": {"n_params": 1, "n_active_params": 1}}
+    warnings = [{"code": "a", "message": "new"}, {"code": "b", "message": "new"}]
+    again = STEPS | {"train_loss": [7.0] * len(STEPS["step"])}
+    reports = [
+        Report(held, progress={"step": 0}),
+        recording.prepared_report(held, **decided, warnings=warnings),
+        recording.rewinding(held, 0),
+        recording.event_report(held, "warning", {"code": "resumed", "message": "from 0"}),
+        Report(held, {name: figures[:1] for name, figures in again.items()}, {"step": 1}),
+        Report(held, {name: figures[1:] for name, figures in again.items()}, {"step": 2}),
+        recording.checkpoint_report(held, percent=25, **CHECKPOINT),
+        recording.snapshot_report(held, step=2, folder="s2", manifest_sha256="m"),
+    ]
+    recording.record(db, Report.merged(reports))
+    events = reads.events_after(db, held.job_id, 0)
+    assert [event.data.get("code", event.kind) for event in events][-4:] == ["a", "b", "resumed", "checkpoint"]
+    assert [event.seq for event in events] == list(range(1, reads.get_job(db, held.job_id).event_seq + 1))
+    assert reads.series(db, held.job_id)["train_loss"] == again["train_loss"]
+    assert reads.get_job(db, held.job_id).progress == {"step": 2}
+    assert reads.find_snapshot(db, held.job_id) is not None

@@ -6,8 +6,7 @@ import pytest
 import sqlalchemy as sa
 
 from service.database.database import Database
-from service.errors import AmbiguousJob, NotFound
-from service.jobs import queue
+from service.errors import Ambiguous, NotFound
 from service.jobs.references import MAX_CANDIDATES, find_job_id
 from tests.queued import submit
 
@@ -20,14 +19,14 @@ def submit_as(db: Database, monkeypatch: pytest.MonkeyPatch) -> Submit:
 
     def of(prefix: str, name: str | None = None) -> str:
         job_id = prefix.ljust(32, "0")
-        monkeypatch.setattr(queue, "new_id", lambda: job_id)
+        monkeypatch.setattr("service.jobs.submit.new_id", lambda: job_id)
         return submit(db, name=name).id
 
     return of
 
 
 def candidates(db: Database, reference: str, *, certain: bool = False) -> list[str]:
-    with pytest.raises(AmbiguousJob) as refused:
+    with pytest.raises(Ambiguous) as refused:
         find_job_id(db, reference, certain=certain)
     assert (refused.value.status, refused.value.code) == (409, "ambiguous_job")
     return [one.id for one in refused.value.candidates]
@@ -85,7 +84,7 @@ def test_a_name_stands_before_the_beginning_of_an_id_but_is_not_certain_then(db:
 
 def test_no_more_than_so_many_candidates_are_listed(db: Database, submit_as: Submit) -> None:
     ids = [submit_as(f"0192{n:04x}") for n in range(MAX_CANDIDATES + 2)]
-    with pytest.raises(AmbiguousJob, match="more than 20 jobs") as refused:
+    with pytest.raises(Ambiguous, match="more than 20 jobs") as refused:
         find_job_id(db, "0192")
     assert [one.id for one in refused.value.candidates] == ids[:1:-1]
 

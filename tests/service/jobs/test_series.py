@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from service.database.database import Database
 from service.database.schema import table
-from service.jobs import queue, reads, series
+from service.jobs import reads, series
 from service.jobs.new_job import NewJob
 from service.jobs.series import BLOCK_SIZES, MIN_POINTS, Columns
+from service.jobs.submit import submit_job
 from service.jobs.tables import SERIES, Step, StepBlock
 
 steps, blocks = table(Step), table(StepBlock)
@@ -22,12 +23,12 @@ steps, blocks = table(Step), table(StepBlock)
 
 @pytest.fixture
 def job_id(db: Database) -> str:
-    return queue.submit(db, NewJob(text="a b", config={}))[0].id
+    return submit_job(db, NewJob(text="a b", config={}))[0].id
 
 
 def write(db: Database, job_id: str, columns: Columns) -> None:
     with db.write() as session:
-        series.write_steps(session, job_id, columns)
+        series.write_steps(session, {job_id: columns})
 
 
 def rewind(db: Database, job_id: str, step: int) -> None:
@@ -111,7 +112,7 @@ def test_too_few_points_are_refused(db: Database, job_id: str) -> None:
 
 
 def test_jobs_do_not_mix(db: Database, job_id: str) -> None:
-    other = queue.submit(db, NewJob(text="a b", config={}))[0].id
+    other = submit_job(db, NewJob(text="a b", config={}))[0].id
     write(db, job_id, batch(1, [1.0] * 300))
     write(db, other, batch(1, [2.0] * 300))
     rewind(db, other, 0)
@@ -269,3 +270,17 @@ def _visited(node: dict[str, Any]) -> float:
     loops = node["Actual Loops"]
     removed = node.get("Rows Removed by Filter", 0) + node.get("Rows Removed by Index Recheck", 0)
     return float((node["Actual Rows"] + removed) * loops)
+
+
+def test_a_part_of_a_series_is_read_as_finely_as_a_whole_one(db: Database, job_id: str) -> None:
+    write(db, job_id, batch(1, [math.sin(number) for number in range(3000)]))
+
+    def part(first: int | None, last: int | None, points: int) -> list[int]:
+        return reads.series(db, job_id, points, from_step=first, to_step=last)["step"]
+
+    assert part(1000, 1019, 50) == list(range(1000, 1020))
+    assert part(2990, None, 50) == list(range(2990, 3001))
+    assert part(4000, None, 50) == part(20, 10, 50) == []
+    thinned = part(1000, 2000, 100)
+    assert (thinned[0], thinned[-1]) == (1000, 2000)
+    assert 20 < len(thinned) <= 100

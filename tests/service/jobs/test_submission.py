@@ -34,6 +34,16 @@ def test_the_figures_are_those_of_the_arithmetic() -> None:
     assert found.plan.n_windows == -(-(n_tokens - 1) // 5)
     assert found.sizes.n_params == size.n_params(config, 8192)
     assert found.sizes.training_bytes == size.training_bytes(config, 8192, n_tokens)
+    # A worker that has less than the peak may still train it, cut into smaller micro-batches.
+    least = size.least_training_bytes(config, 8192, n_tokens)
+    assert found.sizes.training_bytes > least == found.new_job().training_bytes
+
+
+def test_a_job_has_a_shape_once_its_tokens_are_counted() -> None:
+    found = assessed(lr=1e-3)
+    assert found.new_job().cohort_key == found.cohort_key == assessed(lr=5e-3, seed=7).cohort_key is not None
+    assert assessed(n_embd=64).cohort_key not in (None, found.cohort_key)
+    assert assessed("a " * TOKENISED_AT_ONCE_BYTES).cohort_key is None
 
 
 def test_a_trained_tokenizer_counts_with_the_entries_it_has() -> None:

@@ -1,6 +1,7 @@
-"""Sweeps on both databases: submitted whole or not at all, asked for and deleted whole, their events in one order."""
+"""Sweeps on both databases: submitted whole or not at all, asked for and deleted whole."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,9 @@ from service.database.database import Database
 from service.errors import Conflict, Invalid, NotFound, TooManyRequests
 from service.jobs import queue, reads, recording, sweeps
 from service.jobs.new_job import NewJob, NewSweep
+from service.jobs.numbered_events import EventFilter, EventReader, NumberedEvent
 from service.jobs.statuses import STATUSES, Status
+from service.jobs.submit import submit_sweep
 from service.jobs.tables import Job, Sweep
 from service.jobs.workers import WorkerIdentity, worker_started
 from tests.databases import Clock
@@ -23,8 +26,8 @@ def new_sweep(n: int = 3, *, text: str = "Era uma vez", **changes: Any) -> NewSw
     return NewSweep(**{"jobs": jobs, "config": {}, "parameters": parameters, **changes})
 
 
-def submit_sweep(db: Database, n: int = 3, **changes: Any) -> Sweep:
-    sweep, created = queue.submit_sweep(db, new_sweep(n, **changes))
+def submitted(db: Database, n: int = 3, **changes: Any) -> Sweep:
+    sweep, created = submit_sweep(db, new_sweep(n, **changes))
     assert created
     return sweep
 
@@ -37,8 +40,8 @@ def statuses_of(db: Database, sweep: Sweep) -> list[Status]:
     return [job.status for job in jobs_of(db, sweep)]
 
 
-def numbers(db: Database, sweep: Sweep) -> list[int]:
-    return [event.number for event in sweeps.events_after(db, sweep.id, 0)]
+def events_of(db: Database, sweep: Sweep) -> list[NumberedEvent]:
+    return EventReader(db, EventFilter(sweep_id=sweep.id), 0).read()[0]
 
 
 # Submitting
@@ -46,13 +49,15 @@ def numbers(db: Database, sweep: Sweep) -> list[int]:
 
 def test_the_jobs_of_a_sweep_are_jobs_like_others(db: Database, worker: WorkerIdentity) -> None:
     before = submit(db)
-    sweep = submit_sweep(db, name="seeds")
+    sweep = submitted(db, name="seeds")
     after = submit(db)
     jobs = jobs_of(db, sweep)
     assert [job.name for job in jobs] == ["seed=0", "seed=1", "seed=2"]
     assert [job.tags for job in jobs] == [{"sweep": sweep.id}] * 3
     assert [job.seq for job in (before, *jobs, after)] == [1, 2, 3, 4, 5]
-    assert [job.id for job in reads.list_jobs(db, tag=("sweep", sweep.id))] == [job.id for job in reversed(jobs)]
+    assert [job.id for job in reads.list_jobs(db, reads.JobFilter(tag=("sweep", sweep.id)))] == [
+        job.id for job in reversed(jobs)
+    ]
     assert claim(db, worker).job_id == before.id
     assert claim(db, worker).job_id == jobs[0].id
     queue.request_cancel(db, jobs[1].id)
@@ -62,7 +67,7 @@ def test_the_jobs_of_a_sweep_are_jobs_like_others(db: Database, worker: WorkerId
 def test_a_text_is_stored_once(db: Database) -> None:
     submit(db, text="a")
     jobs = [NewJob(text=text, config={"seed": seed}) for seed in range(2) for text in ("b", "a")]
-    queue.submit_sweep(db, new_sweep(jobs=jobs))
+    submit_sweep(db, new_sweep(jobs=jobs))
     assert len(everything(db)["texts"]) == 2
 
 
@@ -70,16 +75,16 @@ def test_the_queue_counts_a_sweep_whole(db: Database) -> None:
     submit(db)
     untouched = everything(db)
     with pytest.raises(TooManyRequests, match="1 jobs are waiting already, and 3 are new; at most 3 may wait"):
-        queue.submit_sweep(db, new_sweep(3), max_queued=3)
+        submit_sweep(db, new_sweep(3), max_queued=3)
     assert everything(db) == untouched
-    queue.submit_sweep(db, new_sweep(2), max_queued=3)
+    submit_sweep(db, new_sweep(2), max_queued=3)
 
 
 def test_a_sweep_that_fails_leaves_nothing(db: Database) -> None:
     untouched = everything(db)
     child = NewJob(text="b", config={}, parent_id="0" * 32, parent_percent=100)
     with pytest.raises(NotFound):
-        queue.submit_sweep(db, new_sweep(jobs=[NewJob(text="a", config={}), child]))
+        submit_sweep(db, new_sweep(jobs=[NewJob(text="a", config={}), child]))
     assert everything(db) == untouched
 
 
@@ -87,8 +92,8 @@ def test_a_sweep_that_fails_leaves_nothing(db: Database) -> None:
 
 
 def test_the_same_key_and_request_give_the_same_sweep(db: Database) -> None:
-    first, created = queue.submit_sweep(db, new_sweep(idempotency_key="k"))
-    again, created_again = queue.submit_sweep(db, new_sweep(idempotency_key="k"))
+    first, created = submit_sweep(db, new_sweep(idempotency_key="k"))
+    again, created_again = submit_sweep(db, new_sweep(idempotency_key="k"))
     assert (created, created_again) == (True, False)
     assert first.id == again.id
     assert len(reads.list_jobs(db)) == 3
@@ -100,24 +105,24 @@ def test_the_same_key_and_request_give_the_same_sweep(db: Database) -> None:
     ids=lambda given: next(iter(given)),
 )
 def test_the_same_key_with_another_request_is_refused(db: Database, changes: dict[str, Any]) -> None:
-    queue.submit_sweep(db, new_sweep(idempotency_key="k"))
+    submit_sweep(db, new_sweep(idempotency_key="k"))
     with pytest.raises(Invalid) as refused:
-        queue.submit_sweep(db, new_sweep(idempotency_key="k", **changes))
+        submit_sweep(db, new_sweep(idempotency_key="k", **changes))
     assert refused.value.code == "idempotency_key_reused"
     assert len(reads.list_jobs(db)) == 3
 
 
 def test_many_submits_with_one_key_make_one_sweep(db: Database) -> None:
     def once() -> str:
-        return queue.submit_sweep(db, new_sweep(idempotency_key="k"))[0].id
+        return submit_sweep(db, new_sweep(idempotency_key="k"))[0].id
 
     assert len(set(at_once([once] * 8))) == 1
     assert len(reads.list_jobs(db)) == 3
 
 
 def test_a_submit_that_meets_another_with_its_key_gets_that_ones_sweep(db: Database, races: Races) -> None:
-    first = races.hold(queue.submit_sweep, db, new_sweep(idempotency_key="k"))
-    second = races.start(queue.submit_sweep, db, new_sweep(idempotency_key="k"))
+    first = races.hold(submit_sweep, db, new_sweep(idempotency_key="k"))
+    second = races.start(submit_sweep, db, new_sweep(idempotency_key="k"))
     made, created = first.let_go()
     found, created_again = second.result()
     assert (created, created_again) == (True, False)
@@ -129,7 +134,7 @@ def test_a_submit_that_meets_another_with_its_key_gets_that_ones_sweep(db: Datab
 
 def in_every_status(db: Database, worker: WorkerIdentity) -> Sweep:
     """A sweep of six jobs, one in each status."""
-    sweep = submit_sweep(db, 6)
+    sweep = submitted(db, 6)
     succeeded, failed, _ = (claim(db, worker) for _ in range(3))
     queue.finish(db, succeeded, "succeeded")
     queue.finish(db, failed, "failed", error={"code": "c", "message": "m"})
@@ -188,7 +193,7 @@ def test_a_sweep_all_of_whose_jobs_have_one_status_is_asked_for(
     db: Database, worker: WorkerIdentity, status: Status
 ) -> None:
     for asked, (code, refused_in) in REFUSED.items():
-        sweep = submit_sweep(db, 2)
+        sweep = submitted(db, 2)
         bring_to(db, worker, sweep, status)
         request = ASKED[asked][0]
         if status in refused_in:
@@ -231,7 +236,7 @@ def test_deleting_a_sweep_leaves_nothing_that_others_do_not_need(db: Database, w
     queue.request_cancel(db, kept.id)
     untouched = everything(db)
     jobs = [NewJob(text=text, config={}) for text in ("gone", "kept")]
-    sweep = submit_sweep(db, jobs=jobs)
+    sweep = submitted(db, jobs=jobs)
     held = claim(db, worker)
     recording.record_steps(db, held, {"step": [1], "train_loss": [1.0], "lr": [1.0], "grad_norm": [1.0]})
     recording.record_checkpoint(db, held, percent=0, **CHECKPOINT)
@@ -252,7 +257,7 @@ def test_a_sweep_that_has_not_ended_is_not_deleted(db: Database, worker: WorkerI
 
 
 def test_a_sweep_from_which_another_job_started_is_not_deleted(db: Database) -> None:
-    sweep = submit_sweep(db)
+    sweep = submitted(db)
     queue.request_cancel_sweep(db, sweep.id)
     child = submit(db, parent_id=jobs_of(db, sweep)[1].id, parent_percent=100)
     with pytest.raises(Conflict) as refused:
@@ -264,7 +269,7 @@ def test_a_sweep_from_which_another_job_started_is_not_deleted(db: Database) -> 
 
 
 def test_a_sweep_goes_with_its_last_job(db: Database) -> None:
-    sweep = submit_sweep(db, 2)
+    sweep = submitted(db, 2)
     queue.request_cancel_sweep(db, sweep.id)
     first, last = jobs_of(db, sweep)
     queue.delete(db, first.id)
@@ -275,7 +280,7 @@ def test_a_sweep_goes_with_its_last_job(db: Database) -> None:
 
 
 def test_of_two_deletes_of_the_last_jobs_one_takes_the_sweep(db: Database, races: Races) -> None:
-    sweep = submit_sweep(db, 2)
+    sweep = submitted(db, 2)
     queue.request_cancel_sweep(db, sweep.id)
     first, last = jobs_of(db, sweep)
     deleting = races.hold(queue.delete, db, first.id)
@@ -289,7 +294,7 @@ def test_of_two_deletes_of_the_last_jobs_one_takes_the_sweep(db: Database, races
 
 
 def test_a_claim_that_meets_a_cancel_finds_nothing(db: Database, worker: WorkerIdentity, races: Races) -> None:
-    sweep = submit_sweep(db)
+    sweep = submitted(db)
     cancelling = races.hold(queue.request_cancel_sweep, db, sweep.id)
     if not db.is_sqlite:  # locked rows are skipped
         assert queue.claim(db, worker, LEASE) is None
@@ -299,21 +304,21 @@ def test_a_claim_that_meets_a_cancel_finds_nothing(db: Database, worker: WorkerI
 
 
 def test_a_cancel_that_meets_a_claim_asks_its_worker(db: Database, worker: WorkerIdentity, races: Races) -> None:
-    sweep = submit_sweep(db)
+    sweep = submitted(db)
     claiming = races.hold(queue.claim, db, worker, LEASE)
     cancelling = races.start(queue.request_cancel_sweep, db, sweep.id)
     claiming.let_go()
     cancelling.result()
     assert statuses_of(db, sweep) == ["running", "cancelled", "cancelled"]
     assert jobs_of(db, sweep)[0].cancel_requested_at is not None
-    assert numbers(db, sweep) == list(range(1, 7))
+    assert [event.data["status"] for event in events_of(db, sweep)] == ["queued"] * 3 + ["running"] + ["cancelled"] * 2
 
 
 def test_a_rescue_that_meets_a_finish_waits_for_no_lock_in_a_circle(
     db: Database, worker: WorkerIdentity, races: Races, clock: Clock
 ) -> None:
-    """The finish holds its job and the sweep's row; the rescue holds other jobs, and then wants the sweep's row."""
-    sweep = submit_sweep(db)
+    """The finish holds its job, which the rescue passes over."""
+    sweep = submitted(db)
     held = claim(db, worker)
     for _ in range(2):
         claim(db, worker)
@@ -323,50 +328,6 @@ def test_a_rescue_that_meets_a_finish_waits_for_no_lock_in_a_circle(
     finishing.let_go()
     assert len(rescuing.result()) == 2
     assert statuses_of(db, sweep) == ["succeeded", "queued", "queued"]
-
-
-# Events
-
-
-def test_the_events_of_a_sweep_are_numbered_through(db: Database, worker: WorkerIdentity) -> None:
-    submit(db)
-    other = submit_sweep(db, 1)
-    sweep = submit_sweep(db, 2)
-    queue.request_cancel_sweep(db, other.id)
-    queue.request_cancel(db, reads.list_jobs(db)[-1].id)
-    held = claim(db, worker)
-    recording.record_event(db, held, "warning", {"code": "c", "message": "m"})
-    recording.record_checkpoint(db, held, percent=0, **CHECKPOINT)
-    queue.finish(db, held, "succeeded")
-    first, second = (job.id for job in jobs_of(db, sweep))
-    found = [(event.number, event.job_id, event.kind) for event in sweeps.events_after(db, sweep.id, 0)]
-    assert found == [
-        (1, first, "status"),
-        (2, second, "status"),
-        (3, first, "status"),
-        (4, first, "warning"),
-        (5, first, "checkpoint"),
-        (6, first, "status"),
-    ]
-    assert [event.number for event in sweeps.events_after(db, sweep.id, 4, limit=1)] == [5]
-    assert sweeps.events_after(db, sweep.id, 4)[0].data["loss"] == 9.0
-    assert sweeps.events_end(db, sweep.id) == (6, False)
-    queue.request_cancel_sweep(db, sweep.id)
-    assert sweeps.events_end(db, sweep.id) == (7, True)
-
-
-def test_a_number_is_seen_only_with_all_that_are_lower(db: Database, worker: WorkerIdentity, races: Races) -> None:
-    """An event that commits later has a higher number: who resumes after a number misses nothing."""
-    sweep = submit_sweep(db, 2)
-    one, other = claim(db, worker), claim(db, worker)
-    first = races.hold(queue.finish, db, one, "succeeded")
-    second = races.start(queue.finish, db, other, "succeeded")
-    if not db.is_sqlite:
-        assert numbers(db, sweep) == [1, 2, 3, 4]
-    first.let_go()
-    second.result()
-    assert numbers(db, sweep) == [1, 2, 3, 4, 5, 6]
-    assert [event.job_id for event in sweeps.events_after(db, sweep.id, 4)] == [one.job_id, other.job_id]
 
 
 # Status and progress
@@ -391,7 +352,7 @@ def test_the_status_follows_from_those_of_the_jobs(counts: dict[Status, int], ex
 
 def test_progress_is_that_of_all_jobs(db: Database, worker: WorkerIdentity, clock: Clock) -> None:
     jobs = [NewJob(text="a b", config={}, total_steps=4, n_active_params=10) for _ in range(4)]
-    sweep = submit_sweep(db, jobs=jobs)
+    sweep = submitted(db, jobs=jobs)
     assert sweeps.get_sweep(db, sweep.id)[2].eta_seconds is None
     first = claim(db, worker)
     clock.advance(8)
@@ -407,22 +368,27 @@ def test_progress_is_that_of_all_jobs(db: Database, worker: WorkerIdentity, cloc
 
 
 def test_sweeps_are_listed_newest_first(db: Database) -> None:
-    made = [submit_sweep(db, n).id for n in (1, 2, 3)]
+    made = [submitted(db, n).id for n in (1, 2, 3)]
     found = sweeps.list_sweeps(db, limit=2)
     assert [(sweep.id, counts["queued"]) for sweep, counts in found] == [(made[2], 3), (made[1], 2)]
     assert [sweep.id for sweep, _ in sweeps.list_sweeps(db, before=found[-1][0].seq)] == [made[0]]
 
 
-def test_a_time_is_predicted_from_jobs_that_succeeded(db: Database, worker: WorkerIdentity, clock: Clock) -> None:
-    assert sweeps.measure_pace(db) is None
-    submit(db, total_steps=4, n_active_params=10)
-    held = claim(db, worker)
-    clock.advance(8)
-    queue.finish(db, held, "succeeded", progress={"step": 4})
-    worker_started(db, WorkerIdentity(slots=2))
-    pace = sweeps.measure_pace(db)
-    assert pace is not None
-    assert pace.seconds_per_work == 8 / 40
-    assert sweeps.predict_seconds([40.0, 40.0, 20.0], pace) == pytest.approx(20 / pace.n_slots)
-    assert sweeps.predict_seconds([40.0, None], pace) is None
-    assert sweeps.predict_seconds([40.0], None) is None
+def test_the_jobs_of_a_cohort_share_its_time(db: Database, clock: Clock) -> None:
+    worker = WorkerIdentity(devices=[{"device": "cpu", "memory_bytes": 100}], cohort=4)
+    worker_started(db, worker)
+    jobs = [replace(job, cohort_key="shape", n_active_params=10) for job in new_sweep(10).jobs]
+    sweep = submitted(db, jobs=jobs)
+
+    def eta() -> float | None:
+        return sweeps.get_sweep(db, sweep.id)[2].eta_seconds
+
+    (first,) = queue.claim_cohorts(db, worker, 600, 1, 4)
+    for held in first:
+        recording.heartbeat(db, held, {"step": 2, "eta_seconds": 5.0})
+    assert eta() == 5 + 6 * 10 / 4
+    clock.advance(10)
+    queue.finish_jobs(db, [queue.Finish(held, "succeeded", progress={"step": 4}) for held in first[:3]])
+    recording.heartbeat(db, first[3], {"step": 3, "eta_seconds": 2.5})
+    # The last one does its steps by itself now: of how the others will run it is one example, and those before three.
+    assert eta() == pytest.approx(2.5 + 6 * (3 * 10 / 4 + 10) / 4)

@@ -7,6 +7,7 @@ import pytest
 from service.database.database import Database
 from service.jobs import queue
 from service.jobs.new_job import NewJob
+from service.jobs.submit import submit_job
 from service.jobs.tables import Job
 from service.jobs.workers import (
     WORKER_KEPT,
@@ -21,7 +22,7 @@ from tests.databases import Clock
 
 
 def submit(db: Database, **changes: Any) -> Job:
-    return queue.submit(db, NewJob(**{"text": "a b", "config": {}, **changes}))[0]
+    return submit_job(db, NewJob(**{"text": "a b", "config": {}, **changes}))[0]
 
 
 def test_workers_are_listed_with_what_they_run(db: Database, clock: Clock) -> None:
@@ -29,6 +30,7 @@ def test_workers_are_listed_with_what_they_run(db: Database, clock: Clock) -> No
         name="gpu-1",
         devices=[{"device": "cuda:0", "name": "H100", "memory_bytes": 80}],
         slots=2,
+        cohort=8,
         versions={"torch": "2"},
     )
     worker_started(db, first)
@@ -40,7 +42,7 @@ def test_workers_are_listed_with_what_they_run(db: Database, clock: Clock) -> No
     worker_seen(db, first.id)
     (row, running), (other, idle) = list_workers(db)
     assert (row.id, row.name, row.slots, row.versions) == (first.id, "gpu-1", 2, {"torch": "2"})
-    assert row.devices == [{"device": "cuda:0", "name": "H100", "memory_bytes": 80}]
+    assert row.devices == [{"device": "cuda:0", "name": "H100", "memory_bytes": 80, "cohort": 8}]
     assert [job.id for job in running] == [claim.job_id for claim in claims if claim is not None]
     assert (row.last_seen_at, row.stopped_at) == (clock.now, None)
     assert (other.id, idle) == (second.id, [])

@@ -8,6 +8,7 @@ import pytest
 import sqlalchemy as sa
 
 from nanomoe import checkpoint
+from nanomoe.store.local import LocalStore
 from service.database.database import Database
 from service.database.schema import table
 from service.errors import SchemaMismatch
@@ -23,13 +24,13 @@ from tests.service.recorded_files import FILES, job_with_files, snapshot, snapsh
 
 @pytest.fixture
 def data(db: Database, settings: Settings) -> Path:
-    join_installation(db, settings.data_dir, create=True)
+    join_installation(db, LocalStore(settings.data_dir), create=True)
     return settings.data_dir
 
 
 def test_what_is_whole_is_counted_byte_by_byte(db: Database, data: Path) -> None:
     job_with_files(db, data)
-    report = check(db, data)
+    report = check(db, LocalStore(data))
     assert report.is_clean
     assert (report.n_checkpoints, report.n_snapshots, report.n_bytes) == (2, 1, 2 * (3 + 1024) + 2)
     assert report.orphans == []
@@ -63,7 +64,7 @@ def test_each_harm_to_a_checkpoint_is_named(db: Database, data: Path, harm: Any,
     claim = job_with_files(db, data)
     folder = checkpoint_folder(claim.job_id, claim.fence, 25)
     harm(data / folder, db)
-    (fault,) = check(db, data).faults
+    (fault,) = check(db, LocalStore(data)).faults
     assert (fault.kind, fault.job_id, fault.percent, fault.folder) == (kind, claim.job_id, 25, folder)
     assert fault.message.startswith("checkpoint 25: ")
     assert said in fault.message
@@ -73,7 +74,7 @@ def test_each_harm_to_a_checkpoint_is_named(db: Database, data: Path, harm: Any,
 def test_a_damaged_snapshot_is_named_by_its_step(db: Database, data: Path) -> None:
     claim = job_with_files(db, data)
     (data / snapshot_folder(claim.job_id, claim.fence, 9) / "resume.json").write_bytes(b"[]")
-    (fault,) = check(db, data).faults
+    (fault,) = check(db, LocalStore(data)).faults
     assert (fault.kind, fault.percent) == ("damaged", None)
     assert fault.message.startswith("the snapshot of step 9: ")
 
@@ -96,7 +97,7 @@ def test_a_snapshot_replaced_and_a_job_deleted_meanwhile_are_no_faults(
         return verify(folder, sha256)
 
     monkeypatch.setattr(checkpoint, "verify", happens_before)
-    report = check(db, data)
+    report = check(db, LocalStore(data))
     assert report.faults == []
     assert (report.n_checkpoints, report.n_snapshots) == (2, 1)
 
@@ -105,7 +106,7 @@ def test_folders_without_a_row_are_listed_and_no_fault(db: Database, data: Path)
     claim = job_with_files(db, data)
     queue.release(db, claim)
     checkpoint.write(data / checkpoint_folder(claim.job_id, claim.fence, 50), FILES)
-    report = check(db, data)
+    report = check(db, LocalStore(data))
     assert report.is_clean
     assert report.orphans == [checkpoint_folder(claim.job_id, claim.fence, 50)]
 
@@ -115,7 +116,7 @@ def test_the_data_folder_of_another_database_is_said_and_nothing_else(db: Databa
     other = tmp_path / "other"
     other.mkdir()
     (other / "installation").write_text("f" * 32)
-    report = check(db, other)
+    report = check(db, LocalStore(other))
     assert [fault.kind for fault in report.faults] == ["installation"]
     assert (report.n_checkpoints, report.orphans) == (0, [])
 
@@ -129,7 +130,7 @@ def test_a_row_without_its_parent_is_a_fault_of_the_database(db: Database, data:
         connection.exec_driver_sql("UPDATE snapshots SET job_id = 'nobody'")
         connection.exec_driver_sql("PRAGMA foreign_keys=ON")
         connection.exec_driver_sql("BEGIN")
-    (fault,) = check(db, data).faults
+    (fault,) = check(db, LocalStore(data)).faults
     assert fault.kind == "database"
     assert "snapshots refers to no row of jobs" in fault.message
     assert claim.job_id
@@ -140,4 +141,4 @@ def test_a_schema_of_another_revision_is_refused(db: Database, data: Path) -> No
     with db.write() as session:
         session.execute(sa.text("UPDATE alembic_version SET version_num = '0000'"))
     with pytest.raises(SchemaMismatch):
-        check(db, data)
+        check(db, LocalStore(data))

@@ -9,6 +9,6 @@ def code(answer: Any) -> str:
     body = answer.json()
     assert body["status"] == answer.status_code
     assert set(body) == {"type", "title", "status", "detail", "code", "errors"} | (
-        {"candidates"} if body["code"] == "ambiguous_job" else set()
+        {"candidates"} if body["code"].startswith("ambiguous_") else set()
     )
     return str(body["code"])

@@ -1,15 +1,39 @@
 """Checkpoints, their reconstructions and their files, through a real server."""
 
+import asyncio
 import base64
 import hashlib
+from collections.abc import Iterator
+from contextlib import ExitStack
 from email import message_from_bytes
+from pathlib import Path
 
 import pytest
 
+from nanomoe.store.bucket import open_bucket
+from service.access.keys import create_key
+from service.client import AsyncClient, Client
 from service.jobs import reads
-from tests.api import Api
+from service.storage.opening import open_store
+from tests.api import Api, Serve, serving, settings_of
+from tests.buckets import Proxy, S3Server, failure, leading_to
 
 WEIGHTS = bytes(range(256)) * 4
+
+
+@pytest.fixture(scope="module", params=["folder", "bucket"])
+def api(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, migrated_sqlite: Path
+) -> Iterator[Api]:
+    """A server whose files lie in its data folder, and one that streams them from a bucket."""
+    with ExitStack() as opened:
+        store = None
+        if request.param == "bucket":
+            server: S3Server = request.getfixturevalue("s3_server")
+            opened.enter_context(leading_to(server.url, opened.enter_context(pytest.MonkeyPatch.context())))
+            store = f"s3://{server.make_bucket()}/team"
+        settings = settings_of(tmp_path_factory.mktemp("api"), migrated_sqlite, store=store)
+        yield opened.enter_context(serving(settings))
 
 
 @pytest.fixture(scope="module")
@@ -239,9 +263,76 @@ def test_only_a_recorded_name_is_a_file(api: Api, finished: str, name: str) -> N
 
 def test_a_missing_file_or_one_of_another_size_is_a_conflict(api: Api) -> None:
     job_id = api.finished()
-    folder = api.context.settings.data_dir / reads.get_checkpoint(api.db, job_id, 100).folder
-    (folder / "model.safetensors").write_bytes(WEIGHTS[:-1])
-    (folder / "config.json").unlink()
+    folder = api.context.store / reads.get_checkpoint(api.db, job_id, 100).folder
+    folder.put("model.safetensors", WEIGHTS[:-1])
+    (folder / "config.json").remove()
     for name in ("model.safetensors", "config.json"):
         answer = api.http.get(f"/jobs/{job_id}/checkpoints/100/files/{name}")
         assert (answer.status_code, answer.json()["code"]) == (409, "checkpoint_damaged")
+
+
+def test_a_client_is_redirected_to_the_bucket_where_it_answers_as_the_service_does(
+    serve: Serve, bucket_url: str
+) -> None:
+    api = serve(store=bucket_url, downloads="redirect")
+    where = f"/jobs/{api.finished()}/checkpoints/100/files/model.safetensors"
+    etag = f'"{hashlib.sha256(WEIGHTS).hexdigest()}"'
+    first = api.http.get(where)
+    assert (first.status_code, first.headers["etag"], first.content) == (307, etag, b"")
+    assert "Expires=300&" in first.headers["location"]
+    for headers, status, content in (
+        ({}, 200, WEIGHTS),
+        ({"Range": "bytes=5-9"}, 206, WEIGHTS[5:10]),
+        ({"Range": "bytes=1000-"}, 206, WEIGHTS[1000:]),
+    ):
+        answer = api.http.get(where, headers=headers, follow_redirects=True)
+        assert (answer.status_code, answer.content, len(answer.history)) == (status, content, 1), headers
+    # What the bucket would answer otherwise, the service answers itself.
+    for headers, status, length in (
+        ({"If-None-Match": etag}, 304, 0),
+        ({"If-Match": '"other"'}, 412, None),
+        ({"If-Match": etag}, 200, 1024),
+        ({"Range": "bytes=5000-"}, 416, None),
+        ({"Range": "bytes=5-9", "If-Range": etag}, 206, 5),
+        ({"Range": "bytes=5-9", "If-Range": '"other"'}, 200, 1024),
+        ({"Range": "bytes=0-1,8-9"}, 206, None),
+    ):
+        answer = api.http.get(where, headers=headers)
+        assert answer.status_code == status, headers
+        assert length is None or len(answer.content) == length
+    assert api.http.head(where).headers["content-length"] == "1024"
+
+
+def test_the_clients_follow_a_redirect_and_do_not_show_the_bucket_their_key(
+    serve: Serve, proxy: Proxy, s3_server: S3Server, tmp_path: Path
+) -> None:
+    api = serve(store=f"s3://{s3_server.make_bucket()}/team", downloads="redirect")
+    job_id = api.finished()
+    key = create_key(api.db, "ana", "admin").key
+
+    async def downloaded() -> Path:
+        async with AsyncClient(api.url, key=key) as client:
+            return await (await client.job(job_id)).download(100, "model.safetensors", tmp_path / "second")
+
+    with Client(api.url, key=key) as client:
+        first = client.job(job_id).download(100, "model.safetensors", tmp_path / "first")
+    assert first.read_bytes() == asyncio.run(downloaded()).read_bytes() == WEIGHTS
+    signed = [request for request in proxy.requests if "X-Amz-Signature" in request.path]
+    assert len(signed) == 2
+    assert all("authorization" not in request.headers for request in signed)
+
+
+def test_a_bucket_out_of_reach_is_a_503_that_names_no_address(serve: Serve, proxy: Proxy, s3_server: S3Server) -> None:
+    api = serve(store=f"s3://{s3_server.make_bucket()}/team")
+    where = f"/jobs/{api.finished()}/checkpoints/100/files/model.safetensors"
+    open_bucket.cache_clear()
+    object.__setattr__(api.context, "store", open_store(api.context.settings, retry_seconds=0.2))
+    proxy.decide = lambda _: failure("503 Service Unavailable", "ServiceUnavailable")
+    answer = api.http.get(where)
+    assert (answer.status_code, answer.json()["code"]) == (503, "store_unavailable")
+    assert "127.0.0.1" not in answer.text
+    assert "Retry-After" in answer.headers
+    proxy.decide = lambda _: failure("403 Forbidden", "AccessDenied")
+    assert api.http.get(where).json()["code"] == "store_refused"
+    proxy.decide = lambda _: None
+    assert api.http.get(where).content == WEIGHTS

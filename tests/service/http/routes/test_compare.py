@@ -173,3 +173,15 @@ def test_more_jobs_than_can_be_read_are_refused(serve: Serve) -> None:
     api.submit(tags={"t": "1"})
     answer = api.http.get("/compare", params={"tag": "t"})
     assert (answer.status_code, answer.json()["code"]) == (422, "too_many_jobs")
+
+
+def test_a_comparison_is_one_file_that_a_browser_saves(api: Api, sweep: dict[str, Any]) -> None:
+    answer = api.http.get("/compare", params={"sweep": sweep["id"], "format": "html", "lang": "pt"})
+    assert answer.status_code == 200
+    assert answer.headers["content-type"] == "text/html; charset=utf-8"
+    assert answer.headers["content-disposition"] == 'attachment; filename="comparison.html"'
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+    assert "Perda de treino por passo" in answer.text
+    assert all(job_id in answer.text for job_id in sweep["job_ids"])
+    shortened = api.http.get("/compare", params={"sweep": sweep["id"][:-1], "format": "html", "lang": "pt"})
+    assert shortened.text == answer.text

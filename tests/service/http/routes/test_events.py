@@ -20,7 +20,7 @@ from tests.api import Api, Serve
 
 
 class Stream:
-    """One connection's events: (event, id, data), pings left out."""
+    """One connection's events: (event, id, data), pings and positions left out."""
 
     def __init__(self, answer: httpx.Response) -> None:
         self._lines = answer.iter_lines()
@@ -31,8 +31,9 @@ class Stream:
             name, _, value = line.partition(": ")
             if line and name:
                 event[name] = value
-            elif not line and event:
-                yield event["event"], event.get("id"), json.loads(event["data"])
+            elif not line:
+                if "data" in event:
+                    yield event["event"], event.get("id"), json.loads(event["data"])
                 event = {}
 
     def until(self, kind: str) -> list[tuple[str, str | None, Any]]:
@@ -143,7 +144,14 @@ def test_more_events_than_are_read_at_once_come_in_order(api: Api) -> None:
     messages = [str(number) for number in range(2500)]
     with api.db.write() as session:
         session.add_all(
-            Event(job_id=job_id, seq=seq, kind="warning", created_at=EPOCH, data={"code": "w", "message": message})
+            Event(
+                job_id=job_id,
+                seq=seq,
+                number=-seq,
+                kind="warning",
+                created_at=EPOCH,
+                data={"code": "w", "message": message},
+            )
             for seq, message in enumerate(messages, start=2)
         )
         session.execute(sa.update(table(Job)).where(table(Job).c.id == job_id).values(event_seq=2501))

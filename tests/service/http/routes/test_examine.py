@@ -22,6 +22,11 @@ SCORED = "Ontem o gato dorme no sofá. 🐈"
 
 
 @pytest.fixture(scope="module")
+def api(generating_api: Api) -> Api:
+    return generating_api
+
+
+@pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoint:
     return write_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint", use_moe=True, n_experts=4)
 

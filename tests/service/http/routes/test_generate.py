@@ -13,28 +13,16 @@ from structlog.testing import capture_logs
 from nanomoe import checkpoint
 from service.generation import admission
 from service.generation.messages import Cancel, EngineStart, Generate, ToEngine
-from service.jobs import queue, reads
+from service.jobs import reads
 from tests.api import Api, Serve
-from tests.service.tiny_checkpoint import write_tiny_checkpoint
+from tests.service.tiny_checkpoint import tiny_files
 
 NOBODY = "0" * 32
 
 
-def tiny_files(folder: Path, seed: int = 0) -> dict[str, bytes]:
-    """The files of a checkpoint with a random model."""
-    write_tiny_checkpoint(folder, seed=seed)
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != checkpoint.MANIFEST}
-
-
 @pytest.fixture(scope="module")
-def job_id(api: Api, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A job with a random model at 25 and at 100 percent."""
-    claim = api.claim(api.submit()["id"])
-    files = tiny_files(tmp_path_factory.mktemp("tiny") / "checkpoint")
-    for percent in (25, 100):
-        api.record_checkpoint(claim, percent, percent * 5, files)
-    queue.finish(api.db, claim, "succeeded")
-    return claim.job_id
+def api(generating_api: Api) -> Api:
+    return generating_api
 
 
 def damage(api: Api, job_id: str, percent: int) -> None:
@@ -86,7 +74,21 @@ def test_a_seed_gives_the_same_text_again_and_is_in_the_response(api: Api, job_i
     for choice in first["choices"]:
         assert [one["token"] for one in choice["logprobs"]] == choice["tokens"]
         assert all(one["logprob"] <= 0 for one in choice["logprobs"])
-        assert {key for one in choice["logprobs"] for key in one} == {"token", "text", "logprob"}
+        assert {key for one in choice["logprobs"] for key in one} == {"token", "text", "logprob", "alternatives"}
+        assert all(one["alternatives"] == [] for one in choice["logprobs"])
+
+
+def test_the_likeliest_tokens_stand_beside_each_chosen_one(api: Api, job_id: str) -> None:
+    request = {"job_id": job_id, "temperature": 0, "max_new_tokens": 3, "logprobs": True}
+    (choice,) = generate(api, **request, alternatives=4).json()["choices"]
+    for chosen in choice["logprobs"]:
+        likeliest = chosen["alternatives"]
+        assert len(likeliest) == 4
+        assert likeliest[0] == {name: chosen[name] for name in ("token", "text", "logprob")}
+        assert sorted(likeliest, key=lambda one: -one["logprob"]) == likeliest
+    refused = generate(api, job_id=job_id, alternatives=4)
+    assert refused.status_code == 422
+    assert "logprobs" in refused.text
 
 
 def test_a_stream_adds_up_to_the_plain_answer(api: Api, job_id: str) -> None:

@@ -9,6 +9,8 @@ import pytest
 from nanomoe.config import JobConfig
 from service.jobs import queue
 from service.jobs.new_job import NewJob
+from service.jobs.statuses import STATUSES
+from service.jobs.submit import submit_job
 from service.jobs.workers import worker_started
 from tests.api import TEXT, Api, Serve, serving
 from tests.service.http.routes.problem_code import code
@@ -39,6 +41,9 @@ def test_a_list_is_filtered_by_status_and_by_tag(api: Api) -> None:
     assert found(tag=f"{key}:b:c") == found(tag=f"{key}=b:c") == {waiting}
     assert found(tag=key, status="succeeded") == {done}
     assert found(tag=f"{key}:nope") == set()
+    assert found(q=done) == {done}
+    counted = api.http.get("/jobs", params={"tag": key, "status": "queued", "counts": True}).json()["counts"]
+    assert counted == dict.fromkeys(STATUSES, 0) | {"succeeded": 1, "queued": 1}
 
 
 @pytest.mark.parametrize(
@@ -84,7 +89,7 @@ def test_a_row_of_an_earlier_version_says_no_more_that_a_dense_job_has_unused_se
         new = NewJob(
             text=TEXT, config=JobConfig.model_validate(config).model_dump(mode="json"), warnings=[false, other]
         )
-        job, _ = queue.submit(api.db, new)
+        job, _ = submit_job(api.db, new)
         warnings[name] = api.http.get(f"/jobs/{job.id}").json()["warnings"]
     assert warnings["default"] == [other]
     assert warnings["changed"] == [
@@ -130,3 +135,13 @@ def test_a_queued_job_has_an_estimated_start(serve: Serve) -> None:
     assert abs(datetime.fromisoformat(waiting["estimated_start_at"]) - expected) < timedelta(seconds=60)
     assert api.http.get(f"/jobs/{waiting['id']}").json()["queue_position"] == 0
     assert api.http.get("/jobs").json()["data"][0]["estimated_start_at"] is None
+
+
+def test_a_job_says_with_how_many_it_was_claimed(serve: Serve) -> None:
+    api = serve()
+    ids = [api.submit(config={"lr": lr})["id"] for lr in (1e-3, 5e-3)]
+    assert api.http.get(f"/jobs/{ids[0]}").json()["cohort"] is None
+    (claimed,) = queue.claim_cohorts(api.db, api.worker, 60, 1, 8)
+    assert [claim.job_id for claim in claimed] == ids
+    found = [api.http.get(f"/jobs/{job_id}").json()["cohort"] for job_id in ids]
+    assert found == [{"id": claimed[0].job.cohort_id, "size": 2}] * 2

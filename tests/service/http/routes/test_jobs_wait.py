@@ -48,7 +48,7 @@ def test_a_wait_ends_when_its_time_is_over(api: Api) -> None:
 def test_a_wait_queries_the_queue_position_once(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     job_id, other = api.submit()["id"], api.submit()["id"]
     places, looks = 0, threading.Semaphore(0)
-    find_queue_position, get_job = queue_position.find_queue_position, reads.get_job
+    find_queue_position, get_job = queue_position.find_queue_position, reads.get_measured_job
 
     def counted_place(*arguments: Any) -> Any:
         nonlocal places
@@ -60,7 +60,7 @@ def test_a_wait_queries_the_queue_position_once(api: Api, monkeypatch: pytest.Mo
         return get_job(*arguments)
 
     monkeypatch.setattr(queue_position, "find_queue_position", counted_place)
-    monkeypatch.setattr(reads, "get_job", counted_look)
+    monkeypatch.setattr(reads, "get_measured_job", counted_look)
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(api.http.get, f"/jobs/{job_id}", params={"wait": 2, "seen": "queued"})
         for name in "abc":

@@ -6,10 +6,13 @@ import pytest
 import torch
 
 from nanomoe.import_messages import ImportRequest
+from service.access.keys import create_key
+from service.access.quotas import Quotas
 from service.client import AsyncClient, Client, Problem
 from service.errors import Unavailable
 from service.storage import fsck, model_import, orphans
 from tests.api import Api, Serve
+from tests.buckets import Proxy, S3Server, failure
 from tests.nanomoe.foreign_models import BLOCK_SIZE, SHAPE, gpt2, nanogpt_checkpoint, save_gpt2
 
 TEXT = "Era uma vez um gato que dormia no sofá."
@@ -46,8 +49,8 @@ def test_an_imported_model_generates_scores_is_inspected_and_is_started_from(api
         assert child.view.parent is not None
         with pytest.raises(Problem, match="more than the parent's"):
             client.submit(TEXT, config | {"init_from": {"job_id": job.id}, "block_size": BLOCK_SIZE + 1})
-    assert fsck.check(api.db, api.context.settings.data_dir).is_clean
-    assert orphans.find_orphans(api.db, api.context.settings.data_dir) == []
+    assert fsck.check(api.db, api.context.store).is_clean
+    assert orphans.find_orphans(api.db, api.context.store) == []
 
 
 def test_the_asynchronous_client_imports_a_nanogpt_checkpoint(api: Api, tmp_path: Path) -> None:
@@ -82,10 +85,35 @@ def test_what_cannot_be_imported_is_refused_and_leaves_nothing(
     assert folders(api) == before
 
 
+def test_a_model_is_imported_into_a_bucket_and_read_from_it(
+    serve: Serve, gpt2_folder: Path, proxy: Proxy, s3_server: S3Server
+) -> None:
+    api = serve(store=f"s3://{s3_server.make_bucket()}/team")
+    with Client(api.url, retries=0) as client:
+        job = client.import_model(gpt2_folder, text=TEXT, tokenizer="mine")
+        assert len(job.generate("Era", max_new_tokens=5, temperature=0).choices) == 1
+        assert not any(path.is_file() for path in (api.context.settings.data_dir / "jobs").rglob("*"))
+        assert fsck.check(api.db, api.context.store).is_clean
+        proxy.decide = lambda _: failure("403 Forbidden", "AccessDenied")
+        with pytest.raises(Problem) as refused:
+            client.import_model(gpt2_folder, text=TEXT)
+    assert (refused.value.status, refused.value.code) == (503, "store_refused")
+
+
 def test_files_that_are_too_large_are_refused(serve: Serve, gpt2_folder: Path) -> None:
     with Client(serve(max_model_bytes=1000).url) as client, pytest.raises(Problem) as refused:
         client.import_model(gpt2_folder)
     assert (refused.value.status, refused.value.code) == (413, "model_too_large")
+
+
+def test_an_import_beyond_the_quota_leaves_nothing(serve: Serve, gpt2_folder: Path) -> None:
+    api = serve()
+    made = create_key(api.db, "ana", "member", quotas=Quotas(bytes_stored=1))
+    with Client(api.url, key=made.key) as client, pytest.raises(Problem) as refused:
+        client.import_model(gpt2_folder, text=TEXT)
+    assert (refused.value.status, refused.value.code) == (429, "quota_exceeded")
+    assert folders(api) == []
+    assert orphans.find_orphans(api.db, api.context.store) == []
 
 
 def test_a_failure_between_files_and_row_leaves_an_orphan_and_no_job(
@@ -95,12 +123,12 @@ def test_a_failure_between_files_and_row_leaves_an_orphan_and_no_job(
         raise Unavailable("database_unavailable", "away")
 
     api = serve()
-    monkeypatch.setattr("service.http.routes.models.queue.submit_finished", fail)
+    monkeypatch.setattr("service.http.routes.models.submit.submit_finished_job", fail)
     with Client(api.url, retries=0) as client, pytest.raises(Problem):
         client.import_model(gpt2_folder)
     assert api.http.get("/jobs").json()["data"] == []
     assert len(folders(api)) == 1
-    assert orphans.find_orphans(api.db, api.context.settings.data_dir)
+    assert orphans.find_orphans(api.db, api.context.store)
 
 
 def test_an_import_that_takes_too_long_is_killed_and_leaves_nothing(tmp_path: Path) -> None:

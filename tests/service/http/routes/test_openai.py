@@ -3,33 +3,30 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
-import openai
 import pytest
-from openai import OpenAI
 
-from service.jobs import queue
 from tests.api import Api, Serve
-from tests.service.http.routes.test_generate import damage, generate, tiny_files
+from tests.service.http.routes.test_generate import damage, generate
+from tests.service.tiny_checkpoint import tiny_files
+
+if TYPE_CHECKING:
+    from openai import OpenAI
 
 NOBODY = "0" * 32
 
 
 @pytest.fixture(scope="module")
-def job_id(api: Api, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A job with a random model at 25 and at 100 percent."""
-    claim = api.claim(api.submit()["id"])
-    files = tiny_files(tmp_path_factory.mktemp("tiny") / "checkpoint")
-    for percent in (25, 100):
-        api.record_checkpoint(claim, percent, percent * 5, files)
-    queue.finish(api.db, claim, "succeeded")
-    return claim.job_id
+def api(generating_api: Api) -> Api:
+    return generating_api
 
 
 @pytest.fixture(scope="module")
-def client(api: Api) -> Iterator[OpenAI]:
+def client(api: Api) -> "Iterator[OpenAI]":
+    from openai import OpenAI  # not on top: every process that collects this file would pay for it
+
     with OpenAI(base_url=f"{api.url}/v1", api_key="none", max_retries=0) as made:
         yield made
 
@@ -38,7 +35,7 @@ def complete(api: Api, **body: Any) -> httpx.Response:
     return api.http.post("/v1/completions", json={"prompt": "Era uma vez"} | body)
 
 
-def test_a_completion_is_the_same_text_as_generate_gives(api: Api, client: OpenAI, job_id: str) -> None:
+def test_a_completion_is_the_same_text_as_generate_gives(api: Api, client: "OpenAI", job_id: str) -> None:
     request = {"n": 2, "seed": 7, "temperature": 0.9, "top_p": 0.95}
     wanted = generate(api, job_id=job_id, checkpoint=25, max_new_tokens=12, **request).json()
     answer = client.completions.create(model=f"{job_id}@25", prompt="Era uma vez", max_tokens=12, **request)
@@ -52,7 +49,7 @@ def test_a_completion_is_the_same_text_as_generate_gives(api: Api, client: OpenA
     assert answer.usage.to_dict() == wanted["usage"]
 
 
-def test_defaults_are_openais_and_null_means_them(api: Api, client: OpenAI, job_id: str) -> None:
+def test_defaults_are_openais_and_null_means_them(api: Api, client: "OpenAI", job_id: str) -> None:
     left_out = client.completions.create(model=job_id, prompt="Era", seed=1)
     null = client.completions.create(
         model=job_id, prompt="Era", seed=1, max_tokens=None, temperature=None, n=None, stop=None, logprobs=None
@@ -63,7 +60,7 @@ def test_defaults_are_openais_and_null_means_them(api: Api, client: OpenAI, job_
 
 
 @pytest.mark.parametrize("echo", [False, True])
-def test_a_stream_adds_up_to_the_plain_answer(client: OpenAI, job_id: str, echo: bool) -> None:
+def test_a_stream_adds_up_to_the_plain_answer(client: "OpenAI", job_id: str, echo: bool) -> None:
     request: dict[str, Any] = {"model": job_id, "prompt": "É uma", "max_tokens": 60, "n": 2, "seed": 3, "echo": echo}
     plain = client.completions.create(**request)
     chunks = list(client.completions.create(**request, stream=True))
@@ -77,7 +74,7 @@ def test_a_stream_adds_up_to_the_plain_answer(client: OpenAI, job_id: str, echo:
         assert [piece.finish_reason for piece in mine] == [None] * (len(mine) - 1) + ["length"]
 
 
-def test_usage_comes_last_where_it_is_asked_for(client: OpenAI, job_id: str) -> None:
+def test_usage_comes_last_where_it_is_asked_for(client: "OpenAI", job_id: str) -> None:
     stream = client.completions.create(
         model=job_id, prompt="Era", max_tokens=5, stream=True, stream_options={"include_usage": True}
     )
@@ -97,7 +94,7 @@ def test_a_stream_ends_with_done(api: Api, job_id: str) -> None:
 
 
 @pytest.mark.parametrize("several", [False, True])
-def test_a_text_ends_before_a_stop_string(client: OpenAI, job_id: str, several: bool) -> None:
+def test_a_text_ends_before_a_stop_string(client: "OpenAI", job_id: str, several: bool) -> None:
     request: dict[str, Any] = {"model": job_id, "prompt": "Era", "max_tokens": 30, "seed": 1}
     whole = client.completions.create(**request).choices[0].text
     stop = whole[9:12]
@@ -105,7 +102,7 @@ def test_a_text_ends_before_a_stop_string(client: OpenAI, job_id: str, several: 
     assert (choice.text, choice.finish_reason) == (whole[: whole.index(stop)], "stop")
 
 
-def test_logprobs_tell_tokens_rivals_and_offsets(client: OpenAI, job_id: str) -> None:
+def test_logprobs_tell_tokens_rivals_and_offsets(client: "OpenAI", job_id: str) -> None:
     request: dict[str, Any] = {"model": job_id, "prompt": "Era", "max_tokens": 40, "seed": 2, "logprobs": 3}
     (choice,) = client.completions.create(**request).choices
     told = choice.logprobs
@@ -135,7 +132,7 @@ def test_logprobs_tell_tokens_rivals_and_offsets(client: OpenAI, job_id: str) ->
         assert others == pytest.approx(rivals, abs=1e-5)
 
 
-def test_models_are_the_recorded_checkpoints(client: OpenAI, job_id: str) -> None:
+def test_models_are_the_recorded_checkpoints(client: "OpenAI", job_id: str) -> None:
     listed = [model.id for model in client.models.list()]
     assert [model for model in listed if model.startswith(job_id)] == [f"{job_id}@100", f"{job_id}@25"]
     newest = client.models.retrieve(job_id)
@@ -144,7 +141,7 @@ def test_models_are_the_recorded_checkpoints(client: OpenAI, job_id: str) -> Non
     assert client.models.retrieve(f"{job_id}@25").id == f"{job_id}@25"
 
 
-def test_what_is_not_known_is_ignored_and_named(api: Api, client: OpenAI, job_id: str) -> None:
+def test_what_is_not_known_is_ignored_and_named(api: Api, client: "OpenAI", job_id: str) -> None:
     raw = client.completions.with_raw_response.create(
         model=job_id, prompt="Era", max_tokens=1, frequency_penalty=0.5, user="eu", suffix=None,
         extra_body={"é": 1, "stream_options": {"include_obfuscation": False}},
@@ -155,7 +152,9 @@ def test_what_is_not_known_is_ignored_and_named(api: Api, client: OpenAI, job_id
     assert complete(api, model=job_id, best_of=2, stream=True).headers["x-ignored"] == "best_of"
 
 
-def test_openais_client_raises_the_matching_exceptions(client: OpenAI, job_id: str) -> None:
+def test_openais_client_raises_the_matching_exceptions(client: "OpenAI", job_id: str) -> None:
+    import openai
+
     for model in (NOBODY, f"{job_id}@50", f"{job_id}@51", "gpt-3.5-turbo-instruct"):
         with pytest.raises(openai.NotFoundError) as raised:
             client.completions.create(model=model, prompt="Era")
@@ -216,17 +215,21 @@ def test_a_job_id_stands_for_its_newest_undamaged_checkpoint(api: Api, tmp_path:
     assert (named.status_code, named.json()["error"]["code"]) == (409, "checkpoint_damaged")
 
 
-def test_a_full_queue_is_a_rate_limit(serve: Serve, tmp_path: Path) -> None:
+def test_a_full_queue_is_a_rate_limit(serve: Serve) -> None:
+    import openai
+
     api = serve(engine_max_waiting=0)
     api.fill_generation()
-    with OpenAI(base_url=f"{api.url}/v1", api_key="none", max_retries=0) as client:
+    with openai.OpenAI(base_url=f"{api.url}/v1", api_key="none", max_retries=0) as client:
         with pytest.raises(openai.RateLimitError) as raised:
             client.completions.create(model=api.running().job_id, prompt="Era", stream=True)
         assert raised.value.type == "rate_limit_error"
         assert int(raised.value.response.headers["retry-after"]) > 0
 
 
-def test_an_engine_that_dies_half_way_ends_the_stream_with_an_error(api: Api, client: OpenAI, job_id: str) -> None:
+def test_an_engine_that_dies_half_way_ends_the_stream_with_an_error(api: Api, client: "OpenAI", job_id: str) -> None:
+    import openai
+
     stream = client.completions.create(model=job_id, prompt="Era", max_tokens=4000, stream=True)
     next(stream)
     process = api.context.generation._engine._process
@@ -250,7 +253,7 @@ TEXTS = ["Era uma vez", "O gato", "É 🐈"]
 @pytest.mark.parametrize("as_tokens", [False, True])
 @pytest.mark.parametrize("stream", [False, True])
 def test_each_prompt_of_a_list_has_the_text_that_it_has_alone(
-    client: OpenAI, job_id: str, as_tokens: bool, stream: bool
+    client: "OpenAI", job_id: str, as_tokens: bool, stream: bool
 ) -> None:
     request: dict[str, Any] = {"model": job_id, "n": 2, "seed": 7, "max_tokens": 9}
     alone = [client.completions.create(**request, prompt=text) for text in TEXTS]
@@ -271,14 +274,14 @@ def test_each_prompt_of_a_list_has_the_text_that_it_has_alone(
 
 
 @pytest.mark.parametrize("prompt", [["Era uma vez"], token_ids("Era uma vez"), [token_ids("Era uma vez")]])
-def test_one_prompt_may_be_written_in_several_ways(client: OpenAI, job_id: str, prompt: Any) -> None:
+def test_one_prompt_may_be_written_in_several_ways(client: "OpenAI", job_id: str, prompt: Any) -> None:
     request: dict[str, Any] = {"model": job_id, "seed": 1, "echo": True, "logprobs": 1, "max_tokens": 3}
     wanted = client.completions.create(**request, prompt="Era uma vez")
     answer = client.completions.create(**request, prompt=prompt)
     assert (answer.choices, answer.usage) == (wanted.choices, wanted.usage)
 
 
-def test_without_a_seed_equal_prompts_have_different_texts(client: OpenAI, job_id: str) -> None:
+def test_without_a_seed_equal_prompts_have_different_texts(client: "OpenAI", job_id: str) -> None:
     answer = client.completions.create(model=job_id, prompt=["Era"] * 4, max_tokens=12)
     assert len({choice.text for choice in answer.choices}) > 1
 
@@ -306,7 +309,7 @@ def test_more_prompts_than_can_run_at_once_are_served_in_turn(serve: Serve, tmp_
 @pytest.mark.parametrize("max_tokens", [0, 5])
 @pytest.mark.parametrize("prompt", ["Era", "É uma vez, um gato que sabia de cor 🐈 e nada mais", "a"])
 def test_with_echo_the_prompts_own_log_probabilities_are_those_of_score(
-    api: Api, client: OpenAI, job_id: str, prompt: str, max_tokens: int
+    api: Api, client: "OpenAI", job_id: str, prompt: str, max_tokens: int
 ) -> None:
     (choice,) = client.completions.create(
         model=job_id, prompt=prompt, max_tokens=max_tokens, echo=True, logprobs=2, temperature=0
@@ -331,7 +334,7 @@ def test_with_echo_the_prompts_own_log_probabilities_are_those_of_score(
     assert (choice.text if max_tokens == 0 else choice.text[: offsets[n_prompt]]) == prompt
 
 
-def test_a_continuation_is_as_likely_when_it_is_echoed(client: OpenAI, job_id: str) -> None:
+def test_a_continuation_is_as_likely_when_it_is_echoed(client: "OpenAI", job_id: str) -> None:
     """Prompt and continuation, sent back as a prompt, have the log-probabilities that the continuation had."""
     ascii_only: dict[str, Any] = {"model": job_id, "prompt": token_ids("Era uma"), "max_tokens": 12, "logprobs": 0}
     (made,) = client.completions.create(**ascii_only, temperature=0, echo=True).choices
@@ -347,7 +350,7 @@ def test_a_continuation_is_as_likely_when_it_is_echoed(client: OpenAI, job_id: s
     assert read.logprobs.token_logprobs[1:] == pytest.approx((made.logprobs.token_logprobs or [])[1:], abs=1e-4)
 
 
-def test_with_max_tokens_0_nothing_is_added(client: OpenAI, job_id: str) -> None:
+def test_with_max_tokens_0_nothing_is_added(client: "OpenAI", job_id: str) -> None:
     answer = client.completions.create(model=job_id, prompt=["Era", "uma vez"], max_tokens=0, n=2)
     told = [(choice.index, choice.text, choice.finish_reason, choice.logprobs) for choice in answer.choices]
     assert told == [(index, "", "length", None) for index in range(4)]
@@ -364,7 +367,7 @@ def test_with_max_tokens_0_nothing_is_added(client: OpenAI, job_id: str) -> None
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("echo", [False, True])
 def test_token_figures_end_where_a_stop_string_cut_the_text(
-    client: OpenAI, job_id: str, stream: bool, echo: bool
+    client: "OpenAI", job_id: str, stream: bool, echo: bool
 ) -> None:
     request: dict[str, Any] = {"model": job_id, "prompt": "Era", "max_tokens": 40, "seed": 2, "logprobs": 1}
     whole = client.completions.create(**request).choices[0]

@@ -8,7 +8,7 @@ import pytest
 from service.jobs import queue
 from tests.api import TEXT, Api
 from tests.service.http.routes.problem_code import code
-from tests.service.http.routes.test_generate import tiny_files
+from tests.service.tiny_checkpoint import tiny_files
 
 
 @pytest.fixture
@@ -125,3 +125,68 @@ def test_a_checkpoint_is_named_by_its_job(api: Api, tmp_path: Path) -> None:
     refused = api.http.post("/v1/completions", json={"model": name, "prompt": "Era"})
     assert (refused.status_code, refused.json()["error"]["code"]) == (409, "ambiguous_job")
     assert claim.job_id in refused.json()["error"]["message"]
+
+
+@pytest.fixture
+def swept(api: Api) -> tuple[str, str]:
+    """The id and the name of a sweep all of whose jobs have finished."""
+    name = f"varredura à toa {uuid4().hex}"
+    return api.submit_finished_sweep(name=name), name
+
+
+def test_every_route_of_a_sweep_takes_its_name_and_the_beginning_of_its_id(api: Api, swept: tuple[str, str]) -> None:
+    sweep_id, name = swept
+    others = {sweep["id"] for sweep in api.http.get("/sweeps").json()["data"]} - {sweep_id}
+    prefix = next(sweep_id[:n] for n in range(4, 32) if not any(other.startswith(sweep_id[:n]) for other in others))
+    for path in ("/sweeps/{}", "/sweeps/{}/events", "/compare?sweep={}", "/compare/series?sweep={}"):
+        by_id = api.http.get(path.format(sweep_id))
+        assert by_id.status_code == 200
+        for reference in (name, prefix):
+            assert api.http.get(path.format(reference)).content == by_id.content
+    assert code(api.http.post(f"/sweeps/{name}/pause")) == "not_pausable"
+    assert api.http.delete(f"/sweeps/{name}").status_code == 204
+    for path in (f"/sweeps/{name}", f"/compare?sweep={name}", "/sweeps/%2e%2e", "/sweeps/019"):
+        assert code(api.http.get(path)) == "sweep_not_found"
+
+
+def test_an_ambiguous_sweep_is_refused_with_those_that_it_may_mean(api: Api, swept: tuple[str, str]) -> None:
+    sweep_id, name = swept
+    other = api.submit_sweep(name=name)
+    for method, path in (("DELETE", f"/sweeps/{name}"), ("GET", f"/compare?sweep={name}")):
+        answer = api.http.request(method, path)
+        assert (answer.status_code, code(answer)) == (409, "ambiguous_sweep")
+        assert [(one["id"], one["name"], one["status"]) for one in answer.json()["candidates"]] == [
+            (other["id"], name, "queued"),
+            (sweep_id, name, "succeeded"),
+        ]
+    api.http.post(f"/sweeps/{other['id']}/cancel")
+
+
+def test_jobs_are_listed_by_name_and_by_the_beginning_of_their_id(api: Api, named: tuple[str, str]) -> None:
+    job_id, name = named
+    other = api.submit(name=name, tags={"a": "b"})["id"]
+
+    def listed(**query: str) -> list[str]:
+        return [job["id"] for job in api.http.get("/jobs", params=query).json()["data"]]
+
+    assert listed(name=name) == [other, job_id]
+    assert listed(name=name, tag="a=b") == listed(id_prefix=other) == [other]
+    assert listed(name=name, id_prefix=unique_prefix(api, job_id)) == [job_id]
+    assert listed(name=name[:-1]) == listed(id_prefix="f") == []
+    assert {job_id, other} <= set(listed(id_prefix=job_id[:1], limit="200"))
+    for query, said in (({"id_prefix": "G"}, "first digits of an id"), ({"id_prefix": ""}, "first digits of an id"),
+                        ({"name": "\n"}, "control characters")):  # fmt: skip
+        answer = api.http.get("/jobs", params=query)
+        assert (answer.status_code, code(answer)) == (422, "invalid_request")
+        assert said in answer.json()["detail"]
+    api.http.post(f"/jobs/{other}/cancel")
+
+
+def test_a_job_has_its_newest_figures_in_a_list_and_alone(api: Api, named: tuple[str, str]) -> None:
+    job_id, name = named
+    alone, (listed,) = (
+        api.http.get(f"/jobs/{job_id}").json(),
+        api.http.get("/jobs", params={"name": name}).json()["data"],
+    )
+    assert alone["figures"] == listed["figures"] == {"percent": 100, "loss": 2.0, "perplexity": 7.389}
+    assert api.http.get(f"/jobs/{api.submit()['id']}").json()["figures"] is None

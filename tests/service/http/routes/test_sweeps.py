@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from service.jobs import queue, reads
+from service.jobs.workers import WorkerIdentity, worker_started, worker_stopped
 from tests.api import TEXT, Api, Serve
 from tests.queued import everything
 
@@ -88,6 +89,41 @@ def test_a_dry_run_writes_nothing(api: Api) -> None:
     assert found["training_bytes"] == max(shape["training_bytes"] for shape in found["shapes"])
     assert {warning["n_jobs"] for warning in found["warnings"]} == {6}
     assert everything(api.db) == before
+
+
+def test_a_dry_run_says_which_jobs_will_be_trained_together(api: Api) -> None:
+    request = {
+        "text": TEXT,
+        "config": BYTES | {"n_embd": 16, "epochs": 4},
+        "grid": {"n_head": [1, 2], "epochs": [4, 5, 9]},
+        "seeds": 2,
+    }
+
+    def dry_run() -> dict[str, Any]:
+        found: dict[str, Any] = api.http.post("/sweeps", params={"dry_run": True}, json=request).json()
+        return found
+
+    found = dry_run()
+    assert (found["cohorts"], found["predicted_seconds"], found["predicted_alone_seconds"]) == (None, None, None)
+    assert {shape["together"] for shape in found["shapes"]} == {None}
+    worker = WorkerIdentity(cohort=4, devices=[{"device": "cpu", "name": "cpu", "memory_bytes": 2**30}])
+    worker_started(api.db, worker)
+    found = dry_run()
+    assert found["cohorts"] == [{"n_jobs": 4, "n_cohorts": 2}, {"n_jobs": 2, "n_cohorts": 2}]
+    assert [(one["n_jobs"], one["total_steps"], one["together"]) for one in found["shapes"]] == [
+        (2, 4, 4), (2, 5, 4), (2, 9, 2)
+    ] * 2  # fmt: skip
+    assert len({one["n_params"] for one in found["shapes"]}) == 1  # the shape of their tensors tells them apart
+    api.submit_sweep(**request)
+    claimed = queue.claim_cohorts(api.db, worker, 60, 2, 4)  # whichever comes first of what other tests have left
+    (listed,) = (one for one in api.http.get("/workers").json()["data"] if one["id"] == worker.id)
+    held = [one for cohort in claimed for one in cohort]
+    assert (listed["slots"], listed["busy_slots"], len(listed["current_jobs"])) == (1, 2, len(held))
+    assert len(held) > 2
+    assert listed["devices"][0]["cohort"] == 4
+    for one in held:
+        queue.release(api.db, one)
+    worker_stopped(api.db, worker.id)
 
 
 def test_a_repeated_request_with_a_key_gets_the_same_sweep(api: Api) -> None:
@@ -265,6 +301,8 @@ def test_the_stream_of_a_sweep_follows_it_to_its_end(api: Api) -> None:
     made = api.submit_sweep()
     with api.http.stream("GET", f"/sweeps/{made['id']}/events") as answer:
         lines = answer.iter_lines()
-        assert [line for line in (next(lines) for _ in range(8)) if line.startswith("id")] == ["id: 1", "id: 2"]
+        before = [line for line in (next(lines) for _ in range(8)) if line.startswith("data")]
+        assert [json.loads(line[6:])["status"] for line in before] == ["queued", "queued"]
         api.http.post(f"/sweeps/{made['id']}/cancel")
-        assert [line for line in lines if line.startswith("id")] == ["id: 3", "id: 4"]
+        after = [line for line in lines if line.startswith("data")]
+        assert [json.loads(line[6:])["status"] for line in after] == ["cancelled", "cancelled"]

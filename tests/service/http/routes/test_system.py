@@ -11,7 +11,8 @@ from service.jobs import queue
 from service.jobs.workers import worker_started, worker_stopped
 from tests.api import Api, Serve
 from tests.databases import Clock
-from tests.service.http.routes.test_generate import generate, tiny_files
+from tests.service.http.routes.test_generate import generate
+from tests.service.tiny_checkpoint import tiny_files
 
 
 def scrape(api: Api) -> dict[str, float]:
