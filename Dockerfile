@@ -14,7 +14,7 @@ COPY pyproject.toml README.md LICENSE NOTICE ./
 COPY nanomoe/ nanomoe/
 COPY service/ service/
 COPY worker/ worker/
-RUN /opt/nanomoe/bin/pip install -c constraints.txt '.[postgres]'
+RUN /opt/nanomoe/bin/pip install -c constraints.txt '.[postgres,s3]'
 
 FROM python:3.11-slim-bookworm
 RUN useradd --uid 10001 --create-home nanomoe && install --directory --owner nanomoe /data

@@ -7,6 +7,9 @@ SHELL := /bin/sh
 PYTHON ?=
 FITS := import sys, venv, ensurepip; sys.exit(not ((3, 11) <= sys.version_info < (3, 15) and sys.maxsize > 2**32))
 
+# Where a shell forbids it, each of a thousand processes that the tests start would compile all that it imports.
+unexport PYTHONDONTWRITEBYTECODE
+
 # Tests run side by side, each with a single torch thread (tests/conftest.py); who has none left takes some of another's.
 TEST_ARGS ?= -n auto --maxprocesses 4 --dist worksteal
 
@@ -20,7 +23,7 @@ endif
 # Bytecode is written at first import: compiling all that comes with torch takes longer than the rest of the install.
 INSTALL := .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
-.PHONY: help setup demo serve test check readme clean
+.PHONY: help setup demo serve test check readme pictures clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' Makefile | expand -t 16
@@ -68,6 +71,8 @@ serve: $(RUN) ## API and worker until Ctrl-C
 	@.venv/bin/nanomoe serve
 
 test: $(DEV) ## every test
+	@# Before the tests, which would compile the same loops side by side.
+	@.venv/bin/python -m nanomoe.training.steps & .venv/bin/python -m nanomoe.generation.kernels; wait
 	.venv/bin/python -m pytest $(TEST_ARGS)
 
 check: $(DEV) ## lint, format, types
@@ -77,6 +82,9 @@ check: $(DEV) ## lint, format, types
 
 readme: $(DEV) ## write the tables of docs/ and .env.example from the code
 	.venv/bin/python -m tests.documents
+
+pictures: $(DEV) ## train two models, and take the README's pictures of them in Chromium
+	.venv/bin/python docs/pictures.py
 
 clean: ## remove what was built here; data/ stays
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis

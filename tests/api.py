@@ -1,11 +1,13 @@
 """A real API on a free port, and jobs in any state, made with the same functions that a worker calls.
 
-Its fixtures are `api`, one server for a whole test file, and `serve`, for a server with settings of its own.
+Its fixtures are `api`, one server for a whole test file, `serve`, for a server with settings of its own, and
+`generating_api`, whose engine several files share.
 """
 
 import asyncio
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -66,7 +68,7 @@ class Api:
 
     def claim(self, job_id: str) -> Claim:
         """Take a job as a worker does; others that wait are held back meanwhile."""
-        for job in reads.list_jobs(self.db, status="queued"):
+        for job in reads.list_jobs(self.db, reads.JobFilter(status="queued")):
             if job.id != job_id:
                 queue.request_pause(self.db, job.id)
         claim = queue.claim(self.db, self.worker, lease_seconds=60)
@@ -116,6 +118,13 @@ class Api:
         self.record_checkpoint(claim, 100, 3, loss=loss, perplexity=2.718281828**loss)
         queue.finish(self.db, claim, "succeeded", progress={"step": 3, "epoch": 3, "percent": 100.0})
 
+    def train_queued(self, *losses: float) -> None:
+        """Train as many jobs as losses are given, each once it is queued, to that loss."""
+        for loss in losses:
+            while (claim := queue.claim(self.db, self.worker, lease_seconds=60)) is None:
+                self.db.changes.wait(0.1)
+            self.finish(claim, loss)
+
     def stopped_early(self, *, reason: str | None, **changes: Any) -> str:
         """The id of a job that needed 42 of its 500 steps; without a reason as one of before there were any."""
         claim = self.running(**changes)
@@ -139,7 +148,7 @@ class Api:
         """A checkpoint whose files are really there: small ones, or those given. `figures`: unlike `metrics()`."""
         folder = checkpoint_folder(claim.job_id, claim.fence, percent)
         files = files or {"config.json": b"{}\n", "model.safetensors": bytes(range(256)) * 4, **_BYTES.files()}
-        manifest, sha256 = checkpoint.write(self.context.settings.data_dir / folder, files)
+        manifest, sha256 = checkpoint.write(self.context.store / folder, files)
         recording.record_checkpoint(
             self.db,
             claim,
@@ -213,7 +222,7 @@ def serve(tmp_path: Path, migrated_sqlite: Path) -> Iterator[Serve]:
     with ExitStack() as servers:
 
         def start(**changes: Any) -> Api:
-            return servers.enter_context(serving(_settings(tmp_path / uuid4().hex, migrated_sqlite, **changes)))
+            return servers.enter_context(serving(settings_of(tmp_path / uuid4().hex, migrated_sqlite, **changes)))
 
         yield start
 
@@ -221,11 +230,40 @@ def serve(tmp_path: Path, migrated_sqlite: Path) -> Iterator[Serve]:
 @pytest.fixture(scope="module")
 def api(tmp_path_factory: pytest.TempPathFactory, migrated_sqlite: Path) -> Iterator[Api]:
     """One server for all tests of a file; each makes its own jobs."""
-    with serving(_settings(tmp_path_factory.mktemp("api"), migrated_sqlite)) as running:
+    with serving(settings_of(tmp_path_factory.mktemp("api"), migrated_sqlite)) as running:
         yield running
 
 
-def _settings(data_dir: Path, migrated_sqlite: Path, **changes: Any) -> Settings:
+@pytest.fixture(scope="session")
+def generating_api(tmp_path_factory: pytest.TempPathFactory, migrated_sqlite: Path) -> Iterator[Api]:
+    """One server for all tests of the files that take it, because its engine takes three seconds of CPU to start: what
+    they ask for is about jobs of their own, and they leave its limits and its engine alone.
+
+    On a CPU its engine has its compiled loops: as long as they are being prepared, the same request may be answered
+    with other last bits than a moment before.
+    """
+    import torch  # not on top: the process that hands out the tests imports this file too
+
+    from tests.service.tiny_checkpoint import tiny_files
+
+    with serving(settings_of(tmp_path_factory.mktemp("api"), migrated_sqlite)) as running:
+        claim = running.claim(running.submit()["id"])
+        running.record_checkpoint(claim, 100, 500, tiny_files(tmp_path_factory.mktemp("tiny") / "checkpoint"))
+        queue.finish(running.db, claim, "succeeded")
+        request = {"job_id": claim.job_id, "prompt": "Era", "max_new_tokens": 1}
+        give_up = time.monotonic() + 120
+        while not torch.cuda.is_available():
+            answer = running.http.post("/generate", json=request)
+            assert answer.status_code == 200, answer.text
+            if "compiled loops" in answer.json()["numerics"]:
+                break
+            assert time.monotonic() < give_up, "the engine does without its compiled loops"
+            time.sleep(0.05)
+        yield running
+
+
+def settings_of(data_dir: Path, migrated_sqlite: Path, **changes: Any) -> Settings:
+    """Settings of a server with an empty database in a new data folder."""
     data_dir.mkdir(exist_ok=True)
     shutil.copy(migrated_sqlite, data_dir / "nanomoe.db")
     merged: dict[str, Any] = {"data_dir": data_dir, "port": 0, "engine_preload": False} | changes

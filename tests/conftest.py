@@ -5,6 +5,7 @@ examples, shared fixtures.
 import os
 import signal
 import sys
+from pathlib import Path
 
 # Before any test imports torch or transformers; the processes that tests start inherit them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -15,6 +16,9 @@ os.environ.setdefault("NANOMOE_ENGINE_NICE", "0")
 os.environ.setdefault("NANOMOE_ENGINE_PRELOAD", "false")
 # Whether loops have been compiled on this machine decides nothing: a test of the fused step asks for it.
 os.environ.setdefault("NANOMOE_STEP_PATH", "eager")
+# Kernels are computed by Triton's interpreter where there is no GPU: read when they are defined.
+if not any(Path("/dev").glob("nvidia[0-9]*")):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 from hypothesis import settings
@@ -22,7 +26,7 @@ from hypothesis import settings
 # A shell that starts the suite in the background has it ignore Ctrl-C, and so would every process that a test starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-pytest_plugins = ("tests.api", "tests.databases", "tests.queued", "tests.races", "tests.skips")
+pytest_plugins = ("tests.api", "tests.buckets", "tests.databases", "tests.queued", "tests.races", "tests.skips")
 
 # No deadline: a shared machine stalls now and then. In CI the examples are the same every time.
 settings.register_profile("project", deadline=None, derandomize="CI" in os.environ, print_blob=True)

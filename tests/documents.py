@@ -17,14 +17,19 @@ from pydantic import BaseModel
 
 from nanomoe.config import JobConfig, ModelConfig, SampleConfig, TrainConfig
 from service import client
+from service.access.quotas import Quotas
 from service.cli import glossary
 from service.client.job_fields import ViewField
+from service.http.permissions import PERMISSIONS, Permission
 from service.settings import Settings
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
+TRANSLATIONS = (ROOT / "README.pt-BR.md",)
+"""The README in other languages: its commands are the README's own."""
+
 DOCS = ROOT / "docs"
-PAGES = (README, *sorted(DOCS.glob("*.md")))
+PAGES = (README, *TRANSLATIONS, *sorted(DOCS.glob("*.md")))
 ENV_EXAMPLE = ROOT / ".env.example"
 
 
@@ -147,7 +152,7 @@ def methods_table(kind: type) -> str:
     """Every public method and property of a class of the client, with the first sentence of its docstring."""
     fields, methods = [], []
     for name, member in inspect.getmembers(kind):
-        if name.startswith("_") or name in ("send", "open"):  # those two are for the client's own methods
+        if name.startswith("_") or name in ("send", "open", "continuation"):  # those are for the client's own methods
             continue
         if isinstance(member, ViewField | property):
             fields.append(f"| `{name}` | {_sentence(member)} |")
@@ -186,7 +191,9 @@ NOT_PYTHON = {
     "service/client/pyproject.toml": "The client as a distribution of its own, without torch.",
     "service/database/migrations/script.py.mako": "What a new migration starts as.",
     "service/database/migrations/versions": "Every step of the schema.",
-    "service/static/vendor": "What the documentation in the browser needs, with licences.",
+    "service/static/README.md": "How a view of the page is made.",
+    "service/static/icon.svg": "The page's icon.",
+    "service/static/vendor": "What the page and the documentation in the browser need of others, with licences.",
     "worker/docker-compose.gpu.yml": "The worker on an NVIDIA GPU.",
 }
 """Files that carry no docstring, and folders that are told in one line."""
@@ -222,15 +229,44 @@ def _branch(path: Path, sentence: str) -> str:
     return f"{name:<26} {sentence}".rstrip()
 
 
+_COMMENT = {".js": r"/\*\*(.*?)\*/", ".css": r"/\*(.*?)\*/", ".html": r"<!--(.*?)-->"}
+
+
 def _first_sentence(path: Path) -> str:
-    assert path.suffix == ".py", f"say in NOT_PYTHON what {path} is"
-    text = ast.get_docstring(ast.parse((ROOT / path).read_text("utf-8")))
+    text: str | None
+    if path.suffix in _COMMENT:
+        found = re.search(_COMMENT[path.suffix], (ROOT / path).read_text("utf-8"), re.DOTALL)
+        text = found and re.sub(r"^ ?\* ?", "", found[1].strip(), flags=re.MULTILINE)
+    else:
+        assert path.suffix == ".py", f"say in NOT_PYTHON what {path} is"
+        text = ast.get_docstring(ast.parse((ROOT / path).read_text("utf-8")))
     assert text, f"{path} does not say what it is"
     paragraph = " ".join(text.split("\n\n")[0].split())
     return re.split(r"(?<=\.) ", paragraph)[0]
 
 
+_WHO = {
+    Permission.OPEN: "none is needed",
+    Permission.SESSION: "none is needed; a valid one says who asks",
+    Permission.READ: "viewer, member, admin",
+    Permission.CHANGE: "member, admin",
+    Permission.ADMIN: "admin",
+}
+
+
+def permissions_table() -> str:
+    """Every route, and whose key it needs."""
+    rows = [f"| `{method} {path}` | {_WHO[permission]} |" for (method, path), permission in PERMISSIONS.items()]
+    return "\n".join(["| route | whose key |", "| --- | --- |", *rows])
+
+
+def quotas_table() -> str:
+    """Every quota, and its meaning."""
+    return _words("quota", {name: _meaning(Quotas, name) for name in Quotas.model_fields})
+
+
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
+    "access.md": {"permissions": permissions_table, "quotas": quotas_table},
     "architecture.md": {"tree": tree},
     "client.md": {
         "Client": lambda: methods_table(client.Client),

@@ -76,8 +76,10 @@ def blocks(text: str) -> list[Block]:
 
 
 def links(text: str) -> list[str]:
-    """The targets of a Markdown text's links to files of this project and to headings, in order."""
-    targets = re.findall(r"\]\(([^)\s]+)\)", _prose(text))
+    """The targets of a Markdown text's links and pictures, files of this project and headings, in order."""
+    targets = [
+        link or picture for link, picture in re.findall(r'\]\(([^)\s]+)\)|\bsrc(?:set)?="([^"\s]+)"', _prose(text))
+    ]
     return [target for target in targets if not re.match(r"[a-z]+:", target)]
 
 

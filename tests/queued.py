@@ -8,10 +8,13 @@ import sqlalchemy as sa
 from service.database.database import Database
 from service.database.schema import table
 from service.jobs import queue, reads, recording
+from service.jobs.counters import raise_counter
 from service.jobs.ids import new_id
-from service.jobs.lease import Claim
+from service.jobs.lease import Claim, only
 from service.jobs.new_job import NewJob
-from service.jobs.tables import Counter, Job
+from service.jobs.queue import Release
+from service.jobs.submit import submit_job
+from service.jobs.tables import Job
 from service.jobs.workers import WorkerIdentity, worker_started
 
 LEASE = 60.0
@@ -28,7 +31,7 @@ def worker(db: Database) -> WorkerIdentity:
 
 
 def submit(db: Database, text: str = "Era uma vez", **changes: Any) -> Job:
-    job, created = queue.submit(db, NewJob(**{"text": text, "config": {"epochs": 1}, **changes}))
+    job, created = submit_job(db, NewJob(**{"text": text, "config": {"epochs": 1}, **changes}))
     assert created
     return job
 
@@ -62,10 +65,8 @@ def everything(db: Database) -> dict[str, list[Any]]:
 def copy_job(db: Database, job: Job, times: int, **values: Any) -> None:
     jobs = table(Job)
     row = {column.name: getattr(job, column.name) for column in jobs.columns} | values
-    counters = table(Counter)
     with db.write() as session:
-        raised = sa.update(counters).values(value=counters.c.value + times).returning(counters.c.value)
-        last = session.scalars(raised).one()
+        last = raise_counter(session, "jobs", times)
         copies = [row | {"id": new_id(), "seq": seq} for seq in range(last - times + 1, last + 1)]
         session.execute(sa.insert(jobs), copies)
 
@@ -77,6 +78,10 @@ def prepare(db: Database, held: Claim) -> None:
 
 def out_of_memory(db: Database, held: Claim) -> Job:
     prepare(db, held)
-    return queue.release_out_of_memory(
-        db, held, micro_batch=4, reason="memory ran out", warnings=[{"code": "a"}, {"code": "b"}]
-    )
+    warnings = [{"code": "a"}, {"code": "b"}]
+    return only(queue.release_jobs(db, [Release(held, micro_batch=4, interrupted="memory ran out", warnings=warnings)]))
+
+
+def release_from_company(db: Database, held: Claim, most: int) -> Job:
+    """Release a job, as memory ran out for those that were trained together: at most so many are from now on."""
+    return only(queue.release_jobs(db, [Release(held, cohort_most=most, interrupted="memory ran out")]))

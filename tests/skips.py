@@ -1,17 +1,22 @@
-"""What may be skipped: a GPU test where there is no GPU. In CI a run that skipped anything else fails."""
+"""What may be skipped: a GPU test where there is no GPU, and outside CI a test of kernels where Triton is missing.
 
+In CI a run that skipped anything but GPU tests fails."""
+
+import importlib.util
 import os
 
 import pytest
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip what is marked `gpu` where there is none. torch is imported only if such a test was chosen."""
+    """Skip what is marked `gpu` or `triton` where there is none. torch is imported only if such a test was chosen."""
     if item.get_closest_marker("gpu"):
         import torch
 
         if not torch.cuda.is_available():
             pytest.skip("no CUDA device")
+    if item.get_closest_marker("triton") and not importlib.util.find_spec("triton"):
+        pytest.skip("Triton is not installed: pip install -c constraints.txt 'nanomoe[triton]'")
 
 
 class NoSilentSkips:

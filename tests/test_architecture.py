@@ -19,7 +19,7 @@ PACKAGES = ("nanomoe", "service", "worker")
 OPEN_TO_WORKER = ("jobs", "database", "storage", "settings", "errors")
 """The parts of `service` that a worker shares with the API."""
 
-NO_FASTAPI = ("jobs", "database", "storage", "settings", "errors")
+NO_FASTAPI = ("access", "jobs", "database", "storage", "settings", "errors")
 """The parts of `service` that know neither HTTP nor torch."""
 
 IN_ENGINE = tuple(
@@ -32,7 +32,8 @@ IN_ENGINE = tuple(
 """What runs in the generation engine's process, which loads torch; the API imports none of it."""
 
 SERVICE_BELOW = {
-    "service.database": ("jobs", "storage", "generation", "http", "client", "cli"),
+    "service.database": ("access", "jobs", "storage", "generation", "http", "client", "cli"),
+    "service.access": ("jobs", "storage", "generation", "http", "client", "cli"),
     "service.jobs": ("storage", "generation", "http", "client", "cli"),
     "service.storage": ("generation", "http", "client", "cli"),
 }
@@ -45,6 +46,7 @@ BELOW = {
     "nanomoe.generation": ("training", "bench"),
     "nanomoe.evaluation": ("training", "bench"),
     "nanomoe.training": ("bench",),
+    "nanomoe.store": ("model", "training", "evaluation", "generation", "bench", "checkpoint", "tokenizer"),
 }
 """Rooms of `nanomoe`, and those that stand above each."""
 
@@ -142,9 +144,12 @@ def test_a_package_imports_only_what_it_may(package: str) -> None:
         ("service.generation.scheduler", "from service.jobs import reads"),
         ("service.http.routes.generate", "from service.generation import scheduler"),
         ("service.database.migrations.env", "from service.jobs import tables"),
+        ("service.access.keys", "from service.jobs.tables import Job"),
+        ("service.database.database", "from service.access.roles import Identity"),
         ("service.jobs.submission", "from service.http.schemas import SubmitRequest"),
         ("service.jobs.addressing", "from service.storage.job_folders import job_folder"),
         ("service.storage.fsck", "from service.http import views"),
+        ("nanomoe.store.bucket", "from nanomoe.checkpoint import MANIFEST"),
         ("service.http.routes.jobs", "import torch"),
     ],
 )

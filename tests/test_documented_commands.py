@@ -20,9 +20,11 @@ from tempfile import TemporaryFile
 import httpx
 import pytest
 
-from nanomoe.generation.kernels.compiling import LOOPS
-from nanomoe.generation.kernels.loading import load_all
-from tests.documents import DOCS, PAGES, README, ROOT, tracked
+from nanomoe.generation.kernels.compiling import LOOPS as GENERATION_LOOPS
+from nanomoe.generation.kernels.loading import load_all as load_generation_loops
+from nanomoe.training.steps.loading import load_all as load_training_loops
+from nanomoe.training.steps.loops.compiling import LOOPS as TRAINING_LOOPS
+from tests.documents import DOCS, PAGES, README, ROOT, TRANSLATIONS, tracked
 from tests.markdown import Block, blocks, differences
 
 RUN_HERE = (README, *(DOCS / f"{name}.md" for name in ("routes", "sweeps", "metrics", "mixture_of_experts", "running")))
@@ -112,17 +114,20 @@ def copy(tmp_path: Path) -> Path:
 
 
 def _bring_compiled_loops(folder: Path) -> None:
-    """Installing compiles them, ten seconds of work. numba keeps them by the path of their source."""
-    load_all()
-    kept = LOOPS.folder
-    to = folder / "nanomoe/generation/kernels/__pycache__" / kept.name
-    shutil.copytree(kept, to)
-    (to / _numbas_folder(ROOT)).rename(to / _numbas_folder(folder))
+    """Installing compiles those of generation, and the first job those of training: half a minute of work."""
+    for package, loops, load_all in (
+        ("nanomoe/generation/kernels", GENERATION_LOOPS, load_generation_loops),
+        ("nanomoe/training/steps/loops", TRAINING_LOOPS, load_training_loops),
+    ):
+        load_all()
+        to = folder / package / "__pycache__" / loops.folder.name
+        shutil.copytree(loops.folder, to)
+        (to / _numbas_folder(ROOT / package)).rename(to / _numbas_folder(folder / package))
 
 
-def _numbas_folder(root: Path) -> str:
-    """Where numba keeps what it compiled of a checkout: a name made from the path of the sources."""
-    return f"kernels_{hashlib.sha1(str(root / 'nanomoe/generation/kernels').encode()).hexdigest()}"  # noqa: S324
+def _numbas_folder(package: Path) -> str:
+    """Where numba keeps what it compiled of a package: a name made from its path."""
+    return f"{package.name}_{hashlib.sha1(str(package).encode()).hexdigest()}"  # noqa: S324
 
 
 @pytest.mark.timeout(1200)
@@ -165,7 +170,11 @@ def _wrong(shell: Shell, block: Block, port: int) -> Iterator[str]:
 
 
 def test_every_page_with_commands_has_a_test_that_runs_them() -> None:
-    with_commands = {page for page in PAGES if any(block.is_run for block in blocks(page.read_text("utf-8")))}
+    with_commands = {
+        page
+        for page in PAGES
+        if page not in TRANSLATIONS and any(block.is_run for block in blocks(page.read_text("utf-8")))
+    }
     assert with_commands == {*RUN_HERE, *RUN_ELSEWHERE}
     for page, test in RUN_ELSEWHERE.items():
         assert page.name in (ROOT / test).read_text("utf-8")

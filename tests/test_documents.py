@@ -8,19 +8,41 @@ import pytest
 
 from service.app import create_app
 from service.settings import Settings
-from tests.documents import DOCS, PAGES, README, ROOT, TABLES, tracked, with_tables
-from tests.markdown import blocks, links, slugs
+from tests.documents import DOCS, PAGES, README, ROOT, TABLES, TRANSLATIONS, tracked, with_tables
+from tests.markdown import Block, blocks, links, slugs
 
 MOST_LINES = 250
-"""Of the README: what is longer belongs into a page of its own."""
+"""Of a README: what is longer belongs into a page of its own."""
 
 EVERY_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 NOTES = ("", "run", "stays running")
 """What may stand above a block of commands that is run."""
 
 
-def test_the_readme_stays_short() -> None:
-    assert len(README.read_text("utf-8").splitlines()) <= MOST_LINES
+@pytest.mark.parametrize("page", [README, *TRANSLATIONS], ids=lambda page: page.name)
+def test_the_readme_stays_short(page: Path) -> None:
+    assert len(page.read_text("utf-8").splitlines()) <= MOST_LINES
+
+
+def contents(block: Block) -> tuple[str, ...]:
+    """A block and its answer, wherever it stands."""
+    return (block.note, block.language, block.text, *(contents(block.answer) if block.answer else ()))
+
+
+@pytest.mark.parametrize("page", TRANSLATIONS, ids=lambda page: page.name)
+def test_a_translation_has_the_blocks_and_the_links_of_the_readme(page: Path) -> None:
+    original, translated = (file.read_text("utf-8") for file in (README, page))
+    assert [contents(block) for block in blocks(translated)] == [contents(block) for block in blocks(original)]
+
+    def to_files(text: str) -> list[str]:
+        """Its links but for those to headings, whose names are translated, and to the other languages."""
+        others = {file.name for file in (README, *TRANSLATIONS)}
+        return [target for target in links(text) if target[0] != "#" and target not in others]
+
+    assert to_files(translated) == to_files(original)
+    assert len(links(translated)) == len(links(original))
+    assert page.name in links(original)
+    assert README.name in links(translated)
 
 
 @pytest.mark.parametrize("page", TABLES)

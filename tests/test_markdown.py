@@ -107,6 +107,10 @@ LINKED = """\
 
 def test_links_are_those_within_the_project() -> None:
     assert links(LINKED) == ["#the-first-one", "docs/page.md#part"]
+    assert links('<source srcset="docs/dark.webp"><img alt="a job" src="docs/light.webp">') == [
+        "docs/dark.webp",
+        "docs/light.webp",
+    ]
 
 
 def test_anchors_are_named_as_github_names_them() -> None:

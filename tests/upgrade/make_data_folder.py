@@ -124,7 +124,7 @@ def main(target: Path) -> None:
         backup.mkdir()
         os.environ |= {
             "NANOMOE_DATA_DIR": str(data), "NANOMOE_SNAPSHOT_SECONDS": str(SNAPSHOT_SECONDS), "NANOMOE_PORT": "0",
-            "NANOMOE_LEASE_SECONDS": "10", "OMP_NUM_THREADS": "1",
+            "NANOMOE_LEASE_SECONDS": "10", "OMP_NUM_THREADS": "1", "NANOMOE_STEP_PATH": "eager",
         }  # fmt: skip
         with started("service", stdout=subprocess.PIPE) as api:
             assert api.stdout is not None

@@ -19,7 +19,9 @@ from nanomoe import checkpoint
 from nanomoe.config import JobConfig
 from nanomoe.training.loop import Recorded, train
 from nanomoe.training.run import prepare
+from service.access.keys import create_key
 from service.database import migrate
+from service.database.caller import Caller
 from service.database.opening import open_database
 from service.database.schema import table
 from service.jobs import compared_jobs, queue, reads
@@ -29,6 +31,7 @@ from service.jobs.statuses import TERMINAL
 from service.jobs.tables import Envelope, Job
 from service.settings import Settings
 from service.storage import fsck
+from service.storage.opening import open_store
 from tests.faults.undisturbed import hooked, train_undisturbed
 from tests.upgrade.make_data_folder import BYTES, TEXT
 from tests.worker.workplace import Workplace
@@ -126,7 +129,7 @@ def test_every_job_of_an_older_data_folder_goes_on_to_its_end(place: Workplace) 
         "queued": "queued", "queued ptbr-8k": "queued", "queued child": "queued", "dated": "queued",
     }  # fmt: skip
     assert {name for name, job in jobs.items() if job.run_at is not None} == {"dated"}
-    assert fsck.check(place.db, place.settings.data_dir).is_clean
+    assert fsck.check(place.db, open_store(place.settings)).is_clean
     check_envelopes(place)
     expected = {name: resume_with_the_library(place, jobs[name]) for name in GOES_ON}
     rounds_alike = train_undisturbed(JobConfig(**BYTES), TEXT).files[100]["model.safetensors"] == weights(
@@ -146,10 +149,20 @@ def test_every_job_of_an_older_data_folder_goes_on_to_its_end(place: Workplace) 
     check_envelopes(place)
     if rounds_alike:
         assert expected == {name: weights(place, jobs[undisturbed]) for name, undisturbed in GOES_ON.items()}
-    assert fsck.check(place.db, place.settings.data_dir).is_clean
+    assert fsck.check(place.db, open_store(place.settings)).is_clean
+
+
+def test_what_was_there_before_keys_is_the_admins_and_its_bytes_are_known(place: Workplace) -> None:
+    made = create_key(place.db, "ana", "member")
+    ana = place.db.acting_as(Caller("ana", sees_all=False, key_id=made.id))
+    assert {job.owner for job in reads.list_jobs(place.db)} == {""}
+    assert reads.list_jobs(ana) == []
+    for job in reads.list_jobs(place.db):
+        for recorded in reads.list_checkpoints(place.db, job.id):
+            assert recorded.n_bytes == sum(file["size"] for file in recorded.files) > 0
 
 
 def test_an_older_backup_is_restored(restored: Workplace) -> None:
-    assert fsck.check(restored.db, restored.settings.data_dir).is_clean
+    assert fsck.check(restored.db, open_store(restored.settings)).is_clean
     assert len(by_name(restored)) == 12
     assert restored.submit().seq == 13
