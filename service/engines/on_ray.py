@@ -9,15 +9,22 @@ import logging
 import os
 import platform
 import re
+import socket
 import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
+from urllib.parse import urlsplit
 
 import ray
 import structlog
+from ray._private.authentication.authentication_token_setup import (
+    ensure_token_if_auth_enabled,
+    maybe_enable_token_auth_if_token_available,
+)
+from ray._raylet import GcsClient
 from ray.exceptions import AuthenticationError, RayError
 
 from nanomoe.logs import configure_logging
@@ -194,7 +201,7 @@ def _placed(index: int, row: dict[str, Any], handle: Any, answer: Any) -> _Place
     reason = None
     if answer is None:
         state = "pending"
-        reason = "no host has room for it" if row["State"] == "PENDING_CREATION" else "is placed anew"
+        reason = "is placed anew" if row["State"] == "RESTARTING" else "no host has had room for it yet"
     else:
         with suppress(RayError):  # it has not answered yet, or was lost just now
             fingerprint, worker = ray.get(answer, timeout=0)
@@ -220,7 +227,14 @@ def _cause_of_death(name: str) -> str:
 
 def _make_worker(fleet: Fleet, index: int) -> None:
     name = fleet.worker_name(index)
-    options = {"num_cpus": fleet.cpus, "num_gpus": fleet.gpus, "max_restarts": -1, "lifetime": "detached"}
+    options = {
+        "num_cpus": fleet.cpus,
+        "num_gpus": fleet.gpus,
+        "max_restarts": -1,
+        "lifetime": "detached",
+        # When its raylet dies an actor's process would kill the worker, which is to drain instead.
+        "runtime_env": {"env_vars": {"RAY_kill_child_processes_on_worker_exit": "0"}},
+    }
     log.info("worker_made", worker=name)
     with suppress(ValueError):  # there is one of that name again
         ray.remote(WorkerActor).options(name=name, namespace=NAMESPACE, **options).remote(fleet, index)
@@ -242,13 +256,17 @@ class RayEngine:
 
         Raises EngineError `cluster_unreachable`, `cluster_refused`.
         """
+        if address == "auto":
+            address = os.environ.get("RAY_ADDRESS", address)
         try:
+            if address != "auto":
+                _check_that_it_answers(address)
             ray.init(address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
         except AuthenticationError as error:
             raise EngineError(
                 "cluster_refused", f"the cluster at {address} wants its token (RAY_AUTH_TOKEN): {_first_line(error)}"
             ) from None
-        except (ConnectionError, RuntimeError, ValueError, RayError) as error:
+        except (OSError, RuntimeError, ValueError, RayError) as error:
             raise EngineError("cluster_unreachable", f"no Ray cluster at {address}: {_first_line(error)}") from None
 
     def up(self, fleet: Fleet) -> FleetStatus:
@@ -317,6 +335,21 @@ class RayEngine:
         while (keeper := _find(_keeper_name(name))) is not None and time.monotonic() < give_up:
             _remove(keeper)
             time.sleep(0.05)
+
+
+def _check_that_it_answers(address: str) -> None:
+    """Ask what `ray.init` tries again and again for minutes, whatever the reason.
+
+    Raises OSError when nothing listens there, AuthenticationError, ValueError when it is no address.
+    """
+    parts = urlsplit(address if "://" in address else f"//{address}")
+    if parts.hostname is None or parts.port is None:
+        raise ValueError("an address is HOST:PORT or auto")
+    socket.create_connection((parts.hostname, parts.port), timeout=_ANSWER_SECONDS).close()
+    if not parts.scheme:
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+        ensure_token_if_auth_enabled(create_token_if_missing=False)
+        GcsClient(address=address)
 
 
 def _keeper_name(name: str) -> str:
