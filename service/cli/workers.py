@@ -150,6 +150,9 @@ def _show(found: "FleetStatus", as_json: bool) -> None:
         text.console().print(f"{found.name}: {size} workers with {each} each")
     if found.problem:
         text.console(stderr=True).print(text.visible(found.problem), style=text.WRONG, soft_wrap=True)
+    if not found.workers:
+        text.console().print("no worker yet" if fleet is None or fleet.least else "no worker: no job waits")
+        return
     table = text.new_table("worker", "state", "host", ">pid", ">restarts", "why")
     for worker in found.workers:
         pid = "" if worker.pid is None else str(worker.pid)

@@ -79,7 +79,7 @@ class PlacedWorker:
     host: str | None = None
     pid: int | None = None
     restarts: int = 0
-    """How often it was started again after a crash, or on another host."""
+    """How often its place was lost, and how often it crashed where it is now."""
 
     reason: str | None = None
     """Why it is pending, pausing or refused."""

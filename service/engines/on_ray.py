@@ -97,6 +97,10 @@ class KeeperActor:
                 self._problem = self._round()
             except RayError as error:  # a head that restarts, for example
                 self._problem = f"Ray: {_first_line(error)}"
+            except Exception as error:
+                # A bug: shown, and the next round may do better. The workers go on in any case.
+                log.exception("round_failed", fleet=self._fleet.name)
+                self._problem = f"{type(error).__name__}: {error}"
             if self._problem:
                 log.warning("fleet_not_kept_up", fleet=self._fleet.name, reason=self._problem)
             time.sleep(max(0.0, began + ROUND_SECONDS - time.monotonic()))
@@ -116,7 +120,8 @@ class KeeperActor:
             is_other = placed.fingerprint is not None and placed.fingerprint != fleet.fingerprint(placed.index)
             if is_other or placed.index >= fleet.most:
                 placed.stop(now=False)
-        live = [one for one in present.values() if one.worker.state not in ("draining", "refused")]
+        # One that is refused takes a place: others would be refused for the same reason.
+        live = [one for one in present.values() if one.worker.state != "draining"]
         while len(live) > wanted and live[-1].worker.state == "pending":
             _remove(live[-1].handle)
             self._made.discard(live[-1].index)
@@ -128,8 +133,8 @@ class KeeperActor:
         self._made = set(present)
         missing = (n for n in range(fleet.most) if n not in present and self._retries.get(n, _NEVER_FAILED).is_due())
         for index, _ in zip(missing, range(wanted - len(live)), strict=False):
-            _make_worker(fleet, index)
-            self._made.add(index)
+            if _make_worker(fleet, index):
+                self._made.add(index)
         return problem
 
     def _wanted(self) -> tuple[int, str | None]:
@@ -174,8 +179,8 @@ class _Placed:
     """None while it does not answer."""
 
     def stop(self, *, now: bool) -> None:
-        """Have it drain; one without a process of its own yet is removed."""
-        if self.worker.state == "pending":
+        """Have it drain; one without a worker to drain is removed."""
+        if self.worker.state in ("pending", "ended", "refused"):
             _remove(self.handle)
         else:
             self.handle.stop.remote(now)
@@ -225,7 +230,8 @@ def _cause_of_death(name: str) -> str:
     return "unknown" if last is None else " ".join(str(last["DeathCause"]).split())[:500]
 
 
-def _make_worker(fleet: Fleet, index: int) -> None:
+def _make_worker(fleet: Fleet, index: int) -> bool:
+    """Make the actor of a worker; False while there is one of its name."""
     name = fleet.worker_name(index)
     options = {
         "num_cpus": fleet.cpus,
@@ -235,9 +241,12 @@ def _make_worker(fleet: Fleet, index: int) -> None:
         # When its raylet dies an actor's process would kill the worker, which is to drain instead.
         "runtime_env": {"env_vars": {"RAY_kill_child_processes_on_worker_exit": "0"}},
     }
-    log.info("worker_made", worker=name)
-    with suppress(ValueError):  # there is one of that name again
+    try:
         ray.remote(WorkerActor).options(name=name, namespace=NAMESPACE, **options).remote(fleet, index)
+    except ValueError:  # one that was removed just now
+        return False
+    log.info("worker_made", worker=name)
+    return True
 
 
 def _remove(handle: Any) -> None:
@@ -286,7 +295,10 @@ class RayEngine:
                     if placed.worker.state == "pending":  # it cannot say what it was to be
                         _remove(placed.handle)
             if time.monotonic() > give_up:
-                raise EngineError("keeper_not_placed", f"no host of the cluster has started {_keeper_name(fleet.name)}")
+                name = _keeper_name(fleet.name)
+                raise EngineError(
+                    "keeper_not_placed", f"no host of the cluster has started {name}: {_cause_of_death(name)}"
+                )
             with suppress(ValueError):  # somebody else's, or the old one's name is not free yet
                 options = {"num_cpus": 0, "max_restarts": -1, "lifetime": "detached"}
                 name = _keeper_name(fleet.name)
@@ -312,10 +324,7 @@ class RayEngine:
         self._remove_keeper(name)
         while placed := _placed_workers(name):
             for one in placed:
-                if one.worker.state in ("ended", "refused"):
-                    _remove(one.handle)
-                else:
-                    one.stop(now=now)  # again: an actor that was started anew meanwhile does not know
+                one.stop(now=now)  # again: an actor that was started anew meanwhile does not know
             time.sleep(0.2)
         return ended
 

@@ -91,8 +91,9 @@ class RayCluster:
         self.head = self._started(gcs_server_port=self._port, temp_dir=str(self._folder / "t"), num_cpus=0)
         return self.head
 
-    def add_node(self, cpus: int) -> RayNode:
-        return self._started(gcs_address=self.address, num_cpus=cpus)
+    def add_node(self, cpus: int, gpus: int = 0) -> RayNode:
+        """Add a node that claims to have so many."""
+        return self._started(gcs_address=self.address, num_cpus=cpus, num_gpus=gpus)
 
     def _started(self, **parameters: Any) -> RayNode:
         node = RayNode(self.environment, **parameters)

@@ -143,7 +143,7 @@ def test_a_worker_is_there_again_whatever_of_it_is_killed(fleet: Fleet) -> None:
 @pytest.mark.timeout(900)
 def test_workers_follow_the_queue_to_zero_and_up_again(fleet: Fleet) -> None:
     place, cluster = fleet.place, fleet.cluster
-    node = cluster.add_node(cpus=2)
+    node = cluster.add_node(cpus=2, gpus=99)
     asked = ("up", "--min", "0", "--max", "3", "--cpus", "1", "--idle-seconds", "1")
     assert fleet.done(*asked)["workers"] == []
     jobs = [place.submit(**ENDLESS) for _ in range(4)]
@@ -164,8 +164,16 @@ def test_workers_follow_the_queue_to_zero_and_up_again(fleet: Fleet) -> None:
     last = place.submit(**ENDLESS)
     fleet.wait_for_claim(last, 1)
     assert [worker["name"] for worker in fleet.workers()] == ["nanomoe-0"]
+    # Changed so that each worker is another one: the first returns its job to the queue.
+    fleet.done("up", "--count", "1", "--cpus", "2")
+    fleet.wait_for_claim(last, 2)
     fleet.done("down", "--now")
     place.wait_for(last, "queued")
+
+    # A host that has not what the cluster believes: the worker refuses to start, and nothing is tried again.
+    fleet.done("up", "--count", "1", "--cpus", "1", "--gpus", "99")
+    (worker,) = place.wait_until(lambda: fleet.workers("refused"))
+    assert "was asked for; nvidia-smi shows" in worker["reason"]
     node.end()
 
 
