@@ -128,8 +128,12 @@ class KeeperActor:
             del present[live.pop().index]
         for index in sorted(self._made - present.keys()):
             # Ray gave it up: what it was to run cannot be imported there, for example.
-            problem = f"the actor of {fleet.worker_name(index)} has ended: {_cause_of_death(fleet.worker_name(index))}"
-            self._retries.setdefault(index, _Retry()).failed()
+            self._retries.setdefault(index, _Retry()).failed(_cause_of_death(fleet.worker_name(index)))
+        for index, placed in present.items():
+            if placed.fingerprint is not None:  # it runs after all
+                self._retries.pop(index, None)
+        for index, retry in self._retries.items():
+            problem = f"the actor of {fleet.worker_name(index)} has ended: {retry.reason}"
         self._made = set(present)
         missing = (n for n in range(fleet.most) if n not in present and self._retries.get(n, _NEVER_FAILED).is_due())
         for index, _ in zip(missing, range(wanted - len(live)), strict=False):
@@ -151,13 +155,15 @@ class KeeperActor:
 
 
 class _Retry:
-    """When an actor that could not be made is made again."""
+    """When an actor that could not be made is made again, and why it could not."""
 
     def __init__(self) -> None:
+        self.reason = ""
         self._pause = 1.0
         self._due = 0.0
 
-    def failed(self) -> None:
+    def failed(self, reason: str) -> None:
+        self.reason = reason
         self._due = time.monotonic() + self._pause
         self._pause = min(_LONGEST_PAUSE, 2 * self._pause)
 
