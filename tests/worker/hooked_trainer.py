@@ -41,7 +41,8 @@ from nanomoe.training.steps.kept import KeptSteps
 from tests.faults.next_death import NextDeath
 from tests.nanomoe.training.steps.graphs_stand_in import RecordedGraphs
 from tests.worker.scripted_trainer import run_out_of_memory
-from worker import trainer
+from worker import cohort_trainer, job_trainer, trainer
+from worker.channel import Channel, JobChannel
 from worker.protocol import AboutJob, CheckpointWritten, Done, Start, StopReason
 from worker.supervision import Supervision
 
@@ -58,17 +59,17 @@ folder = ""
 job_folder = Path()
 supervised: list[Callable[[], StopReason | None]] = []
 
-_run_job, _run_cohort, _send = trainer.run_job, trainer.run_cohort, trainer.JobChannel.send
+_run_job, _run_cohort, _send = trainer.run_job, trainer.run_cohort, JobChannel.send
 _write, _backward = checkpoint.write, Run._backward
 _record = Run.record
 
 
-def run_job(start: Start, channel: trainer.JobChannel, supervision: Supervision, kept_steps: KeptSteps) -> Done:
+def run_job(start: Start, channel: JobChannel, supervision: Supervision, kept_steps: KeptSteps) -> Done:
     hook_up([start], supervision)
     return _run_job(start, channel, supervision, kept_steps)
 
 
-def run_cohort(starts: Sequence[Start], channel: trainer.Channel, supervision: Supervision) -> bool:
+def run_cohort(starts: Sequence[Start], channel: Channel, supervision: Supervision) -> bool:
     """The hook is that of the first member's attempt; lines are counted over all members."""
     hook_up(starts, supervision)
     if "forks" in hook:
@@ -106,7 +107,7 @@ def record(self: Run, percent: int, *, raise_if_stopped: Callable[[], None], **o
     return _record(self, percent, raise_if_stopped=raise_if_stopped, **options)
 
 
-def send(self: trainer.JobChannel, message: AboutJob) -> None:
+def send(self: JobChannel, message: AboutJob) -> None:
     global n_sent
     if next_death is not None:
         next_death.line()
@@ -152,11 +153,12 @@ trainer._warm_up = lambda **_: None  # torch is imported by now, and a job of a 
 trainer.run_job = run_job
 trainer.run_cohort = run_cohort
 Run.record = record  # type: ignore[method-assign]
-trainer.JobChannel.send = send  # type: ignore[method-assign]
+JobChannel.send = send  # type: ignore[method-assign]
 checkpoint.write = write
 commit.reached = reached
 if retry_seconds is not None:
-    trainer.open_store = partial(open_store, retry_seconds=retry_seconds)
+    for module in (job_trainer, cohort_trainer):
+        module.open_store = partial(open_store, retry_seconds=retry_seconds)
 
 if __name__ == "__main__":
     trainer.main()
