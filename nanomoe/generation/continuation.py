@@ -61,40 +61,84 @@ def continue_tokens(
 
 @torch.inference_mode()
 def _drafted(model: GPT, request: Request, expected: Sequence[int], before_pass: Callable[[], None]) -> list[int]:
-    device = model.transformer.wte.weight.device
-    stream = sampling.uniform_stream(request.seed, request.index)
-    uniforms = [stream.random() for _ in range(request.max_new_tokens)]
-    certain = list(request.prompt)
-    total = len(certain) + request.max_new_tokens
-    guess = list(expected[: request.max_new_tokens])
-    while len(certain) < total:
+    draft = Draft(request, expected)
+    while draft.n_left:
         before_pass()
-        n_left = total - len(certain)
-        repeated = [certain[-1]] * n_left
-        guesses = [[*guess, *repeated[len(guess) :]], repeated]
-        # What comes after the last token of all is not asked.
-        tokens_GT = torch.tensor([[*certain, *each[:-1]] for each in guesses], device=device)
+        tokens_GT = torch.tensor(draft.guesses(), device=model.transformer.wte.weight.device)
         hidden_GTC, _ = model.hidden(tokens_GT)
-        logits_GNV = model.logits(hidden_GTC[:, -n_left:])
-        chosen = _choices(logits_GNV, request.sampling, uniforms[-n_left:])
-        # A choice is certain if all guesses before it were right.
-        n_certain = [1 + _n_equal(each, choices[:-1]) for each, choices in zip(guesses, chosen, strict=True)]
-        best = max(range(len(guesses)), key=n_certain.__getitem__)
-        certain += chosen[best][: n_certain[best]]
-        guess = chosen[0][n_certain[best] :]
-    return certain[len(request.prompt) :]
+        logits_GNV = model.logits(hidden_GTC[:, -draft.n_left :])
+        (chosen,) = choices([draft], [logits_GNV])
+        draft.take(chosen)
+    return draft.new
 
 
-def _choices(logits_GNV: Tensor, how: SamplingConfig, uniforms: Sequence[float]) -> list[list[int]]:
-    """The next token at each position of each guess, chosen where the logits are."""
-    n_guesses, n_positions, _ = logits_GNV.shape
-    logits, uniforms = logits_GNV.flatten(0, 1), [*uniforms] * n_guesses
-    if logits.is_cuda:
-        tokens = choose_all(logits, [how] * len(uniforms), uniforms)
+class Draft:
+    """A continuation under way."""
+
+    N_GUESSES = 2
+
+    def __init__(self, request: Request, expected: Sequence[int]) -> None:
+        stream = sampling.uniform_stream(request.seed, request.index)
+        self._uniforms = [stream.random() for _ in range(request.max_new_tokens)]
+        self._request = request
+        self._certain = list(request.prompt)
+        self._guess = list(expected[: request.max_new_tokens])
+
+    @property
+    def n_left(self) -> int:
+        """New tokens that are not certain yet."""
+        return len(self._request.prompt) + self._request.max_new_tokens - len(self._certain)
+
+    @property
+    def new(self) -> list[int]:
+        """The new tokens so far."""
+        return self._certain[len(self._request.prompt) :]
+
+    @property
+    def how(self) -> SamplingConfig:
+        """How the next token is chosen."""
+        return self._request.sampling
+
+    @property
+    def uniforms(self) -> list[float]:
+        """The uniform number of each position whose token is not certain yet."""
+        return self._uniforms[-self.n_left :]
+
+    def guesses(self) -> list[list[int]]:
+        """What the model is to read next: (`N_GUESSES`, T) tokens, T the same in each pass. The hidden states of the
+        last `n_left` tell the tokens that are not certain yet."""
+        # What comes after the last token of all is not asked.
+        return [[*self._certain, *guess[:-1]] for guess in self._guessed()]
+
+    def take(self, chosen: list[list[int]]) -> None:
+        """Go on with what the model has chosen at the last `n_left` positions of each guess: a choice is certain if all
+        guesses before it were right."""
+        n_certain = [1 + _n_equal(each, own[:-1]) for each, own in zip(self._guessed(), chosen, strict=True)]
+        best = max(range(len(chosen)), key=n_certain.__getitem__)
+        self._certain += chosen[best][: n_certain[best]]
+        self._guess = chosen[0][n_certain[best] :]
+
+    def _guessed(self) -> list[list[int]]:
+        repeated = [self._certain[-1]] * self.n_left
+        return [[*self._guess, *repeated[len(self._guess) :]], repeated]
+
+
+def choices(drafts: Sequence[Draft], logits: Sequence[Tensor]) -> list[list[list[int]]]:
+    """The next token at each uncertain position of each guess of each draft, chosen where the logits are: those of a
+    draft are (G, N, V), N its `n_left`.
+
+    Raises:
+        ValueError: a logit overflows float32.
+    """
+    logits_RV = torch.cat([each.flatten(0, 1) for each in logits])
+    hows = [draft.how for draft in drafts for _ in range(Draft.N_GUESSES * draft.n_left)]
+    uniforms = [uniform for draft in drafts for _ in range(Draft.N_GUESSES) for uniform in draft.uniforms]
+    if logits_RV.is_cuda:
+        tokens = iter(choose_all(logits_RV, hows, uniforms))
     else:
-        rows = zip(logits.numpy(), uniforms, strict=True)
-        tokens = [sampling.choose(Candidates(logits_V), how, uniform) for logits_V, uniform in rows]
-    return [tokens[n : n + n_positions] for n in range(0, len(tokens), n_positions)]
+        rows = zip(logits_RV.numpy(), hows, uniforms, strict=True)
+        tokens = iter([sampling.choose(Candidates(logits_V), how, uniform) for logits_V, how, uniform in rows])
+    return [[[next(tokens) for _ in range(draft.n_left)] for _ in range(Draft.N_GUESSES)] for draft in drafts]
 
 
 def _n_equal(some: Sequence[int], others: Sequence[int]) -> int:
