@@ -100,16 +100,18 @@ def _warm_up(*, measures_cohort: bool) -> int | None:
     def run_of(config: JobConfig, text: str) -> "Run":
         return prepare(config, text, load_tokenizer(config.tokenizer)).run
 
+    n_threads = torch.get_num_threads()  # each run sets its own; cohorts are to find those of the process
     toy = JobConfig(tokenizer="bytes", block_size=4, n_layer=2, n_head=1, n_embd=4, use_moe=True, epochs=1)
     for _ in train(run_of(toy, "warm up")):
         pass
     run_of(JobConfig(tokenizer=BUNDLED), "Era uma vez " * 30).train_step()
+    torch.set_num_threads(n_threads)
     start_threads()
     cohort: int | None = None
     if measures_cohort:
         from nanomoe.training.cohort_width import measured_cohort_width
 
-        cohort = measured_cohort_width(torch.get_num_threads())
+        cohort = measured_cohort_width(n_threads)
     # What is there now stays: to search it after every job for what is unreachable took 0.15 s (measured).
     gc.collect()
     gc.freeze()
