@@ -7,7 +7,7 @@ repeats, as a model begins with, and what it chose itself in the pass before (Ja
 2305.10427), at first what is expected. A pass over 35 tokens takes little longer than one over a single token, and two
 to five passes do where 25 tokens were computed one by one (measured on the reference run).
 
-Shape letters: G guesses, T tokens, N positions whose next token is not certain yet, C channels.
+Shape letters: G guesses, T tokens, C channels, R rows of logits, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
@@ -62,13 +62,14 @@ def continue_tokens(
 @torch.inference_mode()
 def _drafted(model: GPT, request: Request, expected: Sequence[int], before_pass: Callable[[], None]) -> list[int]:
     draft = Draft(request, expected)
-    while draft.n_left:
+    while n_left := draft.n_left:
         before_pass()
         tokens_GT = torch.tensor(draft.guesses(), device=model.transformer.wte.weight.device)
         hidden_GTC, _ = model.hidden(tokens_GT)
-        logits_GNV = model.logits(hidden_GTC[:, -draft.n_left :])
-        (chosen,) = choices([draft], [logits_GNV])
-        draft.take(chosen)
+        logits_RV = model.logits(hidden_GTC[:, -n_left:]).flatten(0, 1)
+        uniforms = draft.uniforms[-n_left:] * Draft.N_GUESSES
+        chosen = choose_rows(logits_RV, [request.sampling] * len(uniforms), uniforms)
+        draft.take([chosen[:n_left], chosen[n_left:]])
     return draft.new
 
 
@@ -79,66 +80,53 @@ class Draft:
 
     def __init__(self, request: Request, expected: Sequence[int]) -> None:
         stream = sampling.uniform_stream(request.seed, request.index)
-        self._uniforms = [stream.random() for _ in range(request.max_new_tokens)]
-        self._request = request
+        self.sampling = request.sampling
+        """How new tokens are chosen."""
+        self.uniforms = [stream.random() for _ in range(request.max_new_tokens)]
+        """The uniform number of each new token."""
+        self._n_prompt = len(request.prompt)
         self._certain = list(request.prompt)
         self._guess = list(expected[: request.max_new_tokens])
 
     @property
     def n_left(self) -> int:
         """New tokens that are not certain yet."""
-        return len(self._request.prompt) + self._request.max_new_tokens - len(self._certain)
+        return self._n_prompt + len(self.uniforms) - len(self._certain)
 
     @property
     def new(self) -> list[int]:
-        """The new tokens so far."""
-        return self._certain[len(self._request.prompt) :]
-
-    @property
-    def how(self) -> SamplingConfig:
-        """How the next token is chosen."""
-        return self._request.sampling
-
-    @property
-    def uniforms(self) -> list[float]:
-        """The uniform number of each position whose token is not certain yet."""
-        return self._uniforms[-self.n_left :]
+        """The new tokens that are certain."""
+        return self._certain[self._n_prompt :]
 
     def guesses(self) -> list[list[int]]:
-        """What the model is to read next: (`N_GUESSES`, T) tokens, T the same in each pass. The hidden states of the
-        last `n_left` tell the tokens that are not certain yet."""
+        """What the model is to read next, as long as a token is left: (`N_GUESSES`, T) tokens, T the same in each pass.
+        The hidden states of the last `n_left` tell the tokens that are not certain yet."""
         # What comes after the last token of all is not asked.
         return [[*self._certain, *guess[:-1]] for guess in self._guessed()]
 
-    def take(self, chosen: list[list[int]]) -> None:
+    def take(self, chosen: Sequence[Sequence[int]]) -> None:
         """Go on with what the model has chosen at the last `n_left` positions of each guess: a choice is certain if all
         guesses before it were right."""
-        n_certain = [1 + _n_equal(each, own[:-1]) for each, own in zip(self._guessed(), chosen, strict=True)]
+        n_certain = [1 + _n_equal(guess, own[:-1]) for guess, own in zip(self._guessed(), chosen, strict=True)]
         best = max(range(len(chosen)), key=n_certain.__getitem__)
         self._certain += chosen[best][: n_certain[best]]
-        self._guess = chosen[0][n_certain[best] :]
+        self._guess = list(chosen[0][n_certain[best] :])
 
     def _guessed(self) -> list[list[int]]:
         repeated = [self._certain[-1]] * self.n_left
         return [[*self._guess, *repeated[len(self._guess) :]], repeated]
 
 
-def choices(drafts: Sequence[Draft], logits: Sequence[Tensor]) -> list[list[list[int]]]:
-    """The next token at each uncertain position of each guess of each draft, chosen where the logits are: those of a
-    draft are (G, N, V), N its `n_left`.
+def choose_rows(logits_RV: Tensor, samplings: Sequence[SamplingConfig], uniforms: Sequence[float]) -> list[int]:
+    """The next token of each row, chosen where the logits are.
 
     Raises:
-        ValueError: a logit overflows float32.
+        ValueError: the largest logit of some row is not a finite number.
     """
-    logits_RV = torch.cat([each.flatten(0, 1) for each in logits])
-    hows = [draft.how for draft in drafts for _ in range(Draft.N_GUESSES * draft.n_left)]
-    uniforms = [uniform for draft in drafts for _ in range(Draft.N_GUESSES) for uniform in draft.uniforms]
     if logits_RV.is_cuda:
-        tokens = iter(choose_all(logits_RV, hows, uniforms))
-    else:
-        rows = zip(logits_RV.numpy(), hows, uniforms, strict=True)
-        tokens = iter([sampling.choose(Candidates(logits_V), how, uniform) for logits_V, how, uniform in rows])
-    return [[[next(tokens) for _ in range(draft.n_left)] for _ in range(Draft.N_GUESSES)] for draft in drafts]
+        return choose_all(logits_RV, samplings, uniforms)
+    rows = zip(logits_RV.numpy(), samplings, uniforms, strict=True)
+    return [sampling.choose(Candidates(logits_V), how, uniform) for logits_V, how, uniform in rows]
 
 
 def _n_equal(some: Sequence[int], others: Sequence[int]) -> int:
