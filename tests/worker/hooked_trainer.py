@@ -44,7 +44,8 @@ from nanomoe.training.steps.kept import KeptSteps
 from tests.faults.next_death import NextDeath
 from tests.nanomoe.training.steps.graphs_stand_in import RecordedGraphs
 from tests.worker.scripted_trainer import run_out_of_memory
-from worker import trainer
+from worker import cohort_trainer, job_trainer, trainer
+from worker.channel import Channel, JobChannel
 from worker.protocol import AboutJob, CheckpointWritten, Done, Start, StopReason
 from worker.supervision import Supervision
 
@@ -61,17 +62,17 @@ folder = ""
 job_folder = Path()
 supervised: list[Callable[[], StopReason | None]] = []
 
-_run_job, _run_cohort, _send = trainer.run_job, trainer.run_cohort, trainer.JobChannel.send
+_run_job, _run_cohort, _send = trainer.run_job, trainer.run_cohort, JobChannel.send
 _write, _backward = checkpoint.write, Run._backward
 _record, _sendable = Run.record, cohort._sendable
 
 
-def run_job(start: Start, channel: trainer.JobChannel, supervision: Supervision, kept_steps: KeptSteps) -> Done:
+def run_job(start: Start, channel: JobChannel, supervision: Supervision, kept_steps: KeptSteps) -> Done:
     hook_up([start], supervision)
     return _run_job(start, channel, supervision, kept_steps)
 
 
-def run_cohort(starts: Sequence[Start], channel: trainer.Channel, supervision: Supervision) -> bool:
+def run_cohort(starts: Sequence[Start], channel: Channel, supervision: Supervision) -> bool:
     """The hook is that of the first member's attempt; lines are counted over all members."""
     hook_up(starts, supervision)
     if "forks" in hook or "fork" in deaths:
@@ -119,7 +120,7 @@ def record(self: Run, percent: int, *, raise_if_stopped: Callable[[], None], **o
     return _record(self, percent, raise_if_stopped=raise_if_stopped, **options)
 
 
-def send(self: trainer.JobChannel, message: AboutJob) -> None:
+def send(self: JobChannel, message: AboutJob) -> None:
     global n_sent
     die_if_ordered("trainer")
     if hook:
@@ -163,12 +164,13 @@ trainer._warm_up = lambda **_: None  # torch is imported by now, and a job of a 
 trainer.run_job = run_job
 trainer.run_cohort = run_cohort
 Run.record = record  # type: ignore[method-assign]
-trainer.JobChannel.send = send  # type: ignore[method-assign]
+JobChannel.send = send  # type: ignore[method-assign]
 cohort._sendable = sendable
 checkpoint.write = write
 commit.reached = reached
 if retry_seconds is not None:
-    trainer.open_store = partial(open_store, retry_seconds=retry_seconds)
+    for module in (job_trainer, cohort_trainer):
+        module.open_store = partial(open_store, retry_seconds=retry_seconds)
 
 if __name__ == "__main__":
     trainer.main()

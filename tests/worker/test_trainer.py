@@ -12,8 +12,9 @@ from nanomoe.config import InitFrom
 from nanomoe.evaluation.metrics import CheckpointMetrics
 from nanomoe.training.steps.kept import KeptSteps
 from tests.service.tiny_checkpoint import write_tiny_checkpoint
+from worker.channel import JobChannel
+from worker.job_trainer import Writer, _explain, run_job
 from worker.protocol import CheckpointWritten, Folder, Ready, SnapshotWritten, Start, parse_from_trainer
-from worker.trainer import JobChannel, Writer, _explain, run_job
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,7 +31,7 @@ class RecordingChannel(JobChannel):
 
 def test_stray_prints_of_the_trainer_and_its_children_never_reach_the_supervisor() -> None:
     code = (
-        "import os, sys; from worker.trainer import Channel; from worker.protocol import Ready; channel = Channel(); "
+        "import os, sys; from worker.channel import Channel; from worker.protocol import Ready; channel = Channel(); "
         "print('stray', flush=True); os.write(1, b'stray'); os.system('echo stray'); channel.send(Ready())"
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, cwd=ROOT)
