@@ -60,8 +60,10 @@ def train_jobs(channel: Channel, supervision: Supervision, cohort: int | None = 
     """Train job after job, until one fails or leaves something behind, or someone asks the process to exit. `cohort`:
     most jobs that it should be given together, where that was measured."""
     from nanomoe.training.steps.kept import KeptSteps
+    from nanomoe.training.steps.loops.compiling import LOOPS
     from worker.process_state import ProcessState
 
+    measured_without_loops = cohort is not None and not LOOPS.are_compiled()
     kept_steps = KeptSteps()
     new_state = ProcessState(kept_steps.forget)
     channel.send(Ready(cohort=cohort))
@@ -79,6 +81,9 @@ def train_jobs(channel: Channel, supervision: Supervision, cohort: int | None = 
             return
         if (left := new_state.what_is_left()) is not None:
             log.warning("trainer_exits: %s", left)
+            return
+        if measured_without_loops and LOOPS.are_compiled():
+            log.info("trainer_exits: training loops are compiled by now, with which company gains another time")
             return
         # Closed, never unlocked: a child of a job that still lives keeps the slot locked.
         os.close(lock)
