@@ -123,8 +123,8 @@ class Settings(BaseSettings):
     Containers that share a GPU need one on a common volume."""
 
     cohort: int | Literal["auto"] = "auto"
-    """Most jobs of one shape that a trainer trains together: a number, or `auto`, which is measured once on a CPU, and
-    1 on a GPU; 1 trains each job alone."""
+    """Most jobs of one shape that a trainer trains together: a number, or `auto`, which is measured once for a CPU or a
+    GPU; 1 trains each job alone."""
 
     lease_seconds: float = Field(60, gt=0, le=86_400)
     """Seconds without a heartbeat after which another worker may claim a job."""

@@ -45,8 +45,8 @@ def main() -> NoReturn:
     signal.signal(signal.SIGUSR1, lambda *_: None)
     signal.signal(signal.SIGTERM, lambda *_: supervision.terminated())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    cohort = _warm_up(measures_cohort=options.measure_cohort)
-    train_jobs(channel, supervision, cohort)
+    cohort = _warm_up(measures_cohort=options.measure_cohort, gpu=options.gpu)
+    train_jobs(channel, supervision, cohort, on_gpu=options.gpu is not None)
     sys.stderr.flush()
     if supervision.should_exit:
         # Die by SIGTERM, so that the supervisor counts no crash for a job that was just sent.
@@ -56,14 +56,14 @@ def main() -> NoReturn:
     os._exit(0)
 
 
-def train_jobs(channel: Channel, supervision: Supervision, cohort: int | None = None) -> None:
+def train_jobs(channel: Channel, supervision: Supervision, cohort: int | None = None, *, on_gpu: bool = False) -> None:
     """Train job after job, until one fails or leaves something behind, or someone asks the process to exit. `cohort`:
     most jobs that it should be given together, where that was measured."""
     from nanomoe.training.steps.kept import KeptSteps
     from nanomoe.training.steps.loops.compiling import LOOPS
     from worker.process_state import ProcessState
 
-    measured_without_loops = cohort is not None and not LOOPS.are_compiled()
+    measured_without_loops = cohort is not None and not on_gpu and not LOOPS.are_compiled()
     kept_steps = KeptSteps()
     new_state = ProcessState(kept_steps.forget)
     channel.send(Ready(cohort=cohort))
@@ -90,10 +90,10 @@ def train_jobs(channel: Channel, supervision: Supervision, cohort: int | None = 
         channel.send(Idle())
 
 
-def _warm_up(*, measures_cohort: bool) -> int | None:
+def _warm_up(*, measures_cohort: bool, gpu: str | None = None) -> int | None:
     """Import what a job needs, train a toy to its end, and a step at the default size: much of torch is loaded, and its
     kernels are chosen, by the first step of a kind only. Touches no GPU. Returns how many jobs should be trained
-    together on this CPU, if that is to be measured."""
+    together on this CPU, or on the GPU of this name, if that is to be measured and could be."""
     gc.disable()  # nothing that an import makes is garbage: a tenth of its time went into looking for some
     import torch
 
@@ -113,10 +113,14 @@ def _warm_up(*, measures_cohort: bool) -> int | None:
     torch.set_num_threads(n_threads)
     start_threads()
     cohort: int | None = None
-    if measures_cohort:
+    if measures_cohort and gpu is None:
         from nanomoe.training.cohort_width import measured_cohort_width
 
         cohort = measured_cohort_width(n_threads)
+    elif measures_cohort and gpu is not None:
+        from nanomoe.training.program_width import measured_program_width
+
+        cohort = measured_program_width(gpu)
     # What is there now stays: to search it after every job for what is unreachable took 0.15 s (measured).
     gc.collect()
     gc.freeze()
@@ -134,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
         help="monotonic time to exit at without a later keep-alive",
     )
     parser.add_argument("--measure-cohort", action="store_true", help="measure how many jobs to train together")
+    parser.add_argument("--gpu", metavar="MODEL", help="name of the GPU that it trains on; without it, a CPU")
     parser.add_argument("--log-format", choices=get_args(LogFormat), default="console")
     return parser
 
