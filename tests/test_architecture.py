@@ -40,6 +40,9 @@ SERVICE_BELOW = {
 }
 """Packages of `service`, and those that stand above each: imports go downwards."""
 
+IN_TRAINER = ("worker.trainer", "worker.job_trainer", "worker.cohort_trainer", "worker.process_state")
+"""What runs in the trainer's process alone, which loads torch."""
+
 WEB = ("fastapi", "starlette", "uvicorn")
 
 BELOW = {
@@ -89,8 +92,8 @@ def forbidden(module: str, name: str) -> bool:
         return (
             (_within(name, "service") and not _within(name, *(f"service.{part}" for part in OPEN_TO_WORKER)))
             or _within(name, *WEB, "httpx", "sqlalchemy", "sqlmodel")
-            or (_within(name, "torch") and module not in ("worker.trainer", "worker.process_state"))
-            or (_within(name, "service") and module == "worker.trainer")
+            or (_within(name, "torch") and module not in IN_TRAINER)
+            or (_within(name, "service") and module in IN_TRAINER)
         )
     above = [f"service.{room}" for below, rooms in SERVICE_BELOW.items() if _within(module, below) for room in rooms]
     if _within(name, "worker", *above):
@@ -132,6 +135,7 @@ def test_a_package_imports_only_what_it_may(package: str) -> None:
         ("worker.supervisor", "from service.http import schemas"),
         ("worker.supervisor", "import torch.nn"),
         ("worker.trainer", "from service.jobs.queue import claim"),
+        ("worker.cohort_trainer", "from service.jobs.queue import claim"),
         ("service.jobs.queue", "from fastapi import HTTPException"),
         ("service.jobs.reads", "import torch"),
         ("service.http.routes.jobs", "from ....worker import supervisor"),

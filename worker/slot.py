@@ -127,7 +127,7 @@ class Slot:
         elif measured is not None:
             width, reason = measured, "as measured on this machine"
         else:
-            width, reason = 1, "not measured on a GPU"
+            width, reason = 1, "could not be measured, see cohort_not_measured"
         if width != self._cohort or self._cohort_reason != reason:
             log.info("cohort_width", slot=self.name, width=width, reason=reason)
             if measured is not None:
@@ -252,7 +252,9 @@ class Slot:
     def _start_trainer(self, now: float) -> None:
         until = now + self._timing.kill_after
         options = ["--parent", str(os.getpid()), "--until", str(until)]
-        if self._settings.cohort == "auto" and not self._device.is_gpu:
+        if self._device.is_gpu:
+            options += ["--gpu", self._device.model]
+        if self._settings.cohort == "auto":
             options.append("--measure-cohort")
         try:
             command = [*self._command, *options]
