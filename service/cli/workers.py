@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 ENGINES = ("ray",)
 DEFAULT_NAME = "nanomoe"
 
-app = typer.Typer(name="workers", help="List the workers and their jobs, or run many on an engine.")
+app = typer.Typer(
+    name="workers", help="List the workers and their jobs, or run many on an engine.", add_completion=False
+)
 
 On = Annotated[str, typer.Option("--on", metavar="ENGINE", help=f"Engine that runs the workers: {', '.join(ENGINES)}.")]
 Address = Annotated[str, typer.Option(help="Address of the Ray cluster; auto: RAY_ADDRESS, or the one of this host.")]
@@ -47,11 +49,11 @@ def up(
     count: Annotated[int | None, typer.Option(min=1, help="Workers that always run (1 without --max).")] = None,
     least: Annotated[int | None, typer.Option("--min", min=0, help="Workers that always run, with --max (0).")] = None,
     most: Annotated[int | None, typer.Option("--max", min=1, help="Most workers: as many run as jobs need.")] = None,
-    cpus: Annotated[int, typer.Option(min=1, help="CPUs of each worker, which are its threads.")] = 2,
+    cpus: Annotated[int, typer.Option(min=1, help="CPUs of each worker, and threads of its trainers.")] = 2,
     gpus: Annotated[int, typer.Option(min=0, help="GPUs of each worker.")] = 0,
     slots: Annotated[int, typer.Option(min=1, help="Jobs at once on each GPU of a worker, or on its CPUs.")] = 1,
     idle_seconds: Annotated[
-        float, typer.Option(min=1, help="Seconds without a job after which a worker above --min ends.")
+        int, typer.Option(min=1, help="Seconds without a job after which a worker above --min ends.")
     ] = 300,
     name: Name = DEFAULT_NAME,
     as_json: Json = False,

@@ -32,13 +32,15 @@ class Fleet:
     """Workers that run when enough jobs wait; those above `least` end once they have been idle."""
 
     cpus: int = 2
-    """CPUs of a worker, and threads of its trainers."""
+    """CPUs of a worker, and threads of all of its trainers together."""
 
     gpus: int = 0
     slots: int = 1
     """Trainers on each GPU of a worker, or on its CPUs."""
 
-    idle_seconds: float = 300.0
+    idle_seconds: int = 300
+    """Seconds without a job after which a worker above `least` ends."""
+
     environment: Mapping[str, str] = field(default_factory=dict, repr=False)
     """Variables of its workers. May hold a password: never shown."""
 
@@ -54,7 +56,7 @@ class Fleet:
     def worker_arguments(self, index: int) -> list[str]:
         """The options of `python -m worker`."""
         arguments = ["--name", self.worker_name(index), "--slots", str(self.slots)]
-        return arguments if index < self.least else [*arguments, "--idle-seconds", f"{self.idle_seconds:g}"]
+        return arguments if index < self.least else [*arguments, "--idle-seconds", str(self.idle_seconds)]
 
     def worker_environment(self, index: int) -> dict[str, str]:
         """Variables of one worker: the fleet's, its devices, and its threads.
@@ -62,7 +64,8 @@ class Fleet:
         Each worker has CPU devices of its own name: two of one host and data folder must not share a slot's lock.
         """
         device = ",".join(f"cuda:{n}" for n in range(self.gpus)) or f"cpu:{index}"
-        return {**self.environment, "NANOMOE_DEVICE": device, "OMP_NUM_THREADS": str(max(1, self.cpus // self.slots))}
+        threads = max(1, self.cpus // self.jobs_per_worker)
+        return {**self.environment, "NANOMOE_DEVICE": device, "OMP_NUM_THREADS": str(threads)}
 
     def fingerprint(self, index: int) -> str:
         """The same for two fleets of the same name exactly if this worker of theirs is the same."""

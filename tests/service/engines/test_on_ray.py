@@ -3,9 +3,10 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import pytest
@@ -24,6 +25,8 @@ NANOMOE = Path(sys.executable).parent / "nanomoe"
 TINY = {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 8, "tokenizer": "bytes"}
 ENDLESS = TINY | {"epochs": 1_000_000, "stop_at_perplexity": None}
 SHORT = TINY | {"epochs": 3}
+
+T = TypeVar("T")
 
 
 class Fleet:
@@ -59,6 +62,14 @@ class Fleet:
         ran = self.run("status", "--json")
         found = json.loads(ran.stdout)["workers"] if ran.returncode == 0 else []
         return [worker for worker in found if worker["state"] == state]
+
+    def wait_until(self, holds: Callable[[], T]) -> T:
+        """The first true value of `holds`, which asks by a command: each costs seconds of a processor."""
+        give_up = time.monotonic() + 200
+        while not (value := holds()):
+            assert time.monotonic() < give_up, self.cluster.logs()
+            time.sleep(1)
+        return value
 
     def wait_for_claim(self, job: Job, fence: int) -> Job:
         """The job, once it was claimed for the `fence`-th time and is being trained."""
@@ -114,7 +125,7 @@ def test_a_worker_is_there_again_whatever_of_it_is_killed(fleet: Fleet) -> None:
     before = {process.pid for process in node.raylet.children(recursive=True)}
     node.raylet.kill()
     fleet.wait_for_claim(job, 4)
-    (moved,) = place.wait_until(fleet.workers)
+    (moved,) = fleet.wait_until(fleet.workers)
     assert moved["pid"] in {process.pid for process in other.raylet.children(recursive=True)} - before
 
     # The head: the worker trains on, and the new head knows it.
@@ -123,8 +134,8 @@ def test_a_worker_is_there_again_whatever_of_it_is_killed(fleet: Fleet) -> None:
     place.wait_for_step(job, step + 1)
     cluster.head.end()
     cluster.start_head()
-    place.wait_until(lambda: fleet.workers() == [moved])
-    place.wait_until(lambda: fleet.done("status")["problem"] is None)
+    fleet.wait_until(lambda: fleet.workers() == [moved])
+    fleet.wait_until(lambda: fleet.done("status")["problem"] is None)
     assert place.job(job).fence == 4, place.events(job, "status")
 
     assert fleet.done("down")["ended"] == ["nanomoe-0"]
@@ -150,12 +161,12 @@ def test_workers_follow_the_queue_to_zero_and_up_again(fleet: Fleet) -> None:
     for job in jobs[:2]:
         fleet.wait_for_claim(job, 1)
     # As many as may be, of which two have a place.
-    (pending,) = place.wait_until(lambda: fleet.workers("pending"))
+    (pending,) = fleet.wait_until(lambda: fleet.workers("pending"))
     assert pending["reason"] == "no host has had room for it yet"
     assert len(fleet.workers()) == 2
     for job in jobs:
         queue.request_cancel(place.db, job.id)
-    place.wait_until(lambda: fleet.done("status")["workers"] == [])
+    fleet.wait_until(lambda: fleet.done("status")["workers"] == [])
     finite = place.submit(**SHORT)
     place.wait_for(finite, "succeeded", timeout=200)
 
@@ -172,7 +183,7 @@ def test_workers_follow_the_queue_to_zero_and_up_again(fleet: Fleet) -> None:
 
     # A host that has not what the cluster believes: the worker refuses to start, and nothing is tried again.
     fleet.done("up", "--count", "1", "--cpus", "1", "--gpus", "99")
-    (worker,) = place.wait_until(lambda: fleet.workers("refused"))
+    (worker,) = fleet.wait_until(lambda: fleet.workers("refused"))
     assert "was asked for; nvidia-smi shows" in worker["reason"]
     node.end()
 
