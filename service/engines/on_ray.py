@@ -286,13 +286,7 @@ class RayEngine:
 
     def up(self, fleet: Fleet) -> FleetStatus:
         """See `Engine.up`. Raises EngineError `database_not_shared`, `keeper_not_placed`."""
-        hosts = {node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
-        if len(hosts) > 1 and fleet.environment.get("NANOMOE_DATABASE_URL", SQLITE).startswith(SQLITE):
-            raise EngineError(
-                "database_not_shared",
-                f"the cluster has {len(hosts)} hosts, and SQLite serves one: workers of several need PostgreSQL and a "
-                "bucket (NANOMOE_DATABASE_URL, NANOMOE_STORE)",
-            )
+        check_database(fleet, ray.nodes())
         give_up = time.monotonic() + _KEEPER_SECONDS
         while (asked := self._asked(fleet.name)) != fleet:
             if asked is not None or _find(_keeper_name(fleet.name)) is not None:
@@ -350,6 +344,18 @@ class RayEngine:
         while (keeper := _find(_keeper_name(name))) is not None and time.monotonic() < give_up:
             _remove(keeper)
             time.sleep(0.05)
+
+
+def check_database(fleet: Fleet, nodes: Sequence[dict[str, Any]]) -> None:
+    """Raises EngineError `database_not_shared` where the nodes, as Ray lists them, are of several hosts, and the
+    database is a file of one."""
+    hosts = {node["NodeManagerHostname"] for node in nodes if node["Alive"]}
+    if len(hosts) > 1 and fleet.environment["NANOMOE_DATABASE_URL"].startswith(SQLITE):
+        raise EngineError(
+            "database_not_shared",
+            f"the cluster has {len(hosts)} hosts, and SQLite serves one: workers of several need PostgreSQL and a "
+            "bucket (NANOMOE_DATABASE_URL, NANOMOE_STORE)",
+        )
 
 
 def _check_that_it_answers(address: str) -> None:

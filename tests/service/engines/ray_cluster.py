@@ -35,23 +35,24 @@ class RayNode:
             assert self._process.stdout.readline().strip(), "the node has not come up"
         finally:
             watchdog.cancel()
-        self.raylet = next(one for one in self._tree() if one.name() == "raylet")
+        self.raylet = next(one for one in self.tree() if one.name() == "raylet")
 
-    def _tree(self) -> list[psutil.Process]:
+    def tree(self) -> list[psutil.Process]:
+        """The processes that run on it."""
         with suppress(psutil.NoSuchProcess):
             return psutil.Process(self._process.pid).children(recursive=True)
         return []
 
     def lose(self) -> None:
         """Kill the node's own processes, at once. Those of workers notice by themselves."""
-        for process in self._tree():
+        for process in self.tree():
             if process.ppid() == self._process.pid:
                 with suppress(psutil.NoSuchProcess):
                     process.send_signal(signal.SIGKILL)
 
     def end(self) -> None:
         """Kill all that was started, and reap what is ours."""
-        processes = self._tree()
+        processes = self.tree()
         for process in processes:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
@@ -99,6 +100,11 @@ class RayCluster:
         node = RayNode(self.environment, **parameters)
         self._nodes.append(node)
         return node
+
+    def process(self, title: str) -> psutil.Process:
+        """The process of an actor, by the title that Ray gives it."""
+        running = (process for node in self._nodes for process in node.tree())
+        return next(process for process in running if title in " ".join(process.cmdline()))
 
     def logs(self) -> str:
         """What the actors and their workers have written, for the message of a failed test."""

@@ -12,6 +12,8 @@ import psutil
 import pytest
 
 from service.database.database import Database
+from service.engines import fleet as engines
+from service.engines.on_ray import check_database
 from service.jobs import queue, reads
 from service.jobs.tables import Job
 from service.settings import Settings
@@ -167,6 +169,7 @@ def test_workers_follow_the_queue_to_zero_and_up_again(fleet: Fleet) -> None:
     for job in jobs:
         queue.request_cancel(place.db, job.id)
     fleet.wait_until(lambda: fleet.done("status")["workers"] == [])
+    cluster.process("ray::KeeperActor").kill()
     finite = place.submit(**SHORT)
     place.wait_for(finite, "succeeded", timeout=200)
 
@@ -186,6 +189,16 @@ def test_workers_follow_the_queue_to_zero_and_up_again(fleet: Fleet) -> None:
     (worker,) = fleet.wait_until(lambda: fleet.workers("refused"))
     assert "was asked for; nvidia-smi shows" in worker["reason"]
     node.end()
+
+
+def test_sqlite_is_refused_where_there_are_several_hosts() -> None:
+    nodes = [{"NodeManagerHostname": name, "Alive": name != "c"} for name in "abc"]
+    on_sqlite = engines.Fleet("many", 1, 1, environment={"NANOMOE_DATABASE_URL": "sqlite:////data/nanomoe.db"})
+    with pytest.raises(engines.EngineError, match="the cluster has 2 hosts") as refusal:
+        check_database(on_sqlite, nodes)
+    assert refusal.value.code == "database_not_shared"
+    check_database(on_sqlite, nodes[1:])
+    check_database(engines.Fleet("many", 1, 1, environment={"NANOMOE_DATABASE_URL": "postgresql+psycopg://x"}), nodes)
 
 
 def refused(fleet: Fleet, *arguments: str, **environment: str) -> str:
