@@ -153,3 +153,13 @@ def test_what_nobody_collects_any_more_is_not_made_and_the_others_are(runs: list
     for each in make_all(recordings(runs[:2]), abandoned=[0, 1]):
         with pytest.raises(CancelledError):
             each.result(MOST_SECONDS)
+
+
+def test_a_fault_of_the_thread_itself_reaches_whoever_waits(runs: list[Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> int:
+        raise AssertionError("a bug")
+
+    monkeypatch.setattr(cohort_thread, "models_at_once", broken)
+    for each in make_all(recordings(runs[:2])):
+        with pytest.raises(AssertionError, match="a bug"):
+            each.result(MOST_SECONDS)
