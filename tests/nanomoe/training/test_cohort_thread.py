@@ -23,9 +23,6 @@ from nanomoe.training.run import Recorded, Run, Warned, prepare
 from nanomoe.training.steps import choice
 from tests.nanomoe.training.steps.graphs_stand_in import RecordedGraphs
 
-pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
-"""torch maps the CPU's fused attention over models one by one; a GPU's has a rule."""
-
 TEXT = "o rato roeu a roupa do rei de roma. "
 TINY = {
     "tokenizer": "bytes", "block_size": 16, "n_layer": 1, "n_head": 2, "n_embd": 8, "cont_max_new_tokens": 4,

@@ -25,9 +25,6 @@ from nanomoe.training.steps.step import Figures
 from tests.nanomoe.training.steps.graphs_stand_in import RecordedGraphs
 from tests.nanomoe.training.test_cohort import StopAfter, by_member, figures
 
-pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
-"""torch maps the CPU's fused attention over models one by one; a GPU's has a rule."""
-
 TEXT = "o rato roeu a roupa do rei de roma, e a rainha com raiva resolveu remendar. " * 4
 TINY = {"tokenizer": "bytes", "block_size": 33, "n_layer": 2, "n_head": 2, "n_embd": 16, "batch_size": 4, "lr": 1e-2}
 MOE = {"use_moe": True, "n_experts": 4, "moe_stride": 1}
