@@ -6,6 +6,7 @@ left in it; before each claim the slot's lock is taken anew, which proves that n
 Knows neither torch nor what a job's messages mean. The trainers themselves are started by the main thread.
 """
 
+import math
 import os
 import threading
 import time
@@ -70,6 +71,8 @@ class Slot:
         self._cohort, self._cohort_reason = 1, ""
         """Most jobs of one shape that the trainer is given together, and why."""
         self._running: Company | None = None
+        self._idle_since = math.inf
+        """Monotonic time since when a warm trainer waits for a job; infinite while none does."""
         self._start_due = 0.0
         self._keep_alive_due = 0.0
         self._failures = 0
@@ -81,7 +84,12 @@ class Slot:
         """Until the worker drains: wait for a warm trainer, claim jobs for it, and run an attempt at each."""
         while not self._draining.is_set():
             trainer = self._wait_for_trainer()
-            if trainer is not None and (claimed := self._wait_for_jobs(trainer)) is not None:
+            if trainer is None:
+                continue
+            self._idle_since = time.monotonic()
+            claimed = self._wait_for_jobs(trainer)
+            self._idle_since = math.inf
+            if claimed is not None:
                 self._run_attempts(trainer, *claimed)
         if self._trainer is not None:
             self._end(self._trainer)
@@ -217,6 +225,10 @@ class Slot:
         self._changed.set()
         if running := self._running:
             running.trainer.inbox.put(WakeUp())
+
+    def idle_for(self) -> float:
+        """Seconds for which a warm trainer has waited for a job; minus infinity while none does."""
+        return time.monotonic() - self._idle_since
 
     def supervise(self) -> None:
         """The main thread's part: start trainers, send keep-alives, kill a trainer at its lease's deadline."""

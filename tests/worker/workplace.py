@@ -118,13 +118,15 @@ class Workplace:
         batches: Path | None = None,
         death: Path | None = None,
         fresh: bool = False,
+        idle_seconds: float | None = None,
     ) -> WorkerProcess:
         """A worker whose trainers follow `script`, run `program`, or train in earnest. `slow_disk_seconds`: that long
         it takes to verify a file. `busy_seconds`: that long it waits for SQLite's write lock. `log`: where its log
         goes. `dies_at`: which call of which of the queue's writes kills it. `cohort`: most jobs of one shape
         that a trainer trains together. `batches`: takes a line for each transaction about running jobs, with their
         number. `death`: the file of its next death (`next_death.py`), statements to the database being its lines.
-        `fresh`: each trainer is a new interpreter, as one that trains in earnest always is, instead of a fork."""
+        `fresh`: each trainer is a new interpreter, as one that trains in earnest always is, instead of a fork.
+        `idle_seconds`: it ends after so long without a job."""
         if script is not None:
             program = [str(HERE / "scripted_trainer.py"), script]
         spec = {
@@ -152,6 +154,7 @@ class Workplace:
             "batches": batches and str(batches),
             "death": death and str(death),
             "log": log and str(log),
+            "idle_seconds": idle_seconds,
         }
         worker = WorkerProcess(spec)
         self._workers.append(worker)
