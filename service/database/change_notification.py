@@ -12,8 +12,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from sqlalchemy.engine import Engine
-
 log = logging.getLogger(__name__)
 
 CHANNEL = "nanomoe"
@@ -114,10 +112,10 @@ def watch_sqlite(driver: ModuleType, file: Path, stop: threading.Event) -> Itera
             stop.wait(POLL_SECONDS)
 
 
-def listen_to_postgresql(engine: Engine, stop: threading.Event) -> Iterator[bool]:
-    """A Source over a connection of its own that listens for the notification of every writing transaction."""
-    arguments, options = engine.dialect.create_connect_args(engine.url)
-    connection: Any = engine.dialect.connect(*arguments, **options, autocommit=True, connect_timeout=5)
+def listen_to_postgresql(connect: Callable[[], Any], stop: threading.Event) -> Iterator[bool]:
+    """A Source over a connection of its own, which `connect` makes: it listens for the notification of every writing
+    transaction."""
+    connection = connect()
     with closing(connection):
         connection.execute(f"LISTEN {CHANNEL}")
         yield True
