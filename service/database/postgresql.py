@@ -49,8 +49,8 @@ def open_postgresql(url: URL) -> tuple[Engine, Source]:
 
 
 def _connection_options() -> dict[str, Any]:
-    """Of every connection: what this side's kernel watches for, and what the server does. Neither side's kernel watches
-    a socket of one machine."""
+    """The options of every connection: what the kernel of this side watches for, and what the server does. A socket of
+    one machine is not watched."""
     of_server = {
         "statement_timeout": "60s",
         "lock_timeout": f"{engine_options.LOCK_TIMEOUT_SECONDS:g}s",
