@@ -122,9 +122,9 @@ class Settings(BaseSettings):
     """Folder of the locks of GPUs, which all workers of a host must share; unset: one of the host's, for all its users.
     Containers that share a GPU need one on a common volume."""
 
-    cohort: int | Literal["auto"] = 1
-    """Most jobs of one shape that a trainer trains together: a number, or `auto`, which is measured once on a CPU, and
-    1 on a GPU; 1 trains each job alone."""
+    cohort: int | Literal["auto"] = "auto"
+    """Most jobs of one shape that a trainer trains together: a number, or `auto`, which is measured once for a CPU or a
+    GPU; 1 trains each job alone."""
 
     lease_seconds: float = Field(60, gt=0, le=86_400)
     """Seconds without a heartbeat after which another worker may claim a job."""

@@ -16,6 +16,8 @@ os.environ.setdefault("NANOMOE_ENGINE_NICE", "0")
 os.environ.setdefault("NANOMOE_ENGINE_PRELOAD", "false")
 # Whether loops have been compiled on this machine decides nothing: a test of the fused step asks for it.
 os.environ.setdefault("NANOMOE_STEP_PATH", "eager")
+# Which jobs are claimed together is for a test to say.
+os.environ.setdefault("NANOMOE_COHORT", "1")
 # Kernels are computed by Triton's interpreter where there is no GPU: read when they are defined.
 if not any(Path("/dev").glob("nvidia[0-9]*")):
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -19,7 +19,7 @@ PACKAGES = ("nanomoe", "service", "worker")
 OPEN_TO_WORKER = ("jobs", "database", "storage", "settings", "errors")
 """The parts of `service` that a worker shares with the API."""
 
-NO_FASTAPI = ("access", "jobs", "database", "storage", "settings", "errors")
+NO_FASTAPI = ("access", "jobs", "database", "storage", "engines", "settings", "errors")
 """The parts of `service` that know neither HTTP nor torch."""
 
 IN_ENGINE = tuple(
@@ -32,12 +32,16 @@ IN_ENGINE = tuple(
 """What runs in the generation engine's process, which loads torch; the API imports none of it."""
 
 SERVICE_BELOW = {
-    "service.database": ("access", "jobs", "storage", "generation", "http", "client", "cli"),
-    "service.access": ("jobs", "storage", "generation", "http", "client", "cli"),
-    "service.jobs": ("storage", "generation", "http", "client", "cli"),
-    "service.storage": ("generation", "http", "client", "cli"),
+    "service.database": ("access", "jobs", "storage", "engines", "generation", "http", "client", "cli"),
+    "service.access": ("jobs", "storage", "engines", "generation", "http", "client", "cli"),
+    "service.jobs": ("storage", "engines", "generation", "http", "client", "cli"),
+    "service.storage": ("engines", "generation", "http", "client", "cli"),
+    "service.engines": ("storage", "generation", "http", "client", "cli"),
 }
 """Packages of `service`, and those that stand above each: imports go downwards."""
+
+IN_TRAINER = ("worker.trainer", "worker.job_trainer", "worker.cohort_trainer", "worker.process_state")
+"""What runs in the trainer's process alone, which loads torch."""
 
 WEB = ("fastapi", "starlette", "uvicorn")
 
@@ -88,8 +92,8 @@ def forbidden(module: str, name: str) -> bool:
         return (
             (_within(name, "service") and not _within(name, *(f"service.{part}" for part in OPEN_TO_WORKER)))
             or _within(name, *WEB, "httpx", "sqlalchemy", "sqlmodel")
-            or (_within(name, "torch") and module not in ("worker.trainer", "worker.process_state"))
-            or (_within(name, "service") and module == "worker.trainer")
+            or (_within(name, "torch") and module not in IN_TRAINER)
+            or (_within(name, "service") and module in IN_TRAINER)
         )
     above = [f"service.{room}" for below, rooms in SERVICE_BELOW.items() if _within(module, below) for room in rooms]
     if _within(name, "worker", *above):
@@ -131,6 +135,7 @@ def test_a_package_imports_only_what_it_may(package: str) -> None:
         ("worker.supervisor", "from service.http import schemas"),
         ("worker.supervisor", "import torch.nn"),
         ("worker.trainer", "from service.jobs.queue import claim"),
+        ("worker.cohort_trainer", "from service.jobs.queue import claim"),
         ("service.jobs.queue", "from fastapi import HTTPException"),
         ("service.jobs.reads", "import torch"),
         ("service.http.routes.jobs", "from ....worker import supervisor"),
@@ -151,6 +156,11 @@ def test_a_package_imports_only_what_it_may(package: str) -> None:
         ("service.storage.fsck", "from service.http import views"),
         ("nanomoe.store.bucket", "from nanomoe.checkpoint import MANIFEST"),
         ("service.http.routes.jobs", "import torch"),
+        ("service.engines.pilot", "from worker.supervisor import Supervisor"),
+        ("service.engines.on_ray", "from service.http import schemas"),
+        ("service.engines.demand", "from service.cli.usage_error import UsageError"),
+        ("service.jobs.workers", "from service.engines.fleet import Fleet"),
+        ("worker.supervisor", "from service.engines.pilot import Pilot"),
     ],
 )
 def test_the_check_sees_a_forbidden_import(module: str, source: str) -> None:
@@ -169,6 +179,7 @@ def test_the_check_sees_a_forbidden_import(module: str, source: str) -> None:
         ("service.http.routes.jobs", "from ..schemas import JobView\nfrom .parameters import Limit"),
         ("service.storage.orphans", "from service.jobs.tables import Job"),
         ("service.jobs.queue", "from service.database.database import Database"),
+        ("service.engines.demand", "from service.jobs.claim_order import claimable"),
         ("nanomoe.training.loop", "from nanomoe.workers_of_old import x\nimport torch"),
     ],
 )

@@ -251,7 +251,7 @@ def undeclared(imported: Iterable[str], declared: Iterable[str]) -> set[str]:
 def test_whatever_is_imported_is_a_dependency_or_comes_with_one() -> None:
     ours = ("nanomoe", "service", "worker")
     extras = PROJECT["optional-dependencies"]
-    lines = [*PROJECT["dependencies"], *extras["postgres"], *extras["s3"]]
+    lines = [*PROJECT["dependencies"], *extras["postgres"], *extras["ray"], *extras["s3"]]
     imported = {
         (name if isinstance(node, ast.Import) else str(node.module)).partition(".")[0]
         for path in tracked(*ours)

@@ -6,6 +6,7 @@ left in it; before each claim the slot's lock is taken anew, which proves that n
 Knows neither torch nor what a job's messages mean. The trainers themselves are started by the main thread.
 """
 
+import math
 import os
 import threading
 import time
@@ -72,6 +73,8 @@ class Slot:
         self._cohort, self._cohort_reason = 1, ""
         """Most jobs of one shape that the trainer is given together, and why."""
         self._running: Company | None = None
+        self._idle_since = math.inf
+        """Monotonic time since when a warm trainer waits for a job; infinite while none does."""
         self._start_due = 0.0
         self._keep_alive_due = 0.0
         self._store = open_store(settings, retry_seconds=timing.retry)
@@ -86,7 +89,12 @@ class Slot:
         """Until the worker drains: wait for a warm trainer, claim jobs for it, and run an attempt at each."""
         while not self._draining.is_set():
             trainer = self._wait_for_trainer()
-            if trainer is not None and (claimed := self._wait_for_jobs(trainer)) is not None:
+            if trainer is None:
+                continue
+            self._idle_since = time.monotonic()
+            claimed = self._wait_for_jobs(trainer)
+            self._idle_since = math.inf
+            if claimed is not None:
                 self._run_attempts(trainer, *claimed)
         if self._trainer is not None:
             self._end(self._trainer)
@@ -124,7 +132,7 @@ class Slot:
         elif measured is not None:
             width, reason = measured, "as measured on this machine"
         else:
-            width, reason = 1, "not measured on a GPU"
+            width, reason = 1, "could not be measured, see cohort_not_measured"
         if width != self._cohort or self._cohort_reason != reason:
             log.info("cohort_width", slot=self.name, width=width, reason=reason)
             if measured is not None:
@@ -236,6 +244,10 @@ class Slot:
         if running := self._running:
             running.trainer.inbox.put(WakeUp())
 
+    def idle_for(self) -> float:
+        """Seconds for which a warm trainer has waited for a job; minus infinity while none does."""
+        return time.monotonic() - self._idle_since
+
     def supervise(self) -> None:
         """The main thread's part: start trainers, send keep-alives, kill a trainer at its lease's deadline."""
         now = time.monotonic()
@@ -258,7 +270,9 @@ class Slot:
     def _start_trainer(self, now: float) -> None:
         until = now + self._timing.kill_after
         options = ["--parent", str(os.getpid()), "--until", str(until)]
-        if self._settings.cohort == "auto" and not self._device.is_gpu:
+        if self._device.is_gpu:
+            options += ["--gpu", self._device.model]
+        if self._settings.cohort == "auto":
             options.append("--measure-cohort")
         try:
             command = [*self._command, *options]

@@ -6,6 +6,7 @@ of jobs whose worker is gone, and the removal of orphaned files. Never imports t
 """
 
 import importlib.metadata
+import math
 import os
 import platform
 import sys
@@ -50,8 +51,11 @@ class Supervisor:
         name: str | None = None,
         timing: Timing | None = None,
         command: Sequence[str] = TRAINER,
+        idle_seconds: float | None = None,
+        parent: int | None = None,
     ) -> None:
-        """`slots`: trainers per device. `command` starts a trainer."""
+        """`slots`: trainers per device. `command` starts a trainer. `idle_seconds`: time without a job after which the
+        worker ends by itself. `parent`: id of the process that started this one, with which it drains."""
         self._db = db
         self._settings = settings
         self._store = open_store(settings, retry_seconds=REQUEST_RETRY_SECONDS)
@@ -60,6 +64,8 @@ class Supervisor:
         self._force_stop = threading.Event()
         self._stopped = threading.Event()
         self._signals = 0
+        self._idle_seconds = math.inf if idle_seconds is None else idle_seconds
+        self._parent = parent
         self._trains_on_cpu = not all(device.is_gpu for device in devices)
         self._failed = False
         self.worker = WorkerIdentity(
@@ -98,7 +104,8 @@ class Supervisor:
         self._signals += 1
 
     def run(self) -> int:
-        """Work until `stop` is called. The exit status: 0, or 1 when a thread ended with an unexpected exception.
+        """Work until `stop` is called, the parent has ended, or no slot has had a job for the idle time. The exit
+        status: 0, or 1 when a thread ended with an unexpected exception.
 
         Raises StartRefused when database and store do not belong together.
         """
@@ -115,7 +122,7 @@ class Supervisor:
         for thread in (*threads, maintenance):
             thread.start()
         while any(thread.is_alive() for thread in threads):
-            self._handle_signals()
+            self._stop_in_time()
             for slot in self._slots:
                 slot.supervise()
             time.sleep(self._timing.tick)
@@ -138,9 +145,10 @@ class Supervisor:
             self._failed = True
             self._draining.set()
 
-    def _handle_signals(self) -> None:
-        if self._signals and not self._draining.is_set():
-            log.info("draining")
+    def _stop_in_time(self) -> None:
+        """Begin to drain, or to end at once, when there is a reason to."""
+        if not self._draining.is_set() and (reason := self._reason_to_drain()):
+            log.info("draining", reason=reason)
             self._draining.set()
         if self._signals > 1 and not self._force_stop.is_set():
             log.warning("stopping_immediately")
@@ -148,15 +156,26 @@ class Supervisor:
         if self._draining.is_set():
             self._wake_slots()
 
+    def _reason_to_drain(self) -> str | None:
+        if self._signals:
+            return "signal"
+        if self._parent is not None and os.getppid() != self._parent:
+            # Asked, and not signalled by the kernel: that signal follows the thread that started this process.
+            return "parent_ended"
+        # A slot that claims at this very moment gives its job back to the queue untouched.
+        if all(slot.idle_for() >= self._idle_seconds for slot in self._slots):
+            return "idle"
+        return None
+
     def _wake_slots(self) -> None:
         for slot in self._slots:
             slot.wake()
 
     def _register(self) -> bool:
         """Insert the worker's row, once the API has migrated the schema to this code's revision and has given the
-        database its id; False when `stop` was called before."""
+        database its id; False when there was a reason to stop before."""
         reported = None
-        while not self._signals:
+        while self._reason_to_drain() is None:
             try:
                 self._db.check_revision()
                 join_installation(self._db, self._store)

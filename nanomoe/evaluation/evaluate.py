@@ -33,6 +33,12 @@ from nanomoe.tokenizer import Tokenizer
 MAX_RECONSTRUCTED = 2048
 """Targets that a reconstruction holds."""
 
+MAX_LOSSES_WITHOUT = 64
+"""Experts, over all layers, up to which each is removed in turn."""
+
+MOST_TOKENS_WITHOUT = 2048
+"""Tokens that are read with an expert removed."""
+
 Choices = dict[int, Tensor]
 """{layer: (targets, K) int16}: the experts of each token whose successor is a target that is read, in the text's order.
 
@@ -82,72 +88,159 @@ def evaluate(
     `previous_choices`: those of the checkpoint before, empty at percent 0. `train_dropped`: per MoE layer, the share
     of assignments that the training steps since then dropped.
     """
-    reader = reader or PlainReader(model)
+    measured = measure(model, text, val_text, config, reader or PlainReader(model), raise_if_stopped)
+    return evaluation_of(
+        measured,
+        text,
+        tokenizer,
+        config,
+        position=position,
+        previous_choices=previous_choices,
+        train_loss=train_loss,
+        train_dropped=train_dropped,
+        raise_if_stopped=raise_if_stopped,
+    )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a model gives in all passes of an evaluation: no more is needed of the weights."""
+
+    read: Reading
+    """The windows of the training text that evaluations read."""
+    beginning: Reading | None
+    """Those that a reconstruction shows and `read` has not; None where there are none."""
+    val_loss: float | None
+    """Loss of the text held out; None where there is none."""
+    added: list[int]
+    """New tokens of the continuation."""
+    router_grad_norms: dict[int, float]
+    """{MoE layer: norm of the cross-entropy's gradient at its router's weight}, on window 0 without dropout."""
+    losses_without: dict[int, list[float]] | None
+    """{MoE layer: loss with expert e's output removed, for each e}, on the first `MOST_TOKENS_WITHOUT` tokens; None
+    where that is not done."""
+
+
+def measure(
+    model: GPT,
+    text: EvaluatedText,
+    val_text: EvaluatedText | None,
+    config: JobConfig,
+    reader: Reader,
+    raise_if_stopped: RaiseIfStopped = go_on,
+) -> Measured:
+    """Pass the texts through the model as it stands; arguments as of `evaluate`."""
+    windows = text.all_windows
     with evaluating(model):
-        windows = text.all_windows
         read = reader.read(windows, text.windows, raise_if_stopped)
-        tokens = windows.tokens
-        positions = text.positions().tolist()
-        targets = [tokens[i + 1] for i in positions]
-        loss = read.total / len(targets)
-        n_bytes = sum(n * len(tokenizer.token_bytes(target)) for target, n in Counter(targets).items())
-        metrics = CheckpointMetrics(
-            **dict(position),
-            loss=loss,
-            perplexity=perplexity(loss),
-            bits_per_byte=read.total / math.log(2) / n_bytes,
-            train_loss=train_loss,
-            accuracy=sum(map(operator.eq, read.predicted, targets)) / len(targets),
-            val_loss=evaluate_loss(reader, val_text, raise_if_stopped) if val_text is not None else None,
-            baselines=text.baselines(tokenizer.vocab_size, raise_if_stopped),
-            eval_targets=len(targets),
-            loss_stderr=text.standard_error(read.losses),
-            reconstruction=_reconstruction(tokens, _beginning(reader, windows, read, raise_if_stopped), tokenizer),
-            continuation=_continuation(model, tokens, tokenizer, config, raise_if_stopped),
-            moe=_moe(
-                model,
-                reader,
-                windows,
-                read,
-                [tokens[i] for i in positions],
-                tokenizer,
-                config,
-                previous_choices,
-                train_dropped,
-                raise_if_stopped,
-            ),
+        val_loss = None if val_text is None else evaluate_loss(reader, val_text, raise_if_stopped)
+        missing = windows_of_beginning(text)
+        beginning = reader.read(windows, missing, raise_if_stopped) if missing else None
+        prompt, expected = continued(windows.tokens, config)
+        added = continue_tokens(
+            model,
+            prompt,
+            max_new_tokens=config.cont_max_new_tokens,
+            how=SamplingConfig(temperature=config.temperature, top_k=config.top_k),
+            seed=config.seed,
+            expected=expected,
+            before_pass=raise_if_stopped,
         )
+        without = windows_without(windows, config)
+        return Measured(
+            read,
+            beginning,
+            val_loss,
+            added,
+            router_grad_norms=_router_grad_norms(model, windows) if model.moe_layers else {},
+            losses_without=None if without is None else reader.losses_without(windows, without, raise_if_stopped),
+        )
+
+
+def evaluation_of(
+    measured: Measured,
+    text: EvaluatedText,
+    tokenizer: Tokenizer,
+    config: JobConfig,
+    *,
+    position: Position,
+    previous_choices: Choices,
+    train_loss: float | None,
+    train_dropped: dict[int, float],
+    raise_if_stopped: RaiseIfStopped = go_on,
+) -> Evaluation:
+    """The metrics that follow from what was measured; arguments as of `evaluate`."""
+    read, tokens = measured.read, text.all_windows.tokens
+    positions = text.positions().tolist()
+    targets = [tokens[i + 1] for i in positions]
+    loss = read.total / len(targets)
+    n_bytes = sum(n * len(tokenizer.token_bytes(target)) for target, n in Counter(targets).items())
+    prompt, _ = continued(tokens, config)
+    metrics = CheckpointMetrics(
+        **dict(position),
+        loss=loss,
+        perplexity=perplexity(loss),
+        bits_per_byte=read.total / math.log(2) / n_bytes,
+        train_loss=train_loss,
+        accuracy=sum(map(operator.eq, read.predicted, targets)) / len(targets),
+        val_loss=measured.val_loss,
+        baselines=text.baselines(tokenizer.vocab_size, raise_if_stopped),
+        eval_targets=len(targets),
+        loss_stderr=text.standard_error(read.losses),
+        reconstruction=_reconstruction(tokens, _beginning(text.all_windows, read, measured.beginning), tokenizer),
+        continuation=Continuation(prompt=tokenizer.decode(prompt), text=tokenizer.decode(measured.added)),
+        moe=_moe(measured, text, [tokens[i] for i in positions], tokenizer, config, previous_choices, train_dropped),
+    )
     return Evaluation(metrics, {layer: r.chosen_TK.to("cpu", torch.int16) for layer, r in read.routing.items()})
 
 
 def _moe(
-    model: GPT,
-    reader: Reader,
-    windows: Windows,
-    read: Reading,
+    measured: Measured,
+    text: EvaluatedText,
     inputs: list[int],
     tokenizer: Tokenizer,
     config: JobConfig,
     previous_choices: Choices,
     train_dropped: dict[int, float],
-    raise_if_stopped: RaiseIfStopped,
 ) -> MixtureMetrics | None:
-    """How the experts share the work on the tokens `inputs`, whose routing `read` has; None for a dense model."""
-    if not read.routing:
+    """How the experts share the work on the tokens `inputs`, whose routing was read; None for a dense model."""
+    routing, windows = measured.read.routing, text.all_windows
+    if not routing:
         return None
     return moe_metrics(
-        read.routing,
+        routing,
         config,
         tokens_per_batch=min(windows.count, config.batch_size) * windows.length,
         previous_choices=previous_choices,
         train_dropped=train_dropped,
-        router_grad_norms=_router_grad_norms(model, windows),
-        losses_without=_losses_without(reader, windows, config, raise_if_stopped),
+        router_grad_norms=measured.router_grad_norms,
+        losses_without=measured.losses_without,
         cards={
-            layer: expert_cards(routing.chosen_TK, inputs, config.n_experts, tokenizer)
-            for layer, routing in read.routing.items()
+            layer: expert_cards(routed.chosen_TK, inputs, config.n_experts, tokenizer)
+            for layer, routed in routing.items()
         },
     )
+
+
+def continued(tokens: list[int], config: JobConfig) -> tuple[list[int], list[int]]:
+    """The text's first tokens, to which the model adds, and those that follow them in the text."""
+    n = config.cont_prefix_tokens
+    return tokens[:n], tokens[n : n + config.cont_max_new_tokens]
+
+
+def windows_of_beginning(text: EvaluatedText) -> list[int]:
+    """The windows that a reconstruction shows and evaluations do not read anyway."""
+    windows = text.all_windows
+    shown = range(min(windows.count, -(-MAX_RECONSTRUCTED // windows.length)))
+    return [] if text.is_whole else sorted({*shown} - {*text.windows})
+
+
+def windows_without(windows: Windows, config: JobConfig) -> range | None:
+    """The windows that are read with each expert's output removed; None where that is not done: there is no expert, or
+    there are too many."""
+    if not 0 < len(config.moe_layers) * config.n_experts <= MAX_LOSSES_WITHOUT:
+        return None
+    return range(min(windows.count, max(1, MOST_TOKENS_WITHOUT // windows.length)))
 
 
 class _Beginning(NamedTuple):
@@ -159,14 +252,12 @@ class _Beginning(NamedTuple):
     """Per MoE layer, each token's experts."""
 
 
-def _beginning(reader: Reader, windows: Windows, read: Reading, raise_if_stopped: RaiseIfStopped) -> _Beginning:
-    """The windows that a reconstruction shows: taken from `read`, and read where they are not in it."""
+def _beginning(windows: Windows, read: Reading, missing: Reading | None) -> _Beginning:
+    """The windows that a reconstruction shows: taken from `read`, and from `missing` where they are not in it."""
     first = range(min(windows.count, -(-MAX_RECONSTRUCTED // windows.length)))
-    places = read.places()
-    missing = [window for window in first if window not in places]
-    other = reader.read(windows, missing, raise_if_stopped) if missing else read
-    others = other.places()
-    parts = [(read, places[window]) if window in places else (other, others[window]) for window in first]
+    readings = [read] if missing is None else [read, missing]
+    places = {window: (reading, place) for reading in readings for window, place in reading.places().items()}
+    parts = [places[window] for window in first]
     return _Beginning(
         losses=[loss for source, place in parts for loss in source.losses[place]],
         predicted=[token for source, place in parts for token in source.predicted[place]],
@@ -205,23 +296,6 @@ def _reconstruction(tokens: list[int], beginning: _Beginning, tokenizer: Tokeniz
     return Reconstruction(text=tokenizer.decode(predicted), tokens=entries, truncated=shown < len(tokens) - 1)
 
 
-def _continuation(
-    model: GPT, tokens: list[int], tokenizer: Tokenizer, config: JobConfig, raise_if_stopped: RaiseIfStopped
-) -> Continuation:
-    """What the model adds to the text's first tokens."""
-    prompt = tokens[: config.cont_prefix_tokens]
-    added = continue_tokens(
-        model,
-        prompt,
-        max_new_tokens=config.cont_max_new_tokens,
-        how=SamplingConfig(temperature=config.temperature, top_k=config.top_k),
-        seed=config.seed,
-        expected=tokens[len(prompt) : len(prompt) + config.cont_max_new_tokens],
-        before_pass=raise_if_stopped,
-    )
-    return Continuation(prompt=tokenizer.decode(prompt), text=tokenizer.decode(added))
-
-
 def _router_grad_norms(model: GPT, windows: Windows) -> dict[int, float]:
     """Norm of the cross-entropy's gradient at each router's weight, on window 0 without dropout: 0 is a dead router."""
     inputs_BT, targets_BT = windows.batch([0])
@@ -229,17 +303,3 @@ def _router_grad_norms(model: GPT, windows: Windows) -> dict[int, float]:
     routers = {layer: moe.router.weight for layer, moe in model.moe_layers.items()}
     gradients = torch.autograd.grad(loss, list(routers.values()))
     return {layer: gradient.norm().item() for layer, gradient in zip(routers, gradients, strict=True)}
-
-
-MAX_LOSSES_WITHOUT = 64
-"""Experts, over all layers, up to which each is removed in turn."""
-
-
-def _losses_without(
-    reader: Reader, windows: Windows, config: JobConfig, raise_if_stopped: RaiseIfStopped
-) -> dict[int, list[float]] | None:
-    """{layer: loss with expert e's output removed, for each e}, on at most 2,048 tokens; None for too many experts."""
-    if len(config.moe_layers) * config.n_experts > MAX_LOSSES_WITHOUT:
-        return None
-    chosen = range(min(windows.count, max(1, 2048 // windows.length)))
-    return reader.losses_without(windows, chosen, raise_if_stopped)

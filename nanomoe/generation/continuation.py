@@ -7,7 +7,7 @@ repeats, as a model begins with, and what it chose itself in the pass before (Ja
 2305.10427), at first what is expected. A pass over 35 tokens takes little longer than one over a single token, and two
 to five passes do where 25 tokens were computed one by one (measured on the reference run).
 
-Shape letters: G guesses, T tokens, N positions whose next token is not certain yet, C channels.
+Shape letters: G guesses, T tokens, C channels, R rows of logits, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
@@ -61,40 +61,72 @@ def continue_tokens(
 
 @torch.inference_mode()
 def _drafted(model: GPT, request: Request, expected: Sequence[int], before_pass: Callable[[], None]) -> list[int]:
-    device = model.transformer.wte.weight.device
-    stream = sampling.uniform_stream(request.seed, request.index)
-    uniforms = [stream.random() for _ in range(request.max_new_tokens)]
-    certain = list(request.prompt)
-    total = len(certain) + request.max_new_tokens
-    guess = list(expected[: request.max_new_tokens])
-    while len(certain) < total:
+    draft = Draft(request, expected)
+    while n_left := draft.n_left:
         before_pass()
-        n_left = total - len(certain)
-        repeated = [certain[-1]] * n_left
-        guesses = [[*guess, *repeated[len(guess) :]], repeated]
-        # What comes after the last token of all is not asked.
-        tokens_GT = torch.tensor([[*certain, *each[:-1]] for each in guesses], device=device)
+        tokens_GT = torch.tensor(draft.guesses(), device=model.transformer.wte.weight.device)
         hidden_GTC, _ = model.hidden(tokens_GT)
-        logits_GNV = model.logits(hidden_GTC[:, -n_left:])
-        chosen = _choices(logits_GNV, request.sampling, uniforms[-n_left:])
-        # A choice is certain if all guesses before it were right.
-        n_certain = [1 + _n_equal(each, choices[:-1]) for each, choices in zip(guesses, chosen, strict=True)]
-        best = max(range(len(guesses)), key=n_certain.__getitem__)
-        certain += chosen[best][: n_certain[best]]
-        guess = chosen[0][n_certain[best] :]
-    return certain[len(request.prompt) :]
+        logits_RV = model.logits(hidden_GTC[:, -n_left:]).flatten(0, 1)
+        uniforms = draft.uniforms[-n_left:] * Draft.N_GUESSES
+        chosen = choose_rows(logits_RV, [request.sampling] * len(uniforms), uniforms)
+        draft.take([chosen[:n_left], chosen[n_left:]])
+    return draft.new
 
 
-def _choices(logits_GNV: Tensor, how: SamplingConfig, uniforms: Sequence[float]) -> list[list[int]]:
-    """The next token at each position of each guess, chosen where the logits are."""
-    n_guesses, n_positions, _ = logits_GNV.shape
-    logits, uniforms = logits_GNV.flatten(0, 1), [*uniforms] * n_guesses
-    if logits.is_cuda:
-        tokens = choose_all(logits, [how] * len(uniforms), uniforms)
-    else:
-        rows = zip(logits.numpy(), uniforms, strict=True)
-        tokens = [sampling.choose(Candidates(logits_V), how, uniform) for logits_V, uniform in rows]
-    return [tokens[n : n + n_positions] for n in range(0, len(tokens), n_positions)]
+class Draft:
+    """A continuation under way."""
+
+    N_GUESSES = 2
+
+    def __init__(self, request: Request, expected: Sequence[int]) -> None:
+        stream = sampling.uniform_stream(request.seed, request.index)
+        self.sampling = request.sampling
+        """How new tokens are chosen."""
+        self.uniforms = [stream.random() for _ in range(request.max_new_tokens)]
+        """The uniform number of each new token."""
+        self._n_prompt = len(request.prompt)
+        self._certain = list(request.prompt)
+        self._guess = list(expected[: request.max_new_tokens])
+
+    @property
+    def n_left(self) -> int:
+        """New tokens that are not certain yet."""
+        return self._n_prompt + len(self.uniforms) - len(self._certain)
+
+    @property
+    def new(self) -> list[int]:
+        """The new tokens that are certain."""
+        return self._certain[self._n_prompt :]
+
+    def guesses(self) -> list[list[int]]:
+        """What the model is to read next, as long as a token is left: (`N_GUESSES`, T) tokens, T the same in each pass.
+        The hidden states of the last `n_left` tell the tokens that are not certain yet."""
+        # What comes after the last token of all is not asked.
+        return [[*self._certain, *guess[:-1]] for guess in self._guessed()]
+
+    def take(self, chosen: Sequence[Sequence[int]]) -> None:
+        """Go on with what the model has chosen at the last `n_left` positions of each guess: a choice is certain if all
+        guesses before it were right."""
+        n_certain = [1 + _n_equal(guess, own[:-1]) for guess, own in zip(self._guessed(), chosen, strict=True)]
+        best = max(range(len(chosen)), key=n_certain.__getitem__)
+        self._certain += chosen[best][: n_certain[best]]
+        self._guess = list(chosen[0][n_certain[best] :])
+
+    def _guessed(self) -> list[list[int]]:
+        repeated = [self._certain[-1]] * self.n_left
+        return [[*self._guess, *repeated[len(self._guess) :]], repeated]
+
+
+def choose_rows(logits_RV: Tensor, samplings: Sequence[SamplingConfig], uniforms: Sequence[float]) -> list[int]:
+    """The next token of each row, chosen where the logits are.
+
+    Raises:
+        ValueError: the largest logit of some row is not a finite number.
+    """
+    if logits_RV.is_cuda:
+        return choose_all(logits_RV, samplings, uniforms)
+    rows = zip(logits_RV.numpy(), samplings, uniforms, strict=True)
+    return [sampling.choose(Candidates(logits_V), how, uniform) for logits_V, how, uniform in rows]
 
 
 def _n_equal(some: Sequence[int], others: Sequence[int]) -> int:

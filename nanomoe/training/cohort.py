@@ -7,7 +7,8 @@ process would wait for its interpreter: a small step is half Python. A member's 
 computes with is another's.
 
 On a GPU the steps of all are one program (`stack`, `nanomoe.training.steps.stacked`): the loops go on by a step each,
-then the program does these steps. What a member computes beside its steps, evaluations above all, is its own.
+then the program does these steps. Its members' checkpoints are made beside the steps by one thread, those of one step
+together (`nanomoe.training.cohort_thread`).
 
 Knows no job, no database and no folder, as the loop.
 """
@@ -22,7 +23,6 @@ import sys
 import time
 import warnings
 from collections.abc import Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess
@@ -30,7 +30,8 @@ from multiprocessing.context import ForkProcess
 import torch
 
 from nanomoe.processes import die_with_parent
-from nanomoe.training.beside import BESIDE
+from nanomoe.training.beside import BESIDE, STOP_SECONDS, Waits
+from nanomoe.training.cohort_thread import CohortThread
 from nanomoe.training.loop import Control, Happened, LossNotFinite, OutOfMemory, Run, StopReason, train_in_turns
 from nanomoe.training.memory import is_out_of_memory
 from nanomoe.training.run import Warned
@@ -156,44 +157,56 @@ def _in_turns(members: list[Member], round_seconds: float) -> Generator[tuple[st
     """`train_together` in this thread: each loop goes on for its part of a round, one step at least, and then the
     programs of those that are stacked do these steps."""
     n_threads = torch.get_num_threads()
-    has_beside = any(member.run.device.type in BESIDE for member in members)
-    beside = ThreadPoolExecutor(1, "cohort-beside") if has_beside else None
     lanes = {member.key: member.run.step for member in members if isinstance(member.run.step, Lane)}
+    has_beside = bool(lanes) or any(member.run.device.type in BESIDE for member in members)
+    beside = CohortThread() if has_beside else None
     loops = {member.key: _Loop(member, beside) for member in members}
     members.clear()  # those that have left are the caller's to free
     try:
         while loops:
             turn = round_seconds / len(loops)
-            for key, loop in list(loops.items()):
-                end = time.monotonic() + turn
-                while (happened := loop.advance(end)) is not None:
-                    if isinstance(happened, Left):
-                        del loops[key]
-                        if key in lanes:
-                            lanes.pop(key).leave()
-                    yield key, happened
-                    if isinstance(happened, Left):
-                        break
-                del loop
-            for program in {lane.program for lane in lanes.values()}:
+            has_stepped = False
+            due = dict(loops)
+            """Those whose turn of this round is not over. A program does no step before all of its members have theirs
+            ready: one that waits for what is made beside the steps holds the others up, unless it has left."""
+            while due:
+                for key, loop in list(due.items()):
+                    end = time.monotonic() + turn
+                    while (happened := loop.advance(end)) is not None and not isinstance(happened, Waits):
+                        if isinstance(happened, Left):
+                            del loops[key]
+                            if key in lanes:
+                                lanes.pop(key).leave()
+                        yield key, happened
+                        if isinstance(happened, Left):
+                            break
+                    has_stepped |= happened is None
+                    if not isinstance(happened, Waits) or key not in lanes or lanes[key].has_left:
+                        del due[key]
+                    del loop
+                if beside is not None:
+                    beside.start()
+                    if due or not has_stepped:
+                        beside.wait(STOP_SECONDS)
+            for program in {lane.program for lane in lanes.values() if not lane.has_left}:
                 program.advance()
     finally:
         for loop in loops.values():
             loop.close()
         if beside is not None:
-            beside.shutdown()
+            beside.close()
         torch.set_num_threads(n_threads)
 
 
 class _Loop:
     """A member's loop."""
 
-    def __init__(self, member: Member, beside: ThreadPoolExecutor | None) -> None:
+    def __init__(self, member: Member, beside: CohortThread | None) -> None:
         self._n_threads = member.run.n_threads
         self._turns = train_in_turns(member.run, member.control, beside)
 
-    def advance(self, end: float) -> Happened | Left | None:
-        """Do at least one step or event, and steps until then, a monotonic time; None if nothing happened."""
+    def advance(self, end: float) -> Happened | Waits | Left | None:
+        """Do at least one step or event, and steps until then, a monotonic time; None if nothing else happened."""
         torch.set_num_threads(self._n_threads)
         try:
             for happened in self._turns:

@@ -7,6 +7,7 @@ were before, the smaller a part of the time that is.
 """
 
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -54,15 +55,27 @@ def _measure(n_cores: int) -> int:
     try:
         for run in runs:  # in this process, so that others begin with what it has left
             run.train_step()
-        best, n = 1, 2
-        seconds = _seconds(runs[:1])
-        while n <= n_cores:
-            together = _seconds(runs[:n])
-            if together > (1 - _LEAST_GAIN) * seconds:
-                break
-            best, seconds, n = n, together, 2 * n
+        return number_that_pays(lambda n: _seconds(runs[:n]), n_cores)
     finally:
         torch.set_num_threads(before)
+
+
+def number_that_pays(
+    seconds: Callable[[int], float], most: int, *, may_go_on: Callable[[], bool] = lambda: True
+) -> int:
+    """One, two, four and so on, `most` at most: the number of members that a double of gains nothing more.
+
+    Args:
+        seconds: of a member's step, by the number of members; is called for ever larger numbers.
+        may_go_on: whether there is time to measure a larger number.
+    """
+    best, n = 1, 2
+    of_best = seconds(1)
+    while n <= most and may_go_on():
+        together = seconds(n)
+        if together > (1 - _LEAST_GAIN) * of_best:
+            break
+        best, of_best, n = n, together, 2 * n
     return best
 
 

@@ -7,9 +7,8 @@ while the caller holds what was yielded.
 import math
 import time
 from collections.abc import Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 from nanomoe.errors import NanomoeError
 from nanomoe.evaluation.evaluated_text import RaiseIfStopped, go_on
 from nanomoe.plan import OutOfMemory
-from nanomoe.training.beside import Beside, FirstCheckpoint
+from nanomoe.training.beside import Beside, FirstCheckpoint, Recording, SharedThread, Waits
 from nanomoe.training.run import Recorded, Run, Snapshot, Warned
 from nanomoe.training.steps.step import MOST_UNREAD
 
@@ -122,17 +121,20 @@ def train(run: Run, control: Control | None = None) -> Iterator[Happened]:
     control = control or Undisturbed()
     with closing(_train(run, control, FirstCheckpoint(run, has_thread=True), Beside(run.device))) as turns:
         for happened in turns:
-            if happened is not None:
+            if happened is not None and not isinstance(happened, Waits):
                 yield happened
 
 
-def train_in_turns(run: Run, control: Control, beside: ThreadPoolExecutor | None = None) -> Generator[Happened | None]:
+def train_in_turns(
+    run: Run, control: Control, beside: SharedThread | None = None
+) -> Generator[Happened | Waits | None]:
     """What `train` does, by whoever has other runs to advance too: yields None as well, after each step and before
     anything that comes of it is looked at.
 
-    What `train` makes beside the steps is made in the thread `beside`, which other runs share; without one, by whoever
-    advances the generator, the first checkpoint right after the first step: on a CPU, threads would only take the cores
-    from the other runs. Events, and every bit of them, are those of `train`.
+    What `train` makes beside the steps is made in the thread `beside`, which other runs share, and percent 100 too;
+    `WAITS` is yielded as long as this run has to wait for the thread. Without one they are made by whoever advances the
+    generator, the first checkpoint right after the first step: on a CPU, threads would only take the cores from the
+    other runs. Events are those of `train`, and so is every bit of them.
 
     Raises:
         As `train`.
@@ -141,7 +143,7 @@ def train_in_turns(run: Run, control: Control, beside: ThreadPoolExecutor | None
     return _train(run, control, first, Beside(run.device, shared=beside))
 
 
-def _train(run: Run, control: Control, first: FirstCheckpoint, later: Beside) -> Generator[Happened | None]:
+def _train(run: Run, control: Control, first: FirstCheckpoint, later: Beside) -> Generator[Happened | Waits | None]:
     try:
         yield from _steps(run, control, first, later)
     except (LossNotFinite, OutOfMemory):
@@ -173,11 +175,11 @@ def _raiser(control: Control) -> RaiseIfStopped:
     return raise_if_stopped
 
 
-def _steps(run: Run, control: Control, first: FirstCheckpoint, later: Beside) -> Iterator[Happened | None]:
+def _steps(run: Run, control: Control, first: FirstCheckpoint, later: Beside) -> Iterator[Happened | Waits | None]:
     progress, quarters = run.progress, run.plan.quarters
     report = _Report(run)
 
-    def catch_up() -> Iterator[Happened]:
+    def catch_up() -> Iterator[Happened | Waits]:
         """All that waits for nothing: the first checkpoint of a long text would hold up a stop until it is too late."""
         run.read_evaluations()
         if first.ready:
@@ -186,7 +188,7 @@ def _steps(run: Run, control: Control, first: FirstCheckpoint, later: Beside) ->
             yield from later.collect(_raiser(control))
         yield from report.flush()
 
-    def stop(reason: StopReason) -> Iterator[Happened]:
+    def stop(reason: StopReason) -> Iterator[Happened | Waits]:
         yield from catch_up()
         if reason != "cancel" and progress.step > 0:
             yield from later.collect(go_on)  # whoever resumes does not make what is under way
@@ -239,7 +241,7 @@ def _steps(run: Run, control: Control, first: FirstCheckpoint, later: Beside) ->
 
 def _evaluate(
     run: Run, raise_if_stopped: RaiseIfStopped, first: FirstCheckpoint, later: Beside, report: "_Report"
-) -> Generator[Happened, None, int | None]:
+) -> Generator[Happened | Waits, None, int | None]:
     """Make the evaluations that are due after this step, or begin to; the percent of the checkpoint, if it has one.
 
     Raises:
@@ -253,29 +255,35 @@ def _evaluate(
     yield from first.collect(raise_if_stopped)
     yield from later.collect(raise_if_stopped)
     yield from report.flush()
-    percent, tok_per_sec = 100 if ends else quarters[step], report.speed_since_checkpoint()
-
-    def record(of: Run, raise_if_stopped: RaiseIfStopped) -> list[Recorded | Warned]:
-        recorded, warnings = of.record(
-            percent,
-            stopped_early=ends and step < run.plan.total_steps,
-            tok_per_sec=tok_per_sec,
-            raise_if_stopped=raise_if_stopped,
-        )
-        return [recorded, *warnings]
-
-    if percent < 100 and later.may_begin:
-        of = run.copy()
+    percent = 100 if ends else quarters[step]
+    recording = Recording(
+        run,
+        percent,
+        stopped_early=ends and step < run.plan.total_steps,
+        tok_per_sec=report.speed_since_checkpoint(),
+    )
+    if not later.may_begin or (percent == 100 and not later.is_shared):
+        happened = recording(raise_if_stopped)
+        run.progress.evaluation_is_due = False
+        yield from happened
+        return percent
+    of = run.copy()
+    if percent == 100:
+        run.leave_program()
+        later.begin(replace(recording, run=of))
+        try:
+            yield from later.collect(raise_if_stopped)
+        except _StopAsked:
+            later.abandon()
+            raise
+    else:
+        run.count_anew()
 
         def take_over() -> None:
             run.progress.choices = of.progress.choices
 
-        later.begin(lambda raise_if_abandoned: record(of, raise_if_abandoned), take_over)
-        run.progress.evaluation_is_due = False
-        return percent
-    happened = record(run, raise_if_stopped)
+        later.begin(replace(recording, run=of), take_over)
     run.progress.evaluation_is_due = False
-    yield from happened
     return percent
 
 

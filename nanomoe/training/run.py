@@ -22,7 +22,7 @@ from nanomoe import checkpoint
 from nanomoe.config import ConfigWarning, JobConfig
 from nanomoe.config_warnings import config_warnings
 from nanomoe.data import Order, Step, Windows
-from nanomoe.evaluation.evaluate import Choices, evaluate, evaluate_loss
+from nanomoe.evaluation.evaluate import Choices, Measured, evaluate_loss, evaluation_of, measure
 from nanomoe.evaluation.evaluated_text import EvaluatedText, RaiseIfStopped, go_on
 from nanomoe.evaluation.metrics import CheckpointMetrics, Position
 from nanomoe.evaluation.reader import PlainReader
@@ -226,6 +226,11 @@ class Run:
         self.step.look_ahead(self._planned)
         self._ending = self._build_ending()
 
+    def leave_program(self) -> None:
+        """Have the program that trains other runs too do no more steps of this one, if there is one."""
+        if isinstance(self.step, Lane):
+            self.step.leave()
+
     def _planned(self, index: int) -> Planned | None:
         if index >= self.plan.total_steps:
             return None
@@ -385,24 +390,26 @@ class Run:
         *,
         stopped_early: bool,
         tok_per_sec: float | None,
+        measured: Measured | None = None,
         raise_if_stopped: RaiseIfStopped = go_on,
     ) -> tuple[Recorded, list[Warned]]:
         """Evaluate, and gather the checkpoint's files and the warnings that its metrics give rise to.
 
-        `raise_if_stopped` is called between two batches; where it raises, nothing has changed.
+        `measured`: what has been measured of these very weights. `raise_if_stopped` is called between two batches;
+        where it raises, nothing has changed.
         """
         progress = self.progress
-        evaluation = evaluate(
-            self.model,
+        if measured is None:
+            measured = measure(self.model, self.text, self.val_text, self.config, self.reader, raise_if_stopped)
+        evaluation = evaluation_of(
+            measured,
             self.text,
-            self.val_text,
             self.tokenizer,
             self.config,
             position=Position(percent=percent, step=progress.step, epoch=self.plan.epoch_of(progress.step)),
             previous_choices=progress.choices,
             train_loss=progress.train_loss,
             train_dropped={layer: int(n) / max(1, progress.routed) for layer, n in progress.dropped.items()},
-            reader=self.reader,
             raise_if_stopped=raise_if_stopped,
         )
         metrics = evaluation.metrics
@@ -418,24 +425,25 @@ class Run:
                 routing["positions"] = self.text.positions()
             files[checkpoint.ROUTING] = save_tensors(routing)
         progress.choices = evaluation.choices
-        progress.routed = 0
-        for dropped in progress.dropped.values():
-            dropped.zero_()
+        self.count_anew()
         late = progress.step > self.plan.total_steps / 2
         return Recorded(metrics, tok_per_sec, files), [
             Warned(code, message) for code, message in evaluation.warnings(after_half=late)
         ]
 
     def copy(self) -> "Run":
-        """This run as it stands, to be recorded while this one goes on and counts anew for the next checkpoint."""
+        """This run as it stands, to be recorded while this one goes on."""
         copied = copy.copy(self)
         copied.model = self._copied_model()
         copied.reader = build_reader(self.path, copied.model)
         copied.progress = replace(self.progress, dropped=_clones(self.progress.dropped))
+        return copied
+
+    def count_anew(self) -> None:
+        """Begin to count what the next checkpoint says of the steps before it."""
         self.progress.routed = 0
         for dropped in self.progress.dropped.values():  # in its place, where the program of a cohort adds to it
             dropped.zero_()
-        return copied
 
     def _copied_model(self) -> GPT:
         """A copy of the model in memory of its own: the weights may be views of what is others' too."""

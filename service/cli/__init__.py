@@ -18,7 +18,7 @@ COMMANDS = {
     "Service": {
         "serve": "Start API and worker; Ctrl-C stops both. Settings are NANOMOE_ variables, and .env.",
         "demo": "Train the bundled paragraph, show each quarter, generate from it, and stop API and worker again.",
-        "workers": "List the workers and their jobs.",
+        "workers": "List the workers and their jobs, or run many on an engine.",
         "keys": "Make, list and revoke keys; show who changed what.",
         "backup": "Copy the database while the service runs, and print which files a backup needs too.",
         "fsck": "Verify every recorded checkpoint and snapshot against its files, byte for byte.",
@@ -72,8 +72,8 @@ _MODULES = {
 def _target(name: str) -> str:
     if name == "bench":
         return "service.cli.bench:app"
-    if name == "keys":
-        return "service.cli.keys:app"
+    if name in ("keys", "workers"):
+        return f"service.cli.{name}:app"
     if name == "import":
         return "service.cli.model_import:import_model"
     return f"{next((module for module, names in _MODULES.items() if name in names), 'service.cli.jobs')}:{name}"

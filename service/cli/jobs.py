@@ -294,18 +294,6 @@ def delete(
         text.console().print(f"deleted {handle.id}")
 
 
-def workers(url: Url = None, as_json: Json = False) -> None:
-    """List the workers and their jobs."""
-    with connect(url) as client:
-        known = client.workers()
-    if as_json:
-        print_json(known)
-    elif known:
-        text.print_table(job_text.workers_table(known))
-    else:
-        text.console().print("no worker; start one: python -m worker (`serve` starts one with the API)")
-
-
 def read_text(file: str) -> str:
     """The text of a file, or of standard input for `-`, without a byte-order mark; raises UsageError."""
     try:

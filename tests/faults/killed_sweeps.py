@@ -3,9 +3,10 @@
     python -m tests.faults.killed_sweeps --kills 50 --seed 1
 
 Every job ends once, with every byte of its weights, every metric and every step of an undisturbed run. The suite does a
-short run of it. A trainer's lines are its messages and the steps of its commits, a worker's its statements to the
-database. The jobs of a worker that is killed are trained together again; those of a trainer that is killed are trained
-alone from then on, so that each sweep has one such death at the most before its last.
+short run of it. A trainer's lines are its messages and the steps of its commits, those of a fork that trains members
+for it (on the path `fused`) what it sends to it, a worker's its statements to the database. The jobs of a worker that
+is killed are trained together again; those of a trainer that is killed are trained alone from then on, so that each
+sweep has one such death at the most before its last.
 """
 
 import argparse
@@ -50,9 +51,10 @@ GRID = [DENSE | {"epochs": 20, "lr": lr, "seed": seed} for lr in (1e-3, 3e-3, 5e
 N_STEPS = 60
 TIMING = replace(QUICK, record=0.2)
 OF_A_SWEEP = ("worker", "worker", "trainer")
-"""Who is killed while a sweep is trained, before one more that is drawn by lot."""
+"""Who is killed while a sweep is trained, before one more that is drawn by lot. Where a cohort has forks, one of them
+dies in place of every other trainer: its trainer dies of that."""
 
-MOST_LINES = {"trainer": 400, "worker": 250}
+MOST_LINES = {"trainer": 400, "fork": 60, "worker": 250}
 """Lines from which the next death is drawn: about those of a sweep that is left alone."""
 
 
@@ -81,6 +83,7 @@ class KilledSweeps:
     def __init__(self, place: Workplace, *, seed: int, path: str | None = None) -> None:
         """`path`: as of `hooked`."""
         self._place, self._path = place, path
+        self._dying_trainers = ("trainer", "fork") if path == "fused" else ("trainer",)
         self._chance = random.Random(seed)  # noqa: S311 - the same deaths every time
         folder = place.settings.data_dir.parent
         self._files = {who: folder / f"next_death_of_a_{who}" for who in MOST_LINES}
@@ -90,7 +93,7 @@ class KilledSweeps:
 
     def _start(self) -> WorkerProcess:
         return self._place.start_worker(
-            program=hooked({}, self._path, self._files["trainer"]),
+            program=hooked({}, self._path, {who: self._files[who] for who in self._dying_trainers}),
             death=self._files["worker"],
             cohort=len(GRID),
             slots=2,
@@ -104,9 +107,13 @@ class KilledSweeps:
         victims: Sequence[str] = ()
         while left := n_kills - sum(self.report.kills.values()):
             if not victims:
-                victims = [*OF_A_SWEEP, self._chance.choice(list(MOST_LINES))][:left]
+                victims = [*self._of_a_sweep(), self._chance.choice(["trainer", "worker"])][:left]
             victims = self._train_and_kill(victims)
         return self.report
+
+    def _of_a_sweep(self) -> Sequence[str]:
+        kinds = self._dying_trainers
+        return [*OF_A_SWEEP[:-1], kinds[-1 - self.report.sweeps % len(kinds)]]
 
     def _train_and_kill(self, victims: Sequence[str]) -> Sequence[str]:
         """Train a sweep, and kill these one after the other. Returns those who outlived it."""
@@ -183,12 +190,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--stacked", action="store_true", help="in programs of stacked weights, as on a GPU")
+    parser.add_argument(
+        "--path",
+        choices=["eager", "fused", "stacked"],
+        default="eager",
+        help="eager: in turns; fused: by forks, one a core; stacked: as one program, as on a GPU",
+    )
     parser.add_argument("--database-url", help="an empty PostgreSQL database; else SQLite")
     options = parser.parse_args()
-    os.environ.setdefault("NANOMOE_STEP_PATH", "eager")
+    os.environ["NANOMOE_STEP_PATH"] = "eager" if options.path == "stacked" else options.path
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    if options.stacked:  # torch is imported only now: it reads the number of its threads as it is
+    if options.path == "stacked":  # torch is imported only now: it reads the number of its threads as it is
         from nanomoe.training.steps.choice import CAPTURING
         from tests.nanomoe.training.steps.graphs_stand_in import RecordedGraphs
 
@@ -200,7 +212,7 @@ def main() -> None:
         migrate.upgrade(db)
         place = Workplace(db, settings)
         try:
-            killed = KilledSweeps(place, seed=options.seed, path="stacked" if options.stacked else None)
+            killed = KilledSweeps(place, seed=options.seed, path=options.path)
             killed.run(options.kills)
         finally:
             place.end()

@@ -5,7 +5,7 @@ worker, no queue and no interruption.
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -108,10 +108,11 @@ def assert_undisturbed(place: Workplace, job: Job, expected: Undisturbed) -> Non
     assert steps == expected.steps
 
 
-def hooked(hooks: dict[int, dict[str, Any]], path: str | None = None, death: Path | None = None) -> list[str]:
+def hooked(
+    hooks: dict[int, dict[str, Any]], path: str | None = None, deaths: Mapping[str, Path] | None = None
+) -> list[str]:
     """The program of a real trainer with these hooks, by attempt. `path`: its way of doing a step, else that of all
-    tests. `death`: the file of its next death (`next_death.py`)."""
+    tests. `deaths`: the files of the next deaths (`next_death.py`), of the `trainer` and of a `fork` of it."""
     chosen: dict[Any, Any] = hooks | {"path": path or os.environ["NANOMOE_STEP_PATH"]}
-    if death is not None:
-        chosen["death"] = str(death)
+    chosen["deaths"] = {who: str(file) for who, file in (deaths or {}).items()}
     return [str(HERE / "hooked_trainer.py"), json.dumps(chosen)]

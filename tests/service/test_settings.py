@@ -46,7 +46,8 @@ def test_heartbeat_and_rescue_intervals_follow_the_lease(monkeypatch: pytest.Mon
 
 
 def test_a_cohort_is_a_number_or_auto(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert Settings().cohort == 1
+    monkeypatch.delenv("NANOMOE_COHORT", raising=False)
+    assert Settings().cohort == "auto"
     for given, read in (("auto", "auto"), ("64", 64)):
         monkeypatch.setenv("NANOMOE_COHORT", given)
         assert Settings().cohort == read

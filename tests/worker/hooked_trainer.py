@@ -2,8 +2,9 @@
 
 `python hooked_trainer.py HOOKS --parent PID --until TIME`, HOOKS being JSON, `{"path": PATH, ATTEMPT: HOOK}`: how steps
 are done, `stacked` on a stand-in for CUDA graphs; how long a bucket is asked again, if it has `"retries"`; and a hook
-by attempt. With `"death": FILE` it dies where that file orders it (`next_death.py`). A point is one of the commit of a
-folder, for example `f1-50/renamed`. A hook may have:
+by attempt. With `"deaths": {"trainer": FILE, "fork": FILE}` it dies where the first file orders it (`next_death.py`);
+with the second a cohort is trained by two forks, of which one dies where that orders it. A point is one of the commit
+of a folder, for example `f1-50/renamed`. A hook may have:
 
 `"line": N`, to be killed before its Nth line; with `"out of memory": true` as by the out-of-memory killer;
 `"point": POINT`, to be killed there;
@@ -35,13 +36,16 @@ from nanomoe.store import commit
 from nanomoe.store.opening import open_store
 from nanomoe.store.store import Store
 from nanomoe.training import cohort
+from nanomoe.training.cohort import Left
+from nanomoe.training.loop import Happened
 from nanomoe.training.run import Run
 from nanomoe.training.steps.choice import CAPTURING
 from nanomoe.training.steps.kept import KeptSteps
 from tests.faults.next_death import NextDeath
 from tests.nanomoe.training.steps.graphs_stand_in import RecordedGraphs
 from tests.worker.scripted_trainer import run_out_of_memory
-from worker import trainer
+from worker import cohort_trainer, job_trainer, trainer
+from worker.channel import Channel, JobChannel
 from worker.protocol import AboutJob, CheckpointWritten, Done, Start, StopReason
 from worker.supervision import Supervision
 
@@ -51,30 +55,40 @@ if path == "stacked":
     CAPTURING["cpu"] = RecordedGraphs
 retry_seconds = hooks.pop("retries", None)
 os.environ["NANOMOE_STEP_PATH"] = "captured" if path == "stacked" else path  # of a job that has no company
-next_death = NextDeath(Path(str(file))) if (file := hooks.pop("death", None)) is not None else None
+deaths = {who: NextDeath(Path(file)) for who, file in hooks.pop("deaths", {}).items()}
 hook: dict[str, Any] = {}
 n_sent = 0
 folder = ""
 job_folder = Path()
 supervised: list[Callable[[], StopReason | None]] = []
 
-_run_job, _run_cohort, _send = trainer.run_job, trainer.run_cohort, trainer.JobChannel.send
+_run_job, _run_cohort, _send = trainer.run_job, trainer.run_cohort, JobChannel.send
 _write, _backward = checkpoint.write, Run._backward
-_record = Run.record
+_record, _sendable = Run.record, cohort._sendable
 
 
-def run_job(start: Start, channel: trainer.JobChannel, supervision: Supervision, kept_steps: KeptSteps) -> Done:
+def run_job(start: Start, channel: JobChannel, supervision: Supervision, kept_steps: KeptSteps) -> Done:
     hook_up([start], supervision)
     return _run_job(start, channel, supervision, kept_steps)
 
 
-def run_cohort(starts: Sequence[Start], channel: trainer.Channel, supervision: Supervision) -> bool:
+def run_cohort(starts: Sequence[Start], channel: Channel, supervision: Supervision) -> bool:
     """The hook is that of the first member's attempt; lines are counted over all members."""
     hook_up(starts, supervision)
-    if "forks" in hook:
-        torch.set_num_threads(hook["forks"])
+    if "forks" in hook or "fork" in deaths:
+        torch.set_num_threads(hook.get("forks", 2))
     cohort._ROUND_SECONDS = 0.0 if hook.get("step by step") else 0.5
     return _run_cohort(starts, channel, supervision)
+
+
+def die_if_ordered(who: str) -> None:
+    if who in deaths:
+        deaths[who].line()
+
+
+def sendable(happened: Happened | Left) -> Happened | Left:
+    die_if_ordered("fork")
+    return _sendable(happened)
 
 
 def hook_up(starts: Sequence[Start], supervision: Supervision) -> None:
@@ -106,10 +120,9 @@ def record(self: Run, percent: int, *, raise_if_stopped: Callable[[], None], **o
     return _record(self, percent, raise_if_stopped=raise_if_stopped, **options)
 
 
-def send(self: trainer.JobChannel, message: AboutJob) -> None:
+def send(self: JobChannel, message: AboutJob) -> None:
     global n_sent
-    if next_death is not None:
-        next_death.line()
+    die_if_ordered("trainer")
     if hook:
         n_sent += 1
         if n_sent == hook.get("line"):
@@ -132,8 +145,7 @@ def write(target: Store, files: Any) -> Any:
 
 
 def reached(point: str) -> None:
-    if next_death is not None:
-        next_death.line()
+    die_if_ordered("trainer")
     if hook.get("point") == f"{folder}/{point}":
         os.kill(os.getpid(), signal.SIGKILL)
     if hook.get("full") == f"{folder}/{point}":
@@ -152,11 +164,13 @@ trainer._warm_up = lambda **_: None  # torch is imported by now, and a job of a 
 trainer.run_job = run_job
 trainer.run_cohort = run_cohort
 Run.record = record  # type: ignore[method-assign]
-trainer.JobChannel.send = send  # type: ignore[method-assign]
+JobChannel.send = send  # type: ignore[method-assign]
+cohort._sendable = sendable
 checkpoint.write = write
 commit.reached = reached
 if retry_seconds is not None:
-    trainer.open_store = partial(open_store, retry_seconds=retry_seconds)
+    for module in (job_trainer, cohort_trainer):
+        module.open_store = partial(open_store, retry_seconds=retry_seconds)
 
 if __name__ == "__main__":
     trainer.main()

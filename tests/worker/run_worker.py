@@ -169,6 +169,7 @@ def _run(spec: dict[str, Any]) -> int:
             slots=spec["slots"],
             timing=Timing(**spec["timing"]),
             command=spec["command"] or TRAINER,
+            idle_seconds=spec["idle_seconds"],
         )
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, supervisor.stop)

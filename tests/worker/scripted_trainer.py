@@ -492,6 +492,7 @@ if __name__ == "__main__":
     parser.add_argument("--parent", type=int, required=True)
     parser.add_argument("--until", type=float, required=True)
     parser.add_argument("--measure-cohort", action="store_true")
+    parser.add_argument("--gpu")
     parser.add_argument("--without", choices=SAFEGUARDS, action="append", default=[])
     options = parser.parse_args()
     supervision = start_supervision(options.parent, options.until, options.without)

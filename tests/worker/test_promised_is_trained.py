@@ -20,6 +20,8 @@ from service.jobs.submission import TOKENISED_AT_ONCE_BYTES, Parent, assess
 from service.settings import Settings
 from tests.nanomoe.sample_tokenizers import other_meaning
 from tests.service.tiny_checkpoint import TinyCheckpoint, write_tiny_checkpoint
+from worker.channel import Channel
+from worker.job_trainer import Writer, _train, prepare_run
 from worker.protocol import (
     Assignment,
     CheckpointWritten,
@@ -32,7 +34,6 @@ from worker.protocol import (
     encode,
     parse_to_trainer,
 )
-from worker.trainer import Channel, Writer, _prepare, _train
 
 SHAPE = {
     "block_size": 32,
@@ -132,7 +133,7 @@ def promised_and_prepared(
         of_parent = Parent("0" * 32, parent.config, tokenizer, hashlib.sha256(OTHER.encode()).hexdigest())
     found = assess(text, config, place.settings, of_parent)
     channel = RecordingChannel()
-    run = _prepare(place.start(config, text, **origin), channel, KeptSteps())
+    run = prepare_run(place.start(config, text, **origin), channel, KeptSteps())
     (said,) = channel.messages
     assert isinstance(said, Prepared)
     assert len(run.model.transformer.wte.weight) == run.tokenizer.vocab_size
@@ -222,7 +223,7 @@ def test_a_job_that_starts_again_at_step_0_goes_on_with_the_tokenizer_it_began_w
     made = write_tiny_checkpoint(place.folder / "earlier", tokenizer=earlier_bundle(), **SHAPE)
     channel = RecordingChannel()
     folder = Folder(folder=str(made.folder), manifest_sha256=made.manifest_sha256)
-    run = _prepare(place.start(made.config, tokenizer=folder), channel, KeptSteps())
+    run = prepare_run(place.start(made.config, tokenizer=folder), channel, KeptSteps())
     assert run.tokenizer == made.tokenizer
     assert run.windows.tokens == made.tokenizer.encode(TEXT)
     (said,) = channel.messages
@@ -239,7 +240,7 @@ def test_a_job_that_was_counted_with_an_earlier_bundle_and_not_begun_says_what_i
         before.setattr("nanomoe.tokenizer._bundled", lambda: earlier)
         counted = assess(TEXT, config, place.settings, None)
     channel = RecordingChannel()
-    run = _prepare(place.start(config), channel, KeptSteps())
+    run = prepare_run(place.start(config), channel, KeptSteps())
     (said,) = channel.messages
     assert isinstance(said, Prepared)
     assert said.n_tokens == len(run.windows.tokens) == len(load_tokenizer("ptbr-8k").encode(TEXT)) != counted.n_tokens

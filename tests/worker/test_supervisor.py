@@ -45,6 +45,19 @@ def test_a_job_is_trained_to_its_end_and_every_message_is_recorded(place: Workpl
 
 
 @ONLY_SQLITE
+def test_a_worker_that_has_been_idle_ends_and_one_with_a_job_does_not(place: Workplace) -> None:
+    job = place.submit()
+    worker = place.start_worker("work", idle_seconds=0.2)
+    place.wait_for_step(job, 5)
+    assert worker.wait(1) is None
+    place.finish(job)
+    assert worker.wait(120) == 0
+    assert place.job(job).status == "succeeded"
+    (row,) = [row for row, _ in list_workers(place.db)]
+    assert row.stopped_at is not None
+
+
+@ONLY_SQLITE
 def test_a_job_that_needed_fewer_steps_says_why(place: Workplace) -> None:
     job = place.submit()
     place.start_worker("succeed_early")

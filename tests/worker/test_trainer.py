@@ -1,6 +1,7 @@
 """The trainer's own parts: the channel that nobody else can write to, the writer, and what an error means."""
 
 import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,10 @@ from nanomoe.config import InitFrom
 from nanomoe.evaluation.metrics import CheckpointMetrics
 from nanomoe.training.steps.kept import KeptSteps
 from tests.service.tiny_checkpoint import write_tiny_checkpoint
-from worker.protocol import CheckpointWritten, Folder, Ready, SnapshotWritten, Start, parse_from_trainer
-from worker.trainer import JobChannel, Writer, _explain, run_job
+from worker import trainer
+from worker.channel import JobChannel
+from worker.job_trainer import Writer, _explain, run_job
+from worker.protocol import CheckpointWritten, Done, Folder, Idle, Ready, SnapshotWritten, Start, parse_from_trainer
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,7 +33,7 @@ class RecordingChannel(JobChannel):
 
 def test_stray_prints_of_the_trainer_and_its_children_never_reach_the_supervisor() -> None:
     code = (
-        "import os, sys; from worker.trainer import Channel; from worker.protocol import Ready; channel = Channel(); "
+        "import os, sys; from worker.channel import Channel; from worker.protocol import Ready; channel = Channel(); "
         "print('stray', flush=True); os.write(1, b'stray'); os.system('echo stray'); channel.send(Ready())"
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, cwd=ROOT)
@@ -78,6 +81,40 @@ def test_a_disk_that_is_full_ends_the_training_and_not_the_writer_alone(
     with pytest.raises(OSError, match="No space"):
         writer.close()
     assert channel.messages == []
+
+
+@pytest.mark.parametrize(
+    ("measured", "compiled_before", "n_jobs"),
+    [(None, False, 2), (1, False, 1), (4, True, 2)],
+    ids=["not measured", "measured without", "measured with"],
+)
+def test_a_trainer_that_measured_company_without_the_loops_ends_once_they_are_compiled(
+    measured: int | None, compiled_before: bool, n_jobs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = compiled_before
+    ended: list[Start] = []
+
+    def train(start: Start, *_: object) -> Done:
+        nonlocal compiled
+        compiled = True
+        ended.append(start)
+        return Done(outcome="succeeded")
+
+    clean = SimpleNamespace(restore=lambda: None, what_is_left=lambda: None)
+    monkeypatch.setattr("worker.process_state.ProcessState", lambda _: clean)
+    monkeypatch.setattr("nanomoe.training.steps.loops.compiling.LOOPS", SimpleNamespace(are_compiled=lambda: compiled))
+    monkeypatch.setattr(trainer, "run_job", train)
+    start = SimpleNamespace(assignment=None, execution=None)
+    jobs = iter([([start], os.open(os.devnull, os.O_RDONLY)) for _ in range(2)])
+    channel = RecordingChannel()
+    supervision = SimpleNamespace(wait_for_jobs=lambda: next(jobs, None), should_exit=False)
+    monkeypatch.setattr(trainer, "JobChannel", lambda *_: channel)
+    trainer.train_jobs(channel, supervision, measured)  # type: ignore[arg-type]
+    for _, lock in jobs:
+        os.close(lock)
+    assert len(ended) == n_jobs
+    assert channel.messages[0] == Ready(cohort=measured)
+    assert channel.messages.count(Idle()) == (n_jobs if n_jobs == 2 else 0)
 
 
 def test_a_deterministic_error_fails_the_job_and_any_other_is_a_crash() -> None:

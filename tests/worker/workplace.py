@@ -126,6 +126,7 @@ class Workplace:
         batches: Path | None = None,
         death: Path | None = None,
         fresh: bool = False,
+        idle_seconds: float | None = None,
         host: Host | None = None,
     ) -> WorkerProcess:
         """A worker whose trainers follow `script`, run `program`, or train in earnest. `slow_disk_seconds`: that long
@@ -133,8 +134,9 @@ class Workplace:
         goes. `dies_at`: which call of which of the queue's writes kills it. `cohort`: most jobs of one shape
         that a trainer trains together. `batches`: takes a line for each transaction about running jobs, with their
         number. `death`: the file of its next death (`next_death.py`), statements to the database being its lines.
-        `fresh`: each trainer is a new interpreter, as one that trains in earnest always is, instead of a fork. `host`:
-        where it runs, unless here; the process is then one that waits for it."""
+        `fresh`: each trainer is a new interpreter, as one that trains in earnest always is, instead of a fork.
+        `idle_seconds`: it ends after so long without a job. `host`: where it runs, unless here; the process is then one
+        that waits for it."""
         if script is not None:
             program = [str(HERE / "scripted_trainer.py"), script]
         spec = {
@@ -164,6 +166,7 @@ class Workplace:
             "batches": batches and str(batches),
             "death": death and str(death),
             "log": log and str(log),
+            "idle_seconds": idle_seconds,
         }
         worker = WorkerProcess(spec)
         self._workers.append(worker)

@@ -310,6 +310,8 @@ class Lane(TrainingStep):
         self.dropped = dropped
         """By mixture, 0-dim int64: assignments beyond the capacity since whoever reads them has set them to 0."""
         self.lr = config.lr
+        self.has_left = False
+        """Whether its member is gone, and the program goes on without it."""
 
     def begin(self) -> None:
         self._planned = Planned([], self.lr)
@@ -327,6 +329,7 @@ class Lane(TrainingStep):
     def leave(self) -> None:
         """The member is gone: nothing of its row changes any more."""
         self.program.is_skipped_W[self._place] = 1
+        self.has_left = True
 
     def look_ahead(self, plan: Callable[[int], Planned | None]) -> None:
         self._agenda.plan = plan

@@ -6,14 +6,12 @@ rows.
 """
 
 import json
-import re
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from nanomoe.config import JobConfig
 from service.cli.bench import rows
+from service.cli.bench.peak_memory import PeakMemory
 from service.cli.bench.temporary_service import TemporaryService, run_service
 from service.cli.bench.turnaround import TINY
 from service.client import Client
@@ -54,8 +52,8 @@ class CohortRate:
     the number of jobs."""
 
     peak_bytes: int | None
-    """Largest resident memory of the trainer's process; None where the system does not tell. Neither a GPU's is in it
-    nor that of the trainer's forks, which share what it had before them."""
+    """Most memory that the trainer and its forks have had together during the sweep, as the sum of their proportional
+    set sizes (PSS), looked at five times a second; None where the system does not tell. A GPU's is not in it."""
 
     seconds_behind: float
     """From the submission to the claim of a job of another shape that was submitted right after the sweep."""
@@ -88,9 +86,9 @@ def _measure(name: str, width: int, n_jobs: int, steps: int, alone: float | None
     config = SHAPES[name].model_copy(update={"max_steps": steps})
     with run_service(cohort=width, log_format="json") as service:
         service.processes.start_worker()
-        with Client(service.url) as client:
+        peak = PeakMemory()
+        with Client(service.url) as client, peak.watching(service.processes.pid("worker")):
             done, behind = _sweep(service, client, config, n_jobs)
-        peak = _peak_bytes(service.processes.pid("worker"))
         n_transactions = _transactions(service)
     first = min(job.started_at for job in done if job.started_at is not None)
     last = max(job.finished_at for job in done if job.finished_at is not None)
@@ -105,7 +103,7 @@ def _measure(name: str, width: int, n_jobs: int, steps: int, alone: float | None
         jobs_per_minute=60 * n_jobs / seconds,
         times_as_fast=None if alone is None else alone / seconds,
         transactions_per_job=n_transactions / n_jobs,
-        peak_bytes=peak,
+        peak_bytes=peak.n_bytes,
         seconds_behind=(behind.started_at - behind.created_at).total_seconds(),
     )
 
@@ -127,18 +125,6 @@ def _sweep(service: TemporaryService, client: Client, config: JobConfig, n_jobs:
     assert counts["succeeded"] == n_jobs, f"of {n_jobs} jobs {counts['succeeded']} succeeded"
     done = [reads.get_job(service.database, job_id) for job_id in progress.job_ids]
     return done, reads.get_job(service.database, other.id)
-
-
-def _peak_bytes(worker: int) -> int | None:
-    """The largest resident memory that a child of the worker has had."""
-    if sys.platform != "linux":
-        return None
-    peaks = [0]
-    for task in Path(f"/proc/{worker}/task").iterdir():
-        for child in (task / "children").read_text().split():
-            found = re.search(r"^VmHWM:\s+(\d+) kB$", Path(f"/proc/{child}/status").read_text(), re.MULTILINE)
-            peaks.append(int(found[1]) * 1024 if found else 0)
-    return max(peaks)
 
 
 def _transactions(service: TemporaryService) -> int:

@@ -1,4 +1,5 @@
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -94,14 +95,31 @@ def test_state_that_is_missing_is_refused() -> None:
         optimizer.load(saved)
 
 
-def test_a_training_process_does_not_load_torchs_compiler() -> None:
-    """A second of processor time at the start of every trainer."""
-    code = (
-        "import sys; from worker import trainer; trainer._warm_up(measures_cohort=False); "
-        "print([name for name in ('torch._dynamo', 'torch._inductor', 'sympy') if name in sys.modules])"
+WARM_UP = """
+import sys
+import torch
+from nanomoe.training.steps import threads
+from worker import trainer
+
+torch.set_num_threads(2)
+threads.measured_threads = lambda *_: 1
+trainer._warm_up(measures_cohort=False)
+print([name for name in ("torch._dynamo", "torch._inductor", "sympy") if name in sys.modules], torch.get_num_threads())
+"""
+
+
+def test_warming_up_loads_no_compiler_of_torchs_and_leaves_the_process_its_threads() -> None:
+    """The compiler takes a second of processor time at the start of every trainer; and a cohort has a process for each
+    of the trainer's threads, not for each of those that a step of the warm-up had."""
+    ran = subprocess.run(
+        [sys.executable, "-c", WARM_UP],
+        capture_output=True,
+        check=True,
+        cwd=ROOT,
+        env=os.environ | {"NANOMOE_STEP_PATH": "fused"},
+        text=True,
     )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, cwd=ROOT, text=True)
-    assert ran.stdout.strip() == "[]"
+    assert ran.stdout.strip() == "[] 2"
 
 
 def test_the_rate_rises_linearly_to_lr_and_then_stays() -> None:

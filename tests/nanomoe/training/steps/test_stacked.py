@@ -1,6 +1,7 @@
 """Steps of stacked models against the same jobs' captured steps, on a stand-in for CUDA graphs."""
 
 import math
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -11,14 +12,17 @@ from nanomoe.config import JobConfig
 from nanomoe.plan import OutOfMemory
 from nanomoe.tokenizer import load_tokenizer
 from nanomoe.training.cohort import Left, Member, stack, train_together
-from nanomoe.training.loop import LossNotFinite, Undisturbed, train
-from nanomoe.training.run import Run, Snapshot, Warned, prepare
+from nanomoe.training.loop import LossNotFinite, Steps, Stopped, Undisturbed, train
+from nanomoe.training.run import Recorded, Run, Snapshot, Warned, prepare
 from nanomoe.training.steps import choice
 from nanomoe.training.steps.choice import StepPath
-from nanomoe.training.steps.stacked import Lane
+from nanomoe.training.steps.stacked import Lane, StackedSteps
 from nanomoe.training.steps.step import Figures
 from tests.nanomoe.training.steps.graphs_stand_in import RecordedGraphs
 from tests.nanomoe.training.test_cohort import StopAfter, by_member, figures
+
+pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
+"""torch maps the CPU's fused attention over models one by one; a GPU's has a rule."""
 
 TEXT = "o rato roeu a roupa do rei de roma, e a rainha com raiva resolveu remendar. " * 4
 TINY = {"tokenizer": "bytes", "block_size": 33, "n_layer": 2, "n_head": 2, "n_embd": 16, "batch_size": 4, "lr": 1e-2}
@@ -98,6 +102,7 @@ def cohort(configs: dict[str, dict[str, Any]], width: int, **how: Any) -> dict[s
 def told(members: dict[str, Member]) -> dict[str, list[object]]:
     """What each member's events say that does not depend on a clock; its weights last."""
     found = by_member(train_together(list(members.values())))
+    assert {key: events[-1] for key, events in found.items()} == dict.fromkeys(members, Left(None))
     return {key: figures(events) for key, events in found.items()}
 
 
@@ -128,6 +133,43 @@ def test_a_member_that_was_stopped_goes_on_in_a_program_of_the_same_width_with_t
     (resumed,) = told(cohort({"a": config}, 3, resume=snapshot.files)).values()
     assert resumed[1][-1] == whole[1][-1]  # type: ignore[index]
     assert resumed[0] == whole[0][4:]  # type: ignore[index]
+
+
+def test_a_stop_in_the_last_checkpoint_is_no_end_and_whoever_resumes_makes_it() -> None:
+    config = SHORT | {"max_steps": 5}
+    (whole,) = told(cohort({"a": config}, 2)).values()
+    members = cohort({"a": config}, 2)
+    members["a"] = replace(members["a"], control=StopAfter(members["a"].run, 5, "pause"))
+    events = by_member(train_together(list(members.values())))["a"]
+    *made, snapshot, stopped, left = [event for event in events if not isinstance(event, Steps)]
+    assert [event.percent for event in made if isinstance(event, Recorded)] == [0, 25, 50, 75]
+    assert (stopped, left) == (Stopped("pause", 5), Left(None))
+    assert isinstance(snapshot, Snapshot)
+    (resumed,) = told(cohort({"a": config}, 2, resume=snapshot.files)).values()
+    assert resumed == [[], [whole[1][-1]]]  # type: ignore[index]
+
+
+def test_members_that_are_shorter_do_not_hold_up_the_others_with_their_last_checkpoint(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    members = cohort({"short": SHORT, "longer": SHORT | {"epochs": 6}}, 2)
+    longer, record = members["longer"].run, Run.record
+    went_on = threading.Event()
+
+    def waiting_record(self: Run, percent: int, **others: Any) -> Any:
+        if percent == 100 and self.config.epochs == SHORT["epochs"]:
+            assert went_on.wait(60), "no step was done beside the last checkpoint"
+        return record(self, percent, **others)
+
+    def look(self: StackedSteps) -> None:
+        advance(self)
+        if longer.progress.step > members["short"].run.plan.total_steps:
+            went_on.set()
+
+    advance = StackedSteps.advance
+    monkeypatch.setattr(StackedSteps, "advance", look)
+    monkeypatch.setattr(Run, "record", waiting_record)
+    told(members)
 
 
 def test_a_loss_that_is_not_finite_ends_its_member_alone(monkeypatch: pytest.MonkeyPatch) -> None:
