@@ -26,14 +26,18 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-PART_BYTES = 16 << 20
-"""Size of a part of a large file; 10,000 parts, S3's most, make 160 GB."""
+PART_BYTES = 8 << 20
+"""Size of a part of a large file; 10,000 parts, S3's most, make 80 GB."""
 
 _AT_ONCE = 8
-"""Files of a folder, and parts of a file, that are sent at the same time."""
+"""Files of a folder that are sent at the same time."""
+
+_PARTS_AT_ONCE = 4
+"""Parts of a file that are sent at the same time: all of them within SILENCE_SECONDS, on a slow line too."""
 
 SILENCE_SECONDS = 30.0
-"""How long a connection may say nothing before the request counts as failed."""
+"""How long the store may say nothing before a request counts as failed. That includes the time in which a file or a
+part is sent to it (measured with obstore 0.12)."""
 
 _MOST_PAUSE_SECONDS = 5.0
 """Longest pause between two tries."""
@@ -269,7 +273,7 @@ class BucketStore(Store):
         if create and self._holds_another(name, content):
             raise FileExistsError(f"{self.location}/{name} exists already")
         with _translated(key):
-            obstore.put(client, key, content, chunk_size=PART_BYTES, max_concurrency=_AT_ONCE)
+            obstore.put(client, key, content, chunk_size=PART_BYTES, max_concurrency=_PARTS_AT_ONCE)
 
     def _holds_another(self, name: str, content: bytes) -> bool:
         try:
