@@ -4,7 +4,6 @@ SQLite: `PRAGMA data_version` on a connection of its own, every 20 ms. PostgreSQ
 """
 
 import logging
-import select
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -120,5 +119,5 @@ def listen_to_postgresql(connect: Callable[[], Any], stop: threading.Event) -> I
         connection.execute(f"LISTEN {CHANNEL}")
         yield True
         while True:
-            select.select([connection], [], [], 0.2)
-            yield bool(list(connection.notifies(timeout=0)))
+            # The driver waits, and not `select`, which takes no descriptor above 1023.
+            yield bool(list(connection.notifies(timeout=0.2, stop_after=1)))
