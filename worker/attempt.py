@@ -102,6 +102,8 @@ class Attempt:
         """Why the attempt failed, where the trainer's exit status does not show it."""
         self._external_cause: str | None = None
         """Why the attempt failed, where the cause is not the job."""
+        self._store_failed = False
+        """Whether the cause was the store, which the supervisor itself could not read."""
         self._trainer_timed_out = False
         """Whether the trainer received no keep-alive for so long that it killed itself."""
         self._oom_kills = oom_kills()
@@ -171,6 +173,12 @@ class Attempt:
     def is_done(self) -> bool:
         """Whether the trainer has said how the job ended."""
         return self._done is not None
+
+    @property
+    def lacked_store(self) -> bool:
+        """Whether the job could not go on here because of the store of files."""
+        failure = None if self._done is None else self._done.error
+        return self._store_failed or (failure is not None and failure.code in STORE_FAILURES)
 
     # -- Due work --------------------------------------------------------------------------------------------------
 
@@ -299,6 +307,7 @@ class Attempt:
             self._abandon()
         except Exception as error:
             self._disk_full = isinstance(error, StorageFull) or is_disk_full(error)
+            self._store_failed = isinstance(error, StoreError)
             reason = error.summary if isinstance(error, StoreError) else f"the supervisor failed: {error!r}"
             if isinstance(error, EXTERNAL_FAILURES):
                 self._external_cause = reason

@@ -17,6 +17,8 @@ import structlog
 from service.database.database import Database
 from service.errors import DatabaseUnavailable, SchemaMismatch, StorageFull
 from service.settings import Settings
+from service.storage.installation import FILE as INSTALLATION_FILE
+from service.storage.opening import open_store
 from worker.attempt import Attempt
 from worker.attempts import Attempts
 from worker.company import Company
@@ -75,6 +77,9 @@ class Slot:
         """Monotonic time since when a warm trainer waits for a job; infinite while none does."""
         self._start_due = 0.0
         self._keep_alive_due = 0.0
+        self._store = open_store(settings, retry_seconds=timing.retry)
+        self._doubts_store = False
+        """Whether the last jobs could not go on here because of the store of files."""
         self._failures = 0
         """Trainers in a row that ended before they were ready."""
 
@@ -147,12 +152,24 @@ class Slot:
                 self._wants_trainer = True
                 return None
             # The lock comes first: it proves that no process of an earlier job is left on this device.
-            if (lock := self._take_lock(trainer)) is not None:
+            if self._reaches_store() and (lock := self._take_lock(trainer)) is not None:
                 if leases := self._claim():
                     return lock, leases
                 lock.close()
             self._changed.wait(self._timing.retry)
         return None
+
+    def _reaches_store(self) -> bool:
+        """Whether jobs may be claimed: not from when one could not go on because of the store until that answers again.
+        A worker that reaches it may be free, for which the jobs are left."""
+        if self._doubts_store:
+            try:
+                self._store.stat(INSTALLATION_FILE)
+            except OSError as error:
+                log.warning("store_out_of_reach", slot=self.name, reason=str(error))
+                return False
+            self._doubts_store = False
+        return True
 
     def _take_lock(self, trainer: TrainerProcess) -> SlotLock | None:
         """The slot's lock in a newly opened file; None while a job holds it."""
@@ -207,6 +224,7 @@ class Slot:
             force_stop=self._force_stop,
         ).run()
         self._running = None
+        self._doubts_store = any(attempt.lacked_store for attempt in attempts)
         if company.trainer_is_idle:
             self._trainer = trainer
         else:

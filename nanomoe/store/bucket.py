@@ -8,11 +8,12 @@ import functools
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, TypeVar
 
 from nanomoe.store import commit
 from nanomoe.store.cache import FileCache
@@ -23,17 +24,26 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PART_BYTES = 16 << 20
-"""Size of a part of a large file; 10,000 parts, S3's most, make 160 GB."""
+T = TypeVar("T")
+
+PART_BYTES = 8 << 20
+"""Size of a part of a large file; 10,000 parts, S3's most, make 80 GB."""
 
 _AT_ONCE = 8
-"""Files of a folder, and parts of a file, that are sent at the same time."""
+"""Files of a folder that are sent at the same time."""
+
+_PARTS_AT_ONCE = 4
+"""Parts of a file that are sent at the same time: all of them within SILENCE_SECONDS, on a slow line too."""
 
 SILENCE_SECONDS = 30.0
-"""How long a connection may say nothing before the request counts as failed."""
+"""How long the store may say nothing before a request counts as failed. That includes the time in which a file or a
+part is sent to it (measured with obstore 0.12)."""
 
 _MOST_PAUSE_SECONDS = 5.0
 """Longest pause between two tries."""
+
+_PAUSE_SECONDS = 0.5
+"""Pause before a request is made again that was not answered, which is noticed late enough by itself."""
 
 _REFUSAL = re.compile(r"status code: 4(?!08|29)\d\d ")
 """An answer by which the store says that the request is at fault; neither a timeout nor too many requests."""
@@ -53,6 +63,7 @@ class Bucket:
             raise StoreRefused(message) from error
         endpoint = next(filter(None, map(os.environ.get, _ENDPOINTS)), "")
         self.name = name
+        self._retry_seconds = retry_seconds
         with _translated(name):
             self.client: S3Store = S3Store(
                 name,
@@ -71,6 +82,21 @@ class Bucket:
             )
         self.takes_conditions = True
         """Whether the store takes `If-None-Match`, as far as is known."""
+
+    def repeat(self, request: Callable[[], T], key: str) -> T:
+        """Make a request again that has not been answered, as long as one that failed is: obstore does not where it
+        changes something, because the first may have arrived. `request` must be right all the same then. `key`: what it
+        is about. Raises as `_translated`."""
+        give_up = time.monotonic() + self._retry_seconds
+        while True:
+            try:
+                with _translated(key):
+                    return request()
+            except StoreUnavailable as error:
+                if time.monotonic() + _PAUSE_SECONDS > give_up:
+                    raise
+                log.warning("store_asked_again: %s", error)
+                time.sleep(_PAUSE_SECONDS)
 
     def lacks_conditions(self) -> None:
         """Say once that the store does not keep two writers of one key apart."""
@@ -235,8 +261,7 @@ class BucketStore(Store):
         key, client = self._key(name), self._bucket.client
         if create and self._bucket.takes_conditions:
             try:
-                with _translated(key):
-                    obstore.put(client, key, content, mode="create")
+                self._bucket.repeat(lambda: obstore.put(client, key, content, mode="create"), key)
                 return
             except _RequestUnknown:
                 self._bucket.lacks_conditions()
@@ -248,7 +273,7 @@ class BucketStore(Store):
         if create and self._holds_another(name, content):
             raise FileExistsError(f"{self.location}/{name} exists already")
         with _translated(key):
-            obstore.put(client, key, content, chunk_size=PART_BYTES, max_concurrency=_AT_ONCE)
+            obstore.put(client, key, content, chunk_size=PART_BYTES, max_concurrency=_PARTS_AT_ONCE)
 
     def _holds_another(self, name: str, content: bytes) -> bool:
         try:
@@ -275,8 +300,7 @@ class BucketStore(Store):
         import obstore
 
         keys = [self._key(path) for path, _ in self._listed()] or [self._prefix]  # a file, or gone
-        with _translated(self._prefix):
-            obstore.delete(self._bucket.client, keys)
+        self._bucket.repeat(lambda: obstore.delete(self._bucket.client, keys), self._prefix)
 
 
 class _RequestUnknown(Exception):

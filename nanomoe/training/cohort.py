@@ -184,10 +184,12 @@ def _in_turns(members: list[Member], round_seconds: float) -> Generator[tuple[st
                     if not isinstance(happened, Waits) or key not in lanes or lanes[key].has_left:
                         del due[key]
                     del loop
-                if beside is not None:
-                    beside.start()
-                    if due or not has_stepped:
-                        beside.wait(STOP_SECONDS)
+                if beside is not None and due:
+                    beside.wait(STOP_SECONDS)
+            if beside is not None:
+                beside.start()  # only now, so that what comes after the same step is one batch
+                if not has_stepped:
+                    beside.wait(STOP_SECONDS)
             for program in {lane.program for lane in lanes.values() if not lane.has_left}:
                 program.advance()
     finally:

@@ -51,7 +51,8 @@ class CohortThread:
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, "cohort-beside")
         self._begun: list[_Begun] = []
-        self._unfinished: set[Future[Sequence[Made]]] = set()
+        self._under_way: set[Future[Sequence[Made]]] = set()
+        """What was started, and as far as is known is not made."""
         self._told: set[str] = set()
         """What was logged once."""
 
@@ -59,22 +60,33 @@ class CohortThread:
         """Have it made after the next `start`."""
         begun = _Begun(make, raise_if_abandoned, after, Future())
         self._begun.append(begun)
-        self._unfinished.add(begun.future)
         return begun.future
 
     def start(self) -> None:
         """Have all made that was begun since the last call."""
         begun, self._begun = self._begun, []
         if begun:
-            self._pool.submit(self._make, begun)
+            self._under_way |= {one.future for one in begun}
+            self._pool.submit(self._make_all, begun)
 
     def wait(self, seconds: float) -> None:
-        """Wait until something is made, and no longer than that."""
-        _, self._unfinished = wait_for(self._unfinished, seconds, FIRST_COMPLETED)
+        """Wait until something is made, and no longer than that. What was begun is started if nothing else is under
+        way: whoever waits for that would wait for ever."""
+        if all(future.done() for future in self._under_way):
+            self.start()
+        _, self._under_way = wait_for(self._under_way, seconds, FIRST_COMPLETED)
 
     def close(self) -> None:
         """Wait for what is under way. What was begun and not started is not made."""
         self._pool.shutdown()
+
+    def _make_all(self, batch: Sequence[_Begun]) -> None:
+        try:
+            self._make(batch)
+        except BaseException as error:  # a bug: nobody is to wait for ever
+            for begun in batch:
+                if not begun.future.done():
+                    begun.future.set_exception(error)
 
     def _make(self, batch: Sequence[_Begun]) -> None:
         groups: dict[Hashable, list[_Begun]] = {}
@@ -106,19 +118,24 @@ class CohortThread:
         except CancelledError as error:
             for begun in part:
                 begun.future.set_exception(error)
+            return
         except Exception as error:
-            if len(part) > 1:  # the fault of one, perhaps; the others have the same figures in passes as wide
-                for begun in part:
-                    self._record([begun], width)
-            elif isinstance(error, RuntimeError) and is_out_of_memory(error):
-                message = f"evaluated by itself: {width} models at once do not fit the memory: {error}"
-                self._tell(f"evaluated_alone: {message}")
-                part[0].settle(None, [Warned("evaluated_alone", message)])
-            else:
+            if len(part) == 1 and not is_out_of_memory(error):
                 part[0].future.set_exception(error)
+                return
+            message = f"{len(part)} models in passes of {width}: {error}"
         else:
             for begun, own in zip(part, measured, strict=True):
                 begun.settle(own)
+            return
+        # Only here is the memory of what failed free.
+        if len(part) > 1:  # the fault of one, perhaps; the others have the same figures in passes as wide
+            log.warning("evaluated_again: %s", message)
+            for begun in part:
+                self._record([begun], width)
+        else:
+            log.warning("evaluated_alone: %s", message)
+            part[0].settle(None, [Warned("evaluated_alone", f"memory ran out for {message}")])
 
     def _tell(self, message: str) -> None:
         if message not in self._told:

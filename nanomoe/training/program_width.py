@@ -1,9 +1,11 @@
 """How many runs of one shape are trained as one program on a GPU: measured once, and kept on the disk.
 
-A stacked program of 1, 2, 4 and so on models of the reference run's shape is captured and timed until twice as many
-models shorten a model-step by less than a tenth. That is done in a process of its own: the trainer that asks touches no
-GPU before it has a job, and what goes wrong while measuring is gone with the process. Whether so many models of a job's
-own shape fit the memory is arithmetic on that shape, done where jobs are claimed.
+First two models that are trained as one program must have the losses that each has alone: a device on which company
+changes them gets no programs. Then a stacked program of 1, 2, 4 and so on models of the reference run's shape is
+captured and timed until twice as many models shorten a model-step by less than a tenth. All of it is done in a process
+of its own: the trainer that asks touches no GPU before it has a job, and what goes wrong while measuring is gone with
+the process. Whether so many models of a job's own shape fit the memory is arithmetic on that shape, done where jobs are
+claimed.
 """
 
 import argparse
@@ -20,11 +22,15 @@ from nanomoe.config import JobConfig
 from nanomoe.data import Windows
 from nanomoe.model.gpt import GPT
 from nanomoe.processes import die_with_parent
+from nanomoe.tokenizer import load_tokenizer
+from nanomoe.training.cohort import stack
 from nanomoe.training.cohort_width import number_that_pays
 from nanomoe.training.measured_once import measured_once
 from nanomoe.training.memory import is_out_of_memory
-from nanomoe.training.steps.choice import CAPTURING
-from nanomoe.training.steps.stacked import StackedSteps
+from nanomoe.training.run import Run, prepare
+from nanomoe.training.steps.choice import CAPTURING, StepPath
+from nanomoe.training.steps.stacked import Lane, StackedSteps
+from nanomoe.training.steps.step import CaptureFailed
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +49,18 @@ _WARM_UPS, _STEPS = 2, 10
 _CONFIG = JobConfig(block_size=87)
 _VOCAB_SIZE = 8192
 """The reference run's shape: one window of 87 tokens."""
+
+_CHECKED = JobConfig(
+    tokenizer="bytes", block_size=32, batch_size=4, n_layer=2, n_head=2, n_embd=64, lr=5e-3, precision="float32"
+)
+_CHECKED_TEXT = "Era uma vez um pequeno modelo que aprendia a ler. " * 3
+_CHECKED_STEPS = 10
+_MOST_DIFFERENCE = 1e-4
+"""Relative, of a loss in these steps: ten times the rounding that was seen on the stand-in for a GPU (measured)."""
+
+
+class LossesDiffer(Exception):
+    """Models have other losses in a program than alone."""
 
 
 def measured_program_width(device_model: str) -> int | None:
@@ -71,8 +89,10 @@ def measure(device: torch.device, most: int = MOST_MODELS) -> int:
 
     Raises:
         CaptureFailed: steps cannot be captured on this device.
+        LossesDiffer: in company, models learn something else there.
         RuntimeError: memory does not suffice for one model.
     """
+    check_losses(device)
     ends = time.monotonic() + _MOST_SECONDS
 
     def seconds(width: int) -> float:
@@ -84,6 +104,36 @@ def measure(device: torch.device, most: int = MOST_MODELS) -> int:
             return math.inf
 
     return number_that_pays(seconds, most, may_go_on=lambda: time.monotonic() < ends)
+
+
+def check_losses(device: torch.device) -> None:
+    """Compare the losses of two models that are trained as one program with those that each has alone.
+
+    Raises:
+        CaptureFailed, LossesDiffer, RuntimeError: see `measure`.
+    """
+    configs = [_CHECKED.model_copy(update={"seed": seed, "dropout": 0.2 * seed}) for seed in (1, 2)]
+    together = [_prepare(config, device, len(configs)) for config in configs]
+    stack(together, len(configs))
+    lanes = [run.step for run in together if isinstance(run.step, Lane)]
+    if len(lanes) < len(together):
+        raise CaptureFailed("; ".join(warning.message for run in together for warning in run.warnings))
+    alone = [_prepare(config, device, None) for config in configs]
+    for step in range(_CHECKED_STEPS):
+        in_company = [run.train_step()[0] for run in together]
+        lanes[0].program.advance()
+        for config, ours, run in zip(configs, in_company, alone, strict=True):
+            reference = run.train_step()[0].item()
+            if not abs(ours.item() - reference) <= _MOST_DIFFERENCE * reference:
+                raise LossesDiffer(
+                    f"step {step}, seed {config.seed}: a loss of {ours.item()} in company, {reference} alone"
+                )
+
+
+def _prepare(config: JobConfig, device: torch.device, width: int | None) -> Run:
+    path: StepPath = "captured" if width is None else "stacked"
+    tokenizer = load_tokenizer(config.tokenizer)
+    return prepare(config, _CHECKED_TEXT, tokenizer, device=str(device), path=path, width=width, n_threads=1).run
 
 
 def _seconds(device: torch.device, width: int) -> float:

@@ -4,15 +4,12 @@ SQLite: `PRAGMA data_version` on a connection of its own, every 20 ms. PostgreSQ
 """
 
 import logging
-import select
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-
-from sqlalchemy.engine import Engine
 
 log = logging.getLogger(__name__)
 
@@ -114,13 +111,13 @@ def watch_sqlite(driver: ModuleType, file: Path, stop: threading.Event) -> Itera
             stop.wait(POLL_SECONDS)
 
 
-def listen_to_postgresql(engine: Engine, stop: threading.Event) -> Iterator[bool]:
-    """A Source over a connection of its own that listens for the notification of every writing transaction."""
-    arguments, options = engine.dialect.create_connect_args(engine.url)
-    connection: Any = engine.dialect.connect(*arguments, **options, autocommit=True, connect_timeout=5)
+def listen_to_postgresql(connect: Callable[[], Any], stop: threading.Event) -> Iterator[bool]:
+    """A Source over a connection of its own, which `connect` makes: it listens for the notification of every writing
+    transaction."""
+    connection = connect()
     with closing(connection):
         connection.execute(f"LISTEN {CHANNEL}")
         yield True
         while True:
-            select.select([connection], [], [], 0.2)
-            yield bool(list(connection.notifies(timeout=0)))
+            # The driver waits, and not `select`, which takes no descriptor above 1023.
+            yield bool(list(connection.notifies(timeout=0.2, stop_after=1)))

@@ -26,6 +26,7 @@ from service.database.opening import open_database
 from service.jobs import queue, recording
 from service.settings import Settings
 from tests.faults.next_death import NextDeath
+from tests.namespaces import enter
 from tests.worker.warm_trainers import WarmTrainers
 from worker import attempt, process
 from worker.devices import find_devices
@@ -129,9 +130,11 @@ def run(spec: dict[str, Any]) -> None:
     """The whole life of a worker process. `spec`: `settings`, `environment`, `timing`, `device`, `slots`, `command`,
     `max_crashes`, `backoff_seconds`, `slow_disk_seconds`, `dies_at`, `busy_seconds`, `batches`: a file, unless None, to
     note them in; `death`: the file of its next death, unless None; `log`: a file that takes the place of standard
-    error, unless None; `without`: protections that are taken away, to show that they are needed; and `warm`: whether
-    trainers are forked from a warm process.
+    error, unless None; `host`: the first process of the host to run on, unless None; `without`: protections that are
+    taken away, to show that they are needed; and `warm`: whether trainers are forked from a warm process.
     What the kernel has killed for want of memory is read from `memory.events` in the data folder."""
+    if spec["host"] is not None:
+        enter(spec["host"])
     os.chdir(spec["folder"])
     os.environ.update(spec["environment"])
     sys.exit(_run(spec))

@@ -27,6 +27,7 @@ from service.storage.installation import join_installation
 from service.storage.job_folders import job_folder
 from service.storage.opening import open_store
 from tests.forks import FORKS
+from tests.namespaces import Host
 from tests.worker import run_worker
 from worker.timing import Timing
 
@@ -59,9 +60,16 @@ class WorkerProcess:
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
+        self._is_elsewhere = spec["host"] is not None
+
+    @property
+    def supervisor(self) -> psutil.Process:
+        """The worker itself: on another host it is the child of the process that this one has started."""
+        started = psutil.Process(self.pid)
+        return started.children()[0] if self._is_elsewhere else started
 
     def signal(self, number: signal.Signals) -> None:
-        psutil.Process(self.pid).send_signal(number)
+        self.supervisor.send_signal(number)
 
     def stop_between_transactions(self, place: "Workplace") -> None:
         """SIGSTOP at a moment at which the worker holds no lock of the database.
@@ -119,6 +127,7 @@ class Workplace:
         death: Path | None = None,
         fresh: bool = False,
         idle_seconds: float | None = None,
+        host: Host | None = None,
     ) -> WorkerProcess:
         """A worker whose trainers follow `script`, run `program`, or train in earnest. `slow_disk_seconds`: that long
         it takes to verify a file. `busy_seconds`: that long it waits for SQLite's write lock. `log`: where its log
@@ -126,7 +135,8 @@ class Workplace:
         that a trainer trains together. `batches`: takes a line for each transaction about running jobs, with their
         number. `death`: the file of its next death (`next_death.py`), statements to the database being its lines.
         `fresh`: each trainer is a new interpreter, as one that trains in earnest always is, instead of a fork.
-        `idle_seconds`: it ends after so long without a job."""
+        `idle_seconds`: it ends after so long without a job. `host`: where it runs, unless here; the process is then one
+        that waits for it."""
         if script is not None:
             program = [str(HERE / "scripted_trainer.py"), script]
         spec = {
@@ -139,7 +149,9 @@ class Workplace:
                 "store": self.settings.store,
             },
             # The process is forked from one that may have been started before a test set them.
-            "environment": {name: value for name, value in os.environ.items() if name.startswith("AWS_")},
+            "environment": {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+            | ({} if host is None else host.environment),
+            "host": host and host.init,
             "timing": asdict(timing),
             "device": device,
             "slots": slots,

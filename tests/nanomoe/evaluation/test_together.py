@@ -17,9 +17,6 @@ from nanomoe.evaluation.together import Evaluated, measure_together, models_at_o
 from nanomoe.generation.continuation import choose_rows
 from nanomoe.model.gpt import GPT
 
-pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
-"""torch maps the CPU's fused attention over models one by one; a GPU's has a rule."""
-
 TEXT = list(b"o rato roeu a roupa do rei de roma, e a rainha com raiva resolveu remendar. " * 4)
 TINY = {"tokenizer": "bytes", "block_size": 40, "n_layer": 2, "n_head": 2, "n_embd": 16, "cont_max_new_tokens": 12}
 MOE = {"use_moe": True, "n_experts": 4, "moe_stride": 1, "n_shared_experts": 1, "capacity_factor": 1.0}

@@ -316,6 +316,31 @@ def test_a_store_that_says_nothing_is_given_up_after_a_while(
     assert time.monotonic() - began < 10
 
 
+@pytest.mark.parametrize("arrives", [False, True])
+def test_a_request_that_is_not_answered_is_made_again(
+    proxy: Proxy, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, arrives: bool
+) -> None:
+    monkeypatch.setattr(bucket, "SILENCE_SECONDS", 0.5)
+    name = s3_server.make_bucket()
+    folder = open_store(f"s3://{name}/a/f1-25")
+    lost: list[str] = []
+
+    def decide(request: Request) -> float | None:
+        if request.method == "GET" or request.method in lost:
+            return None
+        lost.append(request.method)
+        if arrives and request.method == "PUT":
+            httpx.put(f"{s3_server.url}/{name}/a/f1-25/manifest.json", content=b"{}")
+        return 60.0
+
+    proxy.decide = decide
+    folder.put(MANIFEST, b"{}", create=True)
+    assert folder.read(MANIFEST) == b"{}"
+    folder.remove()
+    assert not folder.exists()
+    assert lost == ["PUT", "POST"]
+
+
 def test_a_bucket_that_does_not_exist_or_does_not_let_us_in_is_refused(proxy: Proxy) -> None:
     nowhere = open_store("s3://there-is-none/a", retry_seconds=1)
     for use in (lambda: nowhere.read("x"), lambda: nowhere.put("x", b""), nowhere.exists):

@@ -23,9 +23,6 @@ from nanomoe.training.run import Recorded, Run, Warned, prepare
 from nanomoe.training.steps import choice
 from tests.nanomoe.training.steps.graphs_stand_in import RecordedGraphs
 
-pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
-"""torch maps the CPU's fused attention over models one by one; a GPU's has a rule."""
-
 TEXT = "o rato roeu a roupa do rei de roma. "
 TINY = {
     "tokenizer": "bytes", "block_size": 16, "n_layer": 1, "n_head": 2, "n_embd": 8, "cont_max_new_tokens": 4,
@@ -152,4 +149,14 @@ def test_what_nobody_collects_any_more_is_not_made_and_the_others_are(runs: list
     assert passes == [2]
     for each in make_all(recordings(runs[:2]), abandoned=[0, 1]):
         with pytest.raises(CancelledError):
+            each.result(MOST_SECONDS)
+
+
+def test_a_fault_of_the_thread_itself_reaches_whoever_waits(runs: list[Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> int:
+        raise AssertionError("a bug")
+
+    monkeypatch.setattr(cohort_thread, "models_at_once", broken)
+    for each in make_all(recordings(runs[:2])):
+        with pytest.raises(AssertionError, match="a bug"):
             each.result(MOST_SECONDS)

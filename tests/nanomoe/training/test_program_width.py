@@ -12,6 +12,7 @@ from nanomoe.training import program_width
 from nanomoe.training.steps import choice
 from nanomoe.training.steps.loops.compiling import LOOPS
 from nanomoe.training.steps.stacked import StackedSteps
+from nanomoe.training.steps.stacked_parameters import StackedParameters
 from nanomoe.training.steps.step import CaptureFailed
 from tests.nanomoe.training.steps.graphs_stand_in import RecordedGraphs
 
@@ -57,6 +58,20 @@ def test_every_step_of_every_model_is_done(tiny: None, monkeypatch: pytest.Monke
     assert len(programs) == program_width._WARM_UPS + program_width._STEPS
     assert programs[-1].is_skipped_W.tolist() == [0, 0]
     assert programs[-1].parameters.tensors(1)["step.transformer.wte.weight"] == len(programs)
+
+
+def test_nothing_is_measured_where_models_learn_something_else_in_company(
+    tiny: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program_width.check_losses(torch.device("cpu"))
+    update = StackedParameters.update
+
+    def with_another_rate(self: StackedParameters, loss_W: torch.Tensor, lr_W: torch.Tensor, *others: Any) -> None:
+        update(self, loss_W, lr_W * 1.01, *others)
+
+    monkeypatch.setattr(StackedParameters, "update", with_another_rate)
+    with pytest.raises(program_width.LossesDiffer, match="in company"):
+        program_width.measure(torch.device("cpu"))
 
 
 def test_a_width_that_does_not_fit_the_memory_is_too_wide(tiny: None, monkeypatch: pytest.MonkeyPatch) -> None:

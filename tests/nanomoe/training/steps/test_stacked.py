@@ -2,6 +2,7 @@
 
 import math
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,8 +10,11 @@ import pytest
 import torch
 
 from nanomoe.config import JobConfig
+from nanomoe.evaluation.evaluate import Measured
+from nanomoe.evaluation.together import Evaluated, measure_together
 from nanomoe.plan import OutOfMemory
 from nanomoe.tokenizer import load_tokenizer
+from nanomoe.training import cohort_thread
 from nanomoe.training.cohort import Left, Member, stack, train_together
 from nanomoe.training.loop import LossNotFinite, Steps, Stopped, Undisturbed, train
 from nanomoe.training.run import Recorded, Run, Snapshot, Warned, prepare
@@ -20,9 +24,6 @@ from nanomoe.training.steps.stacked import Lane, StackedSteps
 from nanomoe.training.steps.step import Figures
 from tests.nanomoe.training.steps.graphs_stand_in import RecordedGraphs
 from tests.nanomoe.training.test_cohort import StopAfter, by_member, figures
-
-pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
-"""torch maps the CPU's fused attention over models one by one; a GPU's has a rule."""
 
 TEXT = "o rato roeu a roupa do rei de roma, e a rainha com raiva resolveu remendar. " * 4
 TINY = {"tokenizer": "bytes", "block_size": 33, "n_layer": 2, "n_head": 2, "n_embd": 16, "batch_size": 4, "lr": 1e-2}
@@ -147,6 +148,21 @@ def test_a_stop_in_the_last_checkpoint_is_no_end_and_whoever_resumes_makes_it() 
     assert isinstance(snapshot, Snapshot)
     (resumed,) = told(cohort({"a": config}, 2, resume=snapshot.files)).values()
     assert resumed == [[], [whole[1][-1]]]  # type: ignore[index]
+
+
+def test_members_that_come_to_a_quarter_in_the_same_step_are_evaluated_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    passes: list[int] = []
+
+    def counting(members: Sequence[Evaluated], *others: Any) -> list[Measured]:
+        passes.append(len(members))
+        return measure_together(members, *others)
+
+    monkeypatch.setattr(cohort_thread, "measure_together", counting)
+    short = SHORT | {"max_steps": 4}  # the first step is the first quarter
+    told(cohort({"a": short, "b": short | {"seed": 2, "lr": 1e-3}}, 2))
+    assert passes == [2] * 5
 
 
 def test_members_that_are_shorter_do_not_hold_up_the_others_with_their_last_checkpoint(
