@@ -66,7 +66,10 @@ def make_all(
 
 
 def recordings(runs: Sequence[Run]) -> list[Recording]:
-    return [Recording(run.copy(), 25, stopped_early=False, tok_per_sec=None) for run in runs]
+    copies = [run.copy() for run in runs]
+    for each in copies:
+        each.build_model()
+    return [Recording(each, 25, stopped_early=False, tok_per_sec=None) for each in copies]
 
 
 def files(made: Future[Sequence[Made]]) -> dict[str, bytes]:
