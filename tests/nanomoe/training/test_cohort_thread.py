@@ -120,7 +120,8 @@ def test_groups_are_told_once_and_what_is_no_checkpoint_is_made_too(
 def test_one_whose_evaluation_fails_fails_alone(runs: list[Run], passes: list[int]) -> None:
     expected = [files(make_all([one])[0]) for one in recordings(runs[:3])]
     made = recordings(runs[:3])
-    made[1].run.model.transformer.ln_f.weight.data.fill_(float("inf"))
+    weight = made[1].run.model.transformer.ln_f.weight
+    weight.data = torch.full_like(weight, float("inf"))  # not in place: all who copy before the next step share theirs
     first, poisoned, last = make_all(made)
     with pytest.raises(ValueError, match="overflow"):
         poisoned.result(MOST_SECONDS)
