@@ -180,7 +180,7 @@ class SlurmEngine:
         if queued is None:
             return self._ended(name, task)
         state: WorkerState = "draining" if task.is_ending else _WORKER_STATES.get(queued.state, "pending")
-        reason = f"Slurm: {queued.reason}" if state == "pending" else None
+        reason = f"Slurm: {queued.reason}" if state == "pending" and queued.reason != "None" else None
         return PlacedWorker(
             name, state, host=queued.host or None, restarts=queued.restarts, reason=reason, engine_id=task.job
         )
