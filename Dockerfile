@@ -17,7 +17,7 @@ COPY worker/ worker/
 RUN /opt/nanomoe/bin/pip install -c constraints.txt '.[postgres,s3]'
 
 FROM python:3.11-slim-bookworm
-RUN useradd --uid 10001 --create-home nanomoe && install --directory --owner nanomoe /data
+RUN useradd --uid 10001 --create-home nanomoe && install --directory --owner nanomoe /data /locks
 COPY --from=build /opt/nanomoe /opt/nanomoe
 ENV PATH=/opt/nanomoe/bin:$PATH PYTHONUNBUFFERED=1 NANOMOE_DATA_DIR=/data
 USER 10001

@@ -62,6 +62,8 @@ $(DEV): $(RUN)
 	@$(INSTALL) -e '.[dev]'
 	@# Apart: its command line, which nobody here calls, wants an older typer.
 	@$(INSTALL) --no-deps --upgrade --target .venv/openapi-python-client openapi-python-client
+	@# Apart: of a hundred packages that it would bring, reading a task file needs none.
+	@$(INSTALL) --no-deps --upgrade --target .venv/skypilot skypilot
 	@touch $(DEV)
 
 demo: $(RUN) ## train the example text, show its quarters, generate, stop

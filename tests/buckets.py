@@ -4,6 +4,7 @@ The server (moto) starts with the first test that needs it, one for each test pr
 own. It keeps everything in memory, and checks no credentials.
 """
 
+import select
 import socket
 import socketserver
 import subprocess
@@ -119,6 +120,10 @@ class Proxy:
         class Handler(socketserver.StreamRequestHandler):
             def handle(self) -> None:
                 with suppress(OSError):  # who asked is gone
+                    # A client may keep a connection for later, on which it has asked for nothing yet.
+                    while not select.select([self.connection], [], [], 0.2)[0]:
+                        if proxy._closing.is_set():
+                            return
                     proxy._serve(self.rfile, self.wfile)
 
         self._server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)

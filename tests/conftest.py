@@ -28,7 +28,15 @@ from hypothesis import settings
 # A shell that starts the suite in the background has it ignore Ctrl-C, and so would every process that a test starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-pytest_plugins = ("tests.api", "tests.buckets", "tests.databases", "tests.queued", "tests.races", "tests.skips")
+pytest_plugins = (
+    "tests.api",
+    "tests.buckets",
+    "tests.databases",
+    "tests.queued",
+    "tests.races",
+    "tests.skips",
+    "tests.slurm",
+)
 
 # No deadline: a shared machine stalls now and then. In CI the examples are the same every time.
 settings.register_profile("project", deadline=None, derandomize="CI" in os.environ, print_blob=True)

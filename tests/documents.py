@@ -194,6 +194,7 @@ NOT_PYTHON = {
     "service/static/README.md": "How a view of the page is made.",
     "service/static/icon.svg": "The page's icon.",
     "service/static/vendor": "What the page and the documentation in the browser need of others, with licences.",
+    "worker/docker-compose.cluster.yml": "PostgreSQL, a bucket, the API and workers without a common folder.",
     "worker/docker-compose.gpu.yml": "The worker on an NVIDIA GPU.",
 }
 """Files that carry no docstring, and folders that are told in one line."""

@@ -55,7 +55,9 @@ def test_the_dockerfile_is_clean() -> None:
     assert subprocess.run([BIN / "hadolint", ROOT / "Dockerfile"], capture_output=True, text=True).stdout == ""
 
 
-@pytest.mark.parametrize("path", ["docker-compose.yml", "worker/docker-compose.gpu.yml"])
+@pytest.mark.parametrize(
+    "path", ["docker-compose.yml", "worker/docker-compose.cluster.yml", "worker/docker-compose.gpu.yml"]
+)
 def test_the_compose_files_follow_the_specification(path: str) -> None:
     command = [BIN / "check-jsonschema", "--builtin-schema", "vendor.compose-spec", ROOT / path]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -251,7 +253,7 @@ def undeclared(imported: Iterable[str], declared: Iterable[str]) -> set[str]:
 def test_whatever_is_imported_is_a_dependency_or_comes_with_one() -> None:
     ours = ("nanomoe", "service", "worker")
     extras = PROJECT["optional-dependencies"]
-    lines = [*PROJECT["dependencies"], *extras["postgres"], *extras["ray"], *extras["s3"]]
+    lines = [*PROJECT["dependencies"], *extras["postgres"], *extras["ray"], *extras["s3"], *extras["slurm"]]
     imported = {
         (name if isinstance(node, ast.Import) else str(node.module)).partition(".")[0]
         for path in tracked(*ours)

@@ -47,6 +47,7 @@ class Recording:
 
     def __call__(self, raise_if_stopped: RaiseIfStopped, measured: Measured | None = None) -> Sequence[Made]:
         """Make it; arguments as of `Run.record`."""
+        self.run.build_model()
         recorded, warnings = self.run.record(
             self.percent,
             stopped_early=self.stopped_early,

@@ -150,6 +150,7 @@ def _lane(make: Make) -> Lane | None:
 
 def _evaluated(make: Make) -> Evaluated:
     assert isinstance(make, Recording), "nothing else is evaluated"
+    make.run.build_model()
     return Evaluated(make.run.model, make.run.text, make.run.val_text, make.run.config)
 
 

@@ -185,6 +185,8 @@ class Run:
         self.step.look_ahead(self._planned)
         self._untrained: Weights | None = None
         """Those of the snapshot that this run goes on from, where percent 0 was not recorded before it."""
+        self._frozen: Weights | None = None
+        """Those of a copy whose model was not built yet."""
         if resume is not None:
             self._load(resume)
 
@@ -432,12 +434,27 @@ class Run:
         ]
 
     def copy(self) -> "Run":
-        """This run as it stands, to be recorded while this one goes on."""
+        """This run as it stands, to be recorded while this one goes on, once `build_model` was called."""
         copied = copy.copy(self)
-        copied.model = self._copied_model()
-        copied.reader = build_reader(self.path, copied.model)
         copied.progress = replace(self.progress, dropped=_clones(self.progress.dropped))
+        if isinstance(self.step, Lane):
+            copied._frozen = self.step.frozen()
+        else:
+            copied.model = self._copied_model()
+            copied.reader = build_reader(self.path, copied.model)
         return copied
+
+    def build_model(self) -> None:
+        """Build the model of a copy, where that was left to whoever records it: a program waits until all members are
+        copied."""
+        if self._frozen is not None:
+            paths = {layer: moe.path for layer, moe in self.model.moe_layers.items()}
+            self.model = GPT.build(self.config, self.model.vocab_size, "meta")
+            self.model.load_state_dict(self._frozen, assign=True)
+            for layer, moe in self.model.moe_layers.items():
+                moe.path = paths[layer]
+            self.reader = build_reader(self.path, self.model)
+            self._frozen = None
 
     def count_anew(self) -> None:
         """Begin to count what the next checkpoint says of the steps before it."""

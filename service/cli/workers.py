@@ -1,6 +1,7 @@
 """`nanomoe workers`: lists the workers, and has an engine start, show and stop a fleet of them."""
 
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -15,7 +16,7 @@ from service.cli.usage_error import UsageError
 if TYPE_CHECKING:
     from service.engines.fleet import Engine, FleetStatus
 
-ENGINES = ("ray",)
+ENGINES = ("ray", "slurm")
 DEFAULT_NAME = "nanomoe"
 
 app = typer.Typer(
@@ -24,6 +25,14 @@ app = typer.Typer(
 
 On = Annotated[str, typer.Option("--on", metavar="ENGINE", help=f"Engine that runs the workers: {', '.join(ENGINES)}.")]
 Address = Annotated[str, typer.Option(help="Address of the Ray cluster; auto: RAY_ADDRESS, or the one of this host.")]
+Slurm = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--slurm",
+        metavar="KEY=VALUE",
+        help="Option of sbatch, such as partition=gpu, account=lab or time=120 (minutes); may be given several times.",
+    ),
+]
 Name = Annotated[str, typer.Option(help="Name of the fleet; its workers are NAME-0, NAME-1 and so on.")]
 
 
@@ -53,19 +62,27 @@ def up(
     gpus: Annotated[int, typer.Option(min=0, help="GPUs of each worker.")] = 0,
     slots: Annotated[int, typer.Option(min=1, help="Jobs at once on each GPU of a worker, or on its CPUs.")] = 1,
     idle_seconds: Annotated[
-        int, typer.Option(min=1, help="Seconds without a job after which a worker above --min ends.")
+        int, typer.Option(min=1, help="Seconds without a job after which a worker above --min ends; on Slurm, any.")
     ] = 300,
+    slurm: Slurm = None,
     name: Name = DEFAULT_NAME,
     as_json: Json = False,
 ) -> None:
     """Start a fleet of workers, or change one. Asked for the same again, nothing happens."""
     from service.engines.fleet import EngineError, Fleet, environment_of
 
+    if on == "slurm" and (least is not None or most is not None):
+        raise UsageError(
+            "--min and --max are for Ray: on Slurm nothing follows the queue. Give --count; a worker without a job "
+            "ends, and `workers up` starts it again"
+        )
     if count is not None and (least is not None or most is not None):
         raise UsageError("--count is a fixed number of workers: give it, or --min and --max")
     if least is not None and most is None:
         raise UsageError("--min needs --max, the most workers that may run")
     least, most = (count or 1, count or 1) if most is None else (least or 0, most)
+    if on == "slurm":
+        least = 0  # an allocation is given back where there is nothing to do
     if least > most:
         raise UsageError(f"--min {least} is more than --max {most}")
     fleet = Fleet(
@@ -79,7 +96,7 @@ def up(
         environment=environment_of(settings(), os.environ),
     )
     try:
-        status = _engine(on, address).up(fleet)
+        status = _engine(on, address, slurm or ()).up(fleet)
     except EngineError as error:
         raise UsageError(f"{error.code}: {error.detail}") from None
     _show(status, as_json)
@@ -121,14 +138,22 @@ def down(
         text.console().print(f"{name}: {len(ended)} workers have ended")
 
 
-def _engine(on: str, address: str) -> "Engine":
+def _engine(on: str, address: str, slurm: Sequence[str] = ()) -> "Engine":
     """The engine of that name. Raises EngineError."""
     if on not in ENGINES:
         raise UsageError(f"--on {on!r} is none of {', '.join(ENGINES)}")
+    if on != "slurm" and slurm:
+        raise UsageError("--slurm is for --on slurm")
+    if on != "ray" and address != "auto":
+        raise UsageError("--address is for --on ray")
     try:
+        if on == "slurm":
+            from service.engines.on_slurm import SlurmEngine
+
+            return SlurmEngine(settings().data_dir, slurm)
         from service.engines.on_ray import RayEngine
     except ModuleNotFoundError as error:
-        if error.name != on:
+        if error.name not in ("ray", "submitit"):
             raise
         raise UsageError(f"the engine {on} is an extra: pip install 'nanomoe[{on}]'") from None
     return RayEngine(address)
@@ -155,9 +180,10 @@ def _show(found: "FleetStatus", as_json: bool) -> None:
     if not found.workers:
         text.console().print("no worker yet" if fleet is None or fleet.least else "no worker: no job waits")
         return
-    table = text.new_table("worker", "state", "host", ">pid", ">restarts", "why")
+    in_engine = "pid" if all(worker.engine_id is None for worker in found.workers) else "job"
+    table = text.new_table("worker", "state", "host", f">{in_engine}", ">restarts", "why")
     for worker in found.workers:
-        pid = "" if worker.pid is None else str(worker.pid)
+        process = worker.engine_id or ("" if worker.pid is None else str(worker.pid))
         why = text.visible(worker.reason or "")
-        table.add_row(worker.name, worker.state, worker.host or "", pid, str(worker.restarts), why)
+        table.add_row(worker.name, worker.state, worker.host or "", process, str(worker.restarts), why)
     text.print_table(table)

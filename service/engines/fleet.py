@@ -87,6 +87,9 @@ class PlacedWorker:
     reason: str | None = None
     """Why it is pending, pausing or refused."""
 
+    engine_id: str | None = None
+    """What the engine calls it, where that is not its name: its job in Slurm."""
+
 
 @dataclass(frozen=True)
 class FleetStatus:

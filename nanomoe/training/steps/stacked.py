@@ -100,6 +100,8 @@ class StackedSteps:
         """A ring: each step's losses and norms."""
         self._next_figures = self._zeros(1)
         self._n_updates = 0
+        self._copy: dict[str, Tensor] | None = None
+        """All weights since the last step, where anybody has asked for them."""
         most_windows = max(min(config.batch_size, text.count) for text, config in zip(texts, configs, strict=True))
         self._micro_batches = max(map(_micro_batches, texts, configs))
         self._rows = empty_rows(most_windows, device).repeat(width, 1, 1)
@@ -121,6 +123,7 @@ class StackedSteps:
 
     def advance(self) -> None:
         """Do the step that every lane has taken down; lanes whose member has left are idle."""
+        self._copy = None
         self._first.replay()
         if self._further is not None:
             for _ in range(1, self._micro_batches):
@@ -133,6 +136,12 @@ class StackedSteps:
         """Those of a lane in the step that `advance` is going to do."""
         loss, norm = self._figures[self._n_updates % len(self._figures), place]
         return Figures(loss, norm)
+
+    def copy(self, place: int) -> dict[str, Tensor]:
+        """A copy of the weights and buffers of a lane's model, by their names. All who ask between two steps share one:
+        the copies of many models are no more launches than that of one."""
+        self._copy = self._copy or self.parameters.copy()
+        return {name: of_all[place] for name, of_all in self._copy.items()}
 
     def _lane(self, place: int, model: GPT, windows: Windows, config: JobConfig) -> "Lane":
         agenda = Agenda(
@@ -330,6 +339,10 @@ class Lane(TrainingStep):
         """The member is gone: nothing of its row changes any more."""
         self.program.is_skipped_W[self._place] = 1
         self.has_left = True
+
+    def frozen(self) -> dict[str, Tensor]:
+        """A copy of the weights and buffers of the model as they are, by their names."""
+        return self.program.copy(self._place)
 
     def look_ahead(self, plan: Callable[[int], Planned | None]) -> None:
         self._agenda.plan = plan

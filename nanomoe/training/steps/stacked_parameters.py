@@ -62,6 +62,10 @@ class StackedParameters:
         """Each parameter of all models (W, ...), by its name in a model, for autograd."""
         return {name: view.detach().requires_grad_() for name, view in self._views(self._weights_WP).items()}
 
+    def copy(self) -> dict[str, Tensor]:
+        """A copy of each parameter and buffer of all models (W, ...), by its name in a model."""
+        return self._views(self._weights_WP.clone()) | {name: buffer.clone() for name, buffer in self.buffers.items()}
+
     def balance_bias(self, layer: int) -> Tensor | None:
         """(W, E): the balance biases of a mixture, where it has any."""
         return self.buffers.get(f"transformer.h.{layer}.mlp.router.balance_bias")

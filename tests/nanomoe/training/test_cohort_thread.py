@@ -66,7 +66,10 @@ def make_all(
 
 
 def recordings(runs: Sequence[Run]) -> list[Recording]:
-    return [Recording(run.copy(), 25, stopped_early=False, tok_per_sec=None) for run in runs]
+    copies = [run.copy() for run in runs]
+    for each in copies:
+        each.build_model()
+    return [Recording(each, 25, stopped_early=False, tok_per_sec=None) for each in copies]
 
 
 def files(made: Future[Sequence[Made]]) -> dict[str, bytes]:
@@ -117,7 +120,8 @@ def test_groups_are_told_once_and_what_is_no_checkpoint_is_made_too(
 def test_one_whose_evaluation_fails_fails_alone(runs: list[Run], passes: list[int]) -> None:
     expected = [files(make_all([one])[0]) for one in recordings(runs[:3])]
     made = recordings(runs[:3])
-    made[1].run.model.transformer.ln_f.weight.data.fill_(float("inf"))
+    weight = made[1].run.model.transformer.ln_f.weight
+    weight.data = torch.full_like(weight, float("inf"))  # not in place: all who copy before the next step share theirs
     first, poisoned, last = make_all(made)
     with pytest.raises(ValueError, match="overflow"):
         poisoned.result(MOST_SECONDS)

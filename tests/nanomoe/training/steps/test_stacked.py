@@ -150,6 +150,28 @@ def test_a_stop_in_the_last_checkpoint_is_no_end_and_whoever_resumes_makes_it() 
     assert resumed == [[], [whole[1][-1]]]  # type: ignore[index]
 
 
+@pytest.mark.parametrize("shape", [{}, SHAPES["balanced mixture"]], ids=["dense", "mixture"])
+def test_copies_of_members_after_one_step_are_one_copy_and_stay_as_they_are(shape: dict[str, Any]) -> None:
+    runs = stacked([shape, shape | OWN[1]])
+    step_all(runs)
+    before = [{name: tensor.clone() for name, tensor in run.model.state_dict().items()} for run in runs]
+    copies = [run.copy() for run in runs]
+    step_all(runs)
+    later = runs[0].copy()
+    for each in (*copies, later):
+        each.build_model()
+    for run, copied, expected in zip(runs, copies, before, strict=True):
+        assert copied.model.state_dict().keys() == expected.keys()
+        torch.testing.assert_close(dict(copied.model.state_dict()), expected, rtol=0, atol=0)
+        assert not torch.equal(run.model.transformer.wte.weight, expected["transformer.wte.weight"])
+        assert {layer: moe.path for layer, moe in copied.model.moe_layers.items()} == {
+            layer: moe.path for layer, moe in run.model.moe_layers.items()
+        }
+    memory = [run.model.transformer.wte.weight.untyped_storage().data_ptr() for run in (*copies, later)]
+    assert memory[0] == memory[1] != memory[2]
+    torch.testing.assert_close(dict(later.model.state_dict()), dict(runs[0].model.state_dict()), rtol=0, atol=0)
+
+
 def test_members_that_come_to_a_quarter_in_the_same_step_are_evaluated_together(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
