@@ -46,6 +46,7 @@ _LONGEST_FIRST = (
     "test_documented_commands.py",
     "test_exact_resume.py",
     "test_reference_run.py",
+    "test_on_ray.py",
     "test_soak.py",
     "test_fuzz.py",
 )

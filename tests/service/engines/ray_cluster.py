@@ -111,6 +111,12 @@ class RayCluster:
         files = sorted(self._folder.glob("t/session_*/logs/worker-*.err"))
         return "\n".join(f"{file.name}:\n{file.read_text(errors='replace')[-3000:]}" for file in files)
 
+    def end_nodes(self) -> None:
+        """End all nodes but the head."""
+        for node in self._nodes:
+            if node is not self.head:
+                node.end()
+
     def end(self) -> None:
         for node in self._nodes:
             node.end()
