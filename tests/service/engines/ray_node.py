@@ -11,6 +11,7 @@ import sys
 from contextlib import suppress
 from typing import Any
 
+import psutil
 from ray._private.node import Node
 from ray._private.parameter import RayParams
 
@@ -33,7 +34,9 @@ def main(given: dict[str, Any]) -> None:
     while not select.select([sys.stdin], [], [], 0.1)[0]:
         with suppress(ChildProcessError):
             os.waitpid(-1, os.WNOHANG)  # workers look whether their raylet has ended, and a zombie has not
-    node.kill_all_processes(check_alive=False, allow_graceful=True, wait=True)
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 if __name__ == "__main__":
