@@ -9,8 +9,8 @@ import os
 import signal
 import subprocess
 import threading
+from collections import deque
 from collections.abc import Sequence
-from typing import Any
 
 import structlog
 from submitit.core.job_environment import JobEnvironment
@@ -28,6 +28,10 @@ REQUEUE = signal.Signals[f"SIG{JobEnvironment.USR_SIG}"]
 """What submitit has Slurm send before the time limit, and takes as the request to queue the task again."""
 
 
+_TICK = 0.2
+"""Seconds between two looks at what was received."""
+
+
 class WorkerTask:
     """One worker of a fleet; submitit pickles it, and calls it on the host that Slurm has chosen."""
 
@@ -36,60 +40,60 @@ class WorkerTask:
         self._fleet = fleet
         self._index = index
         self._command = command
-        self._pilot: Pilot | None = None
-        self._thread: threading.Thread | None = None
+        self._received: deque[int] = deque()
         self._is_over = False
+        """Whether the task is to end for good."""
+        self._is_requeued = False
+        """Whether it goes back into Slurm's queue, if it is not over."""
 
     def __call__(self) -> PlacedWorker:
         """Keep the worker running until it was stopped, ended by itself or is refused; returns its last report."""
         configure_logging("json")
         fleet, index = self._fleet, self._index
-        self._pilot = Pilot(
+        pilot = Pilot(
             fleet.worker_name(index),
             fleet.worker_arguments(index),
             fleet.worker_environment(index),
             command=self._command,
         )
-        # Not in this thread, whose handlers have to wait for its end.
-        self._thread = threading.Thread(target=self._keep_running, name="pilot")
-        self._thread.start()
-        signal.signal(DRAIN, self._end)
-        signal.signal(AT_ONCE, self._end)
-        signal.signal(signal.SIGTERM, self._terminated)
-        while self._thread.is_alive():
-            self._thread.join(0.5)  # a handler runs between two instructions, and never while one blocks for good
-        return self._pilot.report()
+        requeue = signal.getsignal(REQUEUE)
+        assert callable(requeue), "submitit has set a handler"
+        # A handler only takes down what came: it may have interrupted whoever holds a lock that the pilot needs.
+        signal.signal(signal.SIGCONT, signal.SIG_DFL)
+        for number in (DRAIN, AT_ONCE, REQUEUE, signal.SIGTERM):
+            signal.signal(number, lambda number, _: self._received.append(number))
+        thread = threading.Thread(target=_keep_running, args=[pilot], name="pilot")
+        thread.start()
+        while thread.is_alive():
+            self._handle_signals(pilot)
+            thread.join(_TICK)
+        self._handle_signals(pilot)
+        if self._is_requeued and not self._is_over:
+            requeue(REQUEUE, None)  # calls `checkpoint`, and ends the process
+        return pilot.report()
 
-    def checkpoint(self) -> DelayedSubmission | None:
-        """Drain the worker. What submitit puts back into Slurm's queue then; None where the task is to end for good."""
-        if self._thread is not None and self._pilot is not None:
-            self._pilot.stop()
-            self._thread.join()
-        return None if self._is_over else DelayedSubmission(WorkerTask(self._fleet, self._index, self._command))
+    def checkpoint(self) -> DelayedSubmission:
+        """What submitit puts back into Slurm's queue."""
+        return DelayedSubmission(WorkerTask(self._fleet, self._index, self._command))
 
-    def _keep_running(self) -> None:
-        # Some clusters signal every process of a task (proctrack/linuxproc), and these two would kill the worker, which
-        # has no handler for them. Its processes inherit the mask.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {DRAIN, REQUEUE})
-        assert self._pilot is not None
-        self._pilot.run()
+    def _handle_signals(self, pilot: Pilot) -> None:
+        while self._received:
+            number = self._received.popleft()
+            # Slurm has preempted the task, or somebody has cancelled it. One that ends while it is preempted counts as
+            # completed, and would not come back; one that is put back into the queue while it is cancelled would.
+            if number == REQUEUE or (number == signal.SIGTERM and _state_of_this_task() == "RUNNING"):
+                self._is_requeued = True
+            else:
+                self._is_over = True
+            log.info("task_signalled", signal=signal.Signals(number).name, is_over=self._is_over)
+            pilot.stop(now=number == AT_ONCE)
 
-    def _end(self, number: int, _: Any) -> None:
-        self._is_over = True
-        assert self._pilot is not None
-        self._pilot.stop(now=number == AT_ONCE)
 
-    def _terminated(self, _: int, frame: Any) -> None:
-        """Slurm has preempted the task, or somebody has cancelled it. One that ends while it is preempted counts as
-        completed, and would not come back; one that is put back into the queue while it is cancelled would."""
-        state = _state_of_this_task()
-        log.info("task_terminated", worker=self._fleet.worker_name(self._index), slurm_state=state)
-        if state == "RUNNING" and not self._is_over:
-            requeue = signal.getsignal(REQUEUE)
-            assert callable(requeue)
-            requeue(REQUEUE, frame)
-        else:
-            self._end(DRAIN, None)
+def _keep_running(pilot: Pilot) -> None:
+    # Some clusters signal every process of a task (proctrack/linuxproc), and these two would kill the worker, which has
+    # no handler for them. Its processes inherit the mask.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {DRAIN, REQUEUE})
+    pilot.run()
 
 
 def _state_of_this_task() -> str:
