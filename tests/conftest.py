@@ -47,6 +47,7 @@ _LONGEST_FIRST = (
     "test_exact_resume.py",
     "test_reference_run.py",
     "test_on_ray.py",
+    "test_on_slurm.py",
     "test_soak.py",
     "test_fuzz.py",
 )
