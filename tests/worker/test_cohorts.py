@@ -53,7 +53,8 @@ def submit_together(place: Workplace, configs: list[dict[str, Any]]) -> tuple[Sw
 
 
 def pid(place: Workplace, job: Job) -> int:
-    return int((place.folder(job) / f"pid.{place.job(job).fence}").read_text())
+    file = place.folder(job) / f"pid.{place.job(job).fence}"
+    return int(place.wait_until(lambda: file.exists() and file.read_text()))  # it is empty for a moment
 
 
 def finish(place: Workplace, *jobs: Job) -> None:
@@ -101,7 +102,7 @@ def test_the_forks_of_a_trainer_that_was_killed_end_and_its_jobs_go_on_to_their_
     configs = [DENSE | {"seed": seed, "n_embd": 64} for seed in (1, 2, 3)]  # files that no pipe holds
     jobs = [place.submit_member(TEXT, **config) for config in configs]
     place.start_worker(program=hooked({1: {"wait": "f1-50/renamed", "forks": 2}}, "fused"), cohort=8, timing=RARE)
-    place.wait_until(lambda: place.job(jobs[0]).fence == 1 and (place.folder(jobs[0]) / "pid.1").exists())
+    place.wait_until(lambda: place.job(jobs[0]).fence == 1)
     trainer = psutil.Process(pid(place, jobs[0]))
     # One at least cannot end: nobody takes what its members have to say while a quarter waits to be written.
     forks = place.wait_until(trainer.children)
