@@ -99,7 +99,9 @@ def hook_up(starts: Sequence[Start], supervision: Supervision) -> None:
     hook.update(hooks.get(str(start.fence), {}))
     job_folder = Path(start.text_path).parent
     for each in starts:
-        (Path(each.text_path).parent / f"pid.{each.fence}").write_text(str(os.getpid()))
+        unfinished = Path(each.text_path).parent / f"unfinished.{each.fence}"
+        unfinished.write_text(str(os.getpid()))
+        unfinished.rename(unfinished.with_name(f"pid.{each.fence}"))
     if "fits" in hook:
         Run._backward = backward  # type: ignore[method-assign]
     supervised[:] = [lambda: supervision.stop_of(start.assignment)]

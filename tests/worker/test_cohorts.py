@@ -54,7 +54,7 @@ def submit_together(place: Workplace, configs: list[dict[str, Any]]) -> tuple[Sw
 
 def pid(place: Workplace, job: Job) -> int:
     file = place.folder(job) / f"pid.{place.job(job).fence}"
-    return int(place.wait_until(lambda: file.exists() and file.read_text()))  # it is empty for a moment
+    return int(place.wait_until(lambda: file.exists() and file.read_text()))
 
 
 def finish(place: Workplace, *jobs: Job) -> None:
